@@ -1,0 +1,203 @@
+"""The frozen model: the one place that loads weights and calls networks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from jaxtyping import Float
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from tokenflow.diffusion.sampling import Schedule
+
+COMPONENTS = {
+    "unet": UNet2DConditionModel,
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModel,
+    "tokenizer": CLIPTokenizer,
+    "scheduler": DDIMScheduler,
+}
+NETWORKS = ("unet", "vae", "text_encoder")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded, with what was expected, what came and what to do."""
+
+
+class Backbone:
+    """UNet, VAE, text encoder, tokenizer and scheduler configuration, on one device.
+
+    Latents go in and come out in float32 whatever the networks' dtype, so that a sampler's sums
+    do not lose bits.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        scheduler: DDIMScheduler,
+    ) -> None:
+        prediction = scheduler.config.prediction_type
+        if prediction not in ("epsilon", "v_prediction"):
+            raise ModelError(
+                f"the scheduler predicts {prediction!r}, expected 'epsilon' or 'v_prediction'"
+            )
+        if unet.config.in_channels != vae.config.latent_channels:
+            raise ModelError(
+                f"the UNet takes {unet.config.in_channels} channels and the VAE's latents have "
+                f"{vae.config.latent_channels}; models for inpainting or upscaling do not fit"
+            )
+        self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
+        self.tokenizer, self.scheduler = tokenizer, scheduler
+        for network in (unet, vae, text_encoder):
+            network.requires_grad_(False).eval()
+
+    @classmethod
+    def load(cls, model: str | Path, device: str = "auto", dtype: str = "auto") -> Backbone:
+        """Loads a Stable Diffusion 1.x or 2.x model, component by component.
+
+        Args:
+            model: A folder in diffusers' layout, or the id of a hub model ("owner/name").
+            device: "auto" takes an accelerator if there is one, else the CPU.
+            dtype: "float32", "float16", "bfloat16"; "auto" is float16 on an accelerator and
+                float32 on the CPU.
+
+        Raises:
+            ModelError: A component is missing, has no safetensors, or cannot be fetched.
+        """
+        if dtype not in ("auto", *DTYPES):
+            raise ModelError(f"dtype must be one of {('auto', *DTYPES)}, got {dtype!r}")
+        if Path(model).is_dir():
+            check_folder(Path(model))
+        elif looks_like_path(str(model)):
+            raise ModelError(
+                f"expected a model folder, but {str(model)!r} does not exist; give the folder that "
+                f"holds model_index.json, or a hub id like 'owner/name'"
+            )
+        where = device if device != "auto" else default_device()
+        auto = torch.float32 if where == "cpu" else torch.float16
+        parts: dict[str, Any] = {
+            name: load_component(str(model), name, auto if dtype == "auto" else DTYPES[dtype])
+            for name in COMPONENTS
+        }
+        for name in NETWORKS:
+            parts[name] = parts[name].to(where)
+        return cls(**parts)
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
+
+    def to(self, device: torch.device | str) -> Backbone:
+        """Moves all networks; returns itself."""
+        for name in NETWORKS:
+            getattr(self, name).to(device)
+        return self
+
+    @property
+    def latent_scale(self) -> int:
+        """How many pixels wide one latent is."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
+    def multiple(self) -> int:
+        """What frames' height and width must be multiples of: the UNet's deepest latent."""
+        return int(self.latent_scale * 2 ** (len(self.unet.config.block_out_channels) - 1))
+
+    def schedule(self, steps: int) -> Schedule:
+        """The model's noise schedule with `steps` sampling timesteps."""
+        return Schedule.from_scheduler(self.scheduler, steps)
+
+    def embed(self, prompts: Sequence[str]) -> Float[Tensor, "prompts tokens width"]:
+        """The text encoder's last hidden state; longer prompts are cut at the tokenizer's end."""
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", truncation=True, return_tensors="pt",
+            max_length=self.tokenizer.model_max_length,
+        )  # fmt: skip
+        return self.text_encoder(tokens["input_ids"].to(self.device))[0]
+
+    @torch.no_grad()
+    def encode(self, frames: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n c h w"]:
+        """Frames in 0..1 to scaled latents, the mean of the VAE's posterior."""
+        pixels = (2 * frames - 1).to(self.device, self.vae.dtype)
+        return self.vae.encode(pixels).latent_dist.mean.float() * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 height width"]:
+        """Scaled latents to frames in 0..1."""
+        codes = (latents / self.vae.config.scaling_factor).to(self.device, self.vae.dtype)
+        return (self.vae.decode(codes).sample.float() / 2 + 0.5).clamp(0, 1)
+
+    def epsilon(
+        self,
+        latents: Float[Tensor, "n c h w"],
+        t: int,
+        embeddings: Float[Tensor, "n tokens width"],
+        schedule: Schedule,
+        **extra: Any,
+    ) -> Float[Tensor, "n c h w"]:
+        """The noise that the UNet sees in `latents`; `extra` goes to the UNet as it is."""
+        output = self.unet(
+            latents.to(self.device, self.dtype), t, encoder_hidden_states=embeddings, **extra
+        ).sample
+        return schedule.epsilon(output.float(), latents.float(), t)
+
+
+def default_device() -> str:
+    """The accelerator's name if there is one, else "cpu"."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator.type if accelerator is not None else "cpu"
+
+
+def looks_like_path(model: str) -> bool:
+    """Hub ids are "name" or "owner/name"; whatever else was meant to be a folder."""
+    return model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model
+
+
+def check_folder(folder: Path) -> None:
+    """Raises `ModelError` unless all components are there, with safetensors."""
+    for name in COMPONENTS:
+        part = folder / name
+        if not part.is_dir():
+            raise ModelError(
+                f"the model folder {folder} has no {name}/; expected diffusers' layout with "
+                f"{', '.join(COMPONENTS)}"
+            )
+        if name in NETWORKS and not any(part.glob("*.safetensors")):
+            found = sorted(p.name for p in part.iterdir() if p.suffix in (".bin", ".pt", ".ckpt"))
+            raise ModelError(
+                f"{part} has no *.safetensors file (found {found or 'no weights'}); pickled "
+                f"weights are not read: convert them with diffusers' "
+                f"save_pretrained(..., safe_serialization=True)"
+            )
+
+
+def load_component(model: str, name: str, dtype: torch.dtype) -> Any:
+    """One component by its own class, with errors that say what to do."""
+    kind = COMPONENTS[name]
+    weights: dict[str, Any] = {}
+    if name in NETWORKS:
+        word = "dtype" if name == "text_encoder" else "torch_dtype"  # transformers', diffusers'
+        weights = {word: dtype, "use_safetensors": True}
+    try:
+        return kind.from_pretrained(model, subfolder=name, **weights)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        if Path(model).is_dir():
+            raise ModelError(f"{name} of the model folder {model} does not load: {error}") from error
+        raise ModelError(
+            f"{name} of the hub model {model!r} could not be fetched. Without network, download "
+            f"the model elsewhere and give its folder (the one that holds model_index.json) "
+            f"in place of the id. The hub said: {error}"
+        ) from error

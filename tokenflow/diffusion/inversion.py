@@ -1,0 +1,101 @@
+"""DDIM inversion: the noise trajectory of a clip's frames."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tokenflow.diffusion.backbone import Backbone
+from tokenflow.diffusion.sampling import Schedule, ddim_step, require_finite
+from tokenflow.diffusion.trajectory import Trajectory
+
+
+def inversion_timesteps(steps: int, sampling: Schedule, backbone: Backbone) -> tuple[int, ...]:
+    """`steps` timesteps, least noisy first, that include all those of sampling.
+
+    They are the scheduler's own grid; where a sampling timestep is not on it, the nearest grid
+    point moves there.
+    """
+    if steps < len(sampling.timesteps):
+        raise ValueError(
+            f"inversion needs at least as many steps as sampling: got {steps} inversion steps for "
+            f"{len(sampling.timesteps)} sampling steps; raise inversion_steps or lower steps"
+        )
+    grid = torch.tensor(backbone.schedule(steps).timesteps).flip(0)
+    wanted = torch.tensor(sampling.timesteps)
+    grid[(grid[:, None] - wanted).abs().argmin(dim=0)] = wanted
+    return tuple(int(t) for t in grid.sort().values)
+
+
+@torch.no_grad()
+def invert(
+    backbone: Backbone,
+    latents: Float[Tensor, "frames c h w"],
+    prompt: str,
+    schedule: Schedule,
+    steps: int,
+    batch: int = 8,
+    progress: Callable[[], None] = lambda: None,
+) -> Trajectory:
+    """Walks clean latents up to noise; ε at (x, t) moves x from the timestep before t to t.
+
+    Args:
+        backbone: The frozen model.
+        latents: The frames' scaled latents.
+        prompt: What the source shows; may be empty.
+        schedule: Sampling's schedule, whose timesteps are kept.
+        steps: How many steps to take, at least as many as sampling.
+        batch: Frames in one forward pass.
+        progress: Called after every step.
+
+    Raises:
+        ValueError: There are fewer steps than sampling takes.
+        FloatingPointError: A latent became NaN or infinite.
+    """
+    timesteps = inversion_timesteps(steps, schedule, backbone)
+    embedding = backbone.embed([prompt])
+    kept: dict[int, Tensor] = {}
+    x, before = latents.clone(), None
+    for step, t in enumerate(timesteps):
+        a_before, a = schedule.alpha(before), schedule.alpha(t)
+        for part in torch.arange(len(x)).split(batch):
+            here = x[part].to(backbone.device)
+            epsilon = backbone.epsilon(here, t, embedding.expand(len(part), -1, -1), schedule)
+            x[part] = ddim_step(here, epsilon, a_before, a).to(x)
+        require_finite(x, "inversion", step, t)
+        before = t
+        if t in schedule.timesteps:
+            kept[t] = x.clone()
+        progress()
+    return Trajectory(
+        timesteps=schedule.timesteps,
+        latents=torch.stack([kept[t] for t in schedule.timesteps]),
+        clean=latents,
+        noisiest=x,
+        noisiest_alpha=schedule.alpha(timesteps[-1]),
+    )
+
+
+@torch.no_grad()
+def reconstruct(
+    backbone: Backbone,
+    trajectory: Trajectory,
+    prompt: str,
+    schedule: Schedule,
+    batch: int = 8,
+    progress: Callable[[], None] = lambda: None,
+) -> Float[Tensor, "frames c h w"]:
+    """Samples a trajectory's first latents back without an edit or guidance."""
+    embedding = backbone.embed([prompt])
+    x = trajectory.at(schedule.timesteps[0]).clone()
+    for t in schedule.timesteps:
+        a, a_next = schedule.alpha(t), schedule.alpha(schedule.following(t))
+        for part in torch.arange(len(x)).split(batch):
+            here = x[part].to(backbone.device)
+            epsilon = backbone.epsilon(here, t, embedding.expand(len(part), -1, -1), schedule)
+            x[part] = ddim_step(here, epsilon, a, a_next).to(x)
+        progress()
+    return x

@@ -1,0 +1,80 @@
+"""DDIM (Song et al. 2021, arXiv 2010.02502), in both directions, and guidance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import DDIMScheduler
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The noise schedule of a model and the timesteps that sampling visits, noisiest first.
+
+    `alphas` has shape (train_steps,): the share of signal variance left at each timestep.
+    """
+
+    alphas: Float[Tensor, " train_steps"]
+    final_alpha: float
+    timesteps: tuple[int, ...]
+    prediction: str
+
+    @classmethod
+    def from_scheduler(cls, scheduler: DDIMScheduler, steps: int) -> Schedule:
+        """`steps` timesteps, spaced and offset as the scheduler's configuration says."""
+        if not 1 <= steps <= scheduler.config.num_train_timesteps:
+            raise ValueError(
+                f"expected 1 to {scheduler.config.num_train_timesteps} steps, got {steps}"
+            )
+        scheduler.set_timesteps(steps)
+        return cls(
+            alphas=scheduler.alphas_cumprod,
+            final_alpha=float(scheduler.final_alpha_cumprod),
+            timesteps=tuple(int(t) for t in scheduler.timesteps),
+            prediction=scheduler.config.prediction_type,
+        )
+
+    def alpha(self, t: int | None) -> float:
+        """ᾱ_t; `None` stands for the clean latent, below the first timestep."""
+        return self.final_alpha if t is None else float(self.alphas[t])
+
+    def following(self, t: int) -> int | None:
+        """The timestep that sampling visits after `t`, `None` after the last."""
+        i = self.timesteps.index(t) + 1
+        return self.timesteps[i] if i < len(self.timesteps) else None
+
+    def epsilon(self, output: Tensor, x: Tensor, t: int) -> Tensor:
+        """The noise that a model's output means: v-prediction is ε = √ᾱ v + √(1-ᾱ) x."""
+        if self.prediction == "epsilon":
+            return output
+        a = self.alpha(t)
+        return a**0.5 * output + (1 - a) ** 0.5 * x
+
+
+def ddim_step(x: Tensor, epsilon: Tensor, a_from: float, a_to: float) -> Tensor:
+    """Equation 12 of DDIM with σ = 0: the same step denoises (a_to > a_from) and inverts."""
+    x0 = clean_estimate(x, epsilon, a_from)
+    return a_to**0.5 * x0 + (1 - a_to) ** 0.5 * epsilon
+
+
+def clean_estimate(x: Tensor, epsilon: Tensor, a: float) -> Tensor:
+    """The clean latent that x and its noise imply."""
+    return (x - (1 - a) ** 0.5 * epsilon) / a**0.5
+
+
+def guide(negative: Tensor, prompt: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance (Ho and Salimans 2022); a scale of 1 is the prompt alone."""
+    return negative + scale * (prompt - negative)
+
+
+def require_finite(latents: Tensor, stage: str, step: int, t: int) -> None:
+    """Raises `FloatingPointError` that names stage and step when a latent is NaN or infinite."""
+    if not torch.isfinite(latents).all():
+        raise FloatingPointError(
+            f"the latents became NaN or infinite in {stage} at step {step} (timestep {t}); "
+            f"this happens with float16 on some models: try dtype bfloat16 or float32, "
+            f"or a lower guidance scale"
+        )

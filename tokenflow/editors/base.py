@@ -1,0 +1,64 @@
+"""What an editor is: an image editing method that knows nothing of windows, kernels or ranks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from diffusers import UNet2DConditionModel
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tokenflow.diffusion import Schedule, Trajectory
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A change to one module's output, for a part of the schedule.
+
+    `function(edited, source)` is given the edited branches' output (branches, frames, ...) and
+    the source branch's (frames, ...), and returns the new edited output. It is on at step i of N
+    while `i < int(N * until)`.
+    """
+
+    module: nn.Module
+    function: Callable[[Tensor, Tensor], Tensor]
+    until: float = 1.0
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where sampling begins: the first latents, and the timesteps to run, noisiest first."""
+
+    latents: Float[Tensor, "frames c h w"]
+    timesteps: tuple[int, ...]
+
+
+class Editor(ABC):
+    """An image editing method, applied to keyframes jointly and to windows by propagation.
+
+    Subclasses are found by their name through the entry point group `tokenflow.editors`; their
+    constructor's typed arguments are their options.
+    """
+
+    interface: ClassVar[int] = 1
+    """The version of this interface that a plugin was written for."""
+
+    @abstractmethod
+    def start(self, trajectory: Trajectory, schedule: Schedule, seed: int) -> Start:
+        """The first latents and the timesteps, a subset of the schedule's in its order.
+
+        Whatever is random must be drawn from `seed` and a frame's index alone.
+        """
+
+    def edits(self, unet: UNet2DConditionModel) -> Sequence[Edit]:
+        """The changes to install; none by default."""
+        return ()
+
+    def conditioning(
+        self, frames: Sequence[int], latents: Float[Tensor, "branches frames c h w"], t: int
+    ) -> dict[str, Any]:
+        """Further arguments of the UNet for the pass over `frames`; none by default."""
+        return {}

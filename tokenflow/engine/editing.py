@@ -1,0 +1,236 @@
+"""The method: `edit_latents` over plain tensors, and `edit_clip` from frames to frames."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tokenflow.diffusion import Backbone, Schedule, Trajectory, invert, reconstruct
+from tokenflow.diffusion.sampling import ddim_step, require_finite
+from tokenflow.editors import Editor
+from tokenflow.engine.denoising import Denoiser
+from tokenflow.engine.windows import (
+    Blend,
+    Keyframes,
+    Neighbours,
+    draw_keyframes,
+    neighbourhood,
+    split_windows,
+)
+from tokenflow.propagation import NNField, Propagation
+from tokenflow.video import Clip
+
+Consistency = Literal["tokenflow", "joint", "none"]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a clip is edited; the defaults are the paper's.
+
+    Args:
+        steps: Sampling steps.
+        inversion_steps: Inversion steps, at least as many; as many as sampling when not given.
+        guidance: Scale of classifier-free guidance.
+        keyframe_every: Frames in a window; one keyframe is drawn from each.
+        keyframes: How it is drawn: "random", "center", "first", or a fixed offset.
+        neighbours: Which keyframes a frame takes its features from: "bracketing" (paper) or
+            "previous" (published code).
+        blend: Their weights over time: "sigmoid" (paper) or "linear".
+        consistency: "tokenflow"; "joint" lets all frames attend to each other and propagates
+            nothing; "none" edits every frame on its own.
+        seed: Of everything random.
+        batch: Frames in one forward pass; changes memory and speed, not the result.
+    """
+
+    steps: int = 50
+    inversion_steps: int | None = None
+    guidance: float = 7.5
+    keyframe_every: int = 8
+    keyframes: Keyframes = "random"
+    neighbours: Neighbours = "bracketing"
+    blend: Blend = "sigmoid"
+    consistency: Consistency = "tokenflow"
+    seed: int = 0
+    batch: int = 8
+
+
+@dataclass(frozen=True)
+class Result:
+    """An edited clip, with seconds for each stage and, if asked for, the inversion's quality.
+
+    `round_trip_psnr` is the VAE's alone, `reconstruction_psnr` that of inverting and sampling
+    back, both in dB against the source frames.
+    """
+
+    clip: Clip
+    seconds: dict[str, float]
+    reconstruction_psnr: float | None = None
+    round_trip_psnr: float | None = None
+
+
+@torch.no_grad()
+def edit_clip(
+    backbone: Backbone,
+    clip: Clip,
+    prompt: str,
+    editor: Editor,
+    propagation: Propagation | None = None,
+    *,
+    negative_prompt: str = "",
+    inversion_prompt: str = "",
+    settings: Settings | None = None,
+    report_reconstruction: bool = False,
+    progress: Progress = lambda stage, step, steps: None,
+) -> Result:
+    """Edits every frame of a clip: encode, invert, sample with TokenFlow, decode.
+
+    Args:
+        backbone: The frozen model.
+        clip: What to edit; sides must be multiples of `backbone.multiple`.
+        prompt: What the edit shows.
+        editor: The image editing method for keyframes.
+        propagation: The kernel that finds correspondences; NN-field when not given.
+        negative_prompt: What the edit does not show.
+        inversion_prompt: What the source shows.
+        settings: Everything else; the paper's when not given.
+        report_reconstruction: Also sample back without an edit and report the PSNR.
+        progress: Called as (stage, step done, steps) with stages encode, invert, edit, decode.
+
+    Raises:
+        ValueError: An argument is out of its range; the message says which and what to do.
+        FloatingPointError: A latent became NaN or infinite.
+
+    Example:
+        >>> result = edit_clip(backbone, clip, "a blue ball on sand", PnP())
+    """
+    settings, propagation = settings or Settings(), propagation or NNField()
+    check(backbone, clip, prompt, settings)
+    schedule = backbone.schedule(settings.steps)
+    seconds: dict[str, float] = {}
+    quality: dict[str, float] = {}
+    inversion_steps = settings.inversion_steps or settings.steps
+
+    with timed(seconds, "encode"):
+        latents = in_batches(backbone.encode, clip.frames, settings.batch, "encode", progress)
+    with timed(seconds, "invert"):
+        trajectory = invert(
+            backbone, latents, inversion_prompt, schedule, inversion_steps, settings.batch,
+            counter("invert", inversion_steps, progress),
+        )  # fmt: skip
+    if report_reconstruction:
+        with timed(seconds, "reconstruct"):
+            count = counter("reconstruct", settings.steps, progress)
+            back = reconstruct(
+                backbone, trajectory, inversion_prompt, schedule, settings.batch, count
+            )
+            for name, codes in (("reconstruction_psnr", back), ("round_trip_psnr", latents)):
+                frames = in_batches(backbone.decode, codes, settings.batch)
+                quality[name] = psnr(frames, clip.frames)
+    with timed(seconds, "edit"):
+        edited = edit_latents(
+            backbone, trajectory, schedule, editor, propagation,
+            prompt, negative_prompt, inversion_prompt, settings, clip.name, progress,
+        )  # fmt: skip
+    with timed(seconds, "decode"):
+        frames = in_batches(backbone.decode, edited, settings.batch, "decode", progress)
+    return Result(dataclasses.replace(clip, frames=frames), seconds, **quality)
+
+
+@torch.no_grad()
+def edit_latents(
+    backbone: Backbone,
+    trajectory: Trajectory,
+    schedule: Schedule,
+    editor: Editor,
+    propagation: Propagation,
+    prompt: str,
+    negative_prompt: str = "",
+    inversion_prompt: str = "",
+    settings: Settings | None = None,
+    name: str = "clip",
+    progress: Progress = lambda stage, step, steps: None,
+) -> Float[Tensor, "frames c h w"]:
+    """Algorithm 1 of the paper: the edited latents of a trajectory's frames."""
+    s = settings or Settings()
+    embeddings = backbone.embed([inversion_prompt, negative_prompt, prompt])
+    denoiser = Denoiser(backbone, trajectory, schedule, editor, embeddings, s.guidance, s.batch)
+    begin = editor.start(trajectory, schedule, s.seed)
+    windows = split_windows(len(trajectory), s.keyframe_every)
+    x = begin.latents.clone()
+    for done, t in enumerate(begin.timesteps, start=1):
+        step = schedule.timesteps.index(t)
+        if s.consistency == "none":
+            epsilon = denoiser.per_frame(x, t)
+        elif s.consistency == "joint":
+            epsilon = denoiser.joint(x, t)
+        else:
+            drawn = draw_keyframes(windows, s.keyframes, s.seed, name, step)
+            around = partial(
+                neighbourhood, windows=windows, keyframes=drawn,
+                neighbours=s.neighbours, blend=s.blend,
+            )  # fmt: skip
+            epsilon = denoiser.propagated(x, t, drawn, propagation, around)
+        x = ddim_step(x, epsilon, schedule.alpha(t), schedule.alpha(schedule.following(t)))
+        require_finite(x, "sampling", step, t)
+        progress("edit", done, len(begin.timesteps))
+    return x
+
+
+def check(backbone: Backbone, clip: Clip, prompt: str, settings: Settings) -> None:
+    """Raises `ValueError` for what would fail later, before any work is done."""
+    height, width = clip.frames.shape[-2:]
+    if not prompt.strip():
+        raise ValueError("the prompt is empty; say what the edited video shows")
+    if len(clip.frames) == 0:
+        raise ValueError("the clip has no frames")
+    if height % backbone.multiple or width % backbone.multiple:
+        raise ValueError(
+            f"the frames are {height}x{width}, expected multiples of {backbone.multiple} for this "
+            f"model; read them with read_clip(..., multiple={backbone.multiple})"
+        )
+
+
+def in_batches(
+    network: Callable[[Tensor], Tensor],
+    items: Tensor,
+    batch: int,
+    stage: str = "",
+    progress: Progress = lambda stage, step, steps: None,
+) -> Tensor:
+    """A network's output for `items`, `batch` at a time, gathered in host memory."""
+    parts = items.split(batch)
+    done = []
+    for i, part in enumerate(parts, start=1):
+        done.append(network(part).cpu())
+        progress(stage, i, len(parts))
+    return torch.cat(done)
+
+
+def counter(stage: str, steps: int, progress: Progress) -> Callable[[], None]:
+    """A function that counts its calls as a stage's steps."""
+    count = itertools.count(1)
+    return lambda: progress(stage, next(count), steps)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Records how long a block took."""
+    begin = perf_counter()
+    yield
+    seconds[stage] = round(perf_counter() - begin, 3)
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of images in 0..1."""
+    return float(-10 * (a - b).square().mean().log10())

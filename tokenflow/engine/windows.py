@@ -1,0 +1,100 @@
+"""Windows of frames, the keyframes drawn from them, and each frame's neighbours."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from tokenflow.propagation import Window
+
+Keyframes = Literal["random", "center", "first"] | int
+Neighbours = Literal["bracketing", "previous"]
+Blend = Literal["sigmoid", "linear"]
+
+
+def split_windows(frames: int, keyframe_every: int) -> list[range]:
+    """Runs of `keyframe_every` consecutive frames; the last may be shorter, none is dropped."""
+    if keyframe_every < 1:
+        raise ValueError(f"keyframe_every must be at least 1 frame, got {keyframe_every}")
+    return [range(i, min(i + keyframe_every, frames)) for i in range(0, frames, keyframe_every)]
+
+
+def draw_keyframes(
+    windows: Sequence[range], policy: Keyframes, seed: int, clip: str, step: int
+) -> list[int]:
+    """One keyframe for each window.
+
+    "random" draws uniformly, per step, from (seed, clip, step) alone; "center" is frame `n // 2`
+    of each window, "first" its first, and a number is a fixed offset (the last frame of a window
+    that is too short for it).
+    """
+    if policy == "random":
+        digest = hashlib.sha256(f"{seed}/{clip}/{step}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        shares = torch.rand(len(windows), generator=generator).tolist()
+        return [w[int(u * len(w))] for w, u in zip(windows, shares, strict=True)]
+    if policy == "center":
+        return [center(w) for w in windows]
+    if policy == "first":
+        return [w[0] for w in windows]
+    if isinstance(policy, int) and policy >= 0:
+        return [w[min(policy, len(w) - 1)] for w in windows]
+    raise ValueError(
+        f"keyframes must be 'random', 'center', 'first' or an offset of 0 or more, got {policy!r}"
+    )
+
+
+def neighbourhood(
+    frames: range,
+    windows: Sequence[range],
+    keyframes: Sequence[int],
+    neighbours: Neighbours = "bracketing",
+    blend: Blend = "sigmoid",
+) -> tuple[Window, list[int]]:
+    """The neighbours of consecutive `frames`, and which of all keyframes these are.
+
+    "bracketing" (the paper) takes the nearest keyframe before and after each frame, by true
+    position. "previous" (the published code) takes the keyframes of the frame's own window and of
+    the window before, and measures distances to the windows' centres.
+    """
+    pairs, blends = [], []
+    for frame in frames:
+        if neighbours == "bracketing":
+            before = [k for k, at in enumerate(keyframes) if at <= frame][-1:]
+            after = [k for k, at in enumerate(keyframes) if at >= frame][:1]
+            earlier, later = (before or after)[0], (after or before)[0]
+            centers = keyframes[earlier], keyframes[later]
+        else:
+            later = next(number for number, w in enumerate(windows) if frame in w)
+            earlier = max(later - 1, 0)
+            centers = center(windows[earlier]), center(windows[later])
+        pairs.append((earlier, later))
+        blends.append(blend_weights(frame, *centers, blend) if earlier != later else (1.0, 0.0))
+    used = sorted({k for pair in pairs for k in pair})
+    window = Window(
+        frames=tuple(frames),
+        keyframes=tuple(keyframes[k] for k in used),
+        neighbours=torch.tensor([[used.index(k) for k in pair] for pair in pairs]),
+        blend=torch.tensor(blends, dtype=torch.float32),
+    )
+    return window, used
+
+
+def center(window: range) -> int:
+    """Frame `n // 2` of a window of n frames."""
+    return window[len(window) // 2]
+
+
+def blend_weights(frame: int, earlier: int, later: int, blend: Blend) -> tuple[float, float]:
+    """Equation 6: the later keyframe's weight is σ(d⁻ / (d⁻ + d⁺)); "linear" leaves out the σ.
+
+    d⁻ and d⁺ are the frame's distances to the earlier and the later keyframe.
+    """
+    before, after = abs(frame - earlier), abs(frame - later)
+    ratio = before / (before + after)
+    weight = 1 / (1 + math.exp(-ratio)) if blend == "sigmoid" else ratio
+    return 1 - weight, weight

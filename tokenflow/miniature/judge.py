@@ -1,0 +1,40 @@
+"""A small classifier that says what a picture of a scene shows."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from tokenflow.miniature.scenes import VOCABULARY, Attributes
+
+
+class Judge(nn.Module):
+    """Pattern, colour, shape and background of 128×128 pictures: six strided convolutions."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        channels = [3, width, 2 * width, 3 * width, 4 * width, 4 * width]
+        layers: list[nn.Module] = []
+        for i, (before, after) in enumerate(zip(channels, channels[1:], strict=False)):
+            layers += [
+                nn.Conv2d(before, after, 5 if i == 0 else 3, stride=2, padding=2 if i == 0 else 1),
+                nn.GroupNorm(8, after),
+                nn.SiLU(),
+            ]
+        self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.1))
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(channels[-1] * 16, len(words)) for name, words in VOCABULARY.items()}
+        )
+
+    def forward(self, images: Float[Tensor, "n 3 128 128"]) -> dict[str, Float[Tensor, "n _"]]:
+        """Logits for each attribute, of images in 0..1."""
+        features = self.trunk(2 * images - 1)
+        return {name: head(features) for name, head in self.heads.items()}
+
+
+def labels(attributes: Attributes) -> Int[Tensor, "4"]:
+    """The classes' indices, in the order of `VOCABULARY`."""
+    return torch.tensor(
+        [words.index(getattr(attributes, name)) for name, words in VOCABULARY.items()]
+    )

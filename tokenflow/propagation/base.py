@@ -1,0 +1,88 @@
+"""What a propagation kernel is given and what it returns."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Window:
+    """A run of consecutive frames and the keyframes that it takes its features from.
+
+    Attributes:
+        frames: Positions in the clip of the window's frames, ascending.
+        keyframes: Positions in the clip of the neighbouring keyframes, ascending.
+        neighbours: For each frame two indices into `keyframes`, (frames, 2).
+        blend: The weight of each neighbour, (frames, 2), rows sum to 1. A frame with one
+            neighbour names it twice, with weights 1 and 0.
+        height: Latent pixels of a frame at this site, so that tokens = height × width.
+        width: See `height`.
+    """
+
+    frames: tuple[int, ...]
+    keyframes: tuple[int, ...]
+    neighbours: Int[Tensor, "frames 2"]
+    blend: Float[Tensor, "frames 2"]
+    height: int = 0
+    width: int = 0
+
+
+@dataclass(frozen=True)
+class Correspondence:
+    """A sparse row-stochastic matrix: where each token comes from, and with what weight.
+
+    `indices` point into the flattened tokens of the window's keyframes, (keyframe, token);
+    `weights` are not negative and sum to 1 over the last axis.
+    """
+
+    indices: Int[Tensor, "frames tokens taps"]
+    weights: Float[Tensor, "frames tokens taps"]
+
+    def gather(
+        self, values: Float[Tensor, "branches keyframes tokens channels"]
+    ) -> Float[Tensor, "branches frames tokens channels"]:
+        """Each token's weighted mean of the keyframes' values, in every branch.
+
+        One tap at a time: nothing larger than the result is made.
+        """
+        flat = values.flatten(1, 2)
+        taps = zip(self.indices.unbind(-1), self.weights.unbind(-1), strict=True)
+        result: Tensor | None = None
+        for index, weight in taps:
+            part = flat[:, index] * weight[None, ..., None].to(flat.dtype)
+            result = part if result is None else result.add_(part)
+        if result is None:
+            raise ValueError("a correspondence needs at least one tap, got none")
+        return result
+
+
+class Propagation(ABC):
+    """A propagation kernel: finds, for every token of a window, where it is in the keyframes.
+
+    Subclasses are found by their name through the entry point group `tokenflow.propagation`;
+    their constructor's typed arguments are their options.
+    """
+
+    interface: ClassVar[int] = 1
+    """The version of this interface that a plugin was written for."""
+
+    @abstractmethod
+    def correspond(
+        self,
+        source: Float[Tensor, "frames tokens channels"],
+        keys: Float[Tensor, "keyframes tokens channels"],
+        window: Window,
+    ) -> Correspondence:
+        """A pure function of its tensors, called at every site, step and window.
+
+        Args:
+            source: The window's source tokens, as they enter the self-attention.
+            keys: The neighbouring keyframes' source tokens at the same site and step.
+            window: Positions, neighbours and blend weights.
+        """

@@ -1,0 +1,19 @@
+"""Videos in and out: clips, and pictures made of them."""
+
+from tokenflow.video.atomic import atomic
+from tokenflow.video.clip import AudioSpan, Clip, VideoError
+from tokenflow.video.layout import contact_sheet, side_by_side
+from tokenflow.video.reader import read_clip
+from tokenflow.video.writer import write_image, write_video
+
+__all__ = [
+    "AudioSpan",
+    "Clip",
+    "VideoError",
+    "atomic",
+    "contact_sheet",
+    "read_clip",
+    "side_by_side",
+    "write_image",
+    "write_video",
+]

@@ -1,0 +1,87 @@
+"""What the rest of tokenflow knows of a video: a clip's frames, their times, its sound."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+class VideoError(ValueError):
+    """A video, an image folder or a request for one that cannot be served."""
+
+
+@dataclass(frozen=True)
+class AudioSpan:
+    """The part of a file's sound that belongs to a clip.
+
+    path: the file whose first audio stream is meant.
+    start, stop: presentation times in that file, in seconds.
+    """
+
+    path: Path
+    start: Fraction
+    stop: Fraction
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """One video to edit; `len(clip)` is its number of frames.
+
+    frames: RGB, float32, 0..1, upright, in square pixels.
+    times: when each frame is shown, in seconds; the first is 0, they increase.
+    rate: nominal frames per second, greater than 0.
+    name: the file's stem, or the folder's name.
+    display_size: (height, width) that videos made from this clip should have.
+    audio: the sound that belongs to the frames, if there is any.
+
+    Raises VideoError for no frames, or times that do not fit them.
+    """
+
+    frames: Float[Tensor, "frames 3 height width"]
+    times: tuple[Fraction, ...]
+    rate: Fraction
+    name: str
+    display_size: tuple[int, int]
+    audio: AudioSpan | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.frames) == 0:
+            raise VideoError(f"clip {self.name!r} has no frames; give at least one.")
+        if self.rate <= 0:
+            raise VideoError(f"clip {self.name!r}: rate must be greater than 0, got {self.rate}.")
+        check_times(self.times, len(self.frames), f"clip {self.name!r}")
+        if self.times[0] != 0:
+            raise VideoError(f"clip {self.name!r}: times must start at 0, not at {self.times[0]}.")
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    @classmethod
+    def from_frames(
+        cls,
+        frames: Float[Tensor, "frames 3 height width"],
+        rate: Fraction = Fraction(8),
+        name: str = "clip",
+    ) -> "Clip":
+        """A silent clip of evenly spaced frames, to be shown at their own size."""
+        if rate <= 0:
+            raise VideoError(f"clip {name!r}: rate must be greater than 0, got {rate}.")
+        times = tuple(index / rate for index in range(len(frames)))
+        height, width = frames.shape[-2:]
+        return cls(frames, times, rate, name, (height, width))
+
+
+def check_times(times: Sequence[Fraction], count: int, what: str) -> None:
+    """Raise VideoError unless there are `count` times, from 0 or later on, increasing."""
+    if len(times) != count:
+        raise VideoError(f"{what}: expected one time for each of {count} frames, got {len(times)}.")
+    for index, time in enumerate(times):
+        if time < 0 or (index > 0 and time <= times[index - 1]):
+            raise VideoError(
+                f"{what}: expected times that are not negative and increase, got "
+                f"{', '.join(str(t) for t in times[max(0, index - 1) : index + 1])} s "
+                f"up to frame {index}."
+            )

@@ -1,0 +1,57 @@
+"""A folder of images as a source of pictures, by Pillow."""
+
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from tokenflow.video.clip import VideoError
+from tokenflow.video.source import MAX_PIXELS, Picture, Source
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+
+
+def image_source(folder: Path, rate: Fraction) -> Source:
+    """The folder's images by name, 2 before 10; other files are passed over.
+
+    EXIF orientation is applied, transparency is dropped. VideoError names what cannot be read.
+    """
+    paths = [p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()]
+    if not paths:
+        raise VideoError(f"{folder}: expected images ({', '.join(SUFFIXES)}), found none.")
+    return Source(rate, _pictures(sorted(paths, key=_natural), rate))
+
+
+def _natural(path: Path) -> tuple[list[tuple[str, int]], str]:
+    parts = re.findall(r"(\D*)(\d*)", path.stem.lower())
+    return [(text, int(digits or -1)) for text, digits in parts], path.name
+
+
+def _pictures(paths: list[Path], rate: Fraction) -> Iterator[Picture]:
+    for index, path in enumerate(paths):
+        yield Picture(path.name, index / rate, Fraction(1), partial(_read, path))
+
+
+def _read(path: Path) -> UInt8[Tensor, "3 height width"]:
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise VideoError(
+                    f"{path}: expected at most {MAX_PIXELS} pixels, got "
+                    f"{image.width}x{image.height}; scale it down first."
+                )
+            if image.mode.startswith(("I", "F")):
+                raise VideoError(f"{path}: expected 8 bits per channel, got more; save it so.")
+            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise VideoError(
+            f"{path} is not an image that can be read ({error}); replace or remove it."
+        ) from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)

@@ -1,0 +1,35 @@
+"""What the reader asks of a place that frames come from."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import NamedTuple
+
+from jaxtyping import UInt8
+from torch import Tensor
+
+MAX_PIXELS = 64 * 1024 * 1024
+
+
+class Picture(NamedTuple):
+    """One frame on offer; whoever wants its pixels has them converted.
+
+    label: what an error calls it.
+    time: seconds, if the source tells.
+    pixel_aspect: a pixel's width over its height, in the upright picture.
+    rgb: the upright picture.
+    """
+
+    label: str
+    time: Fraction | None
+    pixel_aspect: Fraction
+    rgb: Callable[[], UInt8[Tensor, "3 height width"]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Pictures in the order of display; their nominal number per second; if there is sound."""
+
+    rate: Fraction
+    pictures: Iterator[Picture]
+    has_audio: bool = False

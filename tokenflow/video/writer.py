@@ -1,0 +1,150 @@
+"""Write clips and pictures, whole or not at all."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
+from heapq import merge
+from itertools import chain
+from math import lcm
+from pathlib import Path
+
+import av
+import torch
+from av.packet import Packet
+from av.video.frame import VideoFrame
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from av.video.stream import VideoStream
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch import Tensor
+
+from tokenflow.video.atomic import atomic
+from tokenflow.video.audio import audio_track
+from tokenflow.video.clip import AudioSpan, VideoError, check_times
+from tokenflow.video.sizing import Size, nearest, resized
+from tokenflow.video.video_file import EXACT
+
+FINEST = 1_000_000  # ticks per second, for times that share no coarser unit
+
+
+def write_video(
+    path: str | Path,
+    frames: Float[Tensor, "frames 3 height width"] | Iterable[Float[Tensor, "3 height width"]],
+    times: Sequence[Fraction],
+    rate: Fraction,
+    *,
+    size: Size | None = None,
+    audio: AudioSpan | None = None,
+    crf: int = 16,
+) -> Path:
+    """Write an mp4 that any player shows: H.264, yuv420p, BT.709 in limited range, with sound.
+
+    Args:
+        path: where to, ending in .mp4; it is replaced only once the whole video is written.
+        frames: RGB, 0..1 (clamped), on any device; an iterable is taken one frame at a time.
+        times: when each frame is shown, in seconds, increasing; kept as they are.
+        rate: nominal frames per second; the last frame is shown for 1/rate.
+        size: (height, width) to scale to; None is the first frame's. H.264 in yuv420p needs
+            even sides, so odd ones become the next even number, by scaling.
+        audio: the sound to copy without re-encoding; what mp4 cannot carry becomes AAC.
+        crf: x264's quality, 0 (lossless but for the colour conversion) to 51.
+
+    Raises:
+        VideoError: for no frames, frames of a wrong shape, or times that do not fit them.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".mp4":
+        raise VideoError(f"{path}: expected a name that ends in .mp4.")
+    if rate <= 0 or not 0 <= crf <= 51:
+        raise VideoError(f"{path}: expected rate > 0 and crf in 0..51, got {rate} and {crf}.")
+    check_times(times, len(frames) if isinstance(frames, Tensor) else len(times), str(path))
+    images = _checked(path, frames, len(times))
+    first = next(images)
+    height, width = size or first.shape[1:]
+
+    with (
+        atomic(path) as temporary,
+        av.open(f"file:{temporary}", "w", options={"movflags": "faststart"}) as output,
+    ):
+        stream = output.add_stream(
+            "libx264",
+            rate=rate.limit_denominator(100_000),
+            width=nearest(width, 2),
+            height=nearest(height, 2),
+            time_base=_tick([*times, times[-1] + 1 / rate]),
+            # Without B-frames packets are in the order of display, and so every frame of a
+            # variable rate, the last included, lasts as long as it should.
+            options={"crf": str(crf), "bf": "0"},
+        )
+        context = stream.codec_context
+        context.colorspace = Colorspace.ITU709
+        context.color_range = ColorRange.MPEG
+        context.color_primaries = ColorPrimaries.BT709
+        context.color_trc = ColorTrc.BT709
+        with audio_track(audio, output) as sound:
+            picture = _encoded(stream, zip(chain([first], images), times, strict=True))
+            for packet in merge(picture, sound, key=_decoding_time):
+                output.mux(packet)
+    return path
+
+
+def write_image(path: str | Path, image: Float[Tensor, "3 height width"]) -> Path:
+    """Write a PNG of an RGB picture in 0..1 (clamped)."""
+    path = Path(path)
+    with atomic(path) as temporary:
+        Image.fromarray(_pixels(image).numpy()).save(temporary, format="PNG")
+    return path
+
+
+def _checked(
+    path: Path, frames: Iterable[Float[Tensor, "3 height width"]], count: int
+) -> Iterator[Float[Tensor, "3 height width"]]:
+    index = -1
+    for index, frame in enumerate(frames):
+        if frame.ndim != 3 or len(frame) != 3:
+            raise VideoError(
+                f"{path}: expected frames of shape (3, height, width), "
+                f"got {tuple(frame.shape)} for frame {index}."
+            )
+        if index == count:
+            break
+        yield frame
+    if index == -1:
+        raise VideoError(f"{path}: expected frames, got none; nothing is written.")
+    if index != count - 1:
+        came = "more" if index == count else index + 1
+        raise VideoError(f"{path}: expected {count} frames, one for each time, got {came}.")
+
+
+def _tick(times: Sequence[Fraction]) -> Fraction:
+    """The longest unit that all times are multiples of, or a microsecond if that is longer."""
+    return Fraction(1, min(lcm(*(time.denominator for time in times)), FINEST))
+
+
+def _encoded(
+    stream: VideoStream,
+    shown: Iterable[tuple[Float[Tensor, "3 height width"], Fraction]],
+) -> Iterator[Packet]:
+    size, tick = (stream.height, stream.width), stream.codec_context.time_base
+    for image, time in shown:
+        pixels = _pixels(resized(image.float(), size)).numpy()
+        frame = VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
+            format="yuv420p",
+            dst_colorspace=Colorspace.ITU709,
+            dst_color_range=ColorRange.MPEG,
+            interpolation=EXACT,
+            threads=1,
+        )
+        frame.time_base = tick
+        frame.pts = round(time / tick)
+        yield from stream.encode(frame)
+    yield from stream.encode(None)
+
+
+def _decoding_time(packet: Packet) -> Fraction:
+    assert packet.dts is not None  # of an encoder's and of `audio_track`'s packets
+    return packet.dts * packet.time_base
+
+
+def _pixels(image: Float[Tensor, "3 height width"]) -> UInt8[Tensor, "height width 3"]:
+    levels = (image.float().clamp(0, 1) * 255).round().to(torch.uint8)
+    return levels.permute(1, 2, 0).contiguous().cpu()
