@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,12 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from tokenflow.diffusion.sampling import Schedule
+from tokenflow.errors import InputError
 
 COMPONENTS = {
     "unet": UNet2DConditionModel,
@@ -23,10 +24,11 @@ COMPONENTS = {
     "scheduler": DDIMScheduler,
 }
 NETWORKS = ("unet", "vae", "text_encoder")
+EMBEDDED = Path(__file__).parents[1] / "miniature" / "weights"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-class ModelError(ValueError):
+class ModelError(InputError):
     """A model that cannot be loaded, with what was expected, what came and what to do."""
 
 
@@ -65,7 +67,8 @@ class Backbone:
         """Loads a Stable Diffusion 1.x or 2.x model, component by component.
 
         Args:
-            model: A folder in diffusers' layout, or the id of a hub model ("owner/name").
+            model: A folder in diffusers' layout, the id of a hub model ("owner/name"), or
+                "miniature", the embedded one.
             device: "auto" takes an accelerator if there is one, else the CPU.
             dtype: "float32", "float16", "bfloat16"; "auto" is float16 on an accelerator and
                 float32 on the CPU.
@@ -75,6 +78,8 @@ class Backbone:
         """
         if dtype not in ("auto", *DTYPES):
             raise ModelError(f"dtype must be one of {('auto', *DTYPES)}, got {dtype!r}")
+        if model == "miniature":
+            model = EMBEDDED
         if Path(model).is_dir():
             check_folder(Path(model))
         elif looks_like_path(str(model)):
@@ -186,18 +191,28 @@ def check_folder(folder: Path) -> None:
 
 def load_component(model: str, name: str, dtype: torch.dtype) -> Any:
     """One component by its own class, with errors that say what to do."""
-    kind = COMPONENTS[name]
-    weights: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if name in NETWORKS:
         word = "dtype" if name == "text_encoder" else "torch_dtype"  # transformers', diffusers'
-        weights = {word: dtype, "use_safetensors": True}
+        options = {word: dtype, "use_safetensors": True, "output_loading_info": True}
     try:
-        return kind.from_pretrained(model, subfolder=name, **weights)
-    except (OSError, ValueError, json.JSONDecodeError) as error:
+        part = COMPONENTS[name].from_pretrained(model, subfolder=name, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if Path(model).is_dir():
-            raise ModelError(f"{name} of the model folder {model} does not load: {error}") from error
+            raise ModelError(
+                f"{name} of the model folder {model} does not load: {error}"
+            ) from error
         raise ModelError(
             f"{name} of the hub model {model!r} could not be fetched. Without network, download "
             f"the model elsewhere and give its folder (the one that holds model_index.json) "
             f"in place of the id. The hub said: {error}"
         ) from error
+    if name not in NETWORKS:
+        return part
+    network, loading = part
+    if missing := sorted(loading["missing_keys"]):
+        raise ModelError(
+            f"{name} of the model {model} has no weights for {len(missing)} of its parameters, "
+            f"such as {missing[0]}; its configuration and its weights do not belong together"
+        )
+    return network

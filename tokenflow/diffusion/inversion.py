@@ -11,23 +11,26 @@ from torch import Tensor
 from tokenflow.diffusion.backbone import Backbone
 from tokenflow.diffusion.sampling import Schedule, ddim_step, require_finite
 from tokenflow.diffusion.trajectory import Trajectory
+from tokenflow.errors import InputError
 
 
 def inversion_timesteps(steps: int, sampling: Schedule, backbone: Backbone) -> tuple[int, ...]:
     """`steps` timesteps, least noisy first, that include all those of sampling.
 
     They are the scheduler's own grid; where a sampling timestep is not on it, the nearest grid
-    point moves there.
+    point that is free moves there.
     """
     if steps < len(sampling.timesteps):
-        raise ValueError(
+        raise InputError(
             f"inversion needs at least as many steps as sampling: got {steps} inversion steps for "
             f"{len(sampling.timesteps)} sampling steps; raise inversion_steps or lower steps"
         )
-    grid = torch.tensor(backbone.schedule(steps).timesteps).flip(0)
-    wanted = torch.tensor(sampling.timesteps)
-    grid[(grid[:, None] - wanted).abs().argmin(dim=0)] = wanted
-    return tuple(int(t) for t in grid.sort().values)
+    grid = backbone.schedule(steps).timesteps
+    free = [t for t in grid if t not in sampling.timesteps]
+    for wanted in sampling.timesteps:
+        if wanted not in grid:
+            free.remove(min(free, key=lambda t: abs(t - wanted)))
+    return tuple(sorted([*sampling.timesteps, *free]))
 
 
 @torch.no_grad()
@@ -52,8 +55,8 @@ def invert(
         progress: Called after every step.
 
     Raises:
-        ValueError: There are fewer steps than sampling takes.
-        FloatingPointError: A latent became NaN or infinite.
+        InputError: There are fewer steps than sampling takes.
+        DivergedError: A latent became NaN or infinite.
     """
     timesteps = inversion_timesteps(steps, schedule, backbone)
     embedding = backbone.embed([prompt])

@@ -9,6 +9,8 @@ from diffusers import DDIMScheduler
 from jaxtyping import Float
 from torch import Tensor
 
+from tokenflow.errors import DivergedError, InputError
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -26,14 +28,21 @@ class Schedule:
     def from_scheduler(cls, scheduler: DDIMScheduler, steps: int) -> Schedule:
         """`steps` timesteps, spaced and offset as the scheduler's configuration says."""
         if not 1 <= steps <= scheduler.config.num_train_timesteps:
-            raise ValueError(
+            raise InputError(
                 f"expected 1 to {scheduler.config.num_train_timesteps} steps, got {steps}"
             )
         scheduler.set_timesteps(steps)
+        # diffusers' "trailing" spacing adds a timestep of -1 for some numbers of steps, as 61
+        timesteps = tuple(int(t) for t in scheduler.timesteps if t >= 0)
+        if timesteps[0] >= scheduler.config.num_train_timesteps:
+            raise InputError(
+                f"{steps} steps and the scheduler's offset of {scheduler.config.steps_offset} "
+                f"reach timestep {timesteps[0]}, past the model's last; take fewer steps"
+            )
         return cls(
             alphas=scheduler.alphas_cumprod,
             final_alpha=float(scheduler.final_alpha_cumprod),
-            timesteps=tuple(int(t) for t in scheduler.timesteps),
+            timesteps=timesteps,
             prediction=scheduler.config.prediction_type,
         )
 
@@ -71,9 +80,9 @@ def guide(negative: Tensor, prompt: Tensor, scale: float) -> Tensor:
 
 
 def require_finite(latents: Tensor, stage: str, step: int, t: int) -> None:
-    """Raises `FloatingPointError` that names stage and step when a latent is NaN or infinite."""
+    """Raises a `DivergedError` that names stage and step when a latent is NaN or infinite."""
     if not torch.isfinite(latents).all():
-        raise FloatingPointError(
+        raise DivergedError(
             f"the latents became NaN or infinite in {stage} at step {step} (timestep {t}); "
             f"this happens with float16 on some models: try dtype bfloat16 or float32, "
             f"or a lower guidance scale"

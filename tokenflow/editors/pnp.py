@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
-from torch import Tensor, nn
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor
 
 from tokenflow.diffusion import Schedule, Trajectory
 from tokenflow.editors.base import Edit, Editor, Start
+from tokenflow.errors import InputError
 
 
 class PnP(Editor):
@@ -30,9 +32,9 @@ class PnP(Editor):
     ) -> None:
         for name, share in (("attention", attention), ("features", features)):
             if not 0 <= share <= 1:
-                raise ValueError(f"{name} is a share of the steps from 0 to 1, got {share}")
+                raise InputError(f"{name} is a share of the steps from 0 to 1, got {share}")
         if start_from not in ("inverted", "renoised"):
-            raise ValueError(f"start_from must be 'inverted' or 'renoised', got {start_from!r}")
+            raise InputError(f"start_from must be 'inverted' or 'renoised', got {start_from!r}")
         self.attention, self.features, self.start_from = attention, features, start_from
 
     def start(self, trajectory: Trajectory, schedule: Schedule, seed: int) -> Start:
@@ -61,7 +63,7 @@ class PnP(Editor):
 class Layer(NamedTuple):
     """One residual block of the decoder and the self-attentions that follow it."""
 
-    resnet: nn.Module
+    resnet: ResnetBlock2D
     attentions: tuple[Attention, ...]
 
 

@@ -53,8 +53,8 @@ class JointAttention:
         attended = [scaled_dot_product_attention(q[0], k[0], v[0], scale=attn.scale)]
         for i in range(1, b):
             # the frames are folded into the sequence: four dimensions keep the fused kernels
-            joint = (rearrange(x[i], "f h s d -> 1 h (f s) d") for x in (q, k, v))
-            out = scaled_dot_product_attention(*joint, scale=attn.scale)
+            one = [rearrange(x[i], "f h s d -> 1 h (f s) d") for x in (q, k, v)]
+            out = scaled_dot_product_attention(one[0], one[1], one[2], scale=attn.scale)
             attended.append(rearrange(out, "1 h (f s) d -> f h s d", f=frames))
         output = project_out(attn, rearrange(torch.cat(attended), "n h s d -> n s (h d)"))
         if self.bank is not None:

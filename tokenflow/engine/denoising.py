@@ -111,9 +111,7 @@ class Denoiser:
         branches = torch.stack([source, x[chosen], x[chosen]])
         extra: dict[str, Any] = self.editor.conditioning(chosen, branches, t)
         embeddings = self.embeddings.repeat_interleave(len(chosen), dim=0)
-        noise = self.backbone.epsilon(
-            branches.flatten(0, 1), t, embeddings, self.schedule, **extra
-        )
+        noise = self.backbone.epsilon(branches.flatten(0, 1), t, embeddings, self.schedule, **extra)
         _, negative, prompt = noise.to(x.device).chunk(BRANCHES)
         return guide(negative, prompt, self.guidance)
 

@@ -27,7 +27,8 @@ from tokenflow.engine.windows import (
     neighbourhood,
     split_windows,
 )
-from tokenflow.propagation import NNField, Propagation
+from tokenflow.errors import InputError
+from tokenflow.propagation import Propagation
 from tokenflow.video import Clip
 
 Consistency = Literal["tokenflow", "joint", "none"]
@@ -64,6 +65,16 @@ class Settings:
     seed: int = 0
     batch: int = 8
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "keyframe_every", "batch"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.inversion_steps is not None and self.inversion_steps < self.steps:
+            raise InputError(
+                f"inversion needs at least as many steps as sampling: got inversion_steps "
+                f"{self.inversion_steps} for steps {self.steps}; raise the one or lower the other"
+            )
+
 
 @dataclass(frozen=True)
 class Result:
@@ -73,7 +84,9 @@ class Result:
     back, both in dB against the source frames.
     """
 
+    source: Clip
     clip: Clip
+    seed: int
     seconds: dict[str, float]
     reconstruction_psnr: float | None = None
     round_trip_psnr: float | None = None
@@ -85,7 +98,7 @@ def edit_clip(
     clip: Clip,
     prompt: str,
     editor: Editor,
-    propagation: Propagation | None = None,
+    propagation: Propagation,
     *,
     negative_prompt: str = "",
     inversion_prompt: str = "",
@@ -100,7 +113,7 @@ def edit_clip(
         clip: What to edit; sides must be multiples of `backbone.multiple`.
         prompt: What the edit shows.
         editor: The image editing method for keyframes.
-        propagation: The kernel that finds correspondences; NN-field when not given.
+        propagation: The kernel that finds correspondences.
         negative_prompt: What the edit does not show.
         inversion_prompt: What the source shows.
         settings: Everything else; the paper's when not given.
@@ -108,14 +121,14 @@ def edit_clip(
         progress: Called as (stage, step done, steps) with stages encode, invert, edit, decode.
 
     Raises:
-        ValueError: An argument is out of its range; the message says which and what to do.
-        FloatingPointError: A latent became NaN or infinite.
+        InputError: An argument is out of its range; the message says which and what to do.
+        DivergedError: A latent became NaN or infinite.
 
     Example:
-        >>> result = edit_clip(backbone, clip, "a blue ball on sand", PnP())
+        >>> result = edit_clip(backbone, clip, "a blue ball on sand", PnP(), NNField())
     """
-    settings, propagation = settings or Settings(), propagation or NNField()
-    check(backbone, clip, prompt, settings)
+    settings = settings or Settings()
+    check(backbone, clip, prompt)
     schedule = backbone.schedule(settings.steps)
     seconds: dict[str, float] = {}
     quality: dict[str, float] = {}
@@ -144,7 +157,7 @@ def edit_clip(
         )  # fmt: skip
     with timed(seconds, "decode"):
         frames = in_batches(backbone.decode, edited, settings.batch, "decode", progress)
-    return Result(dataclasses.replace(clip, frames=frames), seconds, **quality)
+    return Result(clip, dataclasses.replace(clip, frames=frames), settings.seed, seconds, **quality)
 
 
 @torch.no_grad()
@@ -187,18 +200,21 @@ def edit_latents(
     return x
 
 
-def check(backbone: Backbone, clip: Clip, prompt: str, settings: Settings) -> None:
-    """Raises `ValueError` for what would fail later, before any work is done."""
+def check(backbone: Backbone, clip: Clip, prompt: str) -> None:
+    """Raises `InputError` for what would fail later, before any work is done."""
+    check_prompt(prompt)
     height, width = clip.frames.shape[-2:]
-    if not prompt.strip():
-        raise ValueError("the prompt is empty; say what the edited video shows")
-    if len(clip.frames) == 0:
-        raise ValueError("the clip has no frames")
     if height % backbone.multiple or width % backbone.multiple:
-        raise ValueError(
+        raise InputError(
             f"the frames are {height}x{width}, expected multiples of {backbone.multiple} for this "
             f"model; read them with read_clip(..., multiple={backbone.multiple})"
         )
+
+
+def check_prompt(prompt: str) -> None:
+    """Raises `InputError` for an empty prompt."""
+    if not prompt.strip():
+        raise InputError("the prompt is empty; say what the edited video shows")
 
 
 def in_batches(

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from tokenflow.errors import InputError
 from tokenflow.propagation import Window
 
 Keyframes = Literal["random", "center", "first"] | int
@@ -19,7 +20,7 @@ Blend = Literal["sigmoid", "linear"]
 def split_windows(frames: int, keyframe_every: int) -> list[range]:
     """Runs of `keyframe_every` consecutive frames; the last may be shorter, none is dropped."""
     if keyframe_every < 1:
-        raise ValueError(f"keyframe_every must be at least 1 frame, got {keyframe_every}")
+        raise InputError(f"keyframe_every must be at least 1 frame, got {keyframe_every}")
     return [range(i, min(i + keyframe_every, frames)) for i in range(0, frames, keyframe_every)]
 
 
@@ -43,7 +44,7 @@ def draw_keyframes(
         return [w[0] for w in windows]
     if isinstance(policy, int) and policy >= 0:
         return [w[min(policy, len(w) - 1)] for w in windows]
-    raise ValueError(
+    raise InputError(
         f"keyframes must be 'random', 'center', 'first' or an offset of 0 or more, got {policy!r}"
     )
 

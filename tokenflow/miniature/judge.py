@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
 import torch
 from jaxtyping import Float, Int
+from safetensors.torch import load_model
 from torch import Tensor, nn
 
 from tokenflow.miniature.scenes import VOCABULARY, Attributes
@@ -16,7 +21,7 @@ class Judge(nn.Module):
         super().__init__()
         channels = [3, width, 2 * width, 3 * width, 4 * width, 4 * width]
         layers: list[nn.Module] = []
-        for i, (before, after) in enumerate(zip(channels, channels[1:], strict=False)):
+        for i, (before, after) in enumerate(pairwise(channels)):
             layers += [
                 nn.Conv2d(before, after, 5 if i == 0 else 3, stride=2, padding=2 if i == 0 else 1),
                 nn.GroupNorm(8, after),
@@ -27,14 +32,39 @@ class Judge(nn.Module):
             {name: nn.Linear(channels[-1] * 16, len(words)) for name, words in VOCABULARY.items()}
         )
 
+    @classmethod
+    def load(cls) -> Judge:
+        """The trained judge that the package carries, in float32."""
+        judge = cls()
+        load_model(judge.half(), str(Path(__file__).parent / "weights" / "judge.safetensors"))
+        return judge.float().eval()
+
     def forward(self, images: Float[Tensor, "n 3 128 128"]) -> dict[str, Float[Tensor, "n _"]]:
         """Logits for each attribute, of images in 0..1."""
         features = self.trunk(2 * images - 1)
         return {name: head(features) for name, head in self.heads.items()}
 
 
-def labels(attributes: Attributes) -> Int[Tensor, "4"]:
+def labels(attributes: Attributes) -> Int[Tensor, 4]:
     """The classes' indices, in the order of `VOCABULARY`."""
     return torch.tensor(
         [words.index(getattr(attributes, name)) for name, words in VOCABULARY.items()]
     )
+
+
+@torch.inference_mode()
+def accuracy(
+    judge: Judge,
+    images: Float[Tensor, "n 3 128 128"],
+    shown: Attributes | Sequence[Attributes],
+) -> dict[str, float]:
+    """The share of images that show what they should, for each attribute."""
+    wanted = [shown] * len(images) if isinstance(shown, Attributes) else shown
+    truth = torch.stack([labels(a) for a in wanted])
+    answers = [judge(part) for part in images.split(32)]
+    return {
+        name: float(
+            (torch.cat([a[name] for a in answers]).argmax(dim=1) == truth[:, i]).float().mean()
+        )
+        for i, name in enumerate(VOCABULARY)
+    }

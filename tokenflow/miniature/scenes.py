@@ -82,13 +82,13 @@ class Path:
     scale: Float[Tensor, " frames"]
     angle: Float[Tensor, " frames"]
 
-    def to_layer(self, frame: int, points: Float[Tensor, "2 *shape"]) -> Float[Tensor, "2 *shape"]:
+    def to_layer(self, frame: int, points: Float[Tensor, 2 * shape]) -> Float[Tensor, 2 * shape]:
         """Pixel positions (x, y) in `frame` to the layer's own coordinates."""
         x, y = points[0] - self.x[frame], points[1] - self.y[frame]
         cos, sin = self.angle[frame].cos(), self.angle[frame].sin()
         return torch.stack((x * cos + y * sin, y * cos - x * sin)) / self.scale[frame]
 
-    def to_pixels(self, frame: int, points: Float[Tensor, "2 *shape"]) -> Float[Tensor, "2 *shape"]:
+    def to_pixels(self, frame: int, points: Float[Tensor, 2 * shape]) -> Float[Tensor, 2 * shape]:
         """The inverse of `to_layer`."""
         u, v = points * self.scale[frame]
         cos, sin = self.angle[frame].cos(), self.angle[frame].sin()
@@ -110,9 +110,7 @@ class Scene:
 
     def with_attributes(self, **changes: str) -> Scene:
         """The same motion and texture seeds with other attributes: the ground truth of an edit."""
-        return dataclasses.replace(
-            self, attributes=dataclasses.replace(self.attributes, **changes)
-        )
+        return dataclasses.replace(self, attributes=dataclasses.replace(self.attributes, **changes))
 
     def render(self, size: int = SIZE) -> Float[Tensor, "frames 3 {size} {size}"]:
         """All frames, float32 in 0..1."""
@@ -135,13 +133,16 @@ class Scene:
         return coverage(self.attributes.shape, own, float(self.object.scale[index]))
 
     def flow(self, start: int, end: int, size: int = SIZE) -> Float[Tensor, "2 {size} {size}"]:
-        """Exact optical flow in pixels (x, y): what frame `start` shows at p, `end` has at p + flow."""
+        """Exact flow in pixels (x, y): what frame `start` shows at p, `end` shows at p + flow."""
         pixels = pixel_grid(size)
-        return torch.where(
-            self.mask(start, size) > 0.5,
-            self.object.to_pixels(end, self.object.to_layer(start, pixels)),
-            self.background.to_pixels(end, self.background.to_layer(start, pixels)),
-        ) - pixels
+        return (
+            torch.where(
+                self.mask(start, size) > 0.5,
+                self.object.to_pixels(end, self.object.to_layer(start, pixels)),
+                self.background.to_pixels(end, self.background.to_layer(start, pixels)),
+            )
+            - pixels
+        )
 
     def visible(self, start: int, end: int, size: int = SIZE) -> Bool[Tensor, "{size} {size}"]:
         """Pixels of frame `start` whose content frame `end` shows too.
@@ -181,17 +182,17 @@ def random_scene(
     )
     # centred in time, so that the middle of a clip looks like a still
     t = torch.arange(frames, dtype=torch.float32) - (frames - 1) / 2
-    sway = uniform(0, 2 * math.pi)
+    sway = uniform(0.0, 2 * math.pi)
     unit = size / SIZE
     obj = Path(
-        x=(uniform(34, 94) + uniform(-2.0, 2.0) * t) * unit,
-        y=(uniform(34, 94) + uniform(-1.2, 1.2) * t + 3 * torch.sin(t / 4 + sway)) * unit,
-        scale=uniform(24, 38) * torch.exp(uniform(-0.012, 0.012) * t) * unit,
-        angle=uniform(0, 2 * math.pi) + uniform(-0.05, 0.05) * t,
+        x=(uniform(34.0, 94.0) + uniform(-2.0, 2.0) * t) * unit,
+        y=(uniform(34.0, 94.0) + uniform(-1.2, 1.2) * t + 3 * torch.sin(t / 4 + sway)) * unit,
+        scale=uniform(24.0, 38.0) * torch.exp(uniform(-0.012, 0.012) * t) * unit,
+        angle=uniform(0.0, 2 * math.pi) + uniform(-0.05, 0.05) * t,
     )
     behind = Path(
-        x=(uniform(-500, 500) + uniform(-1.5, 1.5) * t) * unit,
-        y=(uniform(-500, 500) + uniform(-0.7, 0.7) * t) * unit,
+        x=(uniform(-500.0, 500.0) + uniform(-1.5, 1.5) * t) * unit,
+        y=(uniform(-500.0, 500.0) + uniform(-0.7, 0.7) * t) * unit,
         scale=torch.full_like(t, unit),
         angle=torch.zeros_like(t),
     )
@@ -200,7 +201,7 @@ def random_scene(
         object=obj,
         background=behind,
         texture=int(torch.randint(1 << 20, (), generator=generator)),
-        phase=uniform(0, 2 * math.pi),
+        phase=uniform(0.0, 2 * math.pi),
     )
 
 
@@ -287,7 +288,7 @@ def paint_background(
             return sky.lerp(torch.tensor((0.90, 0.90, 0.75))[:, None, None], star)
 
 
-def value_noise(seed: int, points: Float[Tensor, "2 *shape"]) -> Float[Tensor, "*shape"]:
+def value_noise(seed: int, points: Float[Tensor, 2 * shape]) -> Float[Tensor, "*shape"]:
     """Smooth noise in 0..1: hashed lattice values, smoothstep between them."""
     corner = points.floor()
     i, j = corner.long()

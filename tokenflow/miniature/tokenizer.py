@@ -28,7 +28,7 @@ def save_tokenizer(folder: Path) -> CLIPTokenizer:
         while len(pieces := byte_pairs(word, merges)) > 1:
             merges.append((pieces[0], pieces[1]))
             tokens.append(pieces[0] + pieces[1])
-    tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").unlink(missing_ok=True)  # it would be read in place of the two
     vocabulary = folder / "vocab.json"

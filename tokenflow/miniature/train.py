@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from tokenflow.miniature.scenes import SIZE, VOCABULARY, random_scene
 from tokenflow.miniature.tokenizer import MAX_LENGTH, save_tokenizer
 
 WEIGHTS = Path(__file__).parent / "weights"
+CROPPED = 0.6  # of the denoiser's steps see crops of 3/4 of the side, at less than half the cost
 SCENES = 12_288  # seeds 0 .. SCENES - 1 are for training; evaluation uses seeds from a million up
 
 
@@ -92,12 +93,11 @@ def new_scheduler() -> DDIMScheduler:
 class Stage(LightningModule):
     """AdamW with warm-up and cosine decay over `max_steps`, and a loss that is logged."""
 
+    loss: Callable[..., Tensor]
+
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
-
-    def loss(self, *batch: Tensor) -> Tensor:
-        raise NotImplementedError(f"{type(self).__name__} defines its loss")
 
     def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:
         loss = self.loss(*batch)
@@ -121,7 +121,7 @@ class Autoencoder(Stage):
 
     def __init__(self) -> None:
         super().__init__(rate=2e-3)
-        self.vae = new_vae().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.vae = new_vae().to(memory_format=torch.channels_last)
 
     def loss(self, images: UInt8[Tensor, "batch 3 height width"]) -> Tensor:
         top, left = torch.randint(0, SIZE // 2 + 1, (2,)).tolist()
@@ -141,7 +141,7 @@ class Denoiser(Stage):
 
     def __init__(self, vocabulary: int, nothing: Int[Tensor, " length"]) -> None:
         super().__init__(rate=1e-3)
-        self.unet = new_unet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.unet = new_unet().to(memory_format=torch.channels_last)
         self.text_encoder = new_text_encoder(vocabulary)
         self.alphas: Tensor
         self.nothing: Tensor
@@ -151,6 +151,10 @@ class Denoiser(Stage):
     def loss(
         self, latents: Float[Tensor, "batch 4 height width"], tokens: Int[Tensor, "batch length"]
     ) -> Tensor:
+        if self.global_step < CROPPED * self.trainer.max_steps:
+            top, left = torch.randint(0, latents.shape[-1] // 4 + 1, (2,)).tolist()
+            side = latents.shape[-1] * 3 // 4
+            latents = latents[..., top : top + side, left : left + side]
         dropped = torch.rand(len(tokens), 1, device=tokens.device) < 0.1
         tokens = torch.where(dropped, self.nothing, tokens)
         t = torch.randint(len(self.alphas), (len(latents),), device=latents.device)

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from tokenflow.errors import InputError
 from tokenflow.propagation.base import Correspondence, Propagation, Window
 
 
@@ -20,7 +21,7 @@ class NNField(Propagation):
 
     def __init__(self, block: int = 2048) -> None:
         if block < 1:
-            raise ValueError(f"block must be at least 1 token, got {block}")
+            raise InputError(f"block must be at least 1 token, got {block}")
         self.block = block
 
     def correspond(

@@ -4,7 +4,7 @@ from tokenflow.video.atomic import atomic
 from tokenflow.video.clip import AudioSpan, Clip, VideoError
 from tokenflow.video.layout import contact_sheet, side_by_side
 from tokenflow.video.reader import read_clip
-from tokenflow.video.writer import write_image, write_video
+from tokenflow.video.writer import write_clip, write_image, write_video
 
 __all__ = [
     "AudioSpan",
@@ -14,6 +14,7 @@ __all__ = [
     "contact_sheet",
     "read_clip",
     "side_by_side",
+    "write_clip",
     "write_image",
     "write_video",
 ]

@@ -8,8 +8,10 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor
 
+from tokenflow.errors import InputError
 
-class VideoError(ValueError):
+
+class VideoError(InputError):
     """A video, an image folder or a request for one that cannot be served."""
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tokenflow.video.atomic import atomic
 from tokenflow.video.audio import audio_track
-from tokenflow.video.clip import AudioSpan, VideoError, check_times
+from tokenflow.video.clip import AudioSpan, Clip, VideoError, check_times
 from tokenflow.video.sizing import Size, nearest, resized
 from tokenflow.video.video_file import EXACT
 
@@ -148,3 +148,10 @@ def _decoding_time(packet: Packet) -> Fraction:
 def _pixels(image: Float[Tensor, "3 height width"]) -> UInt8[Tensor, "height width 3"]:
     levels = (image.float().clamp(0, 1) * 255).round().to(torch.uint8)
     return levels.permute(1, 2, 0).contiguous().cpu()
+
+
+def write_clip(path: str | Path, clip: Clip, *, crf: int = 16) -> Path:
+    """Write a clip as `write_video` does, at its display size, with its times and its sound."""
+    return write_video(
+        path, clip.frames, clip.times, clip.rate, size=clip.display_size, audio=clip.audio, crf=crf
+    )

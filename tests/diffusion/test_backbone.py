@@ -1,0 +1,238 @@
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tokenflow.diffusion import Backbone, ModelError
+from tokenflow.diffusion.backbone import COMPONENTS, NETWORKS
+
+
+@pytest.fixture
+def folder(model_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model, to be spoilt."""
+    return Path(shutil.copytree(model_folder, tmp_path / "model"))
+
+
+def tiny_vae(blocks: int) -> AutoencoderKL:
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        block_out_channels=(8,) * blocks,
+        norm_num_groups=4,
+        scaling_factor=0.18215,
+    )
+
+
+def with_parts(backbone: Backbone, **parts: Any) -> Backbone:
+    return Backbone(**{name: parts.get(name, getattr(backbone, name)) for name in COMPONENTS})
+
+
+def set_config(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def test_loads_a_frozen_model(backbone: Backbone) -> None:
+    assert backbone.device == torch.device("cpu")
+    assert backbone.dtype == torch.float32  # "auto" on a CPU
+    for name in NETWORKS:
+        network = getattr(backbone, name)
+        assert not network.training
+        assert not any(p.requires_grad for p in network.parameters())
+
+
+@pytest.mark.parametrize("model", ["/nowhere/model", "./model", "~/model", "a/b/c"])
+def test_a_folder_that_is_not_there(model: str) -> None:
+    with pytest.raises(ModelError, match=rf"{model}' does not exist; give the folder that holds"):
+        Backbone.load(model)
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_a_missing_component(folder: Path, name: str) -> None:
+    shutil.rmtree(folder / name)
+    with pytest.raises(ModelError, match=rf"has no {name}/; expected diffusers' layout with unet,"):
+        Backbone.load(folder)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_pickled_weights_are_not_read(folder: Path, name: str) -> None:
+    for file in (folder / name).glob("*.safetensors"):
+        file.rename(file.with_suffix(".bin"))
+    with pytest.raises(ModelError, match=r"no \*\.safetensors file \(found .*\.bin'\].*convert"):
+        Backbone.load(folder)
+
+
+def test_no_weights_at_all(folder: Path) -> None:
+    for file in (folder / "unet").glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(ModelError, match="found no weights"):
+        Backbone.load(folder)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_parameter_without_weights(folder: Path, name: str) -> None:
+    """Diffusers and transformers would leave it random, or on no device."""
+    (file,) = (folder / name).glob("*.safetensors")
+    weights = load_file(file)
+    lost = min(weights)
+    del weights[lost]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"{name} .* no weights for 1 .* such as .*{lost}"):
+        Backbone.load(folder, device="cpu")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_weights_of_another_shape(folder: Path, name: str) -> None:
+    (file,) = (folder / name).glob("*.safetensors")
+    weights = load_file(file)
+    weights[min(weights)] = torch.zeros(3)
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=f"{name} of the model folder .* does not load"):
+        Backbone.load(folder, device="cpu")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_weights_that_are_cut_short(folder: Path, name: str) -> None:
+    for file in (folder / name).glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ModelError, match=f"{name} of the model folder .* does not load"):
+        Backbone.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("unet", "config.json"),
+        ("vae", "config.json"),
+        ("text_encoder", "config.json"),
+        ("scheduler", "scheduler_config.json"),
+    ],
+)
+@pytest.mark.parametrize("text", ["{", None])
+def test_configuration_that_does_not_parse(
+    folder: Path, name: str, file: str, text: str | None
+) -> None:
+    if text is None:
+        (folder / name / file).unlink()
+    else:
+        (folder / name / file).write_text(text)
+    with pytest.raises(ModelError, match=f"{name} of the model folder .* does not load"):
+        Backbone.load(folder)
+
+
+def test_an_unknown_dtype(model_folder: Path) -> None:
+    with pytest.raises(ModelError, match=r"dtype must be one of .*'bfloat16'\), got 'float8'"):
+        Backbone.load(model_folder, dtype="float8")
+
+
+def test_a_hub_model_without_network() -> None:
+    with pytest.raises(ModelError, match=r"Without network, download .* give its folder"):
+        Backbone.load("nobody/no-such-model", device="cpu")
+
+
+def test_an_unknown_prediction(folder: Path) -> None:
+    set_config(folder / "scheduler" / "scheduler_config.json", prediction_type="sample")
+    with pytest.raises(ModelError, match="predicts 'sample', expected 'epsilon' or 'v_prediction'"):
+        Backbone.load(folder, device="cpu")
+
+
+def test_a_unet_for_inpainting(backbone: Backbone) -> None:
+    unet = UNet2DConditionModel.from_config({**backbone.unet.config, "in_channels": 9})
+    with pytest.raises(ModelError, match=r"takes 9 channels .* latents have 4; .* inpainting"):
+        with_parts(backbone, unet=unet)
+
+
+def test_v_prediction(folder: Path, backbone: Backbone) -> None:
+    set_config(folder / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
+    model = Backbone.load(folder, device="cpu")
+    schedule, x, t = model.schedule(3), torch.randn(1, 4, 8, 8), 334
+    assert schedule.prediction == "v_prediction"
+    text = model.embed([""])
+    a = float(model.scheduler.alphas_cumprod[t])
+    with torch.no_grad():
+        velocity = backbone.unet(x, t, encoder_hidden_states=text).sample
+        expected = a**0.5 * velocity + (1 - a) ** 0.5 * x
+        # the same weights and the same float32 operations
+        assert torch.equal(model.epsilon(x, t, text, schedule), expected)
+        assert torch.equal(backbone.epsilon(x, t, text, backbone.schedule(3)), velocity)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("bfloat16", torch.bfloat16)])
+def test_latents_are_float32_whatever_the_networks(
+    model_folder: Path, dtype: str, expected: torch.dtype
+) -> None:
+    model = Backbone.load(model_folder, device="cpu", dtype=dtype)
+    assert {getattr(model, name).dtype for name in NETWORKS} == {expected}
+    latents = model.encode(torch.rand(1, 3, 16, 16))
+    assert latents.dtype == torch.float32
+    assert model.decode(latents).dtype == torch.float32
+    text = model.embed(["a ball"])
+    with torch.no_grad():
+        assert model.epsilon(latents, 1, text, model.schedule(1)).dtype == torch.float32
+
+
+def test_extra_arguments_reach_the_unet(backbone: Backbone) -> None:
+    x, text, schedule = torch.randn(1, 4, 8, 8), backbone.embed([""]), backbone.schedule(1)
+    middle = torch.ones(1, 16, 1, 1)
+    with torch.no_grad():
+        plain = backbone.epsilon(x, 1, text, schedule)
+        residuals = [torch.zeros(())] * 12
+        other = backbone.epsilon(
+            x, 1, text, schedule,
+            mid_block_additional_residual=middle, down_block_additional_residuals=residuals,
+        )  # fmt: skip
+    assert not torch.allclose(plain, other)
+
+
+@pytest.mark.parametrize("blocks", [2, 4])
+def test_frames_to_latents_and_back(backbone: Backbone, blocks: int) -> None:
+    model = with_parts(backbone, vae=tiny_vae(blocks))
+    scale = 2 ** (blocks - 1)
+    assert model.latent_scale == scale
+    assert model.multiple == scale * 8  # three halvings in the UNet
+    frames = torch.rand(2, 3, model.multiple, 2 * model.multiple)
+    latents = model.encode(frames)
+    assert latents.shape == (2, 4, 8, 16)
+    decoded = model.decode(latents)
+    assert decoded.shape == frames.shape
+    with torch.no_grad():
+        posterior = model.vae.encode(2 * frames - 1).latent_dist
+        assert torch.equal(latents, posterior.mean * 0.18215)
+        pixels = model.vae.decode(latents / 0.18215).sample
+        assert torch.equal(decoded, (pixels / 2 + 0.5).clamp(0, 1))
+
+
+def test_decoded_frames_stay_within_0_and_1(backbone: Backbone) -> None:
+    frames = backbone.decode(1000 * torch.randn(2, 4, 8, 8))
+    assert frames.min() == 0
+    assert frames.max() == 1
+
+
+def test_the_unet_keeps_the_size_of_frames_of_the_least_size(backbone: Backbone) -> None:
+    side = backbone.multiple
+    latents = backbone.encode(torch.rand(1, 3, side, side))
+    with torch.no_grad():
+        epsilon = backbone.epsilon(latents, 1, backbone.embed([""]), backbone.schedule(1))
+    assert epsilon.shape == latents.shape
+
+
+def pipeline_embeddings(backbone: Backbone, prompts: list[str]) -> Tensor:
+    parts = {name: getattr(backbone, name) for name in COMPONENTS}
+    pipeline = StableDiffusionPipeline(
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    return pipeline.encode_prompt(prompts, "cpu", 1, False)[0]
+
+
+def test_embeddings_are_those_of_diffusers_pipeline(backbone: Backbone) -> None:
+    prompts = ["a red ball on sand", "", "a ball on a ball " * 20]  # the last is cut
+    embeddings = backbone.embed(prompts)
+    assert embeddings.shape == (3, backbone.tokenizer.model_max_length, 16)
+    assert torch.equal(embeddings, pipeline_embeddings(backbone, prompts))
+    assert not torch.allclose(embeddings[0], embeddings[1])

@@ -1,0 +1,164 @@
+"""Algorithm 1 of the paper, written out slowly, against `edit_latents`."""
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from tokenflow.diffusion import Backbone, Trajectory, invert
+from tokenflow.diffusion.backbone import COMPONENTS
+from tokenflow.editors import PnP
+from tokenflow.engine import Settings, edit_latents
+from tokenflow.engine.windows import draw_keyframes, split_windows
+from tokenflow.propagation import NNField
+
+STEPS, FRAMES, EVERY, GUIDANCE = 4, 5, 2, 7.5
+PROMPTS = ["a red ball on sand", "a green cube", "a blue ball on sand"]  # source, negative, edit
+
+# float32 through four steps, guided by 7.5, of latents up to 6; measured 2e-5
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def trajectory(backbone: Backbone) -> Trajectory:
+    latents = torch.randn(FRAMES, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    return invert(backbone, latents, PROMPTS[0], backbone.schedule(STEPS), STEPS)
+
+
+def edited(backbone: Backbone, trajectory: Trajectory, editor: PnP, **settings: Any) -> Tensor:
+    source, negative, prompt = PROMPTS
+    return edit_latents(
+        backbone, trajectory, backbone.schedule(STEPS), editor, NNField(),
+        prompt, negative, source,
+        Settings(steps=STEPS, guidance=GUIDANCE, keyframe_every=EVERY, batch=3, **settings),
+    )  # fmt: skip
+
+
+class SlowAttention:
+    """Joint attention with whole attention matrices, then nearest neighbours frame by frame."""
+
+    def __init__(self, injected: bool) -> None:
+        self.injected = injected
+        self.weights: list[dict[int, float]] | None = None
+
+    def __call__(self, attn: Attention, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        if self.weights is None:
+            self.tokens = x.chunk(3)[0]
+            self.outputs = [self.joint(attn, *parts) for parts in self.branches(attn, x)]
+            return torch.cat(self.outputs)
+        source = nn.functional.normalize(x.chunk(3)[0], dim=-1)
+        keys = nn.functional.normalize(self.tokens, dim=-1)
+        result = []
+        for outputs in self.outputs:
+            for frame, weights in enumerate(self.weights):
+                found = {k: (source[frame] @ keys[k].T).argmax(dim=-1) for k in weights}
+                result.append(sum(w * outputs[k, found[k]] for k, w in weights.items()))
+        return torch.stack(result)
+
+    def branches(self, attn: Attention, x: Tensor) -> list[tuple[Tensor, Tensor, Tensor, bool]]:
+        q, k, v = (list(project(x).chunk(3)) for project in (attn.to_q, attn.to_k, attn.to_v))
+        if self.injected:
+            q, k = [q[0]] * 3, [k[0]] * 3
+        return [(q[b], k[b], v[b], b > 0) for b in range(3)]
+
+    def joint(self, attn: Attention, q: Tensor, k: Tensor, v: Tensor, extended: bool) -> Tensor:
+        result = torch.zeros_like(q)
+        for frame in range(len(q)):
+            keys = k.flatten(0, 1) if extended else k[frame]
+            values = v.flatten(0, 1) if extended else v[frame]
+            for part in torch.arange(q.shape[-1]).chunk(attn.heads):
+                scores = q[frame][:, part] @ keys[:, part].T / math.sqrt(len(part))
+                result[frame][:, part] = scores.softmax(-1) @ values[:, part]
+        return attn.to_out[0](result)
+
+
+def bracket(frame: int, keyframes: Sequence[int]) -> dict[int, float]:
+    """The numbers of the keyframes around a frame, with their weights."""
+    before = [k for k, at in enumerate(keyframes) if at <= frame]
+    after = [k for k, at in enumerate(keyframes) if at >= frame]
+    if not before or not after or before[-1] == after[0]:
+        return {(before[-1:] or after[:1])[0]: 1.0}
+    start, stop = keyframes[before[-1]], keyframes[after[0]]
+    weight = 1 / (1 + math.exp(-(frame - start) / (stop - start)))
+    return {before[-1]: 1 - weight, after[0]: weight}
+
+
+def slowly_edited(
+    backbone: Backbone, trajectory: Trajectory, features: int, attention: int, joint: bool
+) -> Tensor:
+    """Edits with features and attention injected in the first so many steps."""
+    unet, text = backbone.unet, backbone.embed(PROMPTS)
+    scheduler = DDIMScheduler.from_config(backbone.scheduler.config)
+    scheduler.set_timesteps(STEPS)
+    before = dict(unet.attn_processors)
+    x = trajectory.at(int(scheduler.timesteps[0]))
+
+    def noise(frames: list[int], t: int) -> Tensor:
+        batch = torch.cat([trajectory.at(t)[frames], x[frames], x[frames]])
+        hidden = text.repeat_interleave(len(frames), dim=0)
+        return unet(batch, t, encoder_hidden_states=hidden).sample
+
+    for step, t in enumerate(scheduler.timesteps.tolist()):
+        sites: dict[str, Any] = {}
+        with ExitStack() as stack:
+            for name in before:
+                if name.endswith("attn1.processor"):
+                    # the decoder's self-attentions but the first
+                    late = name.startswith("up_blocks") and "up_blocks.1.attentions.0" not in name
+                    sites[name] = SlowAttention(late and step < attention)
+            unet.set_attn_processor({**before, **sites})
+            stack.callback(unet.set_attn_processor, before.copy())
+            if step < features:
+                inject = (
+                    unet.up_blocks[1]
+                    .resnets[1]
+                    .conv2.register_forward_hook(lambda m, i, out: torch.cat([out.chunk(3)[0]] * 3))
+                )
+                stack.enter_context(inject)
+            everything = list(range(FRAMES))
+            drawn = draw_keyframes(split_windows(FRAMES, EVERY), "random", 0, "clip", step)
+            output = noise(everything if joint else drawn, t)
+            if not joint:
+                for site in sites.values():
+                    site.weights = [bracket(frame, drawn) for frame in everything]
+                output = noise(everything, t)
+        _, negative, prompt = output.chunk(3)
+        x = scheduler.step(negative + GUIDANCE * (prompt - negative), t, x).prev_sample
+    return x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("consistency", ["tokenflow", "joint"])
+@pytest.mark.parametrize(("features", "attention"), [(0, 0), (3, 2)])
+def test_agrees_with_the_algorithm_written_out_slowly(
+    backbone: Backbone, trajectory: Trajectory, consistency: Any, features: int, attention: int
+) -> None:
+    editor = PnP(features=features / STEPS, attention=attention / STEPS)
+    result = edited(backbone, trajectory, editor, consistency=consistency)
+    joint = consistency == "joint"
+    expected = slowly_edited(backbone, trajectory, features, attention, joint)
+    assert torch.allclose(result, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_frames_on_their_own_are_what_diffusers_pipeline_makes(
+    backbone: Backbone, trajectory: Trajectory
+) -> None:
+    editor = PnP(features=0.0, attention=0.0)
+    result = edited(backbone, trajectory, editor, consistency="none")
+    parts = {name: getattr(backbone, name) for name in COMPONENTS}
+    pipeline = StableDiffusionPipeline(
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline(
+        [PROMPTS[2]] * FRAMES, negative_prompt=[PROMPTS[1]] * FRAMES,
+        height=16, width=16, num_inference_steps=STEPS, guidance_scale=GUIDANCE,
+        latents=trajectory.latents[0].clone(), output_type="latent",
+    ).images  # fmt: skip
+    assert torch.allclose(result, expected, rtol=0, atol=TOLERANCE)

@@ -1,0 +1,195 @@
+import inspect
+import itertools
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from tokenflow.engine.windows import (
+    Blend,
+    Keyframes,
+    Neighbours,
+    draw_keyframes,
+    neighbourhood,
+    split_windows,
+)
+from tokenflow.errors import InputError
+
+# more than float32's rounding of a weight below 1, 6e-8
+WEIGHT = 1e-6
+NINETEEN = split_windows(19, 5)  # the last window has four frames
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def taken(
+    frames: range,
+    windows: Sequence[range],
+    keyframes: Sequence[int],
+    neighbours: Neighbours = "bracketing",
+    blend: Blend = "sigmoid",
+) -> dict[int, dict[int, float]]:
+    """For each frame, the keyframes by position in the clip that it takes from, and how much."""
+    window, used = neighbourhood(frames, windows, keyframes, neighbours, blend)
+    assert window.frames == tuple(frames)
+    assert window.keyframes == tuple(keyframes[k] for k in used)
+    assert list(window.keyframes) == sorted(set(window.keyframes))
+    assert (window.blend >= 0).all()
+    assert torch.allclose(window.blend.sum(1), torch.ones(len(frames)), rtol=0, atol=WEIGHT)
+    result: dict[int, dict[int, float]] = {}
+    for frame, pair, weights in zip(
+        frames, window.neighbours.tolist(), window.blend.tolist(), strict=True
+    ):
+        here = result.setdefault(frame, {})
+        for k, weight in zip(pair, weights, strict=True):
+            here[window.keyframes[k]] = here.get(window.keyframes[k], 0.0) + weight
+    return result
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 7, 8, 9, 16, 41])
+@pytest.mark.parametrize("every", [1, 2, 3, 8, 50])
+def test_windows_cover_all_frames_in_order(frames: int, every: int) -> None:
+    windows = split_windows(frames, every)
+    assert [frame for window in windows for frame in window] == list(range(frames))
+    assert all(len(window) == every for window in windows[:-1])
+    assert 1 <= len(windows[-1]) <= every
+
+
+@pytest.mark.parametrize("every", [0, -3])
+def test_windows_need_a_frame(every: int) -> None:
+    with pytest.raises(InputError, match=f"keyframe_every must be at least 1 frame, got {every}"):
+        split_windows(9, every)
+
+
+@pytest.mark.parametrize("policy", ["random", "center", "first", 0, 3, 7])
+def test_every_window_has_its_keyframe(policy: Keyframes) -> None:
+    for step in range(20):
+        drawn = draw_keyframes(NINETEEN, policy, 0, "clip", step)
+        assert len(drawn) == len(NINETEEN)
+        assert all(k in window for k, window in zip(drawn, NINETEEN, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        ("center", [2, 7, 12, 17]),
+        ("first", [0, 5, 10, 15]),
+        (0, [0, 5, 10, 15]),
+        (3, [3, 8, 13, 18]),
+        (4, [4, 9, 14, 18]),  # the last window's last
+    ],
+)
+def test_fixed_policies(policy: Keyframes, expected: list[int]) -> None:
+    assert draw_keyframes(NINETEEN, policy, 0, "clip", 0) == expected
+    assert draw_keyframes(NINETEEN, policy, 1, "other", 9) == expected
+
+
+@pytest.mark.parametrize("policy", ["last", -1, 1.5, None])
+def test_unknown_policies(policy: Keyframes) -> None:
+    unchecked = inspect.unwrap(draw_keyframes)  # without the types that only the tests check
+    with pytest.raises(InputError, match=rf"keyframes must be 'random'.* got {policy!r}"):
+        unchecked(NINETEEN, policy, 0, "clip", 0)
+
+
+def test_draws_depend_on_seed_clip_and_step_alone() -> None:
+    def steps(seed: int, clip: str) -> list[list[int]]:
+        return [draw_keyframes(NINETEEN, "random", seed, clip, step) for step in range(50)]
+
+    first = steps(0, "clip")
+    torch.manual_seed(123)
+    torch.rand(1)
+    assert steps(0, "clip") == first
+    assert steps(1, "clip") != first
+    assert steps(0, "other") != first
+    # 500 distinct keyframe sets: the same one twice in a row has a chance of 1 in 500 at a step
+    assert sum(a == b for a, b in itertools.pairwise(first)) < 3
+
+
+def test_draws_leave_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    draw_keyframes(NINETEEN, "random", 0, "clip", 0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_draws_are_uniform() -> None:
+    steps = 1000
+    counts = torch.zeros(19)
+    for step in range(steps):
+        counts[draw_keyframes(NINETEEN, "random", 0, "clip", step)] += 1
+    share = torch.tensor([1 / len(w) for w in NINETEEN for _ in w])
+    # five standard deviations of a binomial count
+    assert ((counts - steps * share).abs() < 5 * (steps * share * (1 - share)).sqrt()).all()
+
+
+@pytest.mark.parametrize("keyframes", [[2, 7, 12, 17], [0, 9, 10, 18], [4, 5, 14, 15]])
+@pytest.mark.parametrize("blend", ["sigmoid", "linear"])
+def test_bracketing_is_the_nearest_keyframe_before_and_after(
+    keyframes: list[int], blend: Blend
+) -> None:
+    result = taken(range(19), NINETEEN, keyframes, "bracketing", blend)
+    for frame in range(19):
+        before = max((k for k in keyframes if k <= frame), default=None)
+        after = min((k for k in keyframes if k >= frame), default=None)
+        if before is None or after is None or before == after:
+            only = before if before is not None else after
+            weights = {only: 1.0}
+        else:
+            ratio = (frame - before) / (after - before)
+            weight = sigmoid(ratio) if blend == "sigmoid" else ratio
+            weights = {before: 1 - weight, after: weight}
+        assert {k: w for k, w in result[frame].items() if w} == pytest.approx(weights, abs=WEIGHT)
+
+
+@pytest.mark.parametrize("blend", ["sigmoid", "linear"])
+def test_a_keyframe_takes_from_itself_alone(blend: Blend) -> None:
+    result = taken(range(19), NINETEEN, [0, 9, 10, 18], "bracketing", blend)
+    for keyframe in (0, 9, 10, 18):
+        assert result[keyframe] == {keyframe: 1.0}
+
+
+def test_a_window_has_up_to_three_neighbours() -> None:
+    keyframes = [2, 7, 12, 17]
+    window, used = neighbourhood(NINETEEN[1], NINETEEN, keyframes)
+    assert window.keyframes == (2, 7, 12)
+    assert used == [0, 1, 2]
+    last, used = neighbourhood(NINETEEN[3], NINETEEN, keyframes)
+    assert last.keyframes == (12, 17)
+    assert used == [2, 3]
+
+
+@pytest.mark.parametrize("blend", ["sigmoid", "linear"])
+def test_previous_is_the_published_code(blend: Blend) -> None:
+    keyframes, centers = [0, 9, 10, 18], [2, 7, 12, 17]
+    result = taken(range(19), NINETEEN, keyframes, "previous", blend)
+    for number, window in enumerate(NINETEEN):
+        for frame in window:
+            if number == 0:
+                assert result[frame] == {keyframes[0]: 1.0}
+                continue
+            own, previous = abs(frame - centers[number]), abs(frame - centers[number - 1])
+            ratio = previous / (own + previous)
+            weight = sigmoid(ratio) if blend == "sigmoid" else ratio
+            expected = {keyframes[number]: weight, keyframes[number - 1]: 1 - weight}
+            assert result[frame] == pytest.approx(expected, abs=WEIGHT)
+
+
+@pytest.mark.parametrize("neighbours", ["bracketing", "previous"])
+@pytest.mark.parametrize("run", [1, 2, 3, 4, 7, 19])
+def test_a_frame_takes_the_same_in_any_run_of_frames(neighbours: Neighbours, run: int) -> None:
+    keyframes = draw_keyframes(NINETEEN, "random", 0, "clip", 0)
+    together: dict[int, dict[int, float]] = {}
+    for start in range(0, 19, run):
+        part = range(start, min(start + run, 19))
+        together |= taken(part, NINETEEN, keyframes, neighbours)
+    by_window: dict[int, dict[int, float]] = {}
+    for window in NINETEEN:
+        by_window |= taken(window, NINETEEN, keyframes, neighbours)
+    assert together == by_window
+
+
+@pytest.mark.parametrize("neighbours", ["bracketing", "previous"])
+def test_one_frame_has_itself(neighbours: Neighbours) -> None:
+    assert taken(range(1), split_windows(1, 8), [0], neighbours) == {0: {0: 1.0}}

@@ -1,0 +1,171 @@
+"""The command line as users meet it: a process, its words, its files."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tokenflow.cli import main
+from tokenflow.video import Clip, read_clip, write_clip
+
+
+@pytest.fixture
+def video(tmp_path: Path) -> Path:
+    """Six small frames with a moving gradient, which h264 keeps well."""
+    ramp = torch.linspace(0, 1, 32)
+    frames = torch.stack([(ramp + i / 12).clamp(0, 1).expand(3, 16, 32) for i in range(6)])
+    return write_clip(tmp_path / "ramp.mp4", Clip.from_frames(frames))
+
+
+@pytest.fixture
+def words(video: Path, model_folder: Path, tmp_path: Path) -> list[str]:
+    """A small run that works."""
+    return [
+        "predict",
+        f"--data.video={video}",
+        f"--model.backbone={model_folder}",
+        "--model.prompt=a blue ball",
+        "--model.steps=2",
+        "--model.keyframe_every=4",
+        f"--output.folder={tmp_path / 'runs'}",
+        "--trainer.accelerator=cpu",
+    ]
+
+
+def test_help_is_quick_and_names_the_commands() -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "tokenflow.cli", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "predict" in done.stdout
+    assert "doctor" in done.stdout
+    assert " torch" not in done.stderr, "help must not wait for torch"
+
+
+def test_predict_help_starts_with_what_a_user_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["predict", "--help"])
+    assert exit.value.code == 0
+    text = capsys.readouterr().out
+    assert text.index("--data.video") < text.index("--model.prompt") < text.index("--trainer.")
+    assert "Scale of classifier-free guidance" in text
+
+
+def test_a_run_leaves_its_four_files(words: list[str], video: Path, tmp_path: Path) -> None:
+    main(words)
+    run = tmp_path / "runs" / "ramp"
+    assert sorted(p.name for p in run.iterdir()) == [
+        "compare.mp4",
+        "contact_sheet.png",
+        "edited.mp4",
+        "run.yaml",
+    ]
+    source, edited = read_clip(video), read_clip(run / "edited.mp4")
+    assert edited.frames.shape == source.frames.shape
+    assert edited.times == source.times
+    assert read_clip(run / "compare.mp4").frames.shape[-1] > 2 * source.frames.shape[-1]
+    summary = yaml.safe_load((run / "run.yaml").read_text())
+    assert summary["configuration"]["model"]["editor"]["class_path"].endswith("PnP")
+    assert summary["configuration"]["model"]["steps"] == 2
+    assert {"encode", "invert", "edit", "decode"} <= set(summary["seconds"])
+    assert summary["versions"]["torch"] == torch.__version__
+
+
+def test_a_finished_run_is_not_overwritten_unasked(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(words)
+    file = tmp_path / "runs" / "ramp" / "edited.mp4"
+    before = file.stat().st_mtime_ns
+    with pytest.raises(SystemExit) as exit:
+        main(words)
+    assert exit.value.code == 2
+    assert "holds a finished run" in capsys.readouterr().err
+    assert file.stat().st_mtime_ns == before
+    main([*words, "--output.overwrite=true"])
+    assert file.stat().st_mtime_ns > before
+
+
+def test_a_configuration_file_chooses_the_editor_by_name(
+    words: list[str], tmp_path: Path
+) -> None:
+    config = tmp_path / "config.yaml"
+    editor = {"class_path": "PnP", "init_args": {"attention": 0.25}}
+    config.write_text(yaml.safe_dump({"model": {"editor": editor, "consistency": "joint"}}))
+    main(["predict", f"--config={config}", *words[1:]])
+    summary = yaml.safe_load((tmp_path / "runs" / "ramp" / "run.yaml").read_text())
+    assert summary["configuration"]["model"]["editor"]["init_args"]["attention"] == 0.25
+    assert summary["configuration"]["model"]["consistency"] == "joint"
+
+
+def test_run_yaml_repeats_the_run(words: list[str], tmp_path: Path) -> None:
+    main(words)
+    first = tmp_path / "runs" / "ramp"
+    config = tmp_path / "again.yaml"
+    configuration = yaml.safe_load((first / "run.yaml").read_text())["configuration"]
+    config.write_text(yaml.safe_dump(configuration))
+    main(["predict", f"--config={config}", f"--output.folder={tmp_path / 'again'}"])
+    again = tmp_path / "again" / "ramp" / "edited.mp4"
+    assert torch.equal(read_clip(first / "edited.mp4").frames, read_clip(again).frames)
+
+
+BAD = {
+    "an unknown editor": (["--model.editor=Pnp"], "installed are: NNField, PnP|installed are: PnP"),
+    "an unknown kernel": (["--model.propagation=Flow"], "NNField"),
+    "an empty prompt": (["--model.prompt= "], "prompt is empty"),
+    "a missing file": (["--data.video=gone.mp4"], "gone.mp4 does not exist"),
+    "a missing model": (["--model.backbone=./gone"], "gone' does not exist"),
+    "an unknown hub model": (["--model.backbone=nobody/nothing"], "give its folder"),
+    "frames outside": (["--data.start=6"], "6 frames"),
+    "too few inversion steps": (["--model.inversion_steps=1"], "at least as many steps"),
+    "no window": (["--model.keyframe_every=0"], "keyframe_every must be at least 1"),
+    "two processes": (["--trainer.devices=2", "--trainer.strategy=ddp_spawn"], "devices 1"),
+    "a word of no option": (["--model.stepz=3"], "stepz"),
+    "a wrong type": (["--model.steps=many"], "steps"),
+}
+
+
+@pytest.mark.parametrize("case", [case for case in BAD if case != "two processes"])
+def test_bad_input_says_what_to_do_and_leaves_nothing(
+    case: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad, message = BAD[case]
+    with pytest.raises(SystemExit) as exit:
+        main([*words, *bad])
+    assert exit.value.code == 2
+    err = capsys.readouterr().err
+    assert any(part in err for part in message.split("|")), err
+    assert "Traceback" not in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_configuration_cannot_call_what_it_likes(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "evil.yaml"
+    config.write_text("model:\n  editor:\n    class_path: os.abort\n")
+    with pytest.raises(SystemExit):
+        main(["predict", f"--config={config}", *words[1:]])
+    assert "os.abort" in capsys.readouterr().err
+
+
+def test_an_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["edit"])
+    assert "there is no command 'edit'; expected predict or doctor" in capsys.readouterr().err
+
+
+def test_doctor_finds_this_installation_well(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["doctor"])
+    out = capsys.readouterr().out
+    assert exit.value.code == 0, out
+    for name in ("torch", "diffusers", "accelerator", "libx264", "PnP"):
+        assert name in out

@@ -1,0 +1,59 @@
+from importlib.metadata import EntryPoint
+
+import pytest
+
+from tokenflow import plugins
+from tokenflow.editors import Editor, PnP
+from tokenflow.plugins import PluginError, find, installed_plugins, load
+from tokenflow.propagation import NNField
+
+
+class Old(PnP):
+    interface = 0
+
+
+def test_the_built_in_ones_come_through_entry_points() -> None:
+    assert find("tokenflow.editors", "PnP") is PnP
+    assert find("tokenflow.propagation", "NNField") is NNField
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("Gone", "no.such.module:Gone", "ModuleNotFoundError"),
+        ("Path", "pathlib:Path", "no subclass of Editor"),
+        ("Other", "tokenflow.editors:PnP", "named 'Other' but its class 'PnP'"),
+        ("Old", "tests.test_plugins:Old", "interface 0"),
+    ],
+)
+def test_an_unusable_plugin_is_listed_with_its_reason(name: str, value: str, reason: str) -> None:
+    plugin = load(EntryPoint(name, value, "tokenflow.editors"))
+    assert plugin.kind is None
+    assert reason in plugin.reason
+
+
+def test_choosing_an_unusable_plugin_gives_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = load(EntryPoint("Gone", "no.such.module:Gone", "tokenflow.editors"))
+    monkeypatch.setattr(plugins, "installed_plugins", lambda: (broken, *installed_plugins()))
+    with pytest.raises(PluginError, match="Gone of .* cannot be used: import of no.such.module"):
+        find("tokenflow.editors", "Gone")
+    assert find("tokenflow.editors", "PnP") is PnP
+
+
+def test_an_unknown_name_lists_what_is_installed() -> None:
+    with pytest.raises(PluginError, match="there is no 'Pnp' in tokenflow.editors; .*PnP"):
+        find("tokenflow.editors", "Pnp")
+
+
+def test_a_name_offered_twice_is_used_by_neither(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = EntryPoint("PnP", "tokenflow.editors:PnP", "tokenflow.editors")
+    monkeypatch.setattr(
+        plugins, "entry_points", lambda group: [entry, entry] if "editors" in group else []
+    )
+    for plugin in installed_plugins.__wrapped__():
+        assert plugin.kind is None
+        assert "uninstall one" in plugin.reason
+
+
+def test_interfaces_are_numbers() -> None:
+    assert Editor.interface == PnP.interface == 1

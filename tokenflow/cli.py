@@ -1,0 +1,62 @@
+"""The command line: `tokenflow predict …` is Lightning's, the rest are small commands."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+USAGE = """\
+usage: tokenflow COMMAND [OPTIONS]
+
+Edits videos by text with a frozen image model, consistently over time.
+
+commands:
+  predict   edit a video: tokenflow predict --data.video in.mp4 --model.prompt "a blue ball"
+  doctor    show versions, accelerator and codecs, and what is wrong with them
+
+Options of a command: tokenflow COMMAND --help
+"""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs one command; what a user can mend is printed without a traceback, exit code 2."""
+    words = list(sys.argv[1:] if args is None else args)
+    command = words[0] if words else "--help"
+    if command in ("-h", "--help"):
+        print(USAGE, end="")
+        return
+    if command not in COMMANDS:
+        stop(f"there is no command {command!r}; expected {' or '.join(COMMANDS)}")
+    from tokenflow.errors import InputError
+
+    try:
+        COMMANDS[command](words[1:])
+    except InputError as error:
+        stop(str(error))
+
+
+def stop(message: str) -> NoReturn:
+    """Prints an error and exits with code 2."""
+    print(f"tokenflow: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def predict(words: list[str]) -> None:
+    """Edits a video, through Lightning's command line."""
+    from tokenflow.prediction import run
+
+    run(words)
+
+
+def doctor(words: list[str]) -> None:
+    """Shows what the installation is and what is wrong with it."""
+    from tokenflow.doctor import examine
+
+    raise SystemExit(examine())
+
+
+COMMANDS: dict[str, Callable[[list[str]], Any]] = {"predict": predict, "doctor": doctor}
+
+if __name__ == "__main__":
+    main()

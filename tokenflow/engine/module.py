@@ -1,0 +1,78 @@
+"""The LightningModule: loads the model, hands each clip to `edit_clip`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningModule
+
+from tokenflow.diffusion import Backbone
+from tokenflow.editors import Editor
+from tokenflow.engine.data import Source
+from tokenflow.engine.editing import Progress, Result, Settings, check_prompt, edit_clip
+from tokenflow.errors import InputError
+from tokenflow.propagation import Propagation
+
+
+class TokenFlow(LightningModule):
+    """Edits clips with a frozen text-to-image model, consistently over time.
+
+    Args:
+        prompt: What the edited video shows.
+        editor: The image editing method, by class name.
+        propagation: The kernel that finds correspondences, by class name.
+        backbone: A folder with a Stable Diffusion 1.x or 2.x model in diffusers' layout, the id
+            of a hub model, or "miniature", the embedded one.
+        dtype: Of the networks: "float32", "float16", "bfloat16", or "auto", which is float16 on
+            an accelerator and float32 on the CPU.
+        negative_prompt: What the edited video does not show.
+        inversion_prompt: What the source video shows.
+        report_reconstruction: Also sample back without an edit and report the PSNR.
+        settings: The options of `tokenflow.engine.Settings`.
+    """
+
+    def __init__(
+        self,
+        prompt: str,
+        editor: Editor,
+        propagation: Propagation,
+        backbone: str = "miniature",
+        dtype: str = "auto",
+        negative_prompt: str = "",
+        inversion_prompt: str = "",
+        report_reconstruction: bool = False,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        check_prompt(prompt)
+        self.prompt, self.editor, self.propagation = prompt, editor, propagation
+        self.model, self.dtype_name = backbone, dtype
+        self.negative_prompt, self.inversion_prompt = negative_prompt, inversion_prompt
+        self.report_reconstruction = report_reconstruction
+        self.settings = Settings(**settings)
+        self.progress: Progress = lambda stage, step, steps: None
+        self.backbone: Backbone | None = None
+
+    def setup(self, stage: str) -> None:
+        if self.trainer.world_size > 1:
+            raise InputError(
+                f"one process edits a clip in this version, got {self.trainer.world_size}; "
+                f"use --trainer.devices 1 and start a run for each clip"
+            )
+        device = str(self.trainer.strategy.root_device)
+        self.backbone = Backbone.load(self.model, device, self.dtype_name)
+
+    def predict_step(self, source: Source, batch_index: int) -> Result:
+        assert self.backbone is not None, "setup comes before predict_step"
+        return edit_clip(
+            self.backbone,
+            source.read(self.backbone.multiple),
+            self.prompt,
+            self.editor,
+            self.propagation,
+            negative_prompt=self.negative_prompt,
+            inversion_prompt=self.inversion_prompt,
+            settings=self.settings,
+            report_reconstruction=self.report_reconstruction,
+            progress=self.progress,
+        )

@@ -1,0 +1,12 @@
+"""What a user can mend: every other exception is a bug."""
+
+
+class InputError(ValueError):
+    """Bad input. The message says what was expected, what came, and what to do.
+
+    The command line prints it without a traceback; nothing half-written remains.
+    """
+
+
+class DivergedError(InputError, FloatingPointError):
+    """A latent became NaN or infinite; the message names the stage and the step."""

@@ -1,0 +1,87 @@
+"""Judges the miniature on held-out seeds: `python -m tokenflow.miniature.evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from einops import reduce
+from jaxtyping import Float
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from tokenflow.diffusion import Backbone
+from tokenflow.diffusion.sampling import ddim_step, guide
+from tokenflow.miniature.judge import Judge, accuracy
+from tokenflow.miniature.scenes import VOCABULARY, random_scene
+
+HELD_OUT = 1_000_000
+BAR = {"background": 0.90, "color": 0.85, "shape": 0.80, "pattern": 0.65}
+
+
+@torch.inference_mode()
+def round_trip_psnr(backbone: Backbone, images: Float[Tensor, "n 3 h w"]) -> float:
+    """Mean over images of the PSNR in dB of encoding and decoding."""
+    back = torch.cat([backbone.decode(backbone.encode(part)) for part in images.split(16)])
+    error = reduce((back - images).square(), "n c h w -> n", "mean")
+    return float((-10 * error.log10()).mean())
+
+
+@torch.inference_mode()
+def sample(
+    backbone: Backbone, prompts: Sequence[str], steps: int, guidance: float, seed: int
+) -> Float[Tensor, "n 3 h w"]:
+    """Text to image by DDIM with guidance, from noise drawn from `seed`."""
+    schedule = backbone.schedule(steps)
+    embeddings = torch.cat([backbone.embed([""] * len(prompts)), backbone.embed(prompts)])
+    size = backbone.unet.config.sample_size
+    noise = torch.Generator().manual_seed(seed)
+    x = torch.randn(len(prompts), 4, size, size, generator=noise).to(backbone.device)
+    for t in schedule.timesteps:
+        both = backbone.epsilon(torch.cat([x, x]), t, embeddings, schedule)
+        negative, prompt = both.chunk(2)
+        epsilon = guide(negative, prompt, guidance)
+        x = ddim_step(x, epsilon, schedule.alpha(t), schedule.alpha(schedule.following(t)))
+    return backbone.decode(x)
+
+
+def main(
+    samples: int = 192, steps: int = 50, guidance: float = 3.0, model: str = "miniature"
+) -> None:
+    """Prints a table: the VAE's round trip, the judge on renders, and samples judged.
+
+    Args:
+        samples: How many held-out captions and renders.
+        steps: DDIM steps.
+        guidance: Scale of classifier-free guidance.
+        model: Which model to judge.
+    """
+    backbone, judge = Backbone.load(model), Judge.load()
+    scenes = [random_scene(HELD_OUT + i) for i in range(samples)]
+    shown = [scene.attributes for scene in scenes]
+    renders = torch.stack([scene.frame(0) for scene in scenes])
+    images = torch.cat(
+        [
+            sample(backbone, [str(a) for a in shown[i : i + 16]], steps, guidance, HELD_OUT + i)
+            for i in range(0, samples, 16)
+        ]
+    ).cpu()
+
+    table = Table(title=f"{samples} held-out seeds, {steps} steps, guidance {guidance:g}")
+    for column in ("", "renders judged right", "samples judged right", "bar for samples"):
+        table.add_column(column, justify="left" if not column else "right")
+    on_renders, on_samples = accuracy(judge, renders, shown), accuracy(judge, images, shown)
+    for name in VOCABULARY:
+        table.add_row(
+            name, f"{on_renders[name]:.1%}", f"{on_samples[name]:.1%}", f"{BAR[name]:.0%}"
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"VAE round trip: {round_trip_psnr(backbone, renders):.2f} dB (bar 28)")
+
+
+if __name__ == "__main__":
+    from jsonargparse import auto_cli
+
+    auto_cli(main, as_positional=False)

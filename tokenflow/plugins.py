@@ -1,0 +1,101 @@
+"""Entry points to classes: the one way in which editors and kernels are found, ours included."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from tokenflow.editors import Editor
+from tokenflow.errors import InputError
+from tokenflow.propagation import Propagation
+
+GROUPS: dict[str, type[Any]] = {
+    "tokenflow.editors": Editor,
+    "tokenflow.propagation": Propagation,
+}
+
+
+class PluginError(InputError):
+    """A name that is not installed, or an installed plugin that cannot be used."""
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """One entry point: its class, or why it cannot be used."""
+
+    name: str
+    group: str
+    distribution: str
+    kind: type[Any] | None
+    reason: str = ""
+
+
+def load(entry: EntryPoint) -> Plugin:
+    """Imports one entry point; whatever goes wrong is recorded and stops nobody else."""
+    dist = entry.dist
+    where = f"{dist.name} {dist.version}" if dist is not None else "unknown distribution"
+    expected: Any = GROUPS[entry.group]
+    try:
+        kind: Any = entry.load()
+    except Exception as error:  # a third party's module may raise anything
+        reason = f"import of {entry.value} failed: {type(error).__name__}: {error}"
+    else:
+        if not (isinstance(kind, type) and issubclass(kind, expected)):
+            reason = f"{entry.value} is no subclass of {expected.__name__}"
+        elif kind.__name__ != entry.name:
+            reason = f"the entry point is named {entry.name!r} but its class {kind.__name__!r}"
+        elif (interface := getattr(kind, "interface", None)) != expected.interface:
+            reason = (
+                f"it was written for interface {interface} of {expected.__name__}, "
+                f"this is interface {expected.interface}"
+            )
+        else:
+            return Plugin(entry.name, entry.group, where, kind)
+    return Plugin(entry.name, entry.group, where, None, reason)
+
+
+@cache
+def installed_plugins() -> tuple[Plugin, ...]:
+    """All editors and kernels, usable or not, in the order of group and name.
+
+    Where two distributions offer the same name, neither is used: names never shadow silently.
+    """
+    entries = [entry for group in GROUPS for entry in entry_points(group=group)]
+    plugins = sorted(map(load, entries), key=lambda p: (p.group, p.name, p.distribution))
+    offered: dict[tuple[str, str], list[str]] = {}
+    for p in plugins:
+        offered.setdefault((p.group, p.name), []).append(p.distribution)
+    return tuple(
+        p
+        if len(offered[p.group, p.name]) == 1
+        else Plugin(
+            p.name,
+            p.group,
+            p.distribution,
+            None,
+            f"the name is offered by {' and '.join(offered[p.group, p.name])}; uninstall one",
+        )
+        for p in plugins
+    )
+
+
+def find(group: str, name: str) -> type[Any]:
+    """The class of a plugin by its name, or a `PluginError` that says what is installed."""
+    plugins = [p for p in installed_plugins() if p.group == group]
+    for plugin in plugins:
+        if plugin.name == name and plugin.kind is not None:
+            return plugin.kind
+        if plugin.name == name:
+            raise PluginError(f"{name} of {plugin.distribution} cannot be used: {plugin.reason}")
+    raise PluginError(f"there is no {name!r} in {group}; {describe(plugins)}")
+
+
+def describe(plugins: list[Plugin] | tuple[Plugin, ...]) -> str:
+    """What is installed and what failed to load, in one sentence."""
+    usable = ", ".join(p.name for p in plugins if p.kind is not None) or "nothing"
+    broken = "; ".join(
+        f"{p.name} of {p.distribution}: {p.reason}" for p in plugins if p.kind is None
+    )
+    return f"installed are: {usable}" + (f"; unusable: {broken}" if broken else "")

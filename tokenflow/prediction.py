@@ -1,0 +1,95 @@
+"""`tokenflow predict`: a LightningCLI that knows one subcommand and all installed plugins."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import NoReturn
+
+from jsonargparse import set_parsing_settings
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from tokenflow.cli import stop
+from tokenflow.engine.data import Video
+from tokenflow.engine.module import TokenFlow
+from tokenflow.engine.progress import StageProgress
+from tokenflow.engine.writer import RunWriter
+from tokenflow.plugins import describe, installed_plugins
+
+DESCRIPTION = """\
+Edit a video by text. Needed are --data.video and --model.prompt; a YAML file (--config) may hold
+any of the options, and the command line overrules it."""
+
+TRAINER = {
+    "devices": 1,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "inference_mode": False,
+    "use_distributed_sampler": False,
+}
+
+
+class Parser(LightningArgumentParser):
+    """Says in an error what is installed, and leaves out the long usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        about_plugins = "model.editor" in message or "model.propagation" in message
+        lines = [message, describe(installed_plugins())] if about_plugins else [message]
+        stop("\n".join([*lines, "see tokenflow predict --help"]))
+
+
+class PredictCLI(LightningCLI):
+    """Model, data, output and trainer from YAML files, environment and command line."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {
+            "predict": {"model", "dataloaders", "datamodule", "return_predictions", "ckpt_path"}
+        }
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """As Lightning's own, with the trainer's many options last."""
+        parser.add_lightning_class_args(Video, "data")
+        parser.add_lightning_class_args(TokenFlow, "model")
+        parser.add_lightning_class_args(RunWriter, "output")
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({"model.editor": "PnP", "model.propagation": "NNField"})
+        parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER.items()})
+
+    def after_instantiate_classes(self) -> None:
+        self._dump_config()
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, RunWriter):
+                callback.configuration = self.config_dump
+
+
+def run(words: list[str]) -> None:
+    """Parses the words after `tokenflow predict` and edits."""
+    plugins = [plugin.kind for plugin in installed_plugins() if plugin.kind is not None]
+    # a configuration may name classes of these packages only, not import whatever it likes
+    packages = {kind.__module__.split(".")[0] for kind in plugins}
+    set_parsing_settings(
+        import_path_denylist=["*"],
+        import_path_allowlist=["lightning.pytorch", "tokenflow", *sorted(packages - {"tokenflow"})],
+    )
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for harmless in (".*does not have many workers.*", ".*LightningCLI.s args parameter.*"):
+        warnings.filterwarnings("ignore", message=harmless)
+    PredictCLI(
+        TokenFlow,
+        Video,
+        args=["predict", *words],
+        parser_class=Parser,
+        parser_kwargs={
+            "default_env": True,
+            "env_prefix": "TOKENFLOW",
+            "predict": {"description": DESCRIPTION, "usage": "tokenflow predict [OPTIONS]"},
+        },
+        save_config_callback=None,
+        seed_everything_default=False,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        trainer_defaults={"callbacks": [StageProgress()]},
+    )
