@@ -18,7 +18,8 @@ height, width = source.display_size
 assert edited.frames.shape == source.frames.shape, (edited.frames.shape, source.frames.shape)
 assert edited.times == source.times, (edited.times, source.times)
 assert len(compare) == len(source), (len(compare), len(source))
-assert compare.display_size[0] == height and compare.display_size[1] >= 2 * width
+assert compare.display_size[0] == height, compare.display_size
+assert compare.display_size[1] >= 2 * width, compare.display_size
 assert sheet.height >= 2 * height, sheet.size
 difference = (edited.frames - source.frames).abs().mean().item()
 assert difference > 0.05, f"the edit hardly differs from the source: {difference:.3f}"

@@ -125,8 +125,8 @@ def test_reconstruct_samples_as_diffusers_does(backbone: Backbone, latents: Tens
         with torch.no_grad():
             noise = backbone.unet(x, t, encoder_hidden_states=text).sample
         x = scheduler.step(noise, int(t), x).prev_sample
-    # float32, 15 times larger for the 1 / sqrt(alpha) of the noisiest timestep
-    assert torch.allclose(back, x, rtol=0, atol=1e-4)
+    # float32, 15 times larger for the 1 / sqrt(alpha) of the noisiest timestep; measured 2e-6
+    assert torch.allclose(back, x, rtol=0, atol=2e-5)
 
 
 def test_progress_counts_steps(backbone: Backbone, latents: Tensor) -> None:

@@ -1,6 +1,8 @@
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,10 @@ from tokenflow.video import Clip
 
 PROMPT = "a blue ball"
 EVERY_WAY = ("tokenflow", "joint", "none")
+
+
+# float32 through two steps of a network, guided by 7.5, with sums in another order; measured 1e-5
+ROUNDING = 1e-4
 
 
 def random_clip(frames: int) -> Clip:
@@ -59,12 +65,8 @@ def test_every_frame_is_edited(backbone: Backbone, frames: int, consistency: str
     assert 0 <= edited.frames.min() <= edited.frames.max() <= 1
     changed = (edited.frames - clip.frames).abs().amax(dim=(1, 2, 3))
     assert (changed > 0.01).all()
-    assert dataclasses.replace(edited, frames=clip.frames).times == clip.times
-    assert (edited.name, edited.rate, edited.display_size) == (
-        clip.name,
-        clip.rate,
-        clip.display_size,
-    )
+    for name in ("name", "times", "rate", "display_size"):
+        assert getattr(edited, name) == getattr(clip, name)
 
 
 def test_frames_need_not_be_square(backbone: Backbone, clip: Clip) -> None:
@@ -102,8 +104,7 @@ def test_a_static_clip_stays_static(backbone: Backbone, consistency: str) -> Non
     frame = random_clip(1).frames
     still = Clip.from_frames(frame.expand(5, -1, -1, -1).clone())
     frames = edit(backbone, still, consistency=consistency, batch=5).clip.frames
-    # float32 through a network, whose sums may take another order for another frame
-    assert (frames - frames[:1]).abs().max() < 1e-4
+    assert (frames - frames[:1]).abs().max() < ROUNDING
 
 
 @pytest.mark.parametrize("consistency", ["joint", "tokenflow"])
@@ -111,16 +112,21 @@ def test_consistency_changes_nothing_in_a_static_clip(backbone: Backbone, consis
     frame = random_clip(1).frames
     still = Clip.from_frames(frame.expand(5, -1, -1, -1).clone())
     alone = edit(backbone, still, consistency="none")
-    # float32 through two steps of a network, guided by 7.5
-    assert difference(edit(backbone, still, consistency=consistency), alone) < 1e-4
+    assert difference(edit(backbone, still, consistency=consistency), alone) < ROUNDING
 
 
 def test_the_ways_of_consistency_differ_where_frames_do(backbone: Backbone) -> None:
     results = [edit(backbone, random_clip(5), consistency=way) for way in EVERY_WAY]
-    # a hundred times what rounding may do
-    assert difference(results[0], results[1]) > 1e-2
-    assert difference(results[0], results[2]) > 1e-2
-    assert difference(results[1], results[2]) > 1e-2
+    for one, other in itertools.combinations(results, 2):
+        assert difference(one, other) > 100 * ROUNDING
+
+
+@pytest.mark.parametrize("consistency", EVERY_WAY)
+def test_networks_in_half_precision(model_folder: Path, consistency: str) -> None:
+    half = Backbone.load(model_folder, device="cpu", dtype="bfloat16")
+    frames = edit(half, random_clip(5), consistency=consistency).clip.frames
+    assert frames.dtype == torch.float32
+    assert frames.isfinite().all()
 
 
 def test_windows_of_one_frame_are_joint_attention(backbone: Backbone) -> None:
@@ -128,8 +134,7 @@ def test_windows_of_one_frame_are_joint_attention(backbone: Backbone) -> None:
     clip = random_clip(5)
     joint = edit(backbone, clip, consistency="joint")
     every = edit(backbone, clip, keyframe_every=1)
-    # float32 through two steps of a network, guided by 7.5
-    assert difference(joint, every) < 1e-4
+    assert difference(joint, every) < ROUNDING
 
 
 def test_a_seed_gives_one_result(backbone: Backbone) -> None:
@@ -138,13 +143,13 @@ def test_a_seed_gives_one_result(backbone: Backbone) -> None:
     torch.manual_seed(99)
     assert torch.equal(edit(backbone, clip, seed=3).clip.frames, first.clip.frames)
     assert first.seed == 3
-    assert difference(edit(backbone, clip, seed=4), first) > 1e-3
+    assert difference(edit(backbone, clip, seed=4), first) > 10 * ROUNDING
 
 
 def test_the_clips_name_counts_in_the_draws(backbone: Backbone) -> None:
     clip = random_clip(9)
     renamed = dataclasses.replace(clip, name="other")
-    assert difference(edit(backbone, clip), edit(backbone, renamed)) > 1e-3
+    assert difference(edit(backbone, clip), edit(backbone, renamed)) > 10 * ROUNDING
 
 
 def test_fixed_keyframes_do_not_depend_on_the_seed(backbone: Backbone) -> None:
@@ -158,9 +163,8 @@ def test_batch_changes_nothing(backbone: Backbone, consistency: str) -> None:
     clip = random_clip(5)
     whole = edit(backbone, clip, batch=8, consistency=consistency)
     for batch in (1, 3):
-        # float32 through two steps of a network, guided by 7.5, in other batches
         other = edit(backbone, clip, batch=batch, consistency=consistency)
-        assert difference(other, whole) < 1e-4
+        assert difference(other, whole) < ROUNDING
 
 
 @pytest.mark.parametrize(
@@ -182,15 +186,15 @@ def test_options_change_the_result(
     plain = {name: value for name, value in settings.items() if name == "inversion_steps"}
     default, other = edit(backbone, clip, **plain), edit(backbone, clip, editor, **settings)
     assert other.clip.frames.isfinite().all()
-    assert difference(default, other) > 1e-3
+    assert difference(default, other) > 10 * ROUNDING
 
 
 @pytest.mark.parametrize("name", ["negative_prompt", "inversion_prompt"])
 def test_prompts_change_the_result(backbone: Backbone, name: str) -> None:
     clip = random_clip(2)
     other = edit(backbone, clip, options={name: "a red cube"})
-    assert difference(edit(backbone, clip), other) > 1e-3
-    assert difference(edit(backbone, clip, prompt="a red cube"), other) > 1e-3
+    assert difference(edit(backbone, clip), other) > 10 * ROUNDING
+    assert difference(edit(backbone, clip, prompt="a red cube"), other) > 10 * ROUNDING
 
 
 def test_no_edit_and_no_guidance_reconstruct(backbone: Backbone) -> None:

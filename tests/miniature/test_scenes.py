@@ -58,13 +58,17 @@ def test_each_attribute_changes_the_picture_where_it_should(name: str) -> None:
 def test_flow_of_a_pure_translation_is_the_translation() -> None:
     def moving(x: float, y: float) -> Path:
         one = torch.ones(2)
-        return Path(torch.tensor([64, 64 + x]), torch.tensor([60, 60 + y]), 30 * one, 0.4 * one)
+        return Path(torch.tensor([64.0, 64 + x]), torch.tensor([60.0, 60 + y]), 30 * one, 0.4 * one)
 
     scene = Scene(Attributes("plain", "red", "box", "sand"), moving(5, -2), moving(-3, 1), 1, 0.0)
     flow, mask = scene.flow(0, 1), scene.mask(0)
     # float32 rounding of positions up to 128: 1e-4 is a hundred units in the last place
-    torch.testing.assert_close(flow[:, mask > 0.5].mean(1), torch.tensor([5.0, -2.0]), atol=1e-4, rtol=0)
-    torch.testing.assert_close(flow[:, mask < 0.5].mean(1), torch.tensor([-3.0, 1.0]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        flow[:, mask > 0.5].mean(1), torch.tensor([5.0, -2.0]), atol=1e-4, rtol=0
+    )
+    torch.testing.assert_close(
+        flow[:, mask < 0.5].mean(1), torch.tensor([-3.0, 1.0]), atol=1e-4, rtol=0
+    )
 
 
 @pytest.mark.parametrize("seed", [11, 12, 13, 14])
@@ -96,4 +100,6 @@ def test_points_come_back_through_a_path() -> None:
     path = random_scene(5, frames=3).object
     points = torch.rand(2, 10) * SIZE
     # float32 over a division and a product by the scale
-    torch.testing.assert_close(path.to_pixels(1, path.to_layer(1, points)), points, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        path.to_pixels(1, path.to_layer(1, points)), points, atol=1e-4, rtol=0
+    )

@@ -28,6 +28,7 @@ from tokenflow.engine.windows import (
     split_windows,
 )
 from tokenflow.errors import InputError
+from tokenflow.metrics import psnr
 from tokenflow.propagation import Propagation
 from tokenflow.video import Clip
 
@@ -245,8 +246,3 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     begin = perf_counter()
     yield
     seconds[stage] = round(perf_counter() - begin, 3)
-
-
-def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of images in 0..1."""
-    return float(-10 * (a - b).square().mean().log10())

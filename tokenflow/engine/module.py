@@ -14,6 +14,13 @@ from tokenflow.errors import InputError
 from tokenflow.propagation import Propagation
 
 
+class Prediction:
+    """A result on its way to the writer; no dataclass, as Lightning would take that apart."""
+
+    def __init__(self, result: Result) -> None:
+        self.result = result
+
+
 class TokenFlow(LightningModule):
     """Edits clips with a frozen text-to-image model, consistently over time.
 
@@ -62,9 +69,9 @@ class TokenFlow(LightningModule):
         device = str(self.trainer.strategy.root_device)
         self.backbone = Backbone.load(self.model, device, self.dtype_name)
 
-    def predict_step(self, source: Source, batch_index: int) -> Result:
+    def predict_step(self, source: Source, batch_index: int) -> Prediction:
         assert self.backbone is not None, "setup comes before predict_step"
-        return edit_clip(
+        result = edit_clip(
             self.backbone,
             source.read(self.backbone.multiple),
             self.prompt,
@@ -76,3 +83,4 @@ class TokenFlow(LightningModule):
             report_reconstruction=self.report_reconstruction,
             progress=self.progress,
         )
+        return Prediction(result)

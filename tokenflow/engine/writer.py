@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 
 from tokenflow.engine.data import Source
 from tokenflow.engine.editing import Result
+from tokenflow.engine.module import Prediction
 from tokenflow.errors import InputError
 from tokenflow.video import (
     atomic,
@@ -55,20 +56,21 @@ class RunWriter(BasePredictionWriter):
         self,
         trainer: Trainer,
         module: LightningModule,
-        prediction: Result,
+        prediction: Prediction,
         indices: Any,
         batch: Source,
         *_: Any,
     ) -> None:
         folder = self.folder / batch.name
-        source, edited = prediction.source, prediction.clip
+        result = prediction.result
+        source, edited = result.source, result.clip
         (folder / "run.yaml").unlink(missing_ok=True)
         write_clip(folder / "edited.mp4", edited, crf=self.crf)
         both = side_by_side(source.frames, edited.frames)
         write_video(folder / "compare.mp4", both, source.times, source.rate, crf=self.crf)
         write_image(folder / "contact_sheet.png", contact_sheet([source.frames, edited.frames]))
         with atomic(folder / "run.yaml") as file:
-            file.write_text(yaml.safe_dump(self.summary(prediction), sort_keys=False))
+            file.write_text(yaml.safe_dump(self.summary(result), sort_keys=False))
         for name in ("edited.mp4", "compare.mp4", "contact_sheet.png", "run.yaml"):
             print(folder / name)
 

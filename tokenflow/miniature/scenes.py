@@ -275,8 +275,8 @@ def paint_background(
         case "brick":
             row = (y / 14).floor()
             across, up = (x + 14 * (row % 2)) % 28, y % 14
-            mortar = 1 - step(torch.minimum(across, 28 - across) - 1.5, 1) * step(
-                torch.minimum(up, 14 - up) - 1.5, 1
+            mortar = 1 - step(torch.minimum(across, 28 - across) - 1.5, 1.0) * step(
+                torch.minimum(up, 14 - up) - 1.5, 1.0
             )
             clay = between((0.52, 0.20, 0.13), (0.74, 0.34, 0.24), noise)
             return clay.lerp(torch.tensor((0.75, 0.72, 0.68))[:, None, None], mortar)

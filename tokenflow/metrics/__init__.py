@@ -1,0 +1,5 @@
+"""Measures of an edited video."""
+
+from tokenflow.metrics.functional import psnr, warp, warp_error
+
+__all__ = ["psnr", "warp", "warp_error"]

@@ -1,0 +1,79 @@
+"""Four edits of moving scenes, with everything that is true of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tokenflow.metrics import warp_error
+from tokenflow.miniature.judge import Judge, accuracy
+from tokenflow.miniature.scenes import Attributes, Scene, random_scene
+from tokenflow.video import Clip
+
+
+@dataclass(frozen=True)
+class SceneEdit:
+    """A moving scene and what it is to become; `changed` names the edited attributes."""
+
+    scene: Scene
+    target: Attributes
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        source = self.scene.attributes
+        return tuple(n for n in vars(source) if getattr(source, n) != getattr(self.target, n))
+
+    @property
+    def clip(self) -> Clip:
+        """The source video."""
+        name = "-".join([*str(self.target).split(), str(self.scene.texture)])
+        return Clip.from_frames(self.scene.render(), name=name)
+
+    @property
+    def motion(self) -> tuple[Float[Tensor, "pairs 2 h w"], Bool[Tensor, "pairs h w"]]:
+        """The exact flow from each frame to the next, and what stays visible."""
+        pairs = [(i, i + 1) for i in range(len(self.scene) - 1)]
+        flow = torch.stack([self.scene.flow(*pair) for pair in pairs])
+        return flow, torch.stack([self.scene.visible(*pair) for pair in pairs])
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """An edited clip, judged: shares of frames, and the warp error by the source's true motion."""
+
+    edited: float
+    kept: float
+    warp_error: float
+
+
+def judge_edit(edit: SceneEdit, frames: Float[Tensor, "frames 3 128 128"], judge: Judge) -> Verdict:
+    """How well `frames` show the edit.
+
+    `edited` is the share of frames in which the changed attributes are all judged right on the
+    average, `kept` the same of the attributes that must stay.
+    """
+    right = accuracy(judge, frames, edit.target)
+    changed = [right[name] for name in edit.changed]
+    stayed = [right[name] for name in right if name not in edit.changed]
+    return Verdict(
+        edited=sum(changed) / len(changed),
+        kept=sum(stayed) / len(stayed),
+        warp_error=warp_error(frames, *edit.motion),
+    )
+
+
+def suite(frames: int = 24) -> list[SceneEdit]:
+    """Two edits of colour and two of background, on held-out seeds."""
+    edits = [
+        (3_000_001, "a plain red ball on grass", "a plain blue ball on grass"),
+        (3_000_002, "a striped yellow box on water", "a striped purple box on water"),
+        (3_000_003, "a plain white star on brick", "a plain white star on sand"),
+        (3_000_004, "a checkered green ring on sand", "a checkered green ring on night"),
+    ]
+    return [
+        SceneEdit(random_scene(seed, frames, Attributes.parse(source)), Attributes.parse(target))
+        for seed, source, target in edits
+    ]
