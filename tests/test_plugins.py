@@ -35,13 +35,13 @@ def test_an_unusable_plugin_is_listed_with_its_reason(name: str, value: str, rea
 def test_choosing_an_unusable_plugin_gives_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = load(EntryPoint("Gone", "no.such.module:Gone", "tokenflow.editors"))
     monkeypatch.setattr(plugins, "installed_plugins", lambda: (broken, *installed_plugins()))
-    with pytest.raises(PluginError, match="Gone of .* cannot be used: import of no.such.module"):
+    with pytest.raises(PluginError, match=r"Gone of .* cannot be used: import of no\.such"):
         find("tokenflow.editors", "Gone")
     assert find("tokenflow.editors", "PnP") is PnP
 
 
 def test_an_unknown_name_lists_what_is_installed() -> None:
-    with pytest.raises(PluginError, match="there is no 'Pnp' in tokenflow.editors; .*PnP"):
+    with pytest.raises(PluginError, match=r"there is no 'Pnp' in tokenflow\.editors; .*PnP"):
         find("tokenflow.editors", "Pnp")
 
 
