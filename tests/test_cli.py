@@ -125,6 +125,7 @@ BAD = {
     "frames outside": (["--data.start=6"], "6 frames"),
     "too few inversion steps": (["--model.inversion_steps=1"], "at least as many steps"),
     "no window": (["--model.keyframe_every=0"], "keyframe_every must be at least 1"),
+    "two processes": (["--trainer.devices=2", "--trainer.strategy=ddp"], "devices 1"),
     "a word of no option": (["--model.stepz=3"], "stepz"),
     "a wrong type": (["--model.steps=many"], "steps"),
 }

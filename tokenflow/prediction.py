@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from tokenflow.cli import stop
 from tokenflow.engine.data import Video
-from tokenflow.engine.module import TokenFlow
+from tokenflow.engine.module import TokenFlow, require_one_process
 from tokenflow.engine.progress import StageProgress
 from tokenflow.engine.writer import RunWriter
 from tokenflow.plugins import describe, installed_plugins
@@ -57,6 +57,9 @@ class PredictCLI(LightningCLI):
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.set_defaults({"model.editor": "PnP", "model.propagation": "NNField"})
         parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER.items()})
+
+    def before_predict(self) -> None:
+        require_one_process(self.trainer)
 
     def after_instantiate_classes(self) -> None:
         self._dump_config()

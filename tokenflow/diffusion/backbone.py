@@ -57,6 +57,11 @@ class Backbone:
                 f"the UNet takes {unet.config.in_channels} channels and the VAE's latents have "
                 f"{vae.config.latent_channels}; models for inpainting or upscaling do not fit"
             )
+        if float(scheduler.alphas_cumprod[-1]) == 0:
+            raise ModelError(
+                "the scheduler has rescale_betas_zero_snr: its noisiest latents hold no signal, "
+                "and inversion cannot reach them; turn it off in scheduler_config.json"
+            )
         self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
         self.tokenizer, self.scheduler = tokenizer, scheduler
         for network in (unet, vae, text_encoder):
@@ -125,12 +130,17 @@ class Backbone:
         """The model's noise schedule with `steps` sampling timesteps."""
         return Schedule.from_scheduler(self.scheduler, steps)
 
+    @torch.no_grad()
     def embed(self, prompts: Sequence[str]) -> Float[Tensor, "prompts tokens width"]:
-        """The text encoder's last hidden state; longer prompts are cut at the tokenizer's end."""
+        """The text encoder's last hidden state; prompts are padded or cut to all its positions."""
+        length = self.text_encoder.config.max_position_embeddings
         tokens = self.tokenizer(
-            list(prompts), padding="max_length", truncation=True, return_tensors="pt",
-            max_length=self.tokenizer.model_max_length,
-        )  # fmt: skip
+            list(prompts),
+            padding="max_length",
+            truncation=True,
+            max_length=length,
+            return_tensors="pt",
+        )
         return self.text_encoder(tokens["input_ids"].to(self.device))[0]
 
     @torch.no_grad()

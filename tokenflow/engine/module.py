@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 
 from tokenflow.diffusion import Backbone
 from tokenflow.editors import Editor
@@ -12,6 +12,15 @@ from tokenflow.engine.data import Source
 from tokenflow.engine.editing import Progress, Result, Settings, check_prompt, edit_clip
 from tokenflow.errors import InputError
 from tokenflow.propagation import Propagation
+
+
+def require_one_process(trainer: Trainer) -> None:
+    """Raises `InputError` for a trainer of several processes."""
+    if trainer.world_size > 1:
+        raise InputError(
+            f"one process edits a clip in this version, got {trainer.world_size}; "
+            f"use --trainer.devices 1 and start a run for each clip"
+        )
 
 
 class Prediction:
@@ -61,11 +70,7 @@ class TokenFlow(LightningModule):
         self.backbone: Backbone | None = None
 
     def setup(self, stage: str) -> None:
-        if self.trainer.world_size > 1:
-            raise InputError(
-                f"one process edits a clip in this version, got {self.trainer.world_size}; "
-                f"use --trainer.devices 1 and start a run for each clip"
-            )
+        require_one_process(self.trainer)
         device = str(self.trainer.strategy.root_device)
         self.backbone = Backbone.load(self.model, device, self.dtype_name)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -15,21 +14,25 @@ from tokenflow.miniature.scenes import VOCABULARY, Attributes
 
 
 class Judge(nn.Module):
-    """Pattern, colour, shape and background of 128×128 pictures: six strided convolutions."""
+    """Pattern, colour, shape and background of pictures, wherever the object is in them."""
 
-    def __init__(self, width: int = 32) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        channels = [3, width, 2 * width, 3 * width, 4 * width, 4 * width]
         layers: list[nn.Module] = []
-        for i, (before, after) in enumerate(pairwise(channels)):
-            layers += [
-                nn.Conv2d(before, after, 5 if i == 0 else 3, stride=2, padding=2 if i == 0 else 1),
-                nn.GroupNorm(8, after),
-                nn.SiLU(),
-            ]
-        self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.1))
+        for before, after, stride in (
+            (3, 32, 2),
+            (32, 64, 2),
+            (64, 64, 1),
+            (64, 96, 2),
+            (96, 96, 1),
+            (96, 128, 2),
+            (128, 128, 1),
+        ):
+            convolution = nn.Conv2d(before, after, 3, stride=stride, padding=1)
+            layers += [convolution, nn.GroupNorm(8, after), nn.SiLU()]
+        self.trunk = nn.Sequential(*layers)
         self.heads = nn.ModuleDict(
-            {name: nn.Linear(channels[-1] * 16, len(words)) for name, words in VOCABULARY.items()}
+            {name: nn.Linear(256, len(words)) for name, words in VOCABULARY.items()}
         )
 
     @classmethod
@@ -39,9 +42,10 @@ class Judge(nn.Module):
         load_model(judge.half(), str(Path(__file__).parent / "weights" / "judge.safetensors"))
         return judge.float().eval()
 
-    def forward(self, images: Float[Tensor, "n 3 128 128"]) -> dict[str, Float[Tensor, "n _"]]:
+    def forward(self, images: Float[Tensor, "n 3 h w"]) -> dict[str, Float[Tensor, "n _"]]:
         """Logits for each attribute, of images in 0..1."""
-        features = self.trunk(2 * images - 1)
+        maps = self.trunk(2 * images - 1)
+        features = torch.cat([maps.mean(dim=(2, 3)), maps.amax(dim=(2, 3))], dim=1)
         return {name: head(features) for name, head in self.heads.items()}
 
 

@@ -174,7 +174,7 @@ class Denoiser(Stage):
 
 
 class JudgeTraining(Stage):
-    """Stage `judge`: four classifications of slightly blurred and noisy scenes."""
+    """Stage `judge`: four classifications of mirrored and slightly noisy scenes."""
 
     def __init__(self) -> None:
         super().__init__(rate=2e-3)
@@ -183,7 +183,9 @@ class JudgeTraining(Stage):
     def loss(
         self, images: UInt8[Tensor, "batch 3 height width"], labels: Int[Tensor, "batch 4"]
     ) -> Tensor:
-        x = to_signed(images) / 2 + 0.5
+        turned = images.flip(-1) if torch.rand(()) < 0.5 else images
+        turned = turned.flip(-2) if torch.rand(()) < 0.5 else turned
+        x = to_signed(turned) / 2 + 0.5
         x = x + 0.05 * torch.rand(len(x), 1, 1, 1) * torch.randn_like(x)
         answers = self.judge(x)
         losses = [
@@ -304,7 +306,7 @@ def main(
     folder: Path,
     stage: Literal["vae", "judge", "unet", "all"] = "all",
     vae_steps: int = 2000,
-    judge_steps: int = 800,
+    judge_steps: int = 1600,
     unet_steps: int = 4000,
     precision: str = "bf16-mixed",
 ) -> None:
