@@ -17,8 +17,7 @@ def test_without_a_terminal_lines_tell_stage_step_and_time_left(
         module.progress("edit", step, 5)
     shown.on_predict_end(trainer, module)
     assert capsys.readouterr().err.splitlines() == [
-        "edit: 2/5, 30 s left",
-        "edit: 4/5, 10 s left",
+        "edit: 3/5, 20 s left",
         "edit: 5/5, 0 s left",
     ]
 

@@ -108,7 +108,7 @@ class Denoiser:
         """The guided noise of some frames, (frames, c, h, w), from one forward pass."""
         chosen = list(frames)
         source = self.trajectory.at(t, chosen).to(x)
-        branches = torch.stack([source, x[chosen], x[chosen]])
+        branches = torch.stack([source, x[chosen], x[chosen]]).to(self.backbone.device)
         extra: dict[str, Any] = self.editor.conditioning(chosen, branches, t)
         embeddings = self.embeddings.repeat_interleave(len(chosen), dim=0)
         noise = self.backbone.epsilon(branches.flatten(0, 1), t, embeddings, self.schedule, **extra)
