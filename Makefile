@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo test setup
+.DELETE_ON_ERROR:
 
 demo: .venv/demo
 	$(BIN)/tokenflow predict --config configs/demo.yaml --output.overwrite true

@@ -9,7 +9,7 @@ from tokenflow.video import read_clip
 
 run = Path("runs/red_ball")
 summary = yaml.safe_load((run / "run.yaml").read_text())
-source = read_clip(summary["configuration"]["data"]["video"])
+source = read_clip(summary["data"]["video"])
 edited, compare = read_clip(run / "edited.mp4"), read_clip(run / "compare.mp4")
 sheet = Image.open(run / "contact_sheet.png")
 sheet.load()
@@ -23,5 +23,6 @@ assert compare.display_size[1] >= 2 * width, compare.display_size
 assert sheet.height >= 2 * height, sheet.size
 difference = (edited.frames - source.frames).abs().mean().item()
 assert difference > 0.05, f"the edit hardly differs from the source: {difference:.3f}"
-seconds = sum(summary["seconds"].values())
+seconds = sum(summary["run"]["seconds"].values())
+assert seconds < 180, f"the demo's editing took {seconds:.0f} s, expected under 180"
 print(f"demo: {len(edited)} frames of {width}x{height}, {seconds:.0f} s, differs {difference:.2f}")

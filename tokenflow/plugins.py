@@ -8,17 +8,12 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from tokenflow.editors import Editor
-from tokenflow.errors import InputError
 from tokenflow.propagation import Propagation
 
 GROUPS: dict[str, type[Any]] = {
     "tokenflow.editors": Editor,
     "tokenflow.propagation": Propagation,
 }
-
-
-class PluginError(InputError):
-    """A name that is not installed, or an installed plugin that cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -79,17 +74,6 @@ def installed_plugins() -> tuple[Plugin, ...]:
         )
         for p in plugins
     )
-
-
-def find(group: str, name: str) -> type[Any]:
-    """The class of a plugin by its name, or a `PluginError` that says what is installed."""
-    plugins = [p for p in installed_plugins() if p.group == group]
-    for plugin in plugins:
-        if plugin.name == name and plugin.kind is not None:
-            return plugin.kind
-        if plugin.name == name:
-            raise PluginError(f"{name} of {plugin.distribution} cannot be used: {plugin.reason}")
-    raise PluginError(f"there is no {name!r} in {group}; {describe(plugins)}")
 
 
 def describe(plugins: list[Plugin] | tuple[Plugin, ...]) -> str:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import logging
+import signal
+import sys
 import warnings
 from typing import NoReturn
 
 from jsonargparse import set_parsing_settings
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from transformers.utils import logging as transformers_logging
 
 from tokenflow.cli import stop
 from tokenflow.engine.data import Video
@@ -35,9 +40,22 @@ class Parser(LightningArgumentParser):
     """Says in an error what is installed, and leaves out the long usage."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        about_plugins = "model.editor" in message or "model.propagation" in message
-        lines = [message, describe(installed_plugins())] if about_plugins else [message]
+        lines = [message]
+        for option, group in (("editor", "editors"), ("propagation", "propagation")):
+            if f"model.{option}" in message:
+                plugins = [p for p in installed_plugins() if p.group == f"tokenflow.{group}"]
+                lines.append(describe(plugins))
         stop("\n".join([*lines, "see tokenflow predict --help"]))
+
+
+class Terminable(Callback):
+    """SIGTERM ends a run at once, cleaning up; Lightning's own handler is ignored by predict."""
+
+    def on_predict_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+    def on_predict_end(self, trainer: Trainer, module: LightningModule) -> None:
+        signal.signal(signal.SIGTERM, self.before)
 
 
 class PredictCLI(LightningCLI):
@@ -45,15 +63,17 @@ class PredictCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return {
-            "predict": {"model", "dataloaders", "datamodule", "return_predictions", "ckpt_path"}
-        }
+        skipped = {"model", "dataloaders", "datamodule"}
+        return {"predict": skipped | {"return_predictions", "ckpt_path", "weights_only"}}
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """As Lightning's own, with the trainer's many options last."""
         parser.add_lightning_class_args(Video, "data")
         parser.add_lightning_class_args(TokenFlow, "model")
         parser.add_lightning_class_args(RunWriter, "output")
+        parser.add_argument(
+            "--run", type=dict | None, help="What a run.yaml records of its run; not an option."
+        )
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.set_defaults({"model.editor": "PnP", "model.propagation": "NNField"})
         parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER.items()})
@@ -63,6 +83,7 @@ class PredictCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         self._dump_config()
+        self.config_dump.pop("run", None)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RunWriter):
                 callback.configuration = self.config_dump
@@ -78,7 +99,13 @@ def run(words: list[str]) -> None:
         import_path_allowlist=["lightning.pytorch", "tokenflow", *sorted(packages - {"tokenflow"})],
     )
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for harmless in (".*does not have many workers.*", ".*LightningCLI.s args parameter.*"):
+    transformers_logging.disable_progress_bar()
+    for harmless in (
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*Couldn't infer the batch indices.*",
+        ".*does not have many workers.*",
+        ".*LightningCLI.s args parameter.*",
+    ):
         warnings.filterwarnings("ignore", message=harmless)
     PredictCLI(
         TokenFlow,
@@ -94,5 +121,5 @@ def run(words: list[str]) -> None:
         seed_everything_default=False,
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
-        trainer_defaults={"callbacks": [StageProgress()]},
+        trainer_defaults={"callbacks": [StageProgress(), Terminable()]},
     )

@@ -123,7 +123,7 @@ def test_guidance(scale: float, expected: float) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_latents_must_stay_finite(value: float) -> None:
     latents = torch.zeros(2, 4, 8, 8)
-    require_finite(latents, "sampling", 3, 601)
+    require_finite(latents, "sampling at step 3 (timestep 601)")
     latents[1, 2, 3, 4] = value
     with pytest.raises(DivergedError, match=r"in sampling at step 3 \(timestep 601\)"):
-        require_finite(latents, "sampling", 3, 601)
+        require_finite(latents, "sampling at step 3 (timestep 601)")

@@ -347,3 +347,21 @@ def test_frames_that_are_not_finite(backbone: Backbone) -> None:
     clip.frames[1, 0, 0, 0] = math.nan
     with pytest.raises(DivergedError, match=r"in inversion at step 0 \(timestep 1\)"):
         edit(backbone, clip)
+
+
+@pytest.mark.parametrize("name", ["neighbours", "blend", "consistency", "keyframes"])
+def test_settings_refuse_names_that_they_do_not_know(name: str) -> None:
+    with pytest.raises(InputError, match=f"{name} must be .*'x'"):
+        Settings(**{name: "x"})
+
+
+@pytest.mark.parametrize(
+    ("part", "where"), [("encoder", "the encoded frames"), ("decoder", "the decoded frames")]
+)
+def test_nan_in_the_autoencoder_is_named(
+    model_folder: Path, clip: Clip, part: str, where: str
+) -> None:
+    broken = Backbone.load(model_folder, device="cpu")
+    getattr(broken.vae, part).conv_out.bias.fill_(float("nan"))
+    with pytest.raises(DivergedError, match=where):
+        edit_clip(broken, clip, "a ball", PnP(), NNField(), settings=Settings(steps=1))

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from tokenflow.engine import Result
-from tokenflow.engine.data import Source
+from tokenflow.engine.data import ClipSource
 from tokenflow.engine.module import Prediction
 from tokenflow.engine.writer import RunWriter
 from tokenflow.errors import InputError
@@ -21,9 +21,9 @@ MODULE = LightningModule()
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Source:
+def source(tmp_path: Path) -> ClipSource:
     (tmp_path / "in.mp4").touch()
-    return Source(tmp_path / "in.mp4")
+    return ClipSource(tmp_path / "in.mp4")
 
 
 @pytest.fixture
@@ -33,13 +33,13 @@ def prediction() -> Prediction:
     return Prediction(Result(clip, edited, seed=4, seconds={"edit": 1.5}))
 
 
-def write(writer: RunWriter, source: Source, prediction: Prediction) -> None:
+def write(writer: RunWriter, source: ClipSource, prediction: Prediction) -> None:
     writer.on_predict_batch_start(TRAINER, MODULE, source, 0, 0)
     writer.write_on_batch_end(TRAINER, MODULE, prediction, [0], source, 0, 0)
 
 
 def test_the_configuration_is_written_last(
-    tmp_path: Path, source: Source, prediction: Prediction, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, source: ClipSource, prediction: Prediction, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("No space left on device")
@@ -55,7 +55,7 @@ def test_the_configuration_is_written_last(
 
 
 def test_a_finished_run_is_refused_before_the_work(
-    tmp_path: Path, source: Source, prediction: Prediction
+    tmp_path: Path, source: ClipSource, prediction: Prediction
 ) -> None:
     write(RunWriter(str(tmp_path)), source, prediction)
     with pytest.raises(InputError, match=r"holds a finished run; choose another --output\.folder"):
@@ -64,7 +64,7 @@ def test_a_finished_run_is_refused_before_the_work(
 
 
 def test_an_overwritten_run_that_fails_is_no_finished_run(
-    tmp_path: Path, source: Source, prediction: Prediction, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, source: ClipSource, prediction: Prediction, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("No space left on device")
@@ -77,7 +77,7 @@ def test_an_overwritten_run_that_fails_is_no_finished_run(
 
 
 def test_compare_shows_source_and_edit_side_by_side(
-    tmp_path: Path, source: Source, prediction: Prediction
+    tmp_path: Path, source: ClipSource, prediction: Prediction
 ) -> None:
     write(RunWriter(str(tmp_path), crf=0), source, prediction)
     both = read_clip(tmp_path / "in" / "compare.mp4").frames
@@ -90,5 +90,5 @@ def test_compare_shows_source_and_edit_side_by_side(
 def test_names_of_clips(tmp_path: Path) -> None:
     (tmp_path / "walk.mov").touch()
     (tmp_path / "walk.frames").mkdir()
-    assert Source(tmp_path / "walk.mov").name == "walk"
-    assert Source(tmp_path / "walk.frames").name == "walk.frames"
+    assert ClipSource(tmp_path / "walk.mov").name == "walk"
+    assert ClipSource(tmp_path / "walk.frames").name == "walk.frames"

@@ -110,12 +110,6 @@ class Backbone:
     def dtype(self) -> torch.dtype:
         return self.unet.dtype
 
-    def to(self, device: torch.device | str) -> Backbone:
-        """Moves all networks; returns itself."""
-        for name in NETWORKS:
-            getattr(self, name).to(device)
-        return self
-
     @property
     def latent_scale(self) -> int:
         """How many pixels wide one latent is."""

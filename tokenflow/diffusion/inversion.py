@@ -68,7 +68,7 @@ def invert(
             here = x[part].to(backbone.device)
             epsilon = backbone.epsilon(here, t, embedding.expand(len(part), -1, -1), schedule)
             x[part] = ddim_step(here, epsilon, a_before, a).to(x)
-        require_finite(x, "inversion", step, t)
+        require_finite(x, f"inversion at step {step} (timestep {t})")
         before = t
         if t in schedule.timesteps:
             kept[t] = x.clone()

@@ -79,11 +79,11 @@ def guide(negative: Tensor, prompt: Tensor, scale: float) -> Tensor:
     return negative + scale * (prompt - negative)
 
 
-def require_finite(latents: Tensor, stage: str, step: int, t: int) -> None:
-    """Raises a `DivergedError` that names stage and step when a latent is NaN or infinite."""
-    if not torch.isfinite(latents).all():
+def require_finite(values: Tensor, where: str) -> None:
+    """Raises a `DivergedError` that says `where` when a value is NaN or infinite."""
+    if not torch.isfinite(values).all():
         raise DivergedError(
-            f"the latents became NaN or infinite in {stage} at step {step} (timestep {t}); "
+            f"NaN or infinite values in {where}; "
             f"this happens with float16 on some models: try dtype bfloat16 or float32, "
             f"or a lower guidance scale"
         )

@@ -21,7 +21,7 @@ class PnP(Editor):
     Args:
         attention: Share of the steps in which decoder self-attentions take the source's queries
             and keys, 0 to 1.
-        features: Share of the steps in which the decoder's fourth residual block takes the
+        features: Share of the steps in which the decoder layer a third of the way up takes the
             source's features, 0 to 1.
         start_from: "inverted" starts at the inverted latent; "renoised" adds the noise that the
             noisiest inverted latent implies to the clean latent, as the published code does.

@@ -58,7 +58,8 @@ class JointAttention:
             attended.append(rearrange(out, "1 h (f s) d -> f h s d", f=frames))
         output = project_out(attn, rearrange(torch.cat(attended), "n h s d -> n s (h d)"))
         if self.bank is not None:
-            self.bank.source[self.site] = hidden_states[:frames]
+            # a view would keep the other branches' tokens alive with it
+            self.bank.source[self.site] = hidden_states[:frames].clone()
             self.bank.outputs[self.site] = output.unflatten(0, (b, frames))
         return output
 

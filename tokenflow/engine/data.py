@@ -38,7 +38,7 @@ class Video(LightningDataModule):
         image_rate: float = 8.0,
     ) -> None:
         super().__init__()
-        self.source = Source(
+        self.source = ClipSource(
             Path(video),
             start=start,
             stop=stop,
@@ -55,11 +55,11 @@ class Video(LightningDataModule):
                 f"{self.source.path} does not exist; expected a video file or a folder of images"
             )
 
-    def predict_dataloader(self) -> DataLoader[Source]:
+    def predict_dataloader(self) -> DataLoader[ClipSource]:
         return DataLoader([self.source], batch_size=None)  # type: ignore[arg-type]
 
 
-class Source:
+class ClipSource:
     """Where a clip comes from: what a batch is, so that frames are read only when needed."""
 
     def __init__(self, path: Path, **choice: Any) -> None:

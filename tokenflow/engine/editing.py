@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -67,6 +67,13 @@ class Settings:
     batch: int = 8
 
     def __post_init__(self) -> None:
+        names = {"neighbours": Neighbours, "blend": Blend, "consistency": Consistency}
+        for name, kind in names.items():
+            if getattr(self, name) not in get_args(kind):
+                raise InputError(
+                    f"{name} must be one of {get_args(kind)}, got {getattr(self, name)!r}"
+                )
+        draw_keyframes([range(1)], self.keyframes, self.seed, "", 0)  # refuses unknown policies
         for name in ("steps", "keyframe_every", "batch"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -137,6 +144,7 @@ def edit_clip(
 
     with timed(seconds, "encode"):
         latents = in_batches(backbone.encode, clip.frames, settings.batch, "encode", progress)
+        require_finite(latents, "the encoded frames")
     with timed(seconds, "invert"):
         trajectory = invert(
             backbone, latents, inversion_prompt, schedule, inversion_steps, settings.batch,
@@ -158,6 +166,7 @@ def edit_clip(
         )  # fmt: skip
     with timed(seconds, "decode"):
         frames = in_batches(backbone.decode, edited, settings.batch, "decode", progress)
+        require_finite(frames, "the decoded frames")
     return Result(clip, dataclasses.replace(clip, frames=frames), settings.seed, seconds, **quality)
 
 
@@ -196,7 +205,7 @@ def edit_latents(
             )  # fmt: skip
             epsilon = denoiser.propagated(x, t, drawn, propagation, around)
         x = ddim_step(x, epsilon, schedule.alpha(t), schedule.alpha(schedule.following(t)))
-        require_finite(x, "sampling", step, t)
+        require_finite(x, f"sampling at step {step} (timestep {t})")
         progress("edit", done, len(begin.timesteps))
     return x
 

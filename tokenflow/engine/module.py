@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from tokenflow.diffusion import Backbone
 from tokenflow.editors import Editor
-from tokenflow.engine.data import Source
+from tokenflow.engine.data import ClipSource
 from tokenflow.engine.editing import Progress, Result, Settings, check_prompt, edit_clip
 from tokenflow.errors import InputError
 from tokenflow.propagation import Propagation
@@ -74,7 +74,7 @@ class TokenFlow(LightningModule):
         device = str(self.trainer.strategy.root_device)
         self.backbone = Backbone.load(self.model, device, self.dtype_name)
 
-    def predict_step(self, source: Source, batch_index: int) -> Prediction:
+    def predict_step(self, source: ClipSource, batch_index: int) -> Prediction:
         assert self.backbone is not None, "setup comes before predict_step"
         result = edit_clip(
             self.backbone,

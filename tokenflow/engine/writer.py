@@ -7,17 +7,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from jaxtyping import Float
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
+from torch import Tensor
 
-from tokenflow.engine.data import Source
+from tokenflow.engine.data import ClipSource
 from tokenflow.engine.editing import Result
 from tokenflow.engine.module import Prediction
 from tokenflow.errors import InputError
 from tokenflow.video import (
+    Clip,
     atomic,
     contact_sheet,
+    resized,
     side_by_side,
     write_clip,
     write_image,
@@ -38,11 +43,13 @@ class RunWriter(BasePredictionWriter):
 
     def __init__(self, folder: str = "runs", overwrite: bool = False, crf: int = 16) -> None:
         super().__init__(write_interval="batch")
+        if not 0 <= crf <= 51:
+            raise InputError(f"crf is x264's quality from 0 to 51, got {crf}")
         self.folder, self.overwrite, self.crf = Path(folder), overwrite, crf
         self.configuration: dict[str, Any] = {}
 
     def on_predict_batch_start(
-        self, trainer: Trainer, module: LightningModule, batch: Source, *_: Any
+        self, trainer: Trainer, module: LightningModule, batch: ClipSource, *_: Any
     ) -> None:
         """Refuses before the work is done, not after."""
         folder = self.folder / batch.name
@@ -51,6 +58,19 @@ class RunWriter(BasePredictionWriter):
                 f"{folder} holds a finished run; choose another --output.folder, or give "
                 f"--output.overwrite true to replace it"
             )
+        if folder.resolve() in (batch.path.resolve(), batch.path.resolve().parent):
+            raise InputError(
+                f"the output would lie beside or in its source {batch.path}; choose another "
+                f"--output.folder"
+            )
+        try:
+            with atomic(folder / "probe") as file:
+                file.touch()
+            (folder / "probe").unlink()
+        except OSError as error:
+            raise InputError(
+                f"{folder} cannot be written ({error}); choose another --output.folder"
+            ) from error
 
     def write_on_batch_end(
         self,
@@ -58,7 +78,7 @@ class RunWriter(BasePredictionWriter):
         module: LightningModule,
         prediction: Prediction,
         indices: Any,
-        batch: Source,
+        batch: ClipSource,
         *_: Any,
     ) -> None:
         folder = self.folder / batch.name
@@ -66,23 +86,23 @@ class RunWriter(BasePredictionWriter):
         source, edited = result.source, result.clip
         (folder / "run.yaml").unlink(missing_ok=True)
         write_clip(folder / "edited.mp4", edited, crf=self.crf)
-        both = side_by_side(source.frames, edited.frames)
+        rows = [shown(source), shown(edited)]
+        both = side_by_side(*rows)
         write_video(folder / "compare.mp4", both, source.times, source.rate, crf=self.crf)
-        write_image(folder / "contact_sheet.png", contact_sheet([source.frames, edited.frames]))
+        write_image(folder / "contact_sheet.png", contact_sheet(rows))
         with atomic(folder / "run.yaml") as file:
             file.write_text(yaml.safe_dump(self.summary(result), sort_keys=False))
         for name in ("edited.mp4", "compare.mp4", "contact_sheet.png", "run.yaml"):
             print(folder / name)
 
     def summary(self, result: Result) -> dict[str, Any]:
-        """What `run.yaml` holds: how to repeat the run, and what it took."""
+        """What `run.yaml` holds: the configuration, and under `run` what it took."""
         quality = {
             name: round(value, 2)
             for name in ("reconstruction_psnr", "round_trip_psnr")
             if (value := getattr(result, name)) is not None
         }
-        return {
-            "configuration": self.configuration,
+        record = {
             "seed": result.seed,
             "frames": len(result.clip),
             "seconds": result.seconds,
@@ -90,3 +110,9 @@ class RunWriter(BasePredictionWriter):
             "versions": {"python": platform.python_version()}
             | {name: version(name) for name in PACKAGES},
         }
+        return {**self.configuration, "run": record}
+
+
+def shown(clip: Clip) -> Float[Tensor, "frames 3 height width"]:
+    """A clip's frames at the size that its videos have."""
+    return torch.stack([resized(frame, clip.display_size) for frame in clip.frames])

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tokenflow.metrics import warp_error
-from tokenflow.miniature.judge import Judge, accuracy
+from tokenflow.miniature.judge import Judge, answers
 from tokenflow.miniature.scenes import Attributes, Scene, random_scene
 from tokenflow.video import Clip
 
@@ -42,7 +42,11 @@ class SceneEdit:
 
 @dataclass(frozen=True)
 class Verdict:
-    """An edited clip, judged: shares of frames, and the warp error by the source's true motion."""
+    """An edited clip, judged.
+
+    `edited` is the share of frames in which all attributes that were to change are judged right,
+    `kept` of those in which all others are, and `warp_error` is by the source's true motion.
+    """
 
     edited: float
     kept: float
@@ -50,19 +54,19 @@ class Verdict:
 
 
 def judge_edit(edit: SceneEdit, frames: Float[Tensor, "frames 3 128 128"], judge: Judge) -> Verdict:
-    """How well `frames` show the edit.
-
-    `edited` is the share of frames in which the changed attributes are all judged right on the
-    average, `kept` the same of the attributes that must stay.
-    """
-    right = accuracy(judge, frames, edit.target)
-    changed = [right[name] for name in edit.changed]
-    stayed = [right[name] for name in right if name not in edit.changed]
+    """How well `frames` show the edit."""
+    right = answers(judge, frames, edit.target)
+    kept = [name for name in right if name not in edit.changed]
     return Verdict(
-        edited=sum(changed) / len(changed),
-        kept=sum(stayed) / len(stayed),
+        edited=share_of_all([right[name] for name in edit.changed]),
+        kept=share_of_all([right[name] for name in kept]),
         warp_error=warp_error(frames, *edit.motion),
     )
+
+
+def share_of_all(right: list[Bool[Tensor, " n"]]) -> float:
+    """The share of frames in which every one of some answers is right."""
+    return float(torch.stack(right).all(dim=0).float().mean())
 
 
 def suite(frames: int = 24) -> list[SceneEdit]:

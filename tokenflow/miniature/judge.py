@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_model
 from torch import Tensor, nn
 
@@ -57,18 +57,25 @@ def labels(attributes: Attributes) -> Int[Tensor, 4]:
 
 
 @torch.inference_mode()
+def answers(
+    judge: Judge,
+    images: Float[Tensor, "n 3 h w"],
+    shown: Attributes | Sequence[Attributes],
+) -> dict[str, Bool[Tensor, " n"]]:
+    """Whether each image shows what it should, for each attribute."""
+    wanted = [shown] * len(images) if isinstance(shown, Attributes) else shown
+    truth = torch.stack([labels(a) for a in wanted])
+    said = [judge(part) for part in images.split(32)]
+    return {
+        name: torch.cat([logits[name] for logits in said]).argmax(dim=1) == truth[:, i]
+        for i, name in enumerate(VOCABULARY)
+    }
+
+
 def accuracy(
     judge: Judge,
-    images: Float[Tensor, "n 3 128 128"],
+    images: Float[Tensor, "n 3 h w"],
     shown: Attributes | Sequence[Attributes],
 ) -> dict[str, float]:
     """The share of images that show what they should, for each attribute."""
-    wanted = [shown] * len(images) if isinstance(shown, Attributes) else shown
-    truth = torch.stack([labels(a) for a in wanted])
-    answers = [judge(part) for part in images.split(32)]
-    return {
-        name: float(
-            (torch.cat([a[name] for a in answers]).argmax(dim=1) == truth[:, i]).float().mean()
-        )
-        for i, name in enumerate(VOCABULARY)
-    }
+    return {name: float(a.float().mean()) for name, a in answers(judge, images, shown).items()}

@@ -167,7 +167,8 @@ def random_scene(
 ) -> Scene:
     """A scene from a seed; without `attributes` they are drawn as well.
 
-    Motion is smooth: constant velocities plus a slow sine. The object may leave the frame partly.
+    Motion is smooth: constant velocities, turns and zooms of object and background, plus a slow
+    sine. The object may leave the frame partly.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -191,10 +192,10 @@ def random_scene(
         angle=uniform(0.0, 2 * math.pi) + uniform(-0.05, 0.05) * t,
     )
     behind = Path(
-        x=(uniform(-500.0, 500.0) + uniform(-1.5, 1.5) * t) * unit,
-        y=(uniform(-500.0, 500.0) + uniform(-0.7, 0.7) * t) * unit,
-        scale=torch.full_like(t, unit),
-        angle=torch.zeros_like(t),
+        x=(uniform(40.0, 88.0) + uniform(-1.5, 1.5) * t) * unit,
+        y=(uniform(40.0, 88.0) + uniform(-0.7, 0.7) * t) * unit,
+        scale=torch.exp(uniform(-0.003, 0.003) * t) * unit,
+        angle=uniform(-0.003, 0.003) * t,
     )
     return Scene(
         attributes=attributes or drawn,

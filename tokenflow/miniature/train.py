@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from tokenflow.miniature import scenes
 from tokenflow.miniature.judge import Judge, labels
 from tokenflow.miniature.scenes import SIZE, VOCABULARY, random_scene
 from tokenflow.miniature.tokenizer import MAX_LENGTH, save_tokenizer
@@ -216,7 +218,8 @@ def to_signed(images: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 def rendered(folder: Path) -> UInt8[Tensor, "scenes 3 height width"]:
     """One still of each training seed, rendered once."""
-    file = folder / "images.pt"
+    drawn = sha256(Path(scenes.__file__).read_bytes()).hexdigest()[:8]
+    file = folder / f"images-{drawn}.pt"
     if not file.exists():
         images = [(random_scene(seed).frame(0) * 255).round().byte() for seed in range(SCENES)]
         torch.save(torch.stack(images), file)
@@ -281,6 +284,11 @@ def train_unet(folder: Path, steps: int, precision: str) -> None:
     stage = Denoiser(len(tokenizer), nothing)
     data = Endless(encoded(folder, vae), tokens, batch=16)
     fit(stage, data, steps, folder / "unet", precision, average=True)
+    save_denoiser(stage)
+
+
+def save_denoiser(stage: Denoiser) -> None:
+    """Writes UNet, text encoder, scheduler and index of the diffusers folder."""
     stage.unet.half().save_pretrained(WEIGHTS / "unet")
     stage.text_encoder.half().save_pretrained(WEIGHTS / "text_encoder")
     new_scheduler().save_pretrained(WEIGHTS / "scheduler")
@@ -297,9 +305,9 @@ def train_unet(folder: Path, steps: int, precision: str) -> None:
 
 def train_judge(folder: Path, steps: int, precision: str) -> None:
     """Trains the judge and writes `judge.safetensors`."""
-    scenes = [random_scene(seed).attributes for seed in range(SCENES)]
+    shown = [random_scene(seed).attributes for seed in range(SCENES)]
     stage = JudgeTraining()
-    data = Endless(rendered(folder), torch.stack([labels(a) for a in scenes]), batch=32)
+    data = Endless(rendered(folder), torch.stack([labels(a) for a in shown]), batch=32)
     fit(stage, data, steps, folder / "judge", precision)
     save_model(stage.judge.half(), str(WEIGHTS / "judge.safetensors"))
 

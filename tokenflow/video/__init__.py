@@ -4,6 +4,7 @@ from tokenflow.video.atomic import atomic
 from tokenflow.video.clip import AudioSpan, Clip, VideoError
 from tokenflow.video.layout import contact_sheet, side_by_side
 from tokenflow.video.reader import read_clip
+from tokenflow.video.sizing import resized
 from tokenflow.video.writer import write_clip, write_image, write_video
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "atomic",
     "contact_sheet",
     "read_clip",
+    "resized",
     "side_by_side",
     "write_clip",
     "write_image",
