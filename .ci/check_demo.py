@@ -7,7 +7,7 @@ from PIL import Image
 
 from tokenflow.video import read_clip
 
-run = Path("runs/red_ball")
+run = Path("runs/blue_ball")
 summary = yaml.safe_load((run / "run.yaml").read_text())
 source = read_clip(summary["data"]["video"])
 edited, compare = read_clip(run / "edited.mp4"), read_clip(run / "compare.mp4")

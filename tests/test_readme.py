@@ -18,8 +18,8 @@ def test_five_lines_from_file_to_file(tmp_path: Path, monkeypatch: pytest.Monkey
     # the lines are the README's own; only the clip's length and the steps are cut
     quick = editing.Settings(steps=2)
     monkeypatch.setattr(editing, "Settings", lambda: quick)
-    source = ROOT / "tokenflow/miniature/demo/red_ball.mp4"
-    code = code.replace('"tokenflow/miniature/demo/red_ball.mp4", ', f'"{source}", max_frames=3, ')
+    source = ROOT / "tokenflow/miniature/demo/blue_ball.mp4"
+    code = code.replace('"tokenflow/miniature/demo/blue_ball.mp4", ', f'"{source}", max_frames=3, ')
     monkeypatch.chdir(tmp_path)
     exec(code, {})
     assert read_clip(tmp_path / "edited.mp4").frames.shape == (3, 3, 128, 128)

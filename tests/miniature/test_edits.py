@@ -14,6 +14,9 @@ from tokenflow.miniature.edits import Verdict, judge_edit, suite
 from tokenflow.miniature.judge import Judge
 from tokenflow.propagation import NNField
 
+pytestmark = pytest.mark.skip(
+    reason="the embedded model is still in training: tokenflow/miniature/README.md has its state"
+)
 STEPS = 15  # docs/miniature.md has the table with more
 
 Verdicts = dict[str, list[Verdict]]
