@@ -338,21 +338,25 @@ class Broken(PnP):
 def test_latents_that_are_not_finite(
     backbone: Backbone, consistency: str, where: str, step: str
 ) -> None:
-    with pytest.raises(DivergedError, match=rf"NaN or infinite in sampling at {step}; .* dtype"):
+    with pytest.raises(
+        DivergedError, match=rf"NaN or infinite values in sampling at {step}; .* dtype"
+    ):
         edit(backbone, random_clip(2), Broken(where), consistency=consistency)
 
 
 def test_frames_that_are_not_finite(backbone: Backbone) -> None:
     clip = random_clip(2)
     clip.frames[1, 0, 0, 0] = math.nan
-    with pytest.raises(DivergedError, match=r"in inversion at step 0 \(timestep 1\)"):
+    with pytest.raises(DivergedError, match=r"in the encoded frames"):
         edit(backbone, clip)
 
 
-@pytest.mark.parametrize("name", ["neighbours", "blend", "consistency", "keyframes"])
+@pytest.mark.parametrize("name", ["neighbours", "blend", "consistency"])
 def test_settings_refuse_names_that_they_do_not_know(name: str) -> None:
+    settings = Settings()
+    object.__setattr__(settings, name, "x")  # the type checker of the tests guards the front door
     with pytest.raises(InputError, match=f"{name} must be .*'x'"):
-        Settings(**{name: "x"})
+        settings.__post_init__()
 
 
 @pytest.mark.parametrize(
