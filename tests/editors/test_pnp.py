@@ -6,7 +6,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from tokenflow.diffusion import Backbone, Schedule, Trajectory
-from tokenflow.editors import Editor, PnP, Start
+from tokenflow.editors import Editor, Pass, PnP, Start
 from tokenflow.editors.pnp import decoder_layers, take_source
 from tokenflow.engine.attention import installed
 from tokenflow.engine.denoising import BRANCHES, Denoiser
@@ -151,4 +151,5 @@ def test_an_editor_need_only_say_where_it_starts(backbone: Backbone, schedule: S
             return Start(trajectory.at(schedule.timesteps[0]), schedule.timesteps)
 
     assert list(Plain().edits(backbone.unet)) == []
-    assert Plain().conditioning([0], torch.zeros(3, 1, 4, 8, 8), 1) == {}
+    forward = Pass(("source",), (0,), torch.zeros(1, 1, 4, 8, 8), torch.zeros(1, 2, 8), 1, 0.5)
+    assert Plain().conditioning(forward) == {}

@@ -11,7 +11,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from tokenflow.diffusion import Backbone
-from tokenflow.editors import Edit, PnP
+from tokenflow.editors import Edit, Pass, PnP
 from tokenflow.engine import Settings, attention, edit_clip
 from tokenflow.engine.attention import (
     Bank,
@@ -239,8 +239,8 @@ class RaisingPnP(PnP):
         super().__init__(attention=1.0, features=1.0)
         self.calls = calls
 
-    def conditioning(self, frames: Sequence[int], latents: Tensor, t: int) -> dict[str, Any]:
-        self.calls -= 1
+    def conditioning(self, forward: Pass) -> dict[str, Any]:
+        self.calls -= len(forward.branches) == 3  # not inversion's
         return {} if self.calls else raising()
 
 

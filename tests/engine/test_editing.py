@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenflow.diffusion import Backbone, Schedule, Trajectory, invert
-from tokenflow.editors import Edit, Editor, PnP, Start
+from tokenflow.editors import Edit, Editor, Pass, PnP, Start
 from tokenflow.engine import Result, Settings, edit_clip, edit_latents
 from tokenflow.engine.editing import psnr
 from tokenflow.errors import DivergedError, InputError
@@ -270,6 +270,39 @@ def test_an_editor_may_start_later(backbone: Backbone) -> None:
     assert [call for call in calls if call[0] == "edit"] == [("edit", 1, 2), ("edit", 2, 2)]
 
 
+class Watching(PnP):
+    """Keeps what it was told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clips: list[Clip] = []
+        self.passes: list[Pass] = []
+
+    def prepare(self, backbone: Backbone, clip: Clip) -> None:
+        assert not self.passes
+        self.clips.append(clip)
+
+    def conditioning(self, forward: Pass) -> dict[str, Any]:
+        self.passes.append(forward)
+        return {}
+
+
+def test_an_editor_is_told_of_every_pass(backbone: Backbone) -> None:
+    editor, clip = Watching(), random_clip(5)
+    edit(backbone, clip, editor, batch=4, keyframes="first")
+    assert editor.clips == [clip]
+    source, all_three = ("source",), ("source", "negative", "prompt")
+    inversion = [(source, (0, 1, 2, 3)), (source, (4,))]
+    sampling = [(all_three, (0, 4)), (all_three, (0, 1, 2, 3)), (all_three, (4,))]
+    assert [(p.branches, p.frames) for p in editor.passes] == 2 * inversion + 2 * sampling
+    assert [(p.t, p.share) for p in editor.passes] == (
+        [(1, 0.5)] * 2 + [(501, 0.0)] * 2 + [(501, 0.0)] * 3 + [(1, 0.5)] * 3
+    )
+    for p in editor.passes:
+        assert p.latents.shape[:2] == (len(p.branches), len(p.frames))
+        assert len(p.embeddings) == len(p.branches)
+
+
 @pytest.mark.parametrize("prompt", ["", "   \n"])
 def test_an_empty_prompt(backbone: Backbone, prompt: str) -> None:
     with pytest.raises(InputError, match="the prompt is empty; say what the edited video shows"):
@@ -325,8 +358,8 @@ class Broken(PnP):
 
         return [*super().edits(unet), Edit(unet.up_blocks[3].resnets[0].conv2, spoil)]
 
-    def conditioning(self, frames: Sequence[int], latents: Tensor, t: int) -> dict[str, Any]:
-        self.t = t
+    def conditioning(self, forward: Pass) -> dict[str, Any]:
+        self.t = forward.t
         return {}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,6 +13,8 @@ from tokenflow.diffusion.backbone import Backbone
 from tokenflow.diffusion.sampling import Schedule, ddim_step, require_finite
 from tokenflow.diffusion.trajectory import Trajectory
 from tokenflow.errors import InputError
+
+Conditioning = Callable[[list[int], Tensor, int], dict[str, Any]]
 
 
 def inversion_timesteps(steps: int, sampling: Schedule, backbone: Backbone) -> tuple[int, ...]:
@@ -42,6 +45,7 @@ def invert(
     steps: int,
     batch: int = 8,
     progress: Callable[[], None] = lambda: None,
+    conditioning: Conditioning = lambda frames, latents, t: {},
 ) -> Trajectory:
     """Walks clean latents up to noise; ε at (x, t) moves x from the timestep before t to t.
 
@@ -53,6 +57,7 @@ def invert(
         steps: How many steps to take, at least as many as sampling.
         batch: Frames in one forward pass.
         progress: Called after every step.
+        conditioning: Further arguments of the UNet, from a pass's frames, latents and timestep.
 
     Raises:
         InputError: There are fewer steps than sampling takes.
@@ -66,7 +71,9 @@ def invert(
         a_before, a = schedule.alpha(before), schedule.alpha(t)
         for part in torch.arange(len(x)).split(batch):
             here = x[part].to(backbone.device)
-            epsilon = backbone.epsilon(here, t, embedding.expand(len(part), -1, -1), schedule)
+            extra = conditioning(part.tolist(), here, t)
+            embeddings = embedding.expand(len(part), -1, -1)
+            epsilon = backbone.epsilon(here, t, embeddings, schedule, **extra)
             x[part] = ddim_step(here, epsilon, a_before, a).to(x)
         require_finite(x, f"inversion at step {step} (timestep {t})")
         before = t
@@ -90,6 +97,7 @@ def reconstruct(
     schedule: Schedule,
     batch: int = 8,
     progress: Callable[[], None] = lambda: None,
+    conditioning: Conditioning = lambda frames, latents, t: {},
 ) -> Float[Tensor, "frames c h w"]:
     """Samples a trajectory's first latents back without an edit or guidance."""
     embedding = backbone.embed([prompt])
@@ -98,7 +106,9 @@ def reconstruct(
         a, a_next = schedule.alpha(t), schedule.alpha(schedule.following(t))
         for part in torch.arange(len(x)).split(batch):
             here = x[part].to(backbone.device)
-            epsilon = backbone.epsilon(here, t, embedding.expand(len(part), -1, -1), schedule)
+            extra = conditioning(part.tolist(), here, t)
+            embeddings = embedding.expand(len(part), -1, -1)
+            epsilon = backbone.epsilon(here, t, embeddings, schedule, **extra)
             x[part] = ddim_step(here, epsilon, a, a_next).to(x)
         progress()
     return x

@@ -55,6 +55,10 @@ class Schedule:
         i = self.timesteps.index(t) + 1
         return self.timesteps[i] if i < len(self.timesteps) else None
 
+    def share(self, t: int) -> float:
+        """How much of the schedule lies behind at `t`: i / N at step i of N."""
+        return sum(other > t for other in self.timesteps) / len(self.timesteps)
+
     def epsilon(self, output: Tensor, x: Tensor, t: int) -> Tensor:
         """The noise that a model's output means: v-prediction is ε = √ᾱ v + √(1-ᾱ) x."""
         if self.prediction == "epsilon":

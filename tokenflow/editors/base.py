@@ -11,7 +11,8 @@ from diffusers import UNet2DConditionModel
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tokenflow.diffusion import Schedule, Trajectory
+from tokenflow.diffusion import Backbone, Schedule, Trajectory
+from tokenflow.video import Clip
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,28 @@ class Start:
     timesteps: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass of the UNet, as an editor sees it.
+
+    Attributes:
+        branches: What the batch is stacked from: "source", "negative", "prompt", or "source" alone
+            in inversion.
+        frames: Positions in the clip.
+        latents: Of every branch and frame.
+        embeddings: Of every branch's prompt.
+        t: The timestep.
+        share: How much of sampling's schedule lies behind, i / N at its step i of N.
+    """
+
+    branches: tuple[str, ...]
+    frames: tuple[int, ...]
+    latents: Float[Tensor, "branches frames c h w"]
+    embeddings: Float[Tensor, "branches tokens width"]
+    t: int
+    share: float
+
+
 class Editor(ABC):
     """An image editing method, applied to keyframes jointly and to windows by propagation.
 
@@ -45,6 +68,13 @@ class Editor(ABC):
 
     interface: ClassVar[int] = 1
     """The version of this interface that a plugin was written for."""
+
+    def prepare(self, backbone: Backbone, clip: Clip) -> None:  # noqa: B027 (need not be overridden)
+        """Called once for every clip, before any work: load and check what the edit needs.
+
+        Raises:
+            InputError: Something does not fit the model or the clip.
+        """
 
     @abstractmethod
     def start(self, trajectory: Trajectory, schedule: Schedule, seed: int) -> Start:
@@ -57,8 +87,9 @@ class Editor(ABC):
         """The changes to install; none by default."""
         return ()
 
-    def conditioning(
-        self, frames: Sequence[int], latents: Float[Tensor, "branches frames c h w"], t: int
-    ) -> dict[str, Any]:
-        """Further arguments of the UNet for the pass over `frames`; none by default."""
+    def conditioning(self, forward: Pass) -> dict[str, Any]:
+        """Further arguments of the UNet for one pass; none by default.
+
+        It is asked for every pass, of keyframes and of windows, and in inversion.
+        """
         return {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from tokenflow.diffusion import Backbone, Schedule, Trajectory
 from tokenflow.diffusion.sampling import guide
-from tokenflow.editors import Editor
+from tokenflow.editors import Editor, Pass
 from tokenflow.engine.attention import (
     Bank,
     JointAttention,
@@ -23,7 +22,8 @@ from tokenflow.engine.attention import (
 )
 from tokenflow.propagation import Correspondence, Propagation, Window
 
-BRANCHES = 3  # source, negative, prompt
+NAMES = ("source", "negative", "prompt")
+BRANCHES = len(NAMES)
 
 
 class Denoiser:
@@ -109,7 +109,9 @@ class Denoiser:
         chosen = list(frames)
         source = self.trajectory.at(t, chosen).to(x)
         branches = torch.stack([source, x[chosen], x[chosen]]).to(self.backbone.device)
-        extra: dict[str, Any] = self.editor.conditioning(chosen, branches, t)
+        share = self.schedule.share(t)
+        forward = Pass(NAMES, tuple(chosen), branches, self.embeddings, t, share)
+        extra = self.editor.conditioning(forward)
         embeddings = self.embeddings.repeat_interleave(len(chosen), dim=0)
         noise = self.backbone.epsilon(branches.flatten(0, 1), t, embeddings, self.schedule, **extra)
         _, negative, prompt = noise.to(x.device).chunk(BRANCHES)

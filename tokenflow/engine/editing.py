@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tokenflow.diffusion import Backbone, Schedule, Trajectory, invert, reconstruct
 from tokenflow.diffusion.sampling import ddim_step, require_finite
-from tokenflow.editors import Editor
+from tokenflow.editors import Editor, Pass
 from tokenflow.engine.denoising import Denoiser
 from tokenflow.engine.windows import (
     Blend,
@@ -141,6 +141,12 @@ def edit_clip(
     seconds: dict[str, float] = {}
     quality: dict[str, float] = {}
     inversion_steps = settings.inversion_steps or settings.steps
+    editor.prepare(backbone, clip)
+    embedding = backbone.embed([inversion_prompt])
+
+    def conditioning(frames: list[int], here: Tensor, t: int) -> dict[str, Any]:
+        source = Pass(("source",), tuple(frames), here[None], embedding, t, schedule.share(t))
+        return editor.conditioning(source)
 
     with timed(seconds, "encode"):
         latents = in_batches(backbone.encode, clip.frames, settings.batch, "encode", progress)
@@ -148,13 +154,19 @@ def edit_clip(
     with timed(seconds, "invert"):
         trajectory = invert(
             backbone, latents, inversion_prompt, schedule, inversion_steps, settings.batch,
-            counter("invert", inversion_steps, progress),
+            counter("invert", inversion_steps, progress), conditioning,
         )  # fmt: skip
     if report_reconstruction:
         with timed(seconds, "reconstruct"):
             count = counter("reconstruct", settings.steps, progress)
             back = reconstruct(
-                backbone, trajectory, inversion_prompt, schedule, settings.batch, count
+                backbone,
+                trajectory,
+                inversion_prompt,
+                schedule,
+                settings.batch,
+                count,
+                conditioning,
             )
             for name, codes in (("reconstruction_psnr", back), ("round_trip_psnr", latents)):
                 frames = in_batches(backbone.decode, codes, settings.batch)
@@ -184,7 +196,10 @@ def edit_latents(
     name: str = "clip",
     progress: Progress = lambda stage, step, steps: None,
 ) -> Float[Tensor, "frames c h w"]:
-    """Algorithm 1 of the paper: the edited latents of a trajectory's frames."""
+    """Algorithm 1 of the paper: the edited latents of a trajectory's frames.
+
+    The editor must have been prepared for the clip.
+    """
     s = settings or Settings()
     embeddings = backbone.embed([inversion_prompt, negative_prompt, prompt])
     denoiser = Denoiser(backbone, trajectory, schedule, editor, embeddings, s.guidance, s.batch)
