@@ -43,6 +43,13 @@ def test_the_layers_are_the_papers(backbone: Backbone) -> None:
     assert all(edit.function is take_source for edit in (features, *rest))
 
 
+def test_more_layers_take_features(backbone: Backbone) -> None:
+    up = backbone.unet.up_blocks
+    edits = PnP(features=0.7, feature_layers=3).edits(backbone.unet)
+    expected = [up[1].resnets[1].conv2, up[1].resnets[2].conv2, up[2].resnets[0].conv2]
+    assert [edit.module for edit in edits if edit.until == 0.7] == expected
+
+
 def test_the_edited_branches_take_the_sources_output() -> None:
     edited, source = torch.randn(2, 3, 5, 4), torch.randn(3, 5, 4)
     result = take_source(edited, source)
@@ -137,6 +144,7 @@ def test_renoised_is_the_inverted_latent_where_inversion_ended_there(schedule: S
         ({"attention": 1.5}, r"attention is a share .* got 1\.5"),
         ({"features": float("nan")}, "features is a share .* got nan"),
         ({"features": 2.0}, "features is a share"),
+        ({"feature_layers": 0}, "feature_layers must be at least 1, got 0"),
         ({"start_from": "noise"}, "start_from must be 'inverted' or 'renoised', got 'noise'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The frozen model: the one place that loads weights and calls networks."""
+"""The frozen model on one device: loads its parts, and calls them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from jaxtyping import Float
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from tokenflow.diffusion.loading import (
+    ModelError,
+    load_network,
+    load_pretrained,
+    require_folder_or_id,
+    require_safetensors,
+)
 from tokenflow.diffusion.sampling import Schedule
-from tokenflow.errors import InputError
 
 COMPONENTS = {
     "unet": UNet2DConditionModel,
@@ -25,11 +30,8 @@ COMPONENTS = {
 }
 NETWORKS = ("unet", "vae", "text_encoder")
 EMBEDDED = Path(__file__).parents[1] / "miniature" / "weights"
+INDEX = "model_index.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-class ModelError(InputError):
-    """A model that cannot be loaded, with what was expected, what came and what to do."""
 
 
 class Backbone:
@@ -85,13 +87,9 @@ class Backbone:
             raise ModelError(f"dtype must be one of {('auto', *DTYPES)}, got {dtype!r}")
         if model == "miniature":
             model = EMBEDDED
+        require_folder_or_id(str(model), INDEX)
         if Path(model).is_dir():
             check_folder(Path(model))
-        elif looks_like_path(str(model)):
-            raise ModelError(
-                f"expected a model folder, but {str(model)!r} does not exist; give the folder that "
-                f"holds model_index.json, or a hub id like 'owner/name'"
-            )
         where = device if device != "auto" else default_device()
         auto = torch.float32 if where == "cpu" else torch.float16
         parts: dict[str, Any] = {
@@ -170,11 +168,6 @@ def default_device() -> str:
     return accelerator.type if accelerator is not None else "cpu"
 
 
-def looks_like_path(model: str) -> bool:
-    """Hub ids are "name" or "owner/name"; whatever else was meant to be a folder."""
-    return model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model
-
-
 def check_folder(folder: Path) -> None:
     """Raises `ModelError` unless all components are there, with safetensors."""
     for name in COMPONENTS:
@@ -184,39 +177,17 @@ def check_folder(folder: Path) -> None:
                 f"the model folder {folder} has no {name}/; expected diffusers' layout with "
                 f"{', '.join(COMPONENTS)}"
             )
-        if name in NETWORKS and not any(part.glob("*.safetensors")):
-            found = sorted(p.name for p in part.iterdir() if p.suffix in (".bin", ".pt", ".ckpt"))
-            raise ModelError(
-                f"{part} has no *.safetensors file (found {found or 'no weights'}); pickled "
-                f"weights are not read: convert them with diffusers' "
-                f"save_pretrained(..., safe_serialization=True)"
-            )
+        if name in NETWORKS:
+            require_safetensors(part)
 
 
 def load_component(model: str, name: str, dtype: torch.dtype) -> Any:
     """One component by its own class, with errors that say what to do."""
-    options: dict[str, Any] = {}
-    if name in NETWORKS:
-        word = "dtype" if name == "text_encoder" else "torch_dtype"  # transformers', diffusers'
-        options = {word: dtype, "use_safetensors": True, "output_loading_info": True}
-    try:
-        part = COMPONENTS[name].from_pretrained(model, subfolder=name, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        if Path(model).is_dir():
-            raise ModelError(
-                f"{name} of the model folder {model} does not load: {error}"
-            ) from error
-        raise ModelError(
-            f"{name} of the hub model {model!r} could not be fetched. Without network, download "
-            f"the model elsewhere and give its folder (the one that holds model_index.json) "
-            f"in place of the id. The hub said: {error}"
-        ) from error
+    kind = COMPONENTS[name]
     if name not in NETWORKS:
-        return part
-    network, loading = part
-    if missing := sorted(loading["missing_keys"]):
-        raise ModelError(
-            f"{name} of the model {model} has no weights for {len(missing)} of its parameters, "
-            f"such as {missing[0]}; its configuration and its weights do not belong together"
-        )
-    return network
+        return load_pretrained(kind, model, name, INDEX, subfolder=name)
+    # said here, or else a model's configuration may name an attention kernel's code on a hub
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa"}  # transformers'
+    if name != "text_encoder":
+        options = {"torch_dtype": dtype}  # diffusers'
+    return load_network(kind, model, name, INDEX, subfolder=name, **options)

@@ -93,3 +93,20 @@ class Editor(ABC):
         It is asked for every pass, of keyframes and of windows, and in inversion.
         """
         return {}
+
+    def constrain(
+        self,
+        latents: Float[Tensor, "frames c h w"],
+        frames: tuple[int, ...],
+        t: int | None,
+        trajectory: Trajectory,
+    ) -> Float[Tensor, "frames c h w"]:
+        """What the latents that a step arrived at become before the next; as they are by default.
+
+        Args:
+            latents: Of some of the clip's frames, at timestep `t`; not to be changed in place.
+            frames: Their positions in the clip. Each is treated on its own, as ranks share them.
+            t: The timestep arrived at, `None` for the clean latent.
+            trajectory: The source's latents, at `t` by `trajectory.at`.
+        """
+        return latents

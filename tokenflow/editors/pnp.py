@@ -21,21 +21,29 @@ class PnP(Editor):
     Args:
         attention: Share of the steps in which decoder self-attentions take the source's queries
             and keys, 0 to 1.
-        features: Share of the steps in which the decoder layer a third of the way up takes the
-            source's features, 0 to 1.
+        features: Share of the steps in which decoder layers take the source's features, 0 to 1.
+        feature_layers: How many decoder layers do so, from the one a third of the way up; the
+            paper's is 1. A small model needs more of them to keep objects in their places.
         start_from: "inverted" starts at the inverted latent; "renoised" adds the noise that the
             noisiest inverted latent implies to the clean latent, as the published code does.
     """
 
     def __init__(
-        self, attention: float = 0.5, features: float = 0.8, start_from: str = "inverted"
+        self,
+        attention: float = 0.5,
+        features: float = 0.8,
+        feature_layers: int = 1,
+        start_from: str = "inverted",
     ) -> None:
         for name, share in (("attention", attention), ("features", features)):
             if not 0 <= share <= 1:
                 raise InputError(f"{name} is a share of the steps from 0 to 1, got {share}")
+        if feature_layers < 1:
+            raise InputError(f"feature_layers must be at least 1, got {feature_layers}")
         if start_from not in ("inverted", "renoised"):
             raise InputError(f"start_from must be 'inverted' or 'renoised', got {start_from!r}")
-        self.attention, self.features, self.start_from = attention, features, start_from
+        self.attention, self.features = attention, features
+        self.feature_layers, self.start_from = feature_layers, start_from
 
     def start(self, trajectory: Trajectory, schedule: Schedule, seed: int) -> Start:
         first = schedule.timesteps[0]
@@ -55,7 +63,10 @@ class PnP(Editor):
             for projection in (attention.to_q, attention.to_k)
         ]
         return [
-            Edit(layers[0].resnet.conv2, take_source, self.features),
+            *(
+                Edit(layer.resnet.conv2, take_source, self.features)
+                for layer in layers[: self.feature_layers]
+            ),
             *(Edit(projection, take_source, self.attention) for projection in projections),
         ]
 

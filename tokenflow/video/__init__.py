@@ -1,5 +1,6 @@
 """Videos in and out: clips, and pictures made of them."""
 
+from tokenflow.video.alpha import transparent
 from tokenflow.video.atomic import atomic
 from tokenflow.video.clip import AudioSpan, Clip, VideoError
 from tokenflow.video.layout import contact_sheet, side_by_side
@@ -16,6 +17,7 @@ __all__ = [
     "read_clip",
     "resized",
     "side_by_side",
+    "transparent",
     "write_clip",
     "write_image",
     "write_video",

@@ -1,0 +1,160 @@
+"""ControlNet (Zhang et al. 2023, arXiv 2302.05543): structure from control images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import ControlNetModel
+from jaxtyping import Float
+from torch import Tensor
+
+from tokenflow.diffusion import Backbone, load_controlnet
+from tokenflow.editors.base import Pass
+from tokenflow.editors.conditions import Canny, Condition
+from tokenflow.editors.sdedit import SDEdit
+from tokenflow.errors import InputError
+from tokenflow.video import Clip
+
+
+@dataclass(frozen=True)
+class Control:
+    """One ControlNet and what it is shown.
+
+    Args:
+        model: A ControlNet's folder in diffusers' layout, the id of a hub model, or "miniature",
+            the embedded one for Canny edges.
+        condition: Makes the control images, by class name; Canny when not given.
+        scale: Of the residuals that it adds to the UNet's, 0 or more.
+        begin: Share of the schedule, 0 to 1, at which it sets in.
+        end: Share at which it stops: it is on at step i of N while begin <= i / N < end.
+    """
+
+    model: str = "miniature"
+    condition: Condition | None = None
+    scale: float = 1.0
+    begin: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.scale < float("inf"):
+            raise InputError(f"a control's scale is a number from 0 up, got {self.scale}")
+        if not 0 <= self.begin < self.end <= 1:
+            raise InputError(
+                f"a control is on from one share of the schedule to another, "
+                f"0 <= begin < end <= 1; got begin {self.begin} and end {self.end}"
+            )
+
+
+class Shown(NamedTuple):
+    """A control ready for one clip; `images` has shape (frames, 3, height, width)."""
+
+    control: Control
+    network: ControlNetModel
+    images: Tensor
+
+
+class ControlNet(SDEdit):
+    """Starts as SDEdit does, and holds the edit to control images, by one ControlNet or several.
+
+    The edited branches are controlled, in keyframes' and windows' passes alike; residuals of
+    several controls add up. `model` to `end` describe the first control.
+
+    Args:
+        model: A ControlNet's folder in diffusers' layout, the id of a hub model, or "miniature",
+            the embedded one for Canny edges.
+        condition: Makes the control images, by class name: Canny (when not given) or ControlVideo.
+        scale: Of the residuals that it adds to the UNet's, 0 or more.
+        begin: Share of the schedule, 0 to 1, at which it sets in.
+        end: Share at which it stops: it is on at step i of N while begin <= i / N < end.
+        further: More controls with the same five options each, in a list.
+        control_source: Controls the source branch as well, in inversion and in sampling.
+        strength: How much of sampling runs, as SDEdit's.
+        noise: What the first latent is made of, as SDEdit's.
+    """
+
+    def __init__(
+        self,
+        model: str = "miniature",
+        condition: Condition | None = None,
+        scale: float = 1.0,
+        begin: float = 0.0,
+        end: float = 1.0,
+        further: Sequence[Control] = (),
+        control_source: bool = False,
+        strength: float = 1.0,
+        noise: str = "inverted",
+    ) -> None:
+        super().__init__(strength, noise)
+        self.controls = (Control(model, condition, scale, begin, end), *further)
+        self.control_source = control_source
+        self.backbone: Backbone | None = None
+        self.shown: tuple[Shown, ...] = ()
+
+    def prepare(self, backbone: Backbone, clip: Clip) -> None:
+        """Loads what is not loaded yet, and makes the clip's control images.
+
+        Raises:
+            ModelError: A ControlNet cannot be loaded or was made for another model.
+            InputError: A control video does not fit the clip.
+        """
+        loaded = {}
+        if backbone is self.backbone:
+            loaded = {shown.control.model: shown.network for shown in self.shown}
+        ready = []
+        for control in self.controls:
+            if control.model not in loaded:
+                loaded[control.model] = load_controlnet(control.model, backbone)
+            images = (control.condition or Canny()).of(clip)
+            ready.append(Shown(control, loaded[control.model], images))
+        self.backbone, self.shown = backbone, tuple(ready)
+
+    @torch.no_grad()
+    def conditioning(self, forward: Pass) -> dict[str, Any]:
+        """The residuals of the controls that are on, nothing where none is.
+
+        Raises:
+            InputError: `prepare` has not been called.
+        """
+        if not self.shown:
+            raise InputError("a ControlNet needs prepare(backbone, clip) before it is used")
+        chosen = [
+            i for i, name in enumerate(forward.branches) if name != "source" or self.control_source
+        ]
+        on = [s for s in self.shown if s.control.begin <= forward.share < s.control.end]
+        if not chosen or not on:
+            return {}
+        each = [residuals(shown, forward, chosen) for shown in on]
+        *down, middle = [sum(same[1:], start=same[0]) for same in zip(*each, strict=True)]
+        return {
+            "down_block_additional_residuals": down,
+            "mid_block_additional_residual": middle,
+        }
+
+
+def residuals(
+    shown: Shown, forward: Pass, chosen: Sequence[int]
+) -> list[Float[Tensor, "batch channels h w"]]:
+    """What one ControlNet adds to the UNet's skip connections and, last, to its middle.
+
+    The batch is the pass's, branches × frames; branches that are not chosen get zeros.
+    """
+    network, images = shown.network, shown.images[list(forward.frames)]
+    frames = len(forward.frames)
+    down, middle = network(
+        forward.latents[list(chosen)].flatten(0, 1).to(network.device, network.dtype),
+        forward.t,
+        forward.embeddings[list(chosen)].repeat_interleave(frames, dim=0),
+        images.to(network.device, network.dtype).repeat(len(chosen), 1, 1, 1),
+        conditioning_scale=shown.control.scale,
+        return_dict=False,
+    )
+
+    def of_all_branches(part: Tensor) -> Tensor:
+        every = part.new_zeros(len(forward.branches), frames, *part.shape[1:])
+        every[list(chosen)] = part.unflatten(0, (len(chosen), frames))
+        return every.flatten(0, 1)
+
+    return [of_all_branches(part) for part in (*down, middle)]

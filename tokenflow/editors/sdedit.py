@@ -1,0 +1,70 @@
+"""SDEdit (Meng et al. 2022, arXiv 2108.01073): sampling starts late, from the noised source."""
+
+from __future__ import annotations
+
+import hashlib
+from fractions import Fraction
+from math import floor
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tokenflow.diffusion import Schedule, Trajectory
+from tokenflow.editors.base import Editor, Start
+from tokenflow.errors import InputError
+
+NOISES = ("inverted", "shared", "independent")
+
+
+class SDEdit(Editor):
+    """Keeps what the first latent says of the source: the lower the strength, the more it is.
+
+    Nothing of the source is injected later on.
+
+    Args:
+        strength: How much of sampling runs, above 0 and up to 1: of N steps the last
+            round(strength * N), halves up, and at least one. At 1 all run.
+        noise: What the first latent is made of: "inverted" takes the source's inverted latent at
+            the first timestep that runs, which keeps its structure best; "shared" adds to the
+            source's clean latents noise that is the same for all frames, "independent" noise
+            that is another for every frame.
+    """
+
+    def __init__(self, strength: float = 0.9, noise: str = "inverted") -> None:
+        if not 0 < strength <= 1:
+            raise InputError(
+                f"strength is the share of the steps that run, above 0 and up to 1, got {strength}"
+            )
+        if noise not in NOISES:
+            raise InputError(f"noise must be one of {', '.join(NOISES)}, got {noise!r}")
+        self.strength, self.noise = strength, noise
+
+    def start(self, trajectory: Trajectory, schedule: Schedule, seed: int) -> Start:
+        steps = steps_to_run(self.strength, len(schedule.timesteps))
+        timesteps = schedule.timesteps[-steps:]
+        if self.noise == "inverted":
+            return Start(trajectory.at(timesteps[0]), timesteps)
+        clean, a = trajectory.clean, schedule.alpha(timesteps[0])
+        noise = torch.stack(
+            [
+                frame_noise(seed, 0 if self.noise == "shared" else frame, clean.shape[1:])
+                for frame in range(len(clean))
+            ]
+        )
+        return Start(a**0.5 * clean + (1 - a) ** 0.5 * noise.to(clean), timesteps)
+
+
+def steps_to_run(strength: float, steps: int) -> int:
+    """round(strength * steps), halves up, at least one; strength counts as it is written.
+
+    In floating point 0.145 * 100 is 14.499999999999998, and would not round to 15.
+    """
+    return max(1, floor(Fraction(str(strength)) * steps + Fraction(1, 2)))
+
+
+def frame_noise(seed: int, frame: int, shape: torch.Size) -> Float[Tensor, "c h w"]:
+    """Gaussian noise of one latent, from a seed and the frame's index alone."""
+    digest = hashlib.sha256(f"{seed}/{frame}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.randn(shape, generator=generator)

@@ -1,0 +1,38 @@
+"""Transparency, which `read_clip` drops: to be refused where what lies under it matters."""
+
+from pathlib import Path
+
+from PIL import Image
+
+from tokenflow.video.image_folder import SUFFIXES
+from tokenflow.video.video_file import open_container
+
+OPAQUE = 255
+
+
+def transparent(path: Path) -> str | None:
+    """The name of what is transparent in a video file or image folder, if anything is.
+
+    Images with an alpha channel that is opaque throughout do not count; a video file's alpha
+    channel does, whatever it holds. What cannot be read is left for `read_clip` to refuse.
+    """
+    if path.is_dir():
+        images = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+        return next((image.name for image in images if _is_transparent(image)), None)
+    with open_container(path) as container:
+        for stream in container.streams.video:
+            format = stream.codec_context.format if stream.codec_context else None
+            hidden = stream.metadata.get("alpha_mode") == "1"  # WebM keeps it beside the picture
+            if hidden or (format and any(c.is_alpha for c in format.components)):
+                return path.name
+    return None
+
+
+def _is_transparent(path: Path) -> bool:
+    try:
+        with Image.open(path) as image:
+            if not image.has_transparency_data:
+                return False
+            return min(image.convert("RGBA").getchannel("A").tobytes()) < OPAQUE
+    except (OSError, SyntaxError, Image.DecompressionBombError):
+        return False
