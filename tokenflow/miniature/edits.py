@@ -11,6 +11,7 @@ from torch import Tensor
 from tokenflow.metrics import warp_error
 from tokenflow.miniature.judge import Judge, answers
 from tokenflow.miniature.scenes import Attributes, Scene, random_scene
+from tokenflow.propagation import OpticalFlow
 from tokenflow.video import Clip
 
 
@@ -81,3 +82,17 @@ def suite(frames: int = 24) -> list[SceneEdit]:
         SceneEdit(random_scene(seed, frames, Attributes.parse(source)), Attributes.parse(target))
         for seed, source, target in edits
     ]
+
+
+class SceneFlow(OpticalFlow):
+    """The exact flow of a scene, for clips that were rendered from it.
+
+    Args:
+        scene: The scene.
+    """
+
+    def __init__(self, scene: Scene) -> None:
+        self.scene = scene
+
+    def between(self, clip: Clip, start: int, end: int) -> Float[Tensor, "2 height width"]:
+        return self.scene.flow(start, end, clip.frames.shape[-1])

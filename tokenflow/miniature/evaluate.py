@@ -12,9 +12,12 @@ from rich.table import Table
 from torch import Tensor
 
 from tokenflow.diffusion import Backbone
+from tokenflow.diffusion.backbone import EMBEDDED
 from tokenflow.diffusion.sampling import ddim_step, guide
+from tokenflow.editors import ControlNet, SDEdit
 from tokenflow.miniature.judge import Judge, accuracy
 from tokenflow.miniature.scenes import VOCABULARY, random_scene
+from tokenflow.miniature.structure import OVERLAP_BAR, SHAPE_BAR, judge_structure
 
 HELD_OUT = 1_000_000
 BAR = {"background": 0.90, "color": 0.85, "shape": 0.80, "pattern": 0.65}
@@ -49,7 +52,7 @@ def sample(
 def main(
     samples: int = 192, steps: int = 50, guidance: float = 3.0, model: str = "miniature"
 ) -> None:
-    """Prints a table: the VAE's round trip, the judge on renders, and samples judged.
+    """Prints two tables: samples judged, beside renders; and the structure that a control gives.
 
     Args:
         samples: How many held-out captions and renders.
@@ -79,6 +82,24 @@ def main(
     console = Console()
     console.print(table)
     console.print(f"VAE round trip: {round_trip_psnr(backbone, renders):.2f} dB (bar 28)")
+    if (EMBEDDED / "controlnet").is_dir():
+        console.print(structure_table(backbone, judge, samples // 8, steps, guidance))
+    else:
+        console.print("the embedded ControlNet has not been trained")
+
+
+def structure_table(
+    backbone: Backbone, judge: Judge, each: int, steps: int, guidance: float
+) -> Table:
+    """Shapes and masks of samples with the embedded ControlNet and without."""
+    table = Table(title=f"structure from edges alone, prompts without the shape, {4 * each} stills")
+    for column in ("", "shape judged right", "mask IoU"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, editor in (("with the ControlNet", ControlNet()), ("without", SDEdit())):
+        found = judge_structure(backbone, editor, judge, each, steps, guidance)
+        table.add_row(name, f"{found.shape:.1%}", f"{found.overlap:.2f}")
+    table.add_row("bar", f"{SHAPE_BAR:.0%}", f"{OVERLAP_BAR:.2f}")
+    return table
 
 
 if __name__ == "__main__":
