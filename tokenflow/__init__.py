@@ -6,18 +6,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokenflow.diffusion import Backbone
-    from tokenflow.editors import PnP
+    from tokenflow.editors import ControlNet, PnP, SDEdit
     from tokenflow.engine import Settings, edit_clip
-    from tokenflow.propagation import NNField
+    from tokenflow.propagation import FlowWeighted, NNField
     from tokenflow.video import read_clip, write_clip
 
 __version__ = version("tokenflow")
-__all__ = ["Backbone", "NNField", "PnP", "Settings", "edit_clip", "read_clip", "write_clip"]
+__all__ = [
+    "Backbone",
+    "ControlNet",
+    "FlowWeighted",
+    "NNField",
+    "PnP",
+    "SDEdit",
+    "Settings",
+    "edit_clip",
+    "read_clip",
+    "write_clip",
+]
 
 HOMES = {
     "Backbone": "diffusion",
+    "ControlNet": "editors",
+    "FlowWeighted": "propagation",
     "NNField": "propagation",
     "PnP": "editors",
+    "SDEdit": "editors",
     "Settings": "engine",
     "edit_clip": "engine",
     "read_clip": "video",

@@ -10,3 +10,7 @@ class InputError(ValueError):
 
 class DivergedError(InputError, FloatingPointError):
     """A latent became NaN or infinite; the message names the stage and the step."""
+
+
+class PluginError(InputError):
+    """An editor or kernel raised something unexpected; the message names it and its package."""

@@ -21,6 +21,7 @@ from tokenflow.engine.attention import (
     processors,
     self_attention_sites,
 )
+from tokenflow.errors import PluginError
 from tokenflow.propagation import Correspondence, NNField
 from tokenflow.video import Clip
 
@@ -252,7 +253,7 @@ def test_nothing_remains_after_a_clip_that_fails(
 ) -> None:
     # tokenflow makes three passes a step: the keyframes', then two over the nine frames
     settings = Settings(steps=2, keyframe_every=4, consistency=consistency)
-    with unchanged(backbone.unet), pytest.raises(RuntimeError, match="midway"):
+    with unchanged(backbone.unet), pytest.raises(PluginError, match=r"RaisingPnP .*midway"):
         edit_clip(backbone, clip, "a ball", RaisingPnP(calls), NNField(), settings=settings)
 
 

@@ -20,7 +20,14 @@ from tokenflow.engine.attention import (
     installed,
     processors,
 )
-from tokenflow.propagation import Correspondence, Propagation, Window
+from tokenflow.engine.guard import guarded
+from tokenflow.propagation import (
+    ClipFlow,
+    Correspondence,
+    Propagation,
+    Window,
+    check_correspondence,
+)
 
 NAMES = ("source", "negative", "prompt")
 BRANCHES = len(NAMES)
@@ -37,6 +44,7 @@ class Denoiser:
         embeddings: Of the inversion prompt, the negative prompt and the prompt, (3, tokens, width).
         guidance: Scale of classifier-free guidance.
         batch: Frames in one forward pass, where frames are independent.
+        flow: The clip's optical flow, for a kernel that needs it.
     """
 
     def __init__(
@@ -48,11 +56,15 @@ class Denoiser:
         embeddings: Float[Tensor, "3 tokens width"],
         guidance: float,
         batch: int,
+        flow: ClipFlow | None = None,
     ) -> None:
         self.backbone, self.trajectory, self.schedule = backbone, trajectory, schedule
         self.editor, self.embeddings, self.guidance = editor, embeddings, guidance
-        self.batch = batch
-        self.edits = editor.edits(backbone.unet)
+        self.batch, self.flow = batch, flow
+        self.edits = [
+            dataclasses.replace(edit, function=guarded(editor, edit.function))
+            for edit in guarded(editor, editor.edits)(backbone.unet)
+        ]
 
     def edited(self, t: int) -> AbstractContextManager[None]:
         """A block in which those of the editor's edits are on that this step asks for."""
@@ -77,10 +89,12 @@ class Denoiser:
         keyframes: Sequence[int],
         kernel: Propagation,
         neighbourhood: Callable[[range], tuple[Window, list[int]]],
+        check: bool = False,
     ) -> Tensor:
         """TokenFlow: keyframes jointly, then all frames with the keyframes' features.
 
-        `neighbourhood` gives the window of a run of frames, and which keyframes it uses.
+        `neighbourhood` gives the window of a run of frames, and which keyframes it uses. Where
+        told to `check`, it raises `InputError` for a kernel whose answer is no correspondence.
         """
         unet, bank, parts = self.backbone.unet, Bank(), []
         with self.edited(t):
@@ -93,10 +107,14 @@ class Denoiser:
                     site: str, window: Window = window, used: list[int] = used
                 ) -> PropagatedAttention:
                     keys = bank.source[site][used]
-                    here = at_site(window, keys.shape[1], x)
+                    here = at_site(window, keys, x, self.flow)
 
                     def correspond(source: Tensor) -> Correspondence:
-                        return kernel.correspond(source, keys, here)
+                        found = guarded(kernel, kernel.correspond)(source, keys, here)
+                        if check:
+                            who = f"{type(kernel).__name__} at {site}"
+                            check_correspondence(found, source, keys, who)
+                        return found
 
                     return PropagatedAttention(BRANCHES, bank.outputs[site][:, used], correspond)
 
@@ -111,7 +129,7 @@ class Denoiser:
         branches = torch.stack([source, x[chosen], x[chosen]]).to(self.backbone.device)
         share = self.schedule.share(t)
         forward = Pass(NAMES, tuple(chosen), branches, self.embeddings, t, share)
-        extra = self.editor.conditioning(forward)
+        extra = guarded(self.editor, self.editor.conditioning)(forward)
         embeddings = self.embeddings.repeat_interleave(len(chosen), dim=0)
         noise = self.backbone.epsilon(branches.flatten(0, 1), t, embeddings, self.schedule, **extra)
         _, negative, prompt = noise.to(x.device).chunk(BRANCHES)
@@ -122,8 +140,14 @@ class Denoiser:
         return [range(i, min(i + self.batch, frames)) for i in range(0, frames, self.batch)]
 
 
-def at_site(window: Window, tokens: int, x: Float[Tensor, "frames c h w"]) -> Window:
-    """The window with the height and width in tokens that latents have at a site."""
+def at_site(
+    window: Window,
+    keys: Float[Tensor, "keyframes tokens channels"],
+    x: Float[Tensor, "frames c h w"],
+    flow: ClipFlow | None = None,
+) -> Window:
+    """The window as the site with these keys sees it: height and width in tokens, and motion."""
     height, width = x.shape[-2:]
-    scale = round((height * width / tokens) ** 0.5)
-    return dataclasses.replace(window, height=height // scale, width=width // scale)
+    scale = round((height * width / keys.shape[1]) ** 0.5)
+    here = dataclasses.replace(window, height=height // scale, width=width // scale)
+    return dataclasses.replace(here, motion=flow.motion(here, keys.device)) if flow else here

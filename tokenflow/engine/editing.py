@@ -19,6 +19,7 @@ from tokenflow.diffusion import Backbone, Schedule, Trajectory, invert, reconstr
 from tokenflow.diffusion.sampling import ddim_step, require_finite
 from tokenflow.editors import Editor, Pass
 from tokenflow.engine.denoising import Denoiser
+from tokenflow.engine.guard import guarded
 from tokenflow.engine.windows import (
     Blend,
     Keyframes,
@@ -29,7 +30,7 @@ from tokenflow.engine.windows import (
 )
 from tokenflow.errors import InputError
 from tokenflow.metrics import psnr
-from tokenflow.propagation import Propagation
+from tokenflow.propagation import ClipFlow, Propagation
 from tokenflow.video import Clip
 
 Consistency = Literal["tokenflow", "joint", "none"]
@@ -141,12 +142,14 @@ def edit_clip(
     seconds: dict[str, float] = {}
     quality: dict[str, float] = {}
     inversion_steps = settings.inversion_steps or settings.steps
-    editor.prepare(backbone, clip)
+    guarded(editor, editor.prepare)(backbone, clip)
+    provider = propagation.flow if settings.consistency == "tokenflow" else None
+    flow = ClipFlow(clip, provider, backbone.latent_scale) if provider else None
     embedding = backbone.embed([inversion_prompt])
 
     def conditioning(frames: list[int], here: Tensor, t: int) -> dict[str, Any]:
         source = Pass(("source",), tuple(frames), here[None], embedding, t, schedule.share(t))
-        return editor.conditioning(source)
+        return guarded(editor, editor.conditioning)(source)
 
     with timed(seconds, "encode"):
         latents = in_batches(backbone.encode, clip.frames, settings.batch, "encode", progress)
@@ -174,7 +177,7 @@ def edit_clip(
     with timed(seconds, "edit"):
         edited = edit_latents(
             backbone, trajectory, schedule, editor, propagation,
-            prompt, negative_prompt, inversion_prompt, settings, clip.name, progress,
+            prompt, negative_prompt, inversion_prompt, settings, clip.name, progress, flow,
         )  # fmt: skip
     with timed(seconds, "decode"):
         frames = in_batches(backbone.decode, edited, settings.batch, "decode", progress)
@@ -195,15 +198,25 @@ def edit_latents(
     settings: Settings | None = None,
     name: str = "clip",
     progress: Progress = lambda stage, step, steps: None,
+    flow: ClipFlow | None = None,
 ) -> Float[Tensor, "frames c h w"]:
     """Algorithm 1 of the paper: the edited latents of a trajectory's frames.
 
-    The editor must have been prepared for the clip.
+    The editor must have been prepared for the clip, and a kernel that needs optical flow must be
+    given that of the source's frames.
     """
     s = settings or Settings()
+    if s.consistency == "tokenflow" and propagation.flow is not None and flow is None:
+        kernel, provider = type(propagation).__name__, type(propagation.flow).__name__
+        raise InputError(
+            f"{kernel} needs the clip's optical flow, got none; use edit_clip, or give "
+            f"flow=ClipFlow(clip, kernel.flow, backbone.latent_scale), here by {provider}"
+        )
     embeddings = backbone.embed([inversion_prompt, negative_prompt, prompt])
-    denoiser = Denoiser(backbone, trajectory, schedule, editor, embeddings, s.guidance, s.batch)
-    begin = editor.start(trajectory, schedule, s.seed)
+    denoiser = Denoiser(
+        backbone, trajectory, schedule, editor, embeddings, s.guidance, s.batch, flow
+    )
+    begin = guarded(editor, editor.start)(trajectory, schedule, s.seed)
     windows = split_windows(len(trajectory), s.keyframe_every)
     x = begin.latents.clone()
     for done, t in enumerate(begin.timesteps, start=1):
@@ -218,8 +231,10 @@ def edit_latents(
                 neighbourhood, windows=windows, keyframes=drawn,
                 neighbours=s.neighbours, blend=s.blend,
             )  # fmt: skip
-            epsilon = denoiser.propagated(x, t, drawn, propagation, around)
-        x = ddim_step(x, epsilon, schedule.alpha(t), schedule.alpha(schedule.following(t)))
+            epsilon = denoiser.propagated(x, t, drawn, propagation, around, check=done == 1)
+        t_next = schedule.following(t)
+        x = ddim_step(x, epsilon, schedule.alpha(t), schedule.alpha(t_next))
+        x = guarded(editor, editor.constrain)(x, tuple(range(len(x))), t_next, trajectory)
         require_finite(x, f"sampling at step {step} (timestep {t})")
         progress("edit", done, len(begin.timesteps))
     return x

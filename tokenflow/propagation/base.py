@@ -9,6 +9,23 @@ from typing import ClassVar
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tokenflow.propagation.optical_flow import OpticalFlow
+
+
+@dataclass(frozen=True)
+class Motion:
+    """Where optical flow finds the tokens of a window's frames in their neighbours.
+
+    Attributes:
+        displacement: From a token to its place in either neighbour, (x, y), in latent pixels of
+            the site.
+        inconsistency: How far from the token the flow there and back again ends, in the same
+            unit; large where the token is hidden in the neighbour.
+    """
+
+    displacement: Float[Tensor, "frames 2 tokens 2"]
+    inconsistency: Float[Tensor, "frames 2 tokens"]
+
 
 @dataclass(frozen=True)
 class Window:
@@ -22,6 +39,7 @@ class Window:
             neighbour names it twice, with weights 1 and 0.
         height: Latent pixels of a frame at this site, so that tokens = height × width.
         width: See `height`.
+        motion: By optical flow, for a kernel that asks for it.
     """
 
     frames: tuple[int, ...]
@@ -30,6 +48,7 @@ class Window:
     blend: Float[Tensor, "frames 2"]
     height: int = 0
     width: int = 0
+    motion: Motion | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +90,12 @@ class Propagation(ABC):
     interface: ClassVar[int] = 1
     """The version of this interface that a plugin was written for."""
 
+    identity_at_keyframes: ClassVar[bool] = False
+    """Whether it promises that a keyframe's tokens take themselves; the conformance kit asks."""
+
+    flow: OpticalFlow | None = None
+    """What finds optical flow, if the kernel needs it: then every window has its `motion`."""
+
     @abstractmethod
     def correspond(
         self,
@@ -83,5 +108,5 @@ class Propagation(ABC):
         Args:
             source: The window's source tokens, as they enter the self-attention.
             keys: The neighbouring keyframes' source tokens at the same site and step.
-            window: Positions, neighbours and blend weights.
+            window: Positions, neighbours and blend weights, and motion if the kernel has a `flow`.
         """

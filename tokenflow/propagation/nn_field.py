@@ -19,6 +19,8 @@ class NNField(Propagation):
             keyframe are all that is ever held.
     """
 
+    identity_at_keyframes = True
+
     def __init__(self, block: int = 2048) -> None:
         if block < 1:
             raise InputError(f"block must be at least 1 token, got {block}")

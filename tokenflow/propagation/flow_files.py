@@ -1,0 +1,115 @@
+"""Optical flow that was computed elsewhere, read from a folder."""
+
+from __future__ import annotations
+
+import re
+from functools import reduce
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tokenflow.errors import InputError
+from tokenflow.propagation.optical_flow import OpticalFlow, require_flow, warp
+from tokenflow.video import Clip
+
+NAME = re.compile(r"(\d+)_(\d+)\.(npy|flo)")
+FLO = 202021.25
+"""What a .flo file begins with: its magic number, as Middlebury defined it."""
+
+
+class FlowFiles(OpticalFlow):
+    """A folder with one file for each pair of frames, `START_END.npy` or `START_END.flo`.
+
+    The names are frame numbers, with or without leading zeros: `0003_0004.flo` says where the
+    points of frame 3 are in frame 4. Needed is the flow of neighbouring frames, forwards
+    (`3_4`) and backwards (`4_3`); over longer distances it is chained. A file for a distant pair
+    (`3_9`) is used in place of the chain. Arrays are (height, width, 2) or (2, height, width)
+    with x, then y, in pixels, of the size at which the clip is edited.
+
+    Args:
+        folder: Where the files are.
+        first: The number that the names give to the clip's first frame.
+    """
+
+    def __init__(self, folder: str, first: int = 0) -> None:
+        self.folder, self.first = Path(folder), first
+        self.files: dict[tuple[int, int], Path] = {}
+
+    def prepare(self, clip: Clip) -> None:
+        """Finds the files, that each frame is joined to the next, and reads the first."""
+        if not self.folder.is_dir():
+            raise InputError(
+                f"the flow folder {self.folder} does not exist; expected a folder with files "
+                f"like 0000_0001.npy and 0001_0000.npy"
+            )
+        self.files = {}
+        for file in sorted(self.folder.iterdir()):
+            if name := NAME.fullmatch(file.name):
+                pair = int(name[1]) - self.first, int(name[2]) - self.first
+                if pair in self.files:
+                    raise InputError(
+                        f"{self.folder} has two files for one pair of frames, "
+                        f"{self.files[pair].name} and {file.name}; keep one of them"
+                    )
+                self.files[pair] = file
+        steps = [(i, i + 1) for i in range(len(clip) - 1)]
+        missing = [p for i, j in steps for p in ((i, j), (j, i)) if p not in self.files]
+        if missing:
+            start, end = (number + self.first for number in missing[0])
+            raise InputError(
+                f"{self.folder} has no {start}_{end}.npy or {start}_{end}.flo; expected the flow "
+                f"between neighbouring frames {self.first} to {self.first + len(clip) - 1}, both "
+                f"ways; {len(missing)} of {2 * len(steps)} files are missing"
+            )
+        if steps:
+            self.read(clip, 0, 1)  # files of another size are all so
+
+    def between(self, clip: Clip, start: int, end: int) -> Float[Tensor, "2 height width"]:
+        if not self.files:
+            self.prepare(clip)
+        if (start, end) in self.files:
+            return self.read(clip, start, end)
+        way = 1 if end > start else -1
+        steps = [self.read(clip, i, i + way) for i in range(start, end, way)]
+        return reduce(lambda so_far, step: so_far + warp(step, so_far), steps)
+
+    def read(self, clip: Clip, start: int, end: int) -> Float[Tensor, "2 height width"]:
+        """One file's flow, checked."""
+        file = self.files[start, end]
+        array = read_flo(file) if file.suffix == ".flo" else read_npy(file)
+        if array.ndim == 3 and array.shape[-1] == 2 and array.shape[0] != 2:
+            array = np.moveaxis(array, -1, 0)
+        if array.dtype.kind not in "fiu":
+            raise InputError(f"{file} holds {array.dtype}, expected numbers; write it again")
+        flow = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+        require_flow(flow, clip, str(file))
+        return flow
+
+
+def read_npy(file: Path) -> np.ndarray:
+    """An array of numbers; a pickle is refused."""
+    try:
+        return np.load(file, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise InputError(f"{file} is no NumPy array of numbers: {error}; write it again") from error
+
+
+def read_flo(file: Path) -> np.ndarray:
+    """Middlebury's format: the magic number, width, height, then x and y of each pixel."""
+    data = file.read_bytes()
+    head = np.frombuffer(data[:12], "<i4")
+    magic = np.frombuffer(data[:4], "<f4")
+    if len(head) < 3 or magic[0] != np.float32(FLO):
+        raise InputError(f"{file} does not begin as a .flo file does; write it again")
+    width, height = int(head[1]), int(head[2])
+    if min(width, height) < 1 or len(data) != 12 + 8 * width * height:
+        raise InputError(
+            f"{file} says that it holds {width}x{height} pixels, but has {len(data)} bytes, "
+            f"expected 12 + 8 for each pixel; write it again"
+        )
+    flow = np.frombuffer(data[12:], "<f4").reshape(height, width, 2)
+    # Middlebury marks pixels whose motion is not known with 1e9 and more
+    return np.where(np.abs(flow) > 1e9, np.nan, flow)

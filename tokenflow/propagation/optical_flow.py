@@ -1,0 +1,105 @@
+"""Optical flow: how far, and which way, each point of one frame has moved in another."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float, UInt8
+from numpy import ndarray
+from torch import Tensor
+from torch.nn.functional import grid_sample
+
+from tokenflow.errors import InputError
+from tokenflow.video import Clip
+
+Preset = Literal["ultrafast", "fast", "medium"]
+
+
+class OpticalFlow(ABC):
+    """Finds the motion between two frames of a clip.
+
+    There is one convention: a flow of shape (2, height, width) holds x, then y, in pixels, and
+    what frame `start` shows at p, frame `end` shows at p + flow(p). Subclasses are chosen by
+    their name; their constructor's typed arguments are their options.
+    """
+
+    def prepare(self, clip: Clip) -> None:  # noqa: B027 (need not be overridden)
+        """Called once for every clip, before any work.
+
+        Raises:
+            InputError: There can be no flow of this clip; the message says what to do.
+        """
+
+    @abstractmethod
+    def between(self, clip: Clip, start: int, end: int) -> Float[Tensor, "2 height width"]:
+        """The flow from frame `start` to frame `end`, positions in the clip, in float32.
+
+        A pure function of the clip and the two positions, asked for once per clip.
+        """
+
+
+class DIS(OpticalFlow):
+    """Dense inverse search on grey images, OpenCV's: fast, and without weights.
+
+    Source: Kroeger et al. 2016 (arXiv 1603.03590).
+
+    Args:
+        preset: Trades accuracy for speed: "ultrafast", "fast" or "medium".
+    """
+
+    def __init__(self, preset: Preset = "medium") -> None:
+        if preset not in get_args(Preset):
+            raise InputError(f"preset must be one of {get_args(Preset)}, got {preset!r}")
+        self.preset = preset
+
+    def prepare(self, clip: Clip) -> None:
+        height, width = clip.frames.shape[-2:]
+        if min(height, width) < 12:
+            raise InputError(
+                f"DIS needs frames of 12x12 pixels or more, got {height}x{width}; raise the "
+                f"resolution or use another optical flow"
+            )
+
+    def between(self, clip: Clip, start: int, end: int) -> Float[Tensor, "2 height width"]:
+        import cv2  # late: `tokenflow --help` need not wait for it
+
+        search: Any = cv2.DISOpticalFlow.create(
+            getattr(cv2, f"DISOPTICAL_FLOW_PRESET_{self.preset.upper()}")
+        )
+        found = search.calc(grey(clip.frames[start]), grey(clip.frames[end]), None)
+        return torch.from_numpy(found).movedim(-1, 0)
+
+
+def grey(frame: Float[Tensor, "3 height width"]) -> UInt8[ndarray, "height width"]:
+    """The luma (BT.601) of a frame, 0 to 255."""
+    luma = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
+    return (255 * (frame * luma).sum(dim=0)).round().to(torch.uint8).numpy()
+
+
+def warp(
+    values: Float[Tensor, "channels height width"], flow: Float[Tensor, "2 height width"]
+) -> Float[Tensor, "channels height width"]:
+    """`values` sampled bilinearly at p + flow(p); outside, the border's repeat."""
+    height, width = flow.shape[-2:]
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    there = torch.stack((x, y)).to(flow) + flow
+    size = torch.tensor([max(width - 1, 1), max(height - 1, 1)]).to(flow)
+    grid = 2 * there.movedim(0, -1)[None] / size - 1
+    return grid_sample(values[None], grid, padding_mode="border", align_corners=True)[0]
+
+
+def require_flow(flow: Tensor, clip: Clip, what: str) -> None:
+    """Raises `InputError` unless `flow` has the clip's size and no NaN or infinity."""
+    height, width = clip.frames.shape[-2:]
+    if flow.shape != (2, height, width):
+        raise InputError(
+            f"{what} is a flow of shape {tuple(flow.shape)}, expected (2, {height}, {width}): x "
+            f"and y for every pixel of the clip's frames, at the size at which they are edited"
+        )
+    if bad := int((~flow.isfinite()).any(dim=0).sum()):
+        raise InputError(
+            f"{what} has NaN or infinite values in {bad} of {height * width} pixels, expected "
+            f"pixels of motion everywhere; fill them in, for example with their neighbours'"
+        )
