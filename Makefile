@@ -1,6 +1,7 @@
 # Two commands: `make demo` edits a video, `make test` runs everything that CI runs.
 PYTHON ?= python3
 BIN := .venv/bin
+EXAMPLE := examples/tokenflow-local
 
 .PHONY: demo test setup
 .DELETE_ON_ERROR:
@@ -8,13 +9,17 @@ BIN := .venv/bin
 demo: .venv/demo
 	$(BIN)/tokenflow predict --config configs/demo.yaml --output.overwrite true
 
-test: .venv/test
+test: .venv/test .venv/example
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest tests $(EXAMPLE)
+	$(BIN)/tokenflow plugins check LocalPnP
+	$(BIN)/tokenflow plugins check LocalField
+	$(BIN)/tokenflow predict --config $(EXAMPLE)/local.yaml --model.steps 2 --data.max_frames 9 \
+	  --output.folder runs/example --output.overwrite true
 
-setup: .venv/test
+setup: .venv/test .venv/example
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -25,4 +30,8 @@ setup: .venv/test
 
 .venv/test: .venv/demo
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+.venv/example: $(EXAMPLE)/setup.cfg $(EXAMPLE)/pyproject.toml | .venv/test
+	$(BIN)/python -m pip install --quiet --no-deps --editable $(EXAMPLE)
 	touch $@

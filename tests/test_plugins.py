@@ -1,11 +1,30 @@
+"""Plugins as they are found, listed, checked, chosen and blamed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
 
+from tests.installing import install
 from tokenflow import plugins
-from tokenflow.editors import PnP
+from tokenflow.cli import main
+from tokenflow.diffusion import Backbone, Schedule, Trajectory
+from tokenflow.editors import Edit, Editor, Pass, PnP, Start
+from tokenflow.engine import Settings, edit_clip
+from tokenflow.errors import InputError, PluginError
 from tokenflow.plugins import describe, installed_plugins, load
-from tokenflow.propagation import NNField
+from tokenflow.propagation import Correspondence, NNField, Window
+from tokenflow.video import Clip
 
 
 class Old(PnP):
@@ -40,5 +59,257 @@ def test_a_name_offered_twice_is_used_by_neither(monkeypatch: pytest.MonkeyPatch
         plugins, "entry_points", lambda group: [entry, entry] if "editors" in group else []
     )
     for plugin in installed_plugins.__wrapped__():
-        assert plugin.kind is None
+        assert not plugin.usable
         assert "uninstall one" in plugin.reason
+
+
+BROKEN = """
+[tokenflow.editors]
+Crashing = broken:Crashing
+Outdated = broken:Outdated
+Gone = nosuchmodule:Gone
+[tokenflow.propagation]
+Wrong = broken:Wrong
+Asking = broken:Asking
+"""
+MODULE = """
+from tokenflow.editors import PnP
+from tokenflow.propagation import Correspondence, NNField
+
+class Outdated(PnP):
+    interface = 0
+
+class Wrong(NNField):
+    def correspond(self, source, keys, window):
+        found = super().correspond(source, keys, window)
+        return Correspondence(found.indices, found.weights * 2)
+
+class Asking(NNField):
+    def __init__(self, radius: float) -> None:
+        super().__init__()
+        self.radius = radius
+
+class Crashing(PnP):
+    def conditioning(self, forward):
+        return {"timestep_cond": forward.nonsense}
+"""
+
+
+@pytest.fixture
+def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A package whose plugins are all wrong, for the length of a test."""
+    install(tmp_path, "tokenflow-broken", BROKEN, "0.3")
+    (tmp_path / "broken.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    installed_plugins.cache_clear()
+    yield
+    installed_plugins.cache_clear()
+    sys.modules.pop("broken", None)
+
+
+def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[Any, str]:
+    """A command's exit code, and all that it prints."""
+    with pytest.raises(SystemExit) as exit:
+        main(words)
+    return exit.value.code, "".join(capsys.readouterr())
+
+
+def test_the_list_names_every_plugin_and_its_state(
+    broken: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out = run(["plugins"], capsys)
+    assert code == 0
+    rows = {tuple(line.split()[:4]): line for line in out.splitlines()}
+    assert rows["NNField", "kernel", "tokenflow", "0.1.0"].endswith(" usable")
+    assert rows["Wrong", "kernel", "tokenflow-broken", "0.3"].endswith(" usable")
+    outdated = rows["Outdated", "editor", "tokenflow-broken", "0.3"]
+    assert "unusable: it was written for interface 0 of Editor, this is interface 1" in outdated
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "messages"),
+    [
+        (["NNField"], 0, ["ok      rows_sum_to_one", "NNField of tokenflow 0.1.0: all is well"]),
+        (["NNField", "--block=3"], 0, ["all is well"]),
+        (["NNField", "--block=0"], 2, ["block must be at least 1 token, got 0"]),
+        (
+            ["Wrong"],
+            1,
+            [
+                "ok      index_range",
+                "FAILED  rows_sum_to_one: expected rows of weights that sum to 1, got sums from 2",
+                "Wrong of tokenflow-broken 0.3: ",
+            ],
+        ),
+        (["Outdated"], 1, ["Outdated of tokenflow-broken 0.3 is unusable: it was written for"]),
+        (["Asking"], 2, ["radius"]),
+        (["Asking", "--radius=1"], 0, ["all is well"]),
+        (["Nonsense"], 2, ["there is no plugin 'Nonsense'; installed are: ", "NNField"]),
+        ([], 2, ["expected tokenflow plugins, or tokenflow plugins check NAME"]),
+    ],
+)
+def test_check(
+    words: list[str],
+    code: int,
+    messages: list[str],
+    broken: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found, out = run(["plugins", "check", *words], capsys)
+    assert found == code, out
+    for message in messages:
+        assert message in out
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ("editor=Outdated", "Outdated of tokenflow-broken 0.3 cannot be used: it was written for"),
+        ("editor=broken.Outdated", "cannot be used: it was written for interface 0"),
+        ("editor=Gone", "Gone of tokenflow-broken 0.3: import of nosuchmodule:Gone failed"),
+        ("propagation=Nonsense", "installed are: "),
+    ],
+)
+def test_choosing_an_unusable_plugin_gives_its_reason(
+    option: str, reason: str, broken: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["predict", "--data.video=in.mp4", "--model.prompt=a ball", f"--model.{option}"]
+    code, out = run(words, capsys)
+    assert code == 2
+    assert reason in out
+
+
+def test_a_name_that_clashes_stops_only_those_who_choose_by_it(tmp_path: Path) -> None:
+    install(tmp_path, "tokenflow-second", "[tokenflow.editors]\nPnP = second:PnP\n")
+    text = "from tokenflow.editors import PnP as First\n\nclass PnP(First):\n    pass\n"
+    (tmp_path / "second.py").write_text(text)
+
+    def errors(*options: str) -> str:
+        words = ["predict", "--data.video=gone.mp4", "--model.prompt=a ball", *options]
+        done = subprocess.run(
+            [sys.executable, "-m", "tokenflow.cli", *words],
+            env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 2
+        return done.stderr
+
+    offered = "the name is offered by tokenflow 0.1.0 and tokenflow-second 1.0; uninstall one"
+    assert offered in errors("--model.editor=PnP")
+    # the run goes on to its missing video
+    for options in ([], ["--model.editor=second.PnP"], ["--model.editor=tokenflow.editors.PnP"]):
+        assert "gone.mp4 does not exist" in errors(*options)
+
+
+def test_a_plugins_options_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out = run(["predict", "--model.editor.help", "PnP"], capsys)
+    assert code == 0
+    assert "attention ATTENTION" in out
+    assert "Share of the steps in which decoder self-attentions" in out
+
+
+class Raising(PnP):
+    """Raises in one of its methods, in the middle of a pass."""
+
+    def __init__(self, where: str, error: Exception) -> None:
+        super().__init__()
+        self.where, self.error = where, error
+
+    def at(self, where: str) -> None:
+        if where == self.where:
+            raise self.error
+
+    def prepare(self, backbone: Backbone, clip: Clip) -> None:
+        self.at("prepare")
+
+    def start(self, trajectory: Trajectory, schedule: Schedule, seed: int) -> Start:
+        self.at("start")
+        return super().start(trajectory, schedule, seed)
+
+    def edits(self, unet: UNet2DConditionModel) -> Sequence[Edit]:
+        self.at("edits")
+        return [*super().edits(unet), Edit(unet.up_blocks[2].resnets[1].conv2, self.mix)]
+
+    def mix(self, edited: Tensor, source: Tensor) -> Tensor:
+        self.at("mix")
+        return edited
+
+    def conditioning(self, forward: Pass) -> dict[str, Any]:
+        if len(forward.branches) > 1:
+            self.at("conditioning")
+        return {}
+
+    def constrain(
+        self, latents: Tensor, frames: tuple[int, ...], t: int | None, trajectory: Trajectory
+    ) -> Tensor:
+        self.at("constrain")
+        return latents
+
+
+class RaisingKernel(NNField):
+    def correspond(self, source: Tensor, keys: Tensor, window: Window) -> Correspondence:
+        raise KeyError("place")
+
+
+def edit(backbone: Backbone, clip: Clip, editor: Editor, kernel: NNField | None = None) -> None:
+    settings = Settings(steps=1, keyframe_every=4)
+    edit_clip(backbone, clip, "a ball", editor, kernel or NNField(), settings=settings)
+
+
+def output(backbone: Backbone) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 4, 8, 16, generator=generator)
+    with torch.no_grad():
+        return backbone.epsilon(latents, 1, backbone.embed(["", "a"]), backbone.schedule(1))
+
+
+@pytest.mark.parametrize("where", ["prepare", "start", "edits", "mix", "conditioning", "constrain"])
+def test_an_editor_that_raises_is_named_and_the_unet_restored(
+    where: str, backbone: Backbone, clip: Clip
+) -> None:
+    before = output(backbone)
+    message = (
+        rf"^Raising of tests.test_plugins \(not installed as a plugin\) failed in {where}: "
+        r"ZeroDivisionError: two \(test_plugins.py, line \d+\); the plugin is to be mended"
+    )
+    with pytest.raises(PluginError, match=message) as raised:
+        edit(backbone, clip, Raising(where, ZeroDivisionError("two")))
+    assert isinstance(raised.value.__cause__, ZeroDivisionError)
+    assert torch.equal(output(backbone), before)
+    assert not any(module._forward_hooks for module in backbone.unet.modules())
+
+
+def test_a_kernel_that_raises_is_named_and_the_unet_restored(
+    backbone: Backbone, clip: Clip
+) -> None:
+    before = output(backbone)
+    with pytest.raises(PluginError, match=r"^RaisingKernel of .* failed in correspond: KeyError"):
+        edit(backbone, clip, PnP(), RaisingKernel())
+    assert torch.equal(output(backbone), before)
+
+
+@pytest.mark.parametrize("where", ["prepare", "mix"])
+def test_what_a_plugin_tells_the_user_passes_unchanged(
+    where: str, backbone: Backbone, clip: Clip
+) -> None:
+    told = InputError("give another mask")
+    with pytest.raises(InputError) as raised:
+        edit(backbone, clip, Raising(where, told))
+    assert raised.value is told
+
+
+def test_the_command_line_names_the_package_of_a_plugin_that_raises(
+    broken: None, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out = run(
+        [
+            "predict", "--data.video=tokenflow/miniature/demo/blue_ball.mp4",
+            "--data.max_frames=1", "--data.resolution=16", "--model.prompt=a ball",
+            f"--model.backbone={model_folder}", "--model.steps=1", "--model.editor=Crashing",
+            f"--output.folder={tmp_path / 'runs'}", "--trainer.accelerator=cpu",
+        ],
+        capsys,
+    )  # fmt: skip
+    assert code == 2
+    assert "Crashing of tokenflow-broken 0.3 failed in conditioning: AttributeError: " in out
+    assert "Traceback" not in out
+    assert not list((tmp_path / "runs").rglob("*.*"))

@@ -13,6 +13,7 @@ Edits videos by text with a frozen image model, consistently over time.
 
 commands:
   predict   edit a video: tokenflow predict --data.video in.mp4 --model.prompt "a blue ball"
+  plugins   list editors and kernels; tokenflow plugins check NAME says whether one is sound
   doctor    show versions, accelerator and codecs, and what is wrong with them
 
 Options of a command: tokenflow COMMAND --help
@@ -27,7 +28,7 @@ def main(args: Sequence[str] | None = None) -> None:
         print(USAGE, end="")
         return
     if command not in COMMANDS:
-        stop(f"there is no command {command!r}; expected {' or '.join(COMMANDS)}")
+        stop(f"there is no command {command!r}; expected {', '.join(COMMANDS)}")
     from tokenflow.errors import InputError
 
     try:
@@ -49,6 +50,13 @@ def predict(words: list[str]) -> None:
     run(words)
 
 
+def plugins(words: list[str]) -> None:
+    """Lists editors and kernels, or checks one."""
+    from tokenflow.catalogue import run
+
+    raise SystemExit(run(words))
+
+
 def doctor(words: list[str]) -> None:
     """Shows what the installation is and what is wrong with it."""
     from tokenflow.doctor import examine
@@ -56,7 +64,11 @@ def doctor(words: list[str]) -> None:
     raise SystemExit(examine())
 
 
-COMMANDS: dict[str, Callable[[list[str]], Any]] = {"predict": predict, "doctor": doctor}
+COMMANDS: dict[str, Callable[[list[str]], Any]] = {
+    "predict": predict,
+    "plugins": plugins,
+    "doctor": doctor,
+}
 
 if __name__ == "__main__":
     main()

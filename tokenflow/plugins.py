@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from tokenflow.editors import Editor
+from tokenflow.errors import InputError
 from tokenflow.propagation import Propagation
 
 GROUPS: dict[str, type[Any]] = {
@@ -18,19 +19,29 @@ GROUPS: dict[str, type[Any]] = {
 
 @dataclass(frozen=True)
 class Plugin:
-    """One entry point: its class, or why it cannot be used."""
+    """One entry point: its class, or the reason why it cannot be used.
+
+    `distribution` is the package's name and version, `path` the class path that is offered. A
+    plugin that is unusable for its name alone has both a class and a reason.
+    """
 
     name: str
     group: str
     distribution: str
+    path: str
     kind: type[Any] | None
     reason: str = ""
+
+    @property
+    def usable(self) -> bool:
+        return not self.reason
 
 
 def load(entry: EntryPoint) -> Plugin:
     """Imports one entry point; whatever goes wrong is recorded and stops nobody else."""
     dist = entry.dist
     where = f"{dist.name} {dist.version}" if dist is not None else "unknown distribution"
+    path = entry.value.replace(":", ".")
     expected: Any = GROUPS[entry.group]
     try:
         kind: Any = entry.load()
@@ -47,8 +58,8 @@ def load(entry: EntryPoint) -> Plugin:
                 f"this is interface {expected.interface}"
             )
         else:
-            return Plugin(entry.name, entry.group, where, kind)
-    return Plugin(entry.name, entry.group, where, None, reason)
+            return Plugin(entry.name, entry.group, where, path, kind)
+    return Plugin(entry.name, entry.group, where, path, None, reason)
 
 
 @cache
@@ -65,12 +76,10 @@ def installed_plugins() -> tuple[Plugin, ...]:
     return tuple(
         p
         if len(offered[p.group, p.name]) == 1
-        else Plugin(
-            p.name,
-            p.group,
-            p.distribution,
-            None,
-            f"the name is offered by {' and '.join(offered[p.group, p.name])}; uninstall one",
+        else replace(
+            p,
+            reason=f"the name is offered by {' and '.join(offered[p.group, p.name])}; uninstall "
+            f"one, or choose by class path",
         )
         for p in plugins
     )
@@ -78,8 +87,23 @@ def installed_plugins() -> tuple[Plugin, ...]:
 
 def describe(plugins: list[Plugin] | tuple[Plugin, ...]) -> str:
     """What is installed and what failed to load, in one sentence."""
-    usable = ", ".join(p.name for p in plugins if p.kind is not None) or "nothing"
-    broken = "; ".join(
-        f"{p.name} of {p.distribution}: {p.reason}" for p in plugins if p.kind is None
-    )
+    usable = ", ".join(p.name for p in plugins if p.usable) or "nothing"
+    broken = "; ".join(f"{p.name} of {p.distribution}: {p.reason}" for p in plugins if not p.usable)
     return f"installed are: {usable}" + (f"; unusable: {broken}" if broken else "")
+
+
+def origin(kind: type[Any]) -> str:
+    """The package and version that offers a class, else the module that holds it."""
+    offered = {p.kind: p.distribution for p in installed_plugins() if p.kind is not None}
+    if kind in offered:
+        return offered[kind]
+    return f"{kind.__module__} (not installed as a plugin)"
+
+
+def require_usable(path: str) -> None:
+    """Raises `InputError` with the reason for a class path that is an unusable plugin's."""
+    package, name = path.split(".")[0], path.split(".")[-1]
+    for p in installed_plugins():
+        # between package and name, a class may have several paths
+        if p.kind is None and p.name == name and p.path.split(".")[0] == package:
+            raise InputError(f"{p.name} of {p.distribution} cannot be used: {p.reason}")

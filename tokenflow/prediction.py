@@ -8,7 +8,6 @@ import sys
 import warnings
 from typing import NoReturn
 
-from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -19,11 +18,14 @@ from tokenflow.engine.data import Video
 from tokenflow.engine.module import TokenFlow, require_one_process
 from tokenflow.engine.progress import StageProgress
 from tokenflow.engine.writer import RunWriter
-from tokenflow.plugins import describe, installed_plugins
+from tokenflow.imports import OPTION, restrict, split_allowed
+from tokenflow.plugins import describe, installed_plugins, require_usable
 
 DESCRIPTION = """\
 Edit a video by text. Needed are --data.video and --model.prompt; a YAML file (--config) may hold
-any of the options, and the command line overrules it."""
+any of the options, and the command line overrules it. A YAML file can name classes of tokenflow, of
+installed plugins and a few of Lightning's; --allow_imports PACKAGE, on the command line only, lets
+it name those of another package, and so run its code."""
 
 TRAINER = {
     "devices": 1,
@@ -45,6 +47,8 @@ class Parser(LightningArgumentParser):
             if f"model.{option}" in message:
                 plugins = [p for p in installed_plugins() if p.group == f"tokenflow.{group}"]
                 lines.append(describe(plugins))
+        if "is not allowed, denied by" in message:
+            lines.append(f"a configuration may not run code; if you trust it: {OPTION} PACKAGE")
         stop("\n".join([*lines, "see tokenflow predict --help"]))
 
 
@@ -75,8 +79,18 @@ class PredictCLI(LightningCLI):
             "--run", type=dict | None, help="What a run.yaml records of its run; not an option."
         )
         parser.add_lightning_class_args(self.trainer_class, "trainer")
-        parser.set_defaults({"model.editor": "PnP", "model.propagation": "NNField"})
+        # by path: a plugin of the same name stops only those who choose by name
+        parser.set_defaults(
+            {
+                "model.editor": "tokenflow.editors.PnP",
+                "model.propagation": "tokenflow.propagation.NNField",
+            }
+        )
         parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER.items()})
+
+    def before_instantiate_classes(self) -> None:
+        for option in ("editor", "propagation"):
+            require_usable(self.config.predict.model[option].class_path)
 
     def before_predict(self) -> None:
         require_one_process(self.trainer)
@@ -91,13 +105,8 @@ class PredictCLI(LightningCLI):
 
 def run(words: list[str]) -> None:
     """Parses the words after `tokenflow predict` and edits."""
-    plugins = [plugin.kind for plugin in installed_plugins() if plugin.kind is not None]
-    # a configuration may name classes of these packages only, not import whatever it likes
-    packages = {kind.__module__.split(".")[0] for kind in plugins}
-    set_parsing_settings(
-        import_path_denylist=["*"],
-        import_path_allowlist=["lightning.pytorch", "tokenflow", *sorted(packages - {"tokenflow"})],
-    )
+    words, allowed = split_allowed(words)
+    restrict(allowed)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
     for harmless in (

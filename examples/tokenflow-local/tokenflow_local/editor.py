@@ -1,0 +1,56 @@
+"""Plug-and-Play that keeps the background (as in Blended Diffusion, Avrahami et al. 2022)."""
+
+import torch
+from torch.nn.functional import interpolate
+
+from tokenflow.editors import PnP
+from tokenflow.errors import InputError
+from tokenflow.video import read_clip
+
+
+class LocalPnP(PnP):
+    """Edits a region; elsewhere every step's latents are put back to the source's.
+
+    Args:
+        attention: As of PnP: share of the steps with the source's queries and keys, 0 to 1.
+        features: As of PnP: share of the steps with the source's features, 0 to 1.
+        box: The region's left, top, right and bottom, as shares of the frame's sides.
+        mask: The region as a video or a folder of images instead, white where the edit may be: one
+            image for all frames, or one for each. Grey mixes.
+    """
+
+    def __init__(
+        self,
+        attention: float = 0.5,
+        features: float = 0.8,
+        box: tuple[float, float, float, float] = (0.25, 0.25, 0.75, 0.75),
+        mask: str | None = None,
+    ) -> None:
+        super().__init__(attention, features)
+        left, top, right, bottom = box
+        if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+            raise InputError(f"box must be left < right and top < bottom, from 0 to 1, got {box}")
+        self.box, self.mask = box, mask
+
+    def prepare(self, backbone, clip) -> None:
+        if self.mask is None:
+            height, width = clip.frames.shape[-2:]
+            left, top, right, bottom = self.box
+            masks = torch.zeros(1, 1, height, width)
+            columns = slice(round(left * width), round(right * width))
+            masks[..., round(top * height) : round(bottom * height), columns] = 1
+        else:
+            masks = read_clip(self.mask).frames.mean(dim=1, keepdim=True)
+        if len(masks) not in (1, len(clip)):
+            raise InputError(
+                f"the mask {self.mask} has {len(masks)} frames and the clip {len(clip)}; give one "
+                f"image, or one for each frame that is edited"
+            )
+        size = [side // backbone.latent_scale for side in clip.frames.shape[-2:]]
+        self.region = interpolate(masks, size, mode="area").expand(len(clip), -1, -1, -1)
+
+    def constrain(self, latents, frames, t, trajectory):
+        chosen = list(frames)
+        source = trajectory.clean[chosen] if t is None else trajectory.at(t, chosen)
+        region = self.region[chosen].to(latents)
+        return region * latents + (1 - region) * source.to(latents)

@@ -1,0 +1,78 @@
+"""Every code block that the documentation shows is run, word for word."""
+
+from __future__ import annotations
+
+import configparser
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.installing import install
+
+PAGES = ["docs/write-an-editor.md", "docs/write-a-kernel.md"]
+QUICK = ["--model.steps=1", "--data.max_frames=2", "--data.resolution=64"]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The code blocks of a page in one language, in their order."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(), re.DOTALL | re.M)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_is_followed_to_its_end(page: str, tmp_path: Path) -> None:
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+
+    def run(*words: str, where: Path = tmp_path) -> str:
+        done = subprocess.run(
+            [sys.executable, *words], cwd=where, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    code = blocks(page, "python")
+    assert len(code) == 3
+    for number, block in enumerate(code):
+        named = re.match(r"# (\w+\.py)\n", block)
+        (tmp_path / (named[1] if named else f"block{number}.py")).write_text(block)
+    (setup,) = blocks(page, "ini")
+    groups = configparser.ConfigParser()
+    groups.read_string(setup)
+    offered = groups["options.entry_points"].items()
+    install(tmp_path, "author", "".join(f"[{group}]{entries}\n" for group, entries in offered))
+
+    for file in tmp_path.glob("test_*.py"):
+        assert " passed" in run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(file))
+    for file in tmp_path.glob("block*.py"):
+        run(str(file))
+    (shell,) = blocks(page, "sh")
+    commands = [shlex.split(line) for line in shell.splitlines()]
+    check, predict = (command[1:] for command in commands)
+    assert (check[0], predict[0]) == ("plugins", "predict")
+    assert "all is well" in run("-m", "tokenflow.cli", *check, where=ROOT)
+    out = f"--output.folder={tmp_path / 'runs'}"
+    run("-m", "tokenflow.cli", *predict, *QUICK, out, where=ROOT)
+    assert (tmp_path / "runs" / "blue_ball" / "edited.mp4").exists()
+
+
+def test_no_block_is_left_out() -> None:
+    """A page with code is one of those that are followed."""
+    for page in ROOT.glob("docs/*.md"):
+        opened = set(re.findall(r"^```(\w+)$", page.read_text(), re.M))
+        assert opened <= {"python", "ini", "sh"}
+        assert not opened or str(page.relative_to(ROOT)) in PAGES
+
+
+PROSE = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/*.md")]
+
+
+@pytest.mark.parametrize("file", PROSE, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_exist(file: Path) -> None:
+    for link in re.findall(r"\]\((?!https?://)([^)#]+)", file.read_text()):
+        assert (file.parent / link).exists(), link

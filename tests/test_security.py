@@ -1,0 +1,252 @@
+"""What someone else made runs no code: configurations and model folders, as an attacker writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import pytest
+import yaml
+from jsonargparse import _common as jsonargparse_state
+from safetensors.torch import load_file
+
+from tests.conftest import ROOT
+from tokenflow.cli import main
+from tokenflow.diffusion import Backbone, ModelError
+from tokenflow.errors import InputError
+from tokenflow.imports import split_allowed
+
+MARK = "pwned"
+TOUCH = ["touch", MARK]
+# both call what they are told to: Lightning's own function with any arguments, and a process
+INSTANTIATE = {
+    "class_path": "lightning.pytorch.cli.instantiate_class",
+    "init_args": {"args": [f"touch {MARK}"], "init": {"class_path": "os.system"}},
+}
+POPEN = {"class_path": "subprocess.Popen", "init_args": {"args": TOUCH}}
+SYSTEM = {"class_path": "os.system", "init_args": {"command": f"touch {MARK}"}}
+FAMILY = "lightning.pytorch.callbacks"
+
+
+def callback(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"trainer": {"callbacks": [{"class_path": name, "init_args": arguments}]}}
+
+
+def editor(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"model": {"editor": {"class_path": name, "init_args": arguments}}}
+
+
+ATTACKS: dict[str, Any] = {
+    "os.abort as a callback's function": callback(
+        f"{FAMILY}.LambdaCallback", on_predict_start="os.abort"
+    ),
+    "the same by its short name": callback("LambdaCallback", on_predict_start="os.abort"),
+    "a function of tokenflow": callback(
+        f"{FAMILY}.LambdaCallback", on_predict_start="tokenflow.cli.main"
+    ),
+    "a function in place of a callable class": callback(
+        f"{FAMILY}.ThroughputMonitor", batch_size_fn=INSTANTIATE
+    ),
+    "a function where any value may be": callback(
+        f"{FAMILY}.RichProgressBar", console_kwargs={"file": INSTANTIATE}
+    ),
+    "a process as a callback": {"trainer": {"callbacks": [POPEN]}},
+    "a process as a strategy": {"trainer": {"strategy": POPEN}},
+    "a process as a plugin of the trainer": {"trainer": {"plugins": [POPEN]}},
+    "os.system as the editor": {"model": {"editor": SYSTEM}},
+    "os.system as the editor's option": editor("PnP", attention=SYSTEM),
+    "a function as the editor": {"model": {"editor": INSTANTIATE}},
+    "a process as the kernel's option": {
+        "model": {"propagation": {"class_path": "FlowWeighted", "init_args": {"flow": POPEN}}}
+    },
+    "a module that an allowed one imports": {
+        "model": {"editor": {"class_path": "tokenflow.editors.base.torch.hub.load"}}
+    },
+    "a class of Lightning with a function": {
+        "trainer": {
+            "strategy": {
+                "class_path": "lightning.pytorch.strategies.DDPStrategy",
+                "init_args": {"ddp_comm_hook": "os.abort"},
+            }
+        }
+    },
+    "a checkpoint": {"ckpt_path": "evil.ckpt"},
+    "an unrestricted unpickler": {"weights_only": False},
+    "a permission of its own": {"allow_imports": ["subprocess"], "trainer": {"callbacks": [POPEN]}},
+}
+
+
+@pytest.fixture(autouse=True)
+def own_policy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each test with the policy of a new process, in a folder of its own."""
+    monkeypatch.setattr(
+        jsonargparse_state, "parsing_settings", dict(jsonargparse_state.parsing_settings)
+    )
+    monkeypatch.chdir(tmp_path)
+
+
+def configuration(text: str | dict[str, Any]) -> list[str]:
+    """A run by a configuration; no frame is edited, as the model is none."""
+    Path("evil.yaml").write_text(text if isinstance(text, str) else yaml.safe_dump(text))
+    video = ROOT / "tokenflow/miniature/demo/blue_ball.mp4"
+    own = [f"--data.video={video}", "--model.prompt=a ball", "--model.backbone=./none"]
+    return ["predict", "--config=evil.yaml", *own, "--trainer.accelerator=cpu"]
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_configuration_runs_no_code(attack: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(configuration(ATTACKS[attack]))
+    assert exit.value.code == 2
+    err = capsys.readouterr().err
+    assert "'./none'" not in err, "it was not refused"
+    assert not Path(MARK).exists()
+
+
+def test_a_yaml_tag_makes_no_object(capsys: pytest.CaptureFixture[str]) -> None:
+    text = f"model:\n  guidance: !!python/object/apply:os.system ['touch {MARK}']\n"
+    with pytest.raises(SystemExit):
+        main(configuration(text))
+    assert "could not determine a constructor" in capsys.readouterr().err
+    assert not Path(MARK).exists()
+
+
+def test_what_is_refused_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(configuration(callback("mine.Callback")))
+    err = capsys.readouterr().err
+    assert "mine.Callback" in err
+    assert "--allow_imports" in err
+
+
+def test_a_value_of_any_type_stays_data() -> None:
+    from tokenflow.imports import restrict
+
+    restrict(["lightning", "os", "posix", "subprocess"])
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--any", type=Any)
+    made = parser.instantiate(parser.parse_object({"any": POPEN}))
+    assert not hasattr(made.any, "communicate")
+    assert not Path(MARK).exists()
+
+
+OWN = """
+from pathlib import Path
+from lightning.pytorch.callbacks import Callback
+
+Path("imported").touch()
+
+class Marking(Callback):
+    pass
+"""
+
+
+@pytest.mark.parametrize("place", ["command line", "environment", "configuration", "nowhere"])
+def test_only_the_command_line_allows_imports(
+    place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ownpackage.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    text = callback("ownpackage.Marking")
+    words = []
+    if place == "command line":
+        words = ["--allow_imports", "ownpackage"]
+    elif place == "configuration":
+        text["allow_imports"] = "ownpackage"
+    elif place == "environment":
+        for name in ("TOKENFLOW_ALLOW_IMPORTS", "TOKENFLOW_PREDICT__ALLOW_IMPORTS"):
+            monkeypatch.setenv(name, "ownpackage")
+    with pytest.raises(SystemExit):
+        main([*configuration(text), *words])
+    assert Path("imported").exists() is (place == "command line")
+    # allowed, the run goes on until it misses its model
+    assert ("'./none'" in capsys.readouterr().err) is (place == "command line")
+
+
+def test_allowed_packages_are_taken_from_the_words() -> None:
+    words = ["--allow_imports", "a.b", "--model.prompt=x", "--allow_imports=c"]
+    assert split_allowed(words) == (["--model.prompt=x"], ["a.b", "c"])
+
+
+@pytest.mark.parametrize("word", ["--allow_imports", "--allow_imports=*", "--allow_imports=a b"])
+def test_a_package_that_is_none(word: str) -> None:
+    with pytest.raises(InputError, match="expects a package or a class"):
+        split_allowed([word])
+
+
+@pytest.fixture
+def folder(model_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(model_folder, tmp_path / "model"))
+
+
+def change(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+class Payload:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {MARK}",)
+
+
+def test_no_code_of_a_model_folder_is_imported(folder: Path) -> None:
+    named = {"auto_map": {"AutoModel": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}}
+    for part, file in [
+        ("unet", "config.json"),
+        ("vae", "config.json"),
+        ("text_encoder", "config.json"),
+        ("tokenizer", "tokenizer_config.json"),
+        ("scheduler", "scheduler_config.json"),
+    ]:
+        (folder / part / "evil.py").write_text(f"open({MARK!r}, 'w')\nclass Evil: ...\n")
+        change(folder / part / file, **named)
+    change(folder / "tokenizer/tokenizer_config.json", tokenizer_class="Evil")
+    change(folder / "text_encoder/config.json", architectures=["Evil"])
+    backbone = Backbone.load(folder, device="cpu")
+    assert backbone.embed(["a ball"]).isfinite().all()
+    assert not Path(MARK).exists()
+
+
+def test_no_attention_kernel_is_fetched_from_a_hub(folder: Path) -> None:
+    change(folder / "text_encoder/config.json", attn_implementation="someone/kernel")
+    backbone = Backbone.load(folder, device="cpu")
+    assert backbone.text_encoder.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("part", "index"),
+    [
+        ("unet", "diffusion_pytorch_model.safetensors.index.json"),
+        ("text_encoder", "model.safetensors.index.json"),
+    ],
+)
+def test_an_index_leads_to_no_pickle(folder: Path, part: str, index: str) -> None:
+    (weights,) = (folder / part).glob("*.safetensors")
+    names = dict.fromkeys(load_file(weights), "evil.bin")
+    weights.rename(weights.with_name("spare.safetensors"))
+    (folder / part / "evil.bin").write_bytes(pickle.dumps({"a": Payload()}))
+    text = json.dumps({"metadata": {"total_size": 1}, "weight_map": names})
+    (folder / part / index).write_text(text)
+    with pytest.raises(ModelError, match=r"'evil\.bin', expected \*\.safetensors files"):
+        Backbone.load(folder, device="cpu")
+    assert not Path(MARK).exists()
+
+
+def test_pickled_weights_are_not_read(folder: Path) -> None:
+    (weights,) = (folder / "vae").glob("*.safetensors")
+    weights.unlink()
+    (folder / "vae" / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Payload()))
+    with pytest.raises(ModelError, match="pickled weights are not read"):
+        Backbone.load(folder, device="cpu")
+    assert not Path(MARK).exists()
+
+
+def test_weights_that_want_another_package(folder: Path) -> None:
+    quantised = {"quant_method": "gptq", "bits": 4}
+    change(folder / "text_encoder/config.json", quantization_config=quantised)
+    with pytest.raises(ModelError, match=r"text_encoder of the model folder .* does not load"):
+        Backbone.load(folder, device="cpu")

@@ -1,0 +1,392 @@
+"""The conformance kit: good plugins pass it, and for every check a wrong one fails."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from tokenflow.diffusion import Backbone, Schedule, Trajectory
+from tokenflow.editors import Edit, Editor, Pass, PnP, SDEdit, Start
+from tokenflow.errors import InputError
+from tokenflow.propagation import Correspondence, FlowWeighted, NNField, Propagation, Window
+from tokenflow.testing import (
+    Check,
+    ConformanceError,
+    check_editor,
+    check_kernel,
+    editor_checks,
+    kernel_checks,
+)
+from tokenflow.video import Clip
+
+GOOD: list[Check] = [
+    *kernel_checks(NNField()),
+    *kernel_checks(NNField(block=3)),
+    *kernel_checks(FlowWeighted()),
+    *editor_checks(PnP()),
+    *editor_checks(SDEdit(strength=0.5, noise="independent")),
+]
+
+
+@pytest.mark.parametrize("check", GOOD)
+def test_the_built_in_plugins_pass(check: Check) -> None:
+    check()
+
+
+class Kernel(NNField):
+    """The paper's kernel; the wrong ones below spoil its answer."""
+
+    def correspond(self, source: Tensor, keys: Tensor, window: Window) -> Correspondence:
+        found = super().correspond(source, keys, window)
+        indices, weights = self.spoiled(found.indices, found.weights, window)
+        return Correspondence(indices, weights)
+
+    def spoiled(self, indices: Tensor, weights: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+        return indices, weights
+
+
+class Beyond(Kernel):
+    def spoiled(self, indices: Tensor, weights: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+        return indices + 1000, weights
+
+
+class Negative(Kernel):
+    def spoiled(self, indices: Tensor, weights: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+        return indices, torch.stack([1 - 2 * weights[..., 1], 2 * weights[..., 1]], -1) - 0.5
+
+
+class Unnormalised(Kernel):
+    def spoiled(self, indices: Tensor, weights: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+        return indices, weights * 0.9
+
+
+class OneTap(Kernel):
+    def spoiled(self, indices: Tensor, weights: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+        return indices[:, :1], weights[:, :1]
+
+
+class Float32Only(Kernel):
+    def correspond(self, source: Tensor, keys: Tensor, window: Window) -> Correspondence:
+        found = super().correspond(source, keys, window)
+        here = (source @ keys[0].T.float()).softmax(-1)  # fails for a lower precision
+        assert here.isfinite().all()
+        return found
+
+
+class Widening(Correspondence):
+    def gather(self, values: Tensor) -> Tensor:
+        return super().gather(values).float()
+
+
+class Widens(NNField):
+    def correspond(self, source: Tensor, keys: Tensor, window: Window) -> Correspondence:
+        found = super().correspond(source, keys, window)
+        return Widening(found.indices, found.weights)
+
+
+class Random(Kernel):
+    def spoiled(self, indices: Tensor, weights: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+        return indices[:, torch.randperm(indices.shape[1])], weights
+
+
+class Remembers(Kernel):
+    calls = 0
+
+    def spoiled(self, indices: Tensor, weights: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+        self.calls += 1
+        return indices.roll(self.calls, dims=1), weights
+
+
+class InPlace(NNField):
+    def correspond(self, source: Tensor, keys: Tensor, window: Window) -> Correspondence:
+        return super().correspond(source, keys.sub_(keys.mean()), window)
+
+
+class FirstBranch(Correspondence):
+    def gather(self, values: Tensor) -> Tensor:
+        return super().gather(values[:1].expand_as(values))
+
+
+class Branching(NNField):
+    def correspond(self, source: Tensor, keys: Tensor, window: Window) -> Correspondence:
+        found = super().correspond(source, keys, window)
+        return FirstBranch(found.indices, found.weights)
+
+
+class Square(Kernel):
+    def spoiled(self, indices: Tensor, weights: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+        side = int(indices.shape[1] ** 0.5)
+        return indices.unflatten(1, (side, side)).flatten(1, 2), weights
+
+
+class TwoKeyframes(Kernel):
+    def spoiled(self, indices: Tensor, weights: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+        assert len(window.keyframes) > 1
+        return indices, weights
+
+
+class MeanOfFrames(Kernel):
+    def spoiled(self, indices: Tensor, weights: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+        return indices, weights.mean(0, keepdim=True).expand_as(weights)
+
+
+class Shifted(Kernel):
+    def spoiled(self, indices: Tensor, weights: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+        tokens = window.height * window.width
+        return indices // tokens * tokens + (indices + 1) % tokens, weights
+
+
+class UntypedKernel(NNField):
+    def __init__(self, block=7) -> None:  # type: ignore[no-untyped-def]
+        super().__init__(block)
+
+
+class Dense(NNField):
+    def correspond(self, source: Tensor, keys: Tensor, window: Window) -> Any:
+        return source @ keys.flatten(0, 1).T
+
+
+WRONG_KERNELS: list[tuple[Propagation, str, str]] = [
+    (Beyond(), "index_range", "indices from 0 to 31"),
+    (Dense(), "index_range", "expected a Correspondence, got Tensor"),
+    (OneTap(), "index_range", r"indices of shape \(6, 16, taps\), got \(6, 1, 2\)"),
+    (Negative(), "non_negative", "weights of 0 or more"),
+    (Unnormalised(), "rows_sum_to_one", r"got sums from 0\.9 to 0\.9; divide"),
+    (Float32Only(), "device_and_dtype", "expected no exception, got RuntimeError"),
+    (Widens(), "device_and_dtype", "bfloat16, got torch.float32; do not override"),
+    (Random(), "determinism", "draw nothing at random"),
+    (Remembers(), "determinism", "keep nothing between calls"),
+    (InPlace(), "inputs_unchanged", "work on a copy"),
+    (Branching(), "branch_order", "in any order"),
+    (Square(), "non_square_sites", "expected no exception"),
+    (TwoKeyframes(), "one_frame_windows", "expected no exception, got AssertionError"),
+    (MeanOfFrames(), "frames_independent", "treat every frame on its own"),
+    (Shifted(), "identity_at_keyframes", "or set identity_at_keyframes = False"),
+    (UntypedKernel(), "configuration_round_trip", "named and typed, got block=7"),
+]
+
+
+def assert_fails(checks: list[Check], name: str, message: str) -> None:
+    (check,) = [check for check in checks if check.__name__ == name]
+    with pytest.raises(ConformanceError, match=message) as raised:
+        check()
+    error = raised.value
+    assert error.check == name
+    assert str(error) == f"{name}: expected {error.expected}, got {error.got}; {error.advice}"
+
+
+def name_of(value: object) -> str | None:
+    return type(value).__name__ if isinstance(value, (Editor, Propagation)) else None
+
+
+@pytest.mark.parametrize(("kernel", "check", "message"), WRONG_KERNELS, ids=name_of)
+def test_a_wrong_kernel_fails_its_check(kernel: Propagation, check: str, message: str) -> None:
+    assert_fails(kernel_checks(kernel), check, message)
+
+
+def test_every_kernel_check_can_fail() -> None:
+    names = {check.__name__ for check in kernel_checks(NNField())}
+    assert names == {check for _, check, _ in WRONG_KERNELS}
+
+
+def test_identity_is_checked_only_where_it_is_claimed() -> None:
+    kernel = Shifted()
+    kernel.identity_at_keyframes = False  # type: ignore[misc]
+    check_kernel(kernel)
+
+
+class FewFrames(PnP):
+    def start(self, trajectory: Trajectory, schedule: Schedule, seed: int) -> Start:
+        return Start(trajectory.at(schedule.timesteps[0])[1:], schedule.timesteps)
+
+
+class Backwards(PnP):
+    def start(self, trajectory: Trajectory, schedule: Schedule, seed: int) -> Start:
+        return Start(trajectory.at(schedule.timesteps[0]), schedule.timesteps[::-1])
+
+
+class ForeignTimestep(PnP):
+    def start(self, trajectory: Trajectory, schedule: Schedule, seed: int) -> Start:
+        return Start(trajectory.at(schedule.timesteps[0]), (schedule.timesteps[0] + 1,))
+
+
+def edit_of(unet: UNet2DConditionModel, function: Any, until: float = 1.0) -> list[Edit]:
+    return [Edit(unet.up_blocks[1].resnets[1].conv2, function, until)]
+
+
+class OneBranch(PnP):
+    def edits(self, unet: UNet2DConditionModel) -> Sequence[Edit]:
+        return edit_of(unet, lambda edited, source: source[None])
+
+
+class Always(PnP):
+    def edits(self, unet: UNet2DConditionModel) -> Sequence[Edit]:
+        return edit_of(unet, lambda edited, source: edited, until=50.0)
+
+
+class Halving(PnP):
+    def constrain(
+        self, latents: Tensor, frames: tuple[int, ...], t: int | None, trajectory: Trajectory
+    ) -> Tensor:
+        return latents[: len(latents) // 2]
+
+
+class OnlySampling(PnP):
+    def conditioning(self, forward: Pass) -> dict[str, Any]:
+        _, negative, _ = forward.embeddings  # there is one alone in inversion
+        assert negative.isfinite().all()
+        return {}
+
+
+class LeavesHook(PnP):
+    def prepare(self, backbone: Backbone, clip: Clip) -> None:
+        backbone.unet.conv_in.register_forward_hook(lambda module, inputs, output: None)
+
+
+class ChangesWeights(PnP):
+    def prepare(self, backbone: Backbone, clip: Clip) -> None:
+        backbone.unet.conv_in.bias.data.add_(1e-3)
+
+
+class WritesSource(PnP):
+    def edits(self, unet: UNet2DConditionModel) -> Sequence[Edit]:
+        return edit_of(unet, lambda edited, source: source.mul_(1.1).expand_as(edited))
+
+
+def residual(forward: Pass, value: Tensor) -> dict[str, Any]:
+    """A mid-block residual of one value per frame, in every branch."""
+    size = [side // 8 for side in forward.latents.shape[-2:]]
+    value = value.repeat(len(forward.branches)).view(-1, 1, 1, 1).expand(-1, 16, *size)
+    none = [torch.zeros(1)] * 12
+    return {"mid_block_additional_residual": value, "down_block_additional_residuals": none}
+
+
+class ConditionsSource(PnP):
+    def conditioning(self, forward: Pass) -> dict[str, Any]:
+        on = float(len(forward.branches) > 1)  # but not in inversion
+        return residual(forward, on * torch.ones(len(forward.frames)))
+
+
+class ByPlaceInPass(PnP):
+    """Takes a frame's place in the pass for its place in the clip."""
+
+    def conditioning(self, forward: Pass) -> dict[str, Any]:
+        return residual(forward, torch.arange(len(forward.frames)).float())
+
+
+class MeanFeatures(PnP):
+    def edits(self, unet: UNet2DConditionModel) -> Sequence[Edit]:
+        return edit_of(unet, lambda edited, source: edited.mean(1, keepdim=True).expand_as(edited))
+
+
+class MeanLatents(PnP):
+    def constrain(
+        self, latents: Tensor, frames: tuple[int, ...], t: int | None, trajectory: Trajectory
+    ) -> Tensor:
+        return latents - latents.mean(0)
+
+
+class ConstrainsInPlace(PnP):
+    def constrain(
+        self, latents: Tensor, frames: tuple[int, ...], t: int | None, trajectory: Trajectory
+    ) -> Tensor:
+        return latents.mul_(0.9)
+
+
+class GlobalNoise(PnP):
+    def start(self, trajectory: Trajectory, schedule: Schedule, seed: int) -> Start:
+        return Start(torch.randn_like(trajectory.clean), schedule.timesteps)
+
+
+class Counting(PnP):
+    clips = 0
+
+    def prepare(self, backbone: Backbone, clip: Clip) -> None:
+        self.clips += 1
+
+    def start(self, trajectory: Trajectory, schedule: Schedule, seed: int) -> Start:
+        begin = super().start(trajectory, schedule, seed)
+        return dataclasses.replace(begin, latents=begin.latents * (1 + 0.01 * self.clips))
+
+
+class ScalesTrajectory(PnP):
+    def start(self, trajectory: Trajectory, schedule: Schedule, seed: int) -> Start:
+        return Start(trajectory.at(schedule.timesteps[0]).mul_(1.01), schedule.timesteps)
+
+
+class AnyOptions(PnP):
+    def __init__(self, **options: float) -> None:
+        super().__init__(**options)  # type: ignore[arg-type]
+
+
+ONES = torch.ones(2)
+
+
+class TensorOption(PnP):
+    def __init__(self, weights: Tensor = ONES) -> None:
+        super().__init__()
+
+
+WRONG_EDITORS: list[tuple[Editor, str, str]] = [
+    (FewFrames(), "start_shape", r"shape \(4, 4, 8, 16\), got \(3, 4, 8, 16\); start from"),
+    (Backwards(), "timesteps_of_the_schedule", "in their order, got"),
+    (ForeignTimestep(), "timesteps_of_the_schedule", r"got \(502,\); choose from"),
+    (OneBranch(), "edits_keep_shapes", "from edit 0; the function must return all"),
+    (Always(), "edits_keep_shapes", "modules, until from 0 to 1"),
+    (Halving(), "result_shape", "expected"),
+    (OnlySampling(), "result_shape", "expected no exception, got ValueError"),
+    (LeavesHook(), "unet_restored", "0 hooks on the UNet after an edit, as before, got 1"),
+    (ChangesWeights(), "unet_restored", "bit for bit, got a difference of"),
+    (WritesSource(), "source_branch_unchanged", "do not write into the source"),
+    (ConditionsSource(), "source_branch_unchanged", "condition its branch as in inversion"),
+    (ByPlaceInPass(), "frames_independent_of_the_pass", "go by the pass's `frames`"),
+    (MeanFeatures(), "frames_independent_of_the_pass", "depends on the batch"),
+    (MeanLatents(), "constrain_per_frame", "treat every frame on its own"),
+    (ConstrainsInPlace(), "constrain_per_frame", "changed in place"),
+    (GlobalNoise(), "determinism_from_the_seed", "draw with a torch.Generator"),
+    (Counting(), "determinism_from_the_seed", "from one clip to the next"),
+    (ScalesTrajectory(), "inputs_unchanged", "work on a copy"),
+    (AnyOptions(), "configuration_round_trip", r"got \*\*options: "),
+    (TensorOption(), "configuration_round_trip", "expected"),
+]
+
+
+@pytest.mark.parametrize(("editor", "check", "message"), WRONG_EDITORS, ids=name_of)
+def test_a_wrong_editor_fails_its_check(editor: Editor, check: str, message: str) -> None:
+    assert_fails(editor_checks(editor), check, message)
+
+
+def test_every_editor_check_can_fail() -> None:
+    names = {check.__name__ for check in editor_checks(PnP())}
+    assert names == {check for _, check, _ in WRONG_EDITORS}
+
+
+def test_a_refusal_of_the_plugin_is_a_failure_that_quotes_it() -> None:
+    class Picky(PnP):
+        def prepare(self, backbone: Backbone, clip: Clip) -> None:
+            raise InputError("needs 8 frames")
+
+    with pytest.raises(ConformanceError, match="no exception, got InputError: needs 8 frames"):
+        check_editor(Picky())
+
+
+class Plain(NNField):
+    """Has no options at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+
+def test_a_plugin_without_options_passes() -> None:
+    check_kernel(Plain())
+
+
+def test_one_call_stops_at_the_first_failure() -> None:
+    with pytest.raises(AssertionError, match=r"^rows_sum_to_one: "):
+        check_kernel(Unnormalised())

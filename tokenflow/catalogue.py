@@ -1,0 +1,77 @@
+"""`tokenflow plugins`: what is installed, and whether it keeps its contract."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from transformers.utils.logging import disable_progress_bar
+
+from tokenflow.diffusion import Backbone
+from tokenflow.editors import Editor
+from tokenflow.errors import InputError
+from tokenflow.plugins import describe, installed_plugins
+from tokenflow.testing import Check, ConformanceError, editor_checks, kernel_checks
+
+KINDS = {"tokenflow.editors": "editor", "tokenflow.propagation": "kernel"}
+USAGE = "expected tokenflow plugins, or tokenflow plugins check NAME [OPTIONS of the plugin]"
+
+
+def run(words: list[str]) -> int:
+    """Runs the words after `tokenflow plugins`; returns the exit code.
+
+    Raises:
+        InputError: The words are no such command, or name no plugin.
+    """
+    if not words:
+        return show()
+    if words[0] != "check" or len(words) < 2:
+        raise InputError(f"{USAGE}; got {' '.join(words)!r}")
+    return check(words[1], words[2:])
+
+
+def show() -> int:
+    """Prints a line for each plugin."""
+    rows = [("name", "kind", "package", "state")] + [
+        (p.name, KINDS[p.group], p.distribution, f"unusable: {p.reason}" if p.reason else "usable")
+        for p in installed_plugins()
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
+    return 0
+
+
+def check(name: str, options: list[str]) -> int:
+    """Runs the conformance kit on a plugin made with these options; 1 if anything fails, else 0."""
+    named = [plugin for plugin in installed_plugins() if plugin.name == name]
+    if not named:
+        raise InputError(f"there is no plugin {name!r}; {describe(installed_plugins())}")
+    if broken := [plugin for plugin in named if not plugin.usable]:
+        print(f"{name} of {broken[0].distribution} is unusable: {broken[0].reason}")
+        return 1
+    failed = 0
+    for one in checks_of(named[0].kind, options):
+        try:
+            one()
+        except ConformanceError as error:
+            failed += 1
+            print(f"FAILED  {error}")
+        else:
+            print(f"ok      {one.__name__}")
+    print(f"{name} of {named[0].distribution}: {f'{failed} failed' if failed else 'all is well'}")
+    return 1 if failed else 0
+
+
+def checks_of(kind: Any, options: list[str]) -> list[Check]:
+    """The kit's checks of a plugin's class, made with the options of a command line."""
+    parser = ArgumentParser(prog=f"tokenflow plugins check {kind.__name__}")
+    parser.add_class_arguments(kind)
+    disable_progress_bar()  # of models' loading
+    if not issubclass(kind, Editor):
+        return kernel_checks(kind(**vars(parser.instantiate(parser.parse_args(options)))))
+    about = "What an editor is checked on: a folder, a hub id, or 'tiny', with random weights."
+    parser.add_argument("--backbone", type=str, default="tiny", help=about)
+    chosen = vars(parser.instantiate(parser.parse_args(options)))
+    model = chosen.pop("backbone")
+    return editor_checks(kind(**chosen), None if model == "tiny" else Backbone.load(model, "cpu"))

@@ -1,0 +1,64 @@
+"""What a configuration may name: nothing that runs code, unless the command line allows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from jsonargparse import set_parsing_settings
+from lightning.pytorch import callbacks, loggers, profilers
+
+from tokenflow import HOMES
+from tokenflow.errors import InputError
+from tokenflow.plugins import installed_plugins
+
+OPTION = "--allow_imports"
+# classes one by one: whatever Lightning has with a function for an argument, as LambdaCallback,
+# would call for a configuration any function of the packages that are allowed, with any arguments
+LIGHTNING = (
+    callbacks.DeviceStatsMonitor,
+    loggers.CSVLogger,
+    loggers.TensorBoardLogger,
+    profilers.AdvancedProfiler,
+    profilers.SimpleProfiler,
+)
+TOKENFLOW = ("tokenflow.editors", "tokenflow.metrics", "tokenflow.propagation")
+
+
+def split_allowed(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words without every `--allow_imports PACKAGE`, and the packages.
+
+    They are taken from the command line before anything is parsed: a YAML file or an environment
+    variable has no such option.
+    """
+    rest, allowed, following = [], [], iter(words)
+    for word in following:
+        name, equals, value = word.partition("=")
+        if name != OPTION:
+            rest.append(word)
+            continue
+        value = value if equals else next(following, "")
+        if not all(part.isidentifier() for part in value.split(".")):
+            raise InputError(
+                f"{OPTION} expects a package or a class, like mypackage or mypackage.MyCallback, "
+                f"got {value!r}; repeat the option for several"
+            )
+        allowed.append(value)
+    return rest, allowed
+
+
+def restrict(allowed: Iterable[str] = ()) -> None:
+    """Limits class paths to the editors' and kernels' packages, `LIGHTNING` and those allowed."""
+    kinds = [plugin.kind for plugin in installed_plugins() if plugin.kind is not None]
+    packages = {kind.__module__.split(".")[0] for kind in kinds} - {"tokenflow"}
+    # a class has two paths, its own module's and the public one: lightning.pytorch.FAMILY.NAME
+    homes = [(kind.__module__, kind.__name__) for kind in LIGHTNING]
+    public = [(".".join(module.split(".")[:3]), name) for module, name in homes]
+    names = [f"{module}.{name}" for module, name in homes + public]
+    # NNField is tokenflow.NNField too, which jsonargparse takes for its name
+    names += [f"tokenflow.{name}" for name in HOMES if f"tokenflow.{HOMES[name]}" in TOKENFLOW]
+    set_parsing_settings(
+        import_path_denylist=["*"],
+        import_path_allowlist=[*TOKENFLOW, *sorted(packages), *names, *allowed],
+        # else a value of any type would be made from whatever class or function it names
+        instantiate_subclass_spec_in_any=False,
+    )

@@ -1,0 +1,27 @@
+"""The conformance kit for plugin authors: tells what is wrong with an editor or a kernel.
+
+Example:
+    >>> check_kernel(NNField())  # every check in turn; raises ConformanceError at the first failure
+
+In pytest, each check as its own test:
+    >>> @pytest.mark.parametrize("check", kernel_checks(NNField()))
+    ... def test_contract(check):
+    ...     check()
+"""
+
+from tokenflow.testing.checks import Check, ConformanceError
+from tokenflow.testing.editors import check_editor, editor_checks
+from tokenflow.testing.kernels import check_kernel, kernel_checks
+from tokenflow.testing.tiny import tiny_backbone, tiny_clip, write_tiny_model
+
+__all__ = [
+    "Check",
+    "ConformanceError",
+    "check_editor",
+    "check_kernel",
+    "editor_checks",
+    "kernel_checks",
+    "tiny_backbone",
+    "tiny_clip",
+    "write_tiny_model",
+]

@@ -1,0 +1,103 @@
+"""What a check is, what it says on failure, and the one that editors and kernels share."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+
+
+class ConformanceError(AssertionError):
+    """A plugin breaks its contract: which check, what was expected, what came, what to do."""
+
+    def __init__(self, check: str, expected: str, got: object, advice: str) -> None:
+        super().__init__(f"{check}: expected {expected}, got {got}; {advice}")
+        self.check, self.expected, self.got, self.advice = check, expected, got, advice
+
+
+class FailedError(Exception):
+    """What a check's function raises; `Check` adds the name."""
+
+
+def require(condition: bool | torch.Tensor, expected: str, got: object, advice: str) -> None:
+    """Raises `FailedError` unless the condition holds."""
+    if not condition:
+        raise FailedError(expected, got, advice)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check of one plugin; calling it runs it.
+
+    Raises:
+        ConformanceError: The plugin fails it, or raises an exception in it.
+    """
+
+    plugin: Any
+    function: Callable[..., None]
+    arguments: tuple[Any, ...] = ()
+
+    @property
+    def __name__(self) -> str:  # pytest takes it as the test's id
+        return self.function.__name__
+
+    def __call__(self) -> None:
+        try:
+            with torch.random.fork_rng(), torch.no_grad():
+                self.function(self.plugin, *self.arguments)
+        except FailedError as failed:
+            raise ConformanceError(self.__name__, *failed.args) from None
+        except Exception as error:  # a third party's code may raise anything
+            raise ConformanceError(
+                self.__name__, "no exception", f"{type(error).__name__}: {error}",
+                "the exception above says where it was raised",
+            ) from error  # fmt: skip
+
+
+def run_all(checks: Sequence[Check]) -> None:
+    """Runs checks in turn; the first failure is raised."""
+    for check in checks:
+        check()
+
+
+def configuration_round_trip(plugin: Any) -> None:
+    """Dumped to YAML as the command line does, and loaded again: the same constructor arguments.
+
+    Arguments of plain type that the plugin keeps under their own names are taken with the values
+    that it has, the others with their defaults.
+    """
+    kind, values = type(plugin), {}
+    for name, option in inspect.signature(kind).parameters.items():
+        require(
+            option.annotation is not option.empty
+            and option.kind not in (option.VAR_POSITIONAL, option.VAR_KEYWORD),
+            "constructor arguments that are named and typed", f"{option}",
+            "give it a name and a type: the command line's options are made from them",
+        )  # fmt: skip
+        if plain(value := getattr(plugin, name, object())):
+            values[name] = value
+        require(
+            name in values or option.default is not option.empty,
+            "a default, or the argument kept under its name", f"neither for {name}",
+            f"give it a default, or set self.{name}, so that the kit can make another",
+        )  # fmt: skip
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind)
+    first = parser.parse_object(values)
+    again = parser.parse_string(parser.dump(first))
+    require(
+        again == first, f"the arguments {first}", again,
+        "use argument types that YAML can hold: numbers, text, lists, and classes of such",
+    )  # fmt: skip
+    kind(**vars(parser.instantiate(again)))
+
+
+def plain(value: object) -> bool:
+    """Whether YAML holds a value as it is."""
+    if isinstance(value, (list, tuple)):
+        return all(map(plain, value))
+    return value is None or isinstance(value, (str, int, float, bool))

@@ -1,0 +1,173 @@
+"""The checks of a kernel: its answer is a row-stochastic matrix, by a pure function."""
+
+from __future__ import annotations
+
+import torch
+
+from tokenflow.propagation import Correspondence, Propagation
+from tokenflow.testing.checks import Check, configuration_round_trip, require, run_all
+from tokenflow.testing.scene import FRAMES, SQUARE, Scene
+
+OTHERS = ((3, 5), (6, 4))
+ROUNDING = 1e-3
+"""What half precision leaves of a sum of a few weights."""
+
+
+def check_kernel(kernel: Propagation) -> None:
+    """Runs all checks of a kernel; raises `ConformanceError` at the first that fails."""
+    run_all(kernel_checks(kernel))
+
+
+def kernel_checks(kernel: Propagation) -> list[Check]:
+    """All checks that apply to a kernel, to be called one by one."""
+    functions = [
+        index_range, non_negative, rows_sum_to_one, device_and_dtype, determinism,
+        inputs_unchanged, branch_order, non_square_sites, one_frame_windows,
+        frames_independent, configuration_round_trip,
+    ]  # fmt: skip
+    if kernel.identity_at_keyframes:
+        functions.append(identity_at_keyframes)
+    return [Check(kernel, function) for function in functions]
+
+
+def require_range(found: Correspondence, scene: Scene) -> None:
+    low, high = int(found.indices.min()), int(found.indices.max())
+    last = scene.keys.shape[0] * scene.keys.shape[1] - 1
+    require(
+        low >= 0 and high <= last, f"indices from 0 to {last}", f"{low} to {high}",
+        "they point into the flattened (keyframe, token) pairs of the keys that the call is given",
+    )  # fmt: skip
+
+
+def require_rows(found: Correspondence) -> None:
+    sums = found.weights.float().sum(dim=-1)
+    require(
+        ((sums - 1).abs() <= ROUNDING).all(), "rows of weights that sum to 1",
+        f"sums from {sums.min():.4g} to {sums.max():.4g}",
+        "divide the weights by their sum over the last axis",
+    )  # fmt: skip
+
+
+def index_range(kernel: Propagation) -> None:
+    scene = Scene.random(kernel)
+    require_range(scene.ask(kernel), scene)
+
+
+def non_negative(kernel: Propagation) -> None:
+    weights = Scene.random(kernel).ask(kernel).weights
+    require(
+        (weights >= 0).all(), "weights of 0 or more", f"{float(weights.min()):.4g}",
+        "a token is a weighted mean of others: clamp or leave out what is negative or NaN",
+    )  # fmt: skip
+
+
+def rows_sum_to_one(kernel: Propagation) -> None:
+    require_rows(Scene.random(kernel).ask(kernel))
+
+
+def device_and_dtype(kernel: Propagation) -> None:
+    devices = [torch.device("cpu")]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    scene = Scene.random(kernel)
+    for device in [*devices, *([accelerator] if accelerator is not None else [])]:
+        for dtype in (torch.float32, torch.bfloat16):
+            given = Scene(
+                scene.source.to(device, dtype), scene.keys.to(device, dtype), scene.window
+            )
+            found = given.ask(kernel)
+            for tensor in (found.indices, found.weights):
+                require(
+                    tensor.device.type == device.type, f"tensors on {device}", tensor.device,
+                    "make them on the device of `source`; the window's tensors are on the CPU",
+                )  # fmt: skip
+            require(
+                found.indices.dtype in (torch.int32, torch.int64), "indices of dtype int64",
+                found.indices.dtype, "convert them with .long()",
+            )  # fmt: skip
+            require(
+                found.weights.is_floating_point(), "weights of a floating point dtype",
+                found.weights.dtype, "convert them with .float()",
+            )  # fmt: skip
+            values = given.keys[None]
+            require(
+                found.gather(values).dtype == dtype, f"gathered values of dtype {dtype}",
+                found.gather(values).dtype, "do not override Correspondence.gather",
+            )  # fmt: skip
+
+
+def determinism(kernel: Propagation) -> None:
+    scene = Scene.random(kernel)
+    answers = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        answers.append(scene.matrix(kernel))
+    require(
+        torch.equal(*answers), "the same answer to the same call, whatever torch's random state",
+        f"answers that differ by up to {(answers[0] - answers[1]).abs().max():.4g}",
+        "draw nothing at random and keep nothing between calls",
+    )  # fmt: skip
+
+
+def inputs_unchanged(kernel: Propagation) -> None:
+    scene = Scene.random(kernel)
+    tensors = (scene.source, scene.keys, scene.window.neighbours, scene.window.blend)
+    before = [tensor.clone() for tensor in tensors]
+    scene.ask(kernel)
+    require(
+        all(map(torch.equal, tensors, before)), "the given tensors left as they were",
+        "a tensor changed in place", "work on a copy: the engine uses them again",
+    )  # fmt: skip
+
+
+def branch_order(kernel: Propagation) -> None:
+    scene = Scene.random(kernel)
+    found, keys = scene.ask(kernel), scene.keys
+    branches = torch.stack([keys, 2 * keys + 1, keys.flip(-1)])
+    order = [2, 0, 1]
+    require(
+        torch.equal(found.gather(branches[order]), found.gather(branches)[order]),
+        "the same correspondence in every branch, in any order", "values that depend on the order",
+        "do not override Correspondence.gather",
+    )  # fmt: skip
+
+
+def non_square_sites(kernel: Propagation) -> None:
+    for size in OTHERS:
+        scene = Scene.random(kernel, size=size)
+        found = scene.ask(kernel)
+        require_range(found, scene)
+        require_rows(found)
+
+
+def one_frame_windows(kernel: Propagation) -> None:
+    for frame in (0, 3, 8):  # before the first keyframe, between two, at one
+        scene = Scene.random(kernel, range(frame, frame + 1))
+        found = scene.ask(kernel)
+        require_range(found, scene)
+        require_rows(found)
+
+
+def frames_independent(kernel: Propagation) -> None:
+    """What results rely on that do not depend on the batch or, later, on the number of ranks."""
+    whole = Scene.random(kernel, range(FRAMES)).matrix(kernel)
+    for frame in range(FRAMES):
+        alone = Scene.random(kernel, range(frame, frame + 1)).matrix(kernel)[0]
+        difference = float((alone - whole[frame]).abs().max())
+        require(
+            difference <= ROUNDING, "a frame's weights not to depend on the window's other frames",
+            f"weights of frame {frame} that differ by up to {difference:.4g}",
+            "treat every frame on its own: how many share a call is the engine's choice",
+        )  # fmt: skip
+
+
+def identity_at_keyframes(kernel: Propagation) -> None:
+    for size in (SQUARE, *OTHERS):
+        for keyframe in (1, 5, 8):
+            found = Scene.random(kernel, range(keyframe, keyframe + 1), size).matrix(kernel)[0]
+            tokens = len(found)
+            own = found[:, keyframe * tokens : (keyframe + 1) * tokens].diagonal()
+            require(
+                ((own - 1).abs() <= ROUNDING).all(), "a keyframe's tokens to take themselves",
+                f"weights on themselves down to {float(own.min()):.4g} at {size[0]}x{size[1]}",
+                "mend it, or set identity_at_keyframes = False",
+            )  # fmt: skip
