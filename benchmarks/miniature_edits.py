@@ -17,7 +17,7 @@ from rich.table import Table
 from tokenflow.diffusion import Backbone, invert
 from tokenflow.editors import PnP
 from tokenflow.engine import Settings, edit_latents
-from tokenflow.miniature.edits import SceneEdit, judge_edit, suite
+from tokenflow.miniature.edits import EDITOR, SceneEdit, judge_edit, suite
 from tokenflow.miniature.judge import Judge
 from tokenflow.propagation import NNField
 from tokenflow.video import contact_sheet, write_image
@@ -35,8 +35,9 @@ def main(
     folder: Path = Path("runs/miniature_edits"),
     steps: int = 25,
     guidance: float = 4.0,
-    attention: float = 0.5,
-    features: float = 0.8,
+    attention: float = EDITOR.attention,
+    features: float = EDITOR.features,
+    feature_layers: int = EDITOR.feature_layers,
     frames: int = 24,
     keyframe_every: int = 8,
     rows: tuple[str, ...] = tuple(ROWS),
@@ -50,13 +51,14 @@ def main(
         guidance: Scale of classifier-free guidance.
         attention: PnP's threshold for queries and keys.
         features: PnP's threshold for features.
+        feature_layers: How many decoder layers take them.
         frames: Frames of a clip.
         keyframe_every: Frames in a window.
         rows: Which ways to compare.
         clips: Which of the four edits.
     """
     backbone, judge, console = Backbone.load("miniature"), Judge.load(), Console()
-    schedule = backbone.schedule(steps)
+    schedule, editor = backbone.schedule(steps), PnP(attention, features, feature_layers)
     results: dict[str, list[tuple[float, float, float, float]]] = {}
     for number in clips:
         edit = suite(frames)[number]
@@ -71,7 +73,7 @@ def main(
             )
             begin = perf_counter()
             edited = edit_latents(
-                backbone, trajectory, schedule, PnP(attention, features), NNField(),
+                backbone, trajectory, schedule, editor, NNField(),
                 str(edit.target), inversion_prompt=source, settings=settings,
             )  # fmt: skip
             seconds = perf_counter() - begin

@@ -21,10 +21,9 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d
 
 from tokenflow.diffusion import Backbone, Schedule, Trajectory, invert
-from tokenflow.editors import PnP
 from tokenflow.engine import Settings, edit_latents
 from tokenflow.metrics import warp_error
-from tokenflow.miniature.edits import SceneEdit, SceneFlow, judge_edit, suite
+from tokenflow.miniature.edits import EDITOR, SceneEdit, SceneFlow, judge_edit, suite
 from tokenflow.miniature.judge import Judge
 from tokenflow.miniature.scenes import Attributes, Scene, random_scene
 from tokenflow.propagation import DIS, ClipFlow, FlowWeighted, NNField, Propagation
@@ -110,7 +109,7 @@ def main(
             )
             begin = perf_counter()
             edited = edit_latents(
-                backbone, trajectory, schedule, PnP(), kernel, str(edit.target),
+                backbone, trajectory, schedule, EDITOR, kernel, str(edit.target),
                 inversion_prompt=source, settings=settings, flow=flow,
             )  # fmt: skip
             seconds = (perf_counter() - begin) / frames

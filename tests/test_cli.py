@@ -59,6 +59,9 @@ def test_predict_help_starts_with_what_a_user_needs(capsys: pytest.CaptureFixtur
     text = capsys.readouterr().out
     assert text.index("--data.video") < text.index("--model.prompt") < text.index("--trainer.")
     assert "Scale of classifier-free guidance" in text
+    assert "--trainer.devices" in text
+    assert "--trainer.max_epochs" not in text  # accepted, but nobody edits by it
+    assert len(text.splitlines()) < 200
 
 
 def test_a_run_leaves_its_four_files(words: list[str], video: Path, tmp_path: Path) -> None:

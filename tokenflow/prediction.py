@@ -6,6 +6,7 @@ import logging
 import signal
 import sys
 import warnings
+from argparse import SUPPRESS, HelpFormatter
 from typing import NoReturn
 
 from lightning.pytorch import LightningModule, Trainer
@@ -25,7 +26,10 @@ DESCRIPTION = """\
 Edit a video by text. Needed are --data.video and --model.prompt; a YAML file (--config) may hold
 any of the options, and the command line overrules it. A YAML file can name classes of tokenflow, of
 installed plugins and a few of Lightning's; --allow_imports PACKAGE, on the command line only, lets
-it name those of another package, and so run its code."""
+it name those of another package, and so run its code. Options are also read from the environment,
+--model.prompt from TOKENFLOW_PREDICT__MODEL__PROMPT, and all of Lightning's Trainer are accepted,
+of which a few are shown here."""
+SHOWN = ("trainer.accelerator", "trainer.devices")
 
 TRAINER = {
     "devices": 1,
@@ -39,7 +43,18 @@ TRAINER = {
 
 
 class Parser(LightningArgumentParser):
-    """Says in an error what is installed, and leaves out the long usage."""
+    """Says in an error what is installed; its help leaves out what few people look for."""
+
+    def format_help(self, formatter: HelpFormatter | None = None) -> str:
+        """Without the names of environment variables, and with those of `SHOWN` of the trainer."""
+        for action in self._actions:
+            if action.dest.startswith("trainer.") and action.dest not in SHOWN:
+                action.help = SUPPRESS
+        by_environment, self.default_env = self.default_env, False
+        try:
+            return super().format_help(formatter)
+        finally:
+            self.default_env = by_environment
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         lines = [message]

@@ -8,15 +8,11 @@ import pytest
 import torch
 
 from tokenflow.diffusion import Backbone, invert
-from tokenflow.editors import PnP
 from tokenflow.engine import Settings, edit_latents
-from tokenflow.miniature.edits import Verdict, judge_edit, suite
+from tokenflow.miniature.edits import EDITOR, Verdict, judge_edit, suite
 from tokenflow.miniature.judge import Judge
 from tokenflow.propagation import NNField
 
-pytestmark = pytest.mark.skip(
-    reason="the embedded model is still in training: tokenflow/miniature/README.md has its state"
-)
 STEPS = 15  # docs/miniature.md has the table with more
 
 Verdicts = dict[str, list[Verdict]]
@@ -39,7 +35,7 @@ def verdicts() -> Verdicts:
                 backbone,
                 trajectory,
                 schedule,
-                PnP(),
+                EDITOR,
                 NNField(),
                 str(edit.target),
                 inversion_prompt=source,

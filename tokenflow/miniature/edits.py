@@ -8,11 +8,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tokenflow.editors import PnP
 from tokenflow.metrics import warp_error
 from tokenflow.miniature.judge import Judge, answers
 from tokenflow.miniature.scenes import Attributes, Scene, random_scene
 from tokenflow.propagation import OpticalFlow
 from tokenflow.video import Clip
+
+EDITOR = PnP(attention=0.3, features=0.3, feature_layers=5)
+"""PnP as it suits the miniature; docs/miniature.md tells why so and not as in the paper."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def suite(frames: int = 24) -> list[SceneEdit]:
         (3_000_001, "a plain red ball on grass", "a plain blue ball on grass"),
         (3_000_002, "a striped yellow box on water", "a striped purple box on water"),
         (3_000_003, "a plain white star on brick", "a plain white star on sand"),
-        (3_000_004, "a checkered green ring on sand", "a checkered green ring on night"),
+        (3_000_004, "a striped green ring on sand", "a striped green ring on water"),
     ]
     return [
         SceneEdit(random_scene(seed, frames, Attributes.parse(source)), Attributes.parse(target))
