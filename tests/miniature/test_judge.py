@@ -47,9 +47,6 @@ def test_the_autoencoder_keeps_held_out_scenes(miniature: Backbone) -> None:
     assert round_trip_psnr(miniature, images) >= 28
 
 
-@pytest.mark.skip(
-    reason="the embedded model is still in training: tokenflow/miniature/README.md has its state"
-)
 def test_samples_show_what_the_prompt_says(miniature: Backbone, judge: Judge) -> None:
     shown = [random_scene(HELD_OUT + 9000 + i).attributes for i in range(24)]
     images = sample(miniature, [str(a) for a in shown], steps=20, guidance=3.0, seed=1)
