@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from tokenflow.metrics import psnr, warp, warp_error
+from tokenflow.metrics import psnr, warp_error
+from tokenflow.propagation.optical_flow import warp
 
 
 def test_psnr_of_known_errors() -> None:
@@ -27,7 +28,9 @@ def test_warp_against_a_naive_loop() -> None:
                 low = frames[n, :, y0 + 1, x0] * (1 - fx) + frames[n, :, y0 + 1, x0 + 1] * fx
                 expected[n, :, y, x] = top * (1 - fy) + low * fy
     # float32 positions up to 7, differences of neighbours up to 1: 1e-5 is ten roundings
-    torch.testing.assert_close(warp(frames, flow), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        torch.stack(list(map(warp, frames, flow))), expected, atol=1e-5, rtol=0
+    )
 
 
 def test_warp_error_of_a_pure_translation_is_zero_and_of_noise_is_not() -> None:

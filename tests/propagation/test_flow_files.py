@@ -108,7 +108,9 @@ def test_two_files_for_a_pair(folder: Path) -> None:
 
 
 def test_one_frame_needs_no_files(tmp_path: Path) -> None:
-    FlowFiles(str(tmp_path)).prepare(Clip.from_frames(torch.zeros(1, 3, HEIGHT, WIDTH)))
+    flow = FlowFiles(str(tmp_path))
+    flow.prepare(Clip.from_frames(torch.zeros(1, 3, HEIGHT, WIDTH)))
+    assert not flow.files
 
 
 @pytest.mark.parametrize("shape", [(WIDTH, HEIGHT, 2), (HEIGHT, WIDTH), (HEIGHT, WIDTH, 3), (0,)])

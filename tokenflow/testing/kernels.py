@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 
 from tokenflow.propagation import Correspondence, Propagation
+from tokenflow.propagation.contract import TOLERANCE
 from tokenflow.testing.checks import Check, configuration_round_trip, require, run_all
 from tokenflow.testing.scene import FRAMES, SQUARE, Scene
 
 OTHERS = ((3, 5), (6, 4))
-ROUNDING = 1e-3
-"""What half precision leaves of a sum of a few weights."""
 
 
 def check_kernel(kernel: Propagation) -> None:
@@ -42,7 +41,7 @@ def require_range(found: Correspondence, scene: Scene) -> None:
 def require_rows(found: Correspondence) -> None:
     sums = found.weights.float().sum(dim=-1)
     require(
-        ((sums - 1).abs() <= ROUNDING).all(), "rows of weights that sum to 1",
+        ((sums - 1).abs() <= TOLERANCE).all(), "rows of weights that sum to 1",
         f"sums from {sums.min():.4g} to {sums.max():.4g}",
         "divide the weights by their sum over the last axis",
     )  # fmt: skip
@@ -154,7 +153,7 @@ def frames_independent(kernel: Propagation) -> None:
         alone = Scene.random(kernel, range(frame, frame + 1)).matrix(kernel)[0]
         difference = float((alone - whole[frame]).abs().max())
         require(
-            difference <= ROUNDING, "a frame's weights not to depend on the window's other frames",
+            difference <= TOLERANCE, "a frame's weights not to depend on the window's other frames",
             f"weights of frame {frame} that differ by up to {difference:.4g}",
             "treat every frame on its own: how many share a call is the engine's choice",
         )  # fmt: skip
@@ -167,7 +166,7 @@ def identity_at_keyframes(kernel: Propagation) -> None:
             tokens = len(found)
             own = found[:, keyframe * tokens : (keyframe + 1) * tokens].diagonal()
             require(
-                ((own - 1).abs() <= ROUNDING).all(), "a keyframe's tokens to take themselves",
+                ((own - 1).abs() <= TOLERANCE).all(), "a keyframe's tokens to take themselves",
                 f"weights on themselves down to {float(own.min()):.4g} at {size[0]}x{size[1]}",
                 "mend it, or set identity_at_keyframes = False",
             )  # fmt: skip
