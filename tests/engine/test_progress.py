@@ -1,3 +1,7 @@
+import os
+import pty
+import sys
+
 import pytest
 from lightning.pytorch import LightningModule, Trainer
 
@@ -20,6 +24,29 @@ def test_without_a_terminal_lines_tell_stage_step_and_time_left(
         "edit: 3/5, 20 s left",
         "edit: 5/5, 0 s left",
     ]
+
+
+def test_on_a_terminal_bars_tell_stage_step_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = pty.openpty()
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("TERM", "xterm")
+    module = LightningModule()
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        shown = StageProgress()
+        shown.on_predict_start(trainer, module)
+        for stage in ("invert", "edit"):
+            for step in range(1, 4):
+                module.progress(stage, step, 4 if stage == "edit" else 3)
+        shown.on_predict_end(trainer, module)
+        drawn = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    last = drawn[drawn.rindex("invert") :]
+    assert "3/3" in last
+    assert "edit" in last
+    assert "3/4" in last
+    assert "left" in last
 
 
 def test_only_the_first_rank_speaks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,6 @@ from tokenflow.miniature.edits import EDITOR, Verdict, judge_edit, suite
 from tokenflow.miniature.judge import Judge
 from tokenflow.propagation import NNField
 
-pytestmark = pytest.mark.skip(
-    reason="PnP's thresholds for the embedded model are being chosen: see docs/miniature.md"
-)
 STEPS = 15  # docs/miniature.md has the table with more
 
 Verdicts = dict[str, list[Verdict]]

@@ -15,7 +15,7 @@ from tokenflow.miniature.scenes import Attributes, Scene, random_scene
 from tokenflow.propagation import OpticalFlow
 from tokenflow.video import Clip
 
-EDITOR = PnP(attention=0.3, features=0.3, feature_layers=5)
+EDITOR = PnP(attention=0.5, features=0.3, feature_layers=5)
 """PnP as it suits the miniature; docs/miniature.md tells why so and not as in the paper."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from einops import reduce
@@ -18,6 +19,7 @@ from tokenflow.editors import ControlNet, SDEdit
 from tokenflow.miniature.judge import Judge, accuracy
 from tokenflow.miniature.scenes import VOCABULARY, random_scene
 from tokenflow.miniature.structure import OVERLAP_BAR, SHAPE_BAR, judge_structure
+from tokenflow.video import contact_sheet, write_image
 
 HELD_OUT = 1_000_000
 BAR = {"background": 0.90, "color": 0.85, "shape": 0.80, "pattern": 0.65}
@@ -50,7 +52,11 @@ def sample(
 
 
 def main(
-    samples: int = 192, steps: int = 50, guidance: float = 3.0, model: str = "miniature"
+    samples: int = 192,
+    steps: int = 50,
+    guidance: float = 3.0,
+    model: str = "miniature",
+    picture: Path | None = None,
 ) -> None:
     """Prints two tables: samples judged, beside renders; and the structure that a control gives.
 
@@ -59,6 +65,7 @@ def main(
         steps: DDIM steps.
         guidance: Scale of classifier-free guidance.
         model: Which model to judge.
+        picture: Where to write the first 24 samples, a PNG.
     """
     backbone, judge = Backbone.load(model), Judge.load()
     scenes = [random_scene(HELD_OUT + i) for i in range(samples)]
@@ -71,6 +78,8 @@ def main(
         ]
     ).cpu()
 
+    if picture is not None:
+        write_image(picture, contact_sheet(images[:24].split(8)))
     table = Table(title=f"{samples} held-out seeds, {steps} steps, guidance {guidance:g}")
     for column in ("", "renders judged right", "samples judged right", "bar for samples"):
         table.add_column(column, justify="left" if not column else "right")
