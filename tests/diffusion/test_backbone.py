@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import CLIPTokenizer
 
 from tokenflow.diffusion import Backbone, ModelError
 from tokenflow.diffusion.backbone import COMPONENTS, NETWORKS
@@ -124,6 +125,39 @@ def test_configuration_that_does_not_parse(
         (folder / name / file).write_text(text)
     with pytest.raises(ModelError, match=f"{name} of the model folder .* does not load"):
         Backbone.load(folder)
+
+
+@pytest.mark.parametrize("kept", [[], ["tokenizer_config.json"], ["vocab.json"], ["merges.txt"]])
+def test_a_tokenizer_without_vocabulary(folder: Path, kept: list[str]) -> None:
+    for file in (folder / "tokenizer").iterdir():
+        if file.name not in kept:
+            file.unlink()
+    with pytest.raises(ModelError, match=r"expected tokenizer.json, or vocab.json and merges.txt"):
+        Backbone.load(folder, device="cpu")
+
+
+@pytest.mark.parametrize("lost", [["tokenizer.json"], ["vocab.json", "merges.txt"]])
+def test_either_form_of_a_vocabulary_is_enough(folder: Path, lost: list[str]) -> None:
+    whole = Backbone.load(folder, device="cpu").embed(["a red ball"])
+    for name in lost:
+        (folder / "tokenizer" / name).unlink()
+    assert torch.equal(Backbone.load(folder, device="cpu").embed(["a red ball"]), whole)
+
+
+@pytest.mark.parametrize(("file", "text"), [("tokenizer.json", "{}"), ("vocab.json", '{"a": 0}')])
+def test_a_damaged_vocabulary(folder: Path, file: str, text: str) -> None:
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    (folder / "tokenizer" / file).write_text(text)
+    with pytest.raises(ModelError, match=r"tokenizer of the model folder .* does not load"):
+        Backbone.load(folder, device="cpu")
+
+
+def test_another_models_tokenizer(backbone: Backbone, tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text('{"a</w>": 0}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    small = CLIPTokenizer.from_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="knows 3 tokens and the text encoder 130: prompts would"):
+        with_parts(backbone, tokenizer=small)
 
 
 def test_an_unknown_dtype(model_folder: Path) -> None:

@@ -30,6 +30,7 @@ COMPONENTS = {
 }
 NETWORKS = ("unet", "vae", "text_encoder")
 EMBEDDED = Path(__file__).parents[1] / "miniature" / "weights"
+VOCABULARIES = ({"tokenizer.json"}, {"vocab.json", "merges.txt"})
 INDEX = "model_index.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -63,6 +64,11 @@ class Backbone:
             raise ModelError(
                 "the scheduler has rescale_betas_zero_snr: its noisiest latents hold no signal, "
                 "and inversion cannot reach them; turn it off in scheduler_config.json"
+            )
+        if 2 * len(tokenizer) < (words := text_encoder.config.vocab_size):
+            raise ModelError(
+                f"the tokenizer knows {len(tokenizer)} tokens and the text encoder {words}: "
+                f"prompts would be ignored; give the model its own, whole tokenizer"
             )
         self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
         self.tokenizer, self.scheduler = tokenizer, scheduler
@@ -169,7 +175,7 @@ def default_device() -> str:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises `ModelError` unless all components are there, with safetensors."""
+    """Raises `ModelError` unless all components are there, with safetensors and vocabulary."""
     for name in COMPONENTS:
         part = folder / name
         if not part.is_dir():
@@ -179,6 +185,12 @@ def check_folder(folder: Path) -> None:
             )
         if name in NETWORKS:
             require_safetensors(part)
+    files = {file.name for file in (folder / "tokenizer").iterdir()}
+    if not any(files.issuperset(needed) for needed in VOCABULARIES):
+        raise ModelError(
+            f"{folder / 'tokenizer'} has no vocabulary; expected tokenizer.json, or vocab.json and "
+            f"merges.txt"
+        )
 
 
 def load_component(model: str, name: str, dtype: torch.dtype) -> Any:
