@@ -312,4 +312,4 @@ def test_the_command_line_names_the_package_of_a_plugin_that_raises(
     assert code == 2
     assert "Crashing of tokenflow-broken 0.3 failed in conditioning: AttributeError: " in out
     assert "Traceback" not in out
-    assert not list((tmp_path / "runs").rglob("*.*"))
+    assert not (tmp_path / "runs").exists()

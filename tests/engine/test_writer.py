@@ -76,6 +76,31 @@ def test_an_overwritten_run_that_fails_is_no_finished_run(
     assert not (tmp_path / "in" / "run.yaml").exists()
 
 
+def test_a_run_that_writes_nothing_leaves_no_folder(
+    tmp_path: Path, source: ClipSource, prediction: Prediction, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("tokenflow.video.writer.av.open", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write(RunWriter(str(tmp_path)), source, prediction)
+    assert not (tmp_path / "in").exists()
+
+
+def test_files_of_the_user_stay(tmp_path: Path, source: ClipSource, prediction: Prediction) -> None:
+    (tmp_path / "runs" / "in").mkdir(parents=True)
+    (tmp_path / "runs" / "in" / "probe").write_text("mine")
+    write(RunWriter(str(tmp_path / "runs")), source, prediction)
+    assert (tmp_path / "runs" / "in" / "probe").read_text() == "mine"
+
+
+def test_the_check_of_a_folder_makes_none(tmp_path: Path, source: ClipSource) -> None:
+    writer = RunWriter(str(tmp_path / "runs" / "deep"))
+    writer.on_predict_batch_start(TRAINER, MODULE, source, 0, 0)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_compare_shows_source_and_edit_side_by_side(
     tmp_path: Path, source: ClipSource, prediction: Prediction
 ) -> None:

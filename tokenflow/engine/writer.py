@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -64,9 +66,10 @@ class RunWriter(BasePredictionWriter):
                 f"--output.folder"
             )
         try:
-            with atomic(folder / "probe") as file:
-                file.touch()
-            (folder / "probe").unlink()
+            # no folder is made before there is something to put in it
+            nearest = next(place for place in (folder, *folder.parents) if place.exists())
+            with TemporaryFile(dir=nearest):
+                pass
         except OSError as error:
             raise InputError(
                 f"{folder} cannot be written ({error}); choose another --output.folder"
@@ -85,13 +88,17 @@ class RunWriter(BasePredictionWriter):
         result = prediction.result
         source, edited = result.source, result.clip
         (folder / "run.yaml").unlink(missing_ok=True)
-        write_clip(folder / "edited.mp4", edited, crf=self.crf)
-        rows = [shown(source), shown(edited)]
-        both = side_by_side(*rows)
-        write_video(folder / "compare.mp4", both, source.times, source.rate, crf=self.crf)
-        write_image(folder / "contact_sheet.png", contact_sheet(rows))
-        with atomic(folder / "run.yaml") as file:
-            file.write_text(yaml.safe_dump(self.summary(result), sort_keys=False))
+        try:
+            write_clip(folder / "edited.mp4", edited, crf=self.crf)
+            rows = [shown(source), shown(edited)]
+            both = side_by_side(*rows)
+            write_video(folder / "compare.mp4", both, source.times, source.rate, crf=self.crf)
+            write_image(folder / "contact_sheet.png", contact_sheet(rows))
+            with atomic(folder / "run.yaml") as file:
+                file.write_text(yaml.safe_dump(self.summary(result), sort_keys=False))
+        finally:
+            with suppress(OSError):
+                folder.rmdir()  # only an empty one
         for name in ("edited.mp4", "compare.mp4", "contact_sheet.png", "run.yaml"):
             print(folder / name)
 
