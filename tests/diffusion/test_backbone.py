@@ -1,5 +1,6 @@
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,20 @@ def test_loads_a_frozen_model(backbone: Backbone) -> None:
 def test_a_folder_that_is_not_there(model: str) -> None:
     with pytest.raises(ModelError, match=rf"{model}' does not exist; give the folder that holds"):
         Backbone.load(model)
+
+
+def test_a_file_for_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "clip.mp4").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ModelError, match=r"model folder, but 'clip\.mp4' is a file; give the folder"
+    ):
+        Backbone.load("clip.mp4")
+
+
+def test_no_model() -> None:
+    with pytest.raises(ModelError, match="expected a model folder, but none was given; give"):
+        Backbone.load("")
 
 
 @pytest.mark.parametrize("name", COMPONENTS)
@@ -266,7 +281,18 @@ def pipeline_embeddings(backbone: Backbone, prompts: list[str]) -> Tensor:
 
 def test_embeddings_are_those_of_diffusers_pipeline(backbone: Backbone) -> None:
     prompts = ["a red ball on sand", "", "a ball on a ball " * 20]  # the last is cut
-    embeddings = backbone.embed(prompts)
+    with pytest.warns(UserWarning, match="cut"):
+        embeddings = backbone.embed(prompts)
     assert embeddings.shape == (3, backbone.tokenizer.model_max_length, 16)
     assert torch.equal(embeddings, pipeline_embeddings(backbone, prompts))
     assert not torch.allclose(embeddings[0], embeddings[1])
+
+
+def test_a_prompt_that_is_cut_is_told(backbone: Backbone) -> None:
+    whole = " ".join(["ball"] * 14)  # and a token each for begin and end
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backbone.embed([whole])
+    message = r"at most 14 tokens, got 16; the end is cut off: 'on SAND' of 'ball"
+    with pytest.warns(UserWarning, match=message):
+        backbone.embed(["a ball", f"{whole} on SAND"])

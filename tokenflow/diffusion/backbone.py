@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -130,8 +131,13 @@ class Backbone:
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[str]) -> Float[Tensor, "prompts tokens width"]:
-        """The text encoder's last hidden state; prompts are padded or cut to all its positions."""
+        """The text encoder's last hidden state; prompts are padded or cut to all its positions.
+
+        A prompt that is cut gives a warning.
+        """
         length = self.text_encoder.config.max_position_embeddings
+        for prompt in prompts:
+            self._warn_if_cut(prompt, length)
         tokens = self.tokenizer(
             list(prompts),
             padding="max_length",
@@ -140,6 +146,17 @@ class Backbone:
             return_tensors="pt",
         )
         return self.text_encoder(tokens["input_ids"].to(self.device))[0]
+
+    def _warn_if_cut(self, prompt: str, length: int) -> None:
+        tokens = self.tokenizer(prompt, return_offsets_mapping=True, verbose=False)
+        count = len(tokens["input_ids"])
+        if count > length:
+            begin, _ = tokens["offset_mapping"][length - 1]  # the last position is the end's
+            warnings.warn(
+                f"the text encoder takes at most {length - 2} tokens, got {count - 2}; the end is "
+                f"cut off: {prompt[begin:]!r} of {prompt!r}",
+                stacklevel=1,
+            )
 
     @torch.no_grad()
     def encode(self, frames: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n c h w"]:

@@ -14,16 +14,23 @@ class ModelError(InputError):
 
 
 def require_folder_or_id(model: str, holds: str) -> None:
-    """Raises `ModelError` for a path where nothing is; `holds` names a file that the folder has.
+    """Raises `ModelError` for what can be neither; `holds` names a file that the folder has.
 
     Hub ids are "name" or "owner/name"; whatever else is no folder was meant to be one.
     """
     looks_like_path = model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model
-    if not Path(model).is_dir() and looks_like_path:
-        raise ModelError(
-            f"expected a model folder, but {model!r} does not exist; give the folder that "
-            f"holds {holds}, or a hub id like 'owner/name'"
-        )
+    if not model.strip():
+        found = "none was given"
+    elif Path(model).is_file():
+        found = f"{model!r} is a file"
+    elif not Path(model).is_dir() and looks_like_path:
+        found = f"{model!r} does not exist"
+    else:
+        return
+    raise ModelError(
+        f"expected a model folder, but {found}; give the folder that holds {holds}, or a hub id "
+        f"like 'owner/name'"
+    )
 
 
 def require_safetensors(folder: Path) -> None:
