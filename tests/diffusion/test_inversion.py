@@ -71,6 +71,13 @@ def test_fewer_steps_than_sampling(backbone: Backbone, latents: Tensor) -> None:
         invert(backbone, latents, "", backbone.schedule(10), 9)
 
 
+def test_more_steps_than_the_model_has(backbone: Backbone) -> None:
+    with pytest.raises(
+        InputError, match="inversion_steps of at most 1000 for this model, got 1001"
+    ):
+        inversion_timesteps(1001, backbone.schedule(10), backbone)
+
+
 def test_agrees_with_a_naive_loop(backbone: Backbone, latents: Tensor) -> None:
     schedule = backbone.schedule(SAMPLING)
     trajectory = inverted(backbone, latents)
@@ -142,6 +149,14 @@ def test_latents_that_are_not_finite(backbone: Backbone, latents: Tensor) -> Non
     broken[1, 0, 0, 0] = math.nan
     with pytest.raises(DivergedError, match=r"in inversion at step 0 \(timestep 1\)"):
         inverted(backbone, broken)
+
+
+def test_a_reconstruction_that_is_not_finite(backbone: Backbone, latents: Tensor) -> None:
+    schedule, trajectory = backbone.schedule(SAMPLING), inverted(backbone, latents)
+    trajectory.latents[0, 1, 0, 0, 0] = math.inf
+    first = schedule.timesteps[0]
+    with pytest.raises(DivergedError, match=f"in reconstruction at timestep {first}"):
+        reconstruct(backbone, trajectory, "", schedule)
 
 
 def test_more_steps_reconstruct_better(small: Backbone, latents: Tensor) -> None:

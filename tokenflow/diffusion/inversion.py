@@ -23,6 +23,8 @@ def inversion_timesteps(steps: int, sampling: Schedule, backbone: Backbone) -> t
     They are the scheduler's own grid; where a sampling timestep is not on it, the nearest grid
     point that is free moves there.
     """
+    if steps > (most := backbone.scheduler.config.num_train_timesteps):
+        raise InputError(f"expected inversion_steps of at most {most} for this model, got {steps}")
     if steps < len(sampling.timesteps):
         raise InputError(
             f"inversion needs at least as many steps as sampling: got {steps} inversion steps for "
@@ -46,6 +48,8 @@ def invert(
     batch: int = 8,
     progress: Callable[[], None] = lambda: None,
     conditioning: Conditioning = lambda frames, latents, t: {},
+    first: int = 0,
+    whole: int | None = None,
 ) -> Trajectory:
     """Walks clean latents up to noise; ε at (x, t) moves x from the timestep before t to t.
 
@@ -58,9 +62,11 @@ def invert(
         batch: Frames in one forward pass.
         progress: Called after every step.
         conditioning: Further arguments of the UNet, from a pass's frames, latents and timestep.
+        first: Where the frames begin in the clip, of which these may be a part.
+        whole: How many frames the clip has; as many as there are latents when not given.
 
     Raises:
-        InputError: There are fewer steps than sampling takes.
+        InputError: There are fewer steps than sampling takes, or more than the model has.
         DivergedError: A latent became NaN or infinite.
     """
     timesteps = inversion_timesteps(steps, schedule, backbone)
@@ -71,7 +77,7 @@ def invert(
         a_before, a = schedule.alpha(before), schedule.alpha(t)
         for part in torch.arange(len(x)).split(batch):
             here = x[part].to(backbone.device)
-            extra = conditioning(part.tolist(), here, t)
+            extra = conditioning((part + first).tolist(), here, t)
             embeddings = embedding.expand(len(part), -1, -1)
             epsilon = backbone.epsilon(here, t, embeddings, schedule, **extra)
             x[part] = ddim_step(here, epsilon, a_before, a).to(x)
@@ -86,6 +92,8 @@ def invert(
         clean=latents,
         noisiest=x,
         noisiest_alpha=schedule.alpha(timesteps[-1]),
+        first=first,
+        whole=whole,
     )
 
 
@@ -99,16 +107,21 @@ def reconstruct(
     progress: Callable[[], None] = lambda: None,
     conditioning: Conditioning = lambda frames, latents, t: {},
 ) -> Float[Tensor, "frames c h w"]:
-    """Samples a trajectory's first latents back without an edit or guidance."""
+    """Samples a trajectory's first latents back without an edit or guidance.
+
+    Raises:
+        DivergedError: A latent became NaN or infinite.
+    """
     embedding = backbone.embed([prompt])
     x = trajectory.at(schedule.timesteps[0]).clone()
     for t in schedule.timesteps:
         a, a_next = schedule.alpha(t), schedule.alpha(schedule.following(t))
         for part in torch.arange(len(x)).split(batch):
             here = x[part].to(backbone.device)
-            extra = conditioning(part.tolist(), here, t)
+            extra = conditioning((part + trajectory.first).tolist(), here, t)
             embeddings = embedding.expand(len(part), -1, -1)
             epsilon = backbone.epsilon(here, t, embeddings, schedule, **extra)
             x[part] = ddim_step(here, epsilon, a, a_next).to(x)
+        require_finite(x, f"reconstruction at timestep {t}")
         progress()
     return x
