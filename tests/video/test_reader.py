@@ -56,7 +56,10 @@ def test_choosing_frames(ten, asked, chosen):
         ({"max_frames": 0}, "max_frames to be at least 1"),
         ({"resolution": 0}, "resolution to be at least 1"),
         ({"multiple": 0}, "multiple to be at least 1"),
-        ({"image_rate": 0}, "image_rate to be above 0"),
+        ({"image_rate": 0}, r"image_rate to be from 0\.0001 to 10000 frames per second, got 0"),
+        ({"image_rate": 1e-9}, "got 1e-09"),
+        ({"image_rate": float("nan")}, "got nan"),
+        ({"image_rate": float("inf")}, "got inf"),
     ],
 )
 def test_asking_for_what_is_not_there(ten, asked, message):

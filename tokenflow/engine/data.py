@@ -17,13 +17,14 @@ class Video(LightningDataModule):
     Args:
         video: A video file, or a folder of images in the order of their names.
         start: First frame.
-        stop: Frame to stop before; the clip's end when not given.
+        stop: Frame to stop before; the clip's end when not given. One past the end is an error,
+            unless max_frames ends earlier.
         stride: Take every so manieth frame.
         max_frames: At most so many frames.
         resolution: Pixels of the shorter side; the source's when not given.
         fit: How frames come to a multiple of what the model needs: "resize" stretches them
             slightly, and the output back; "crop" cuts what is too much.
-        image_rate: Frames per second of a folder of images.
+        image_rate: Frames per second of a folder of images, from 0.0001 to 10000.
     """
 
     def __init__(

@@ -16,6 +16,8 @@ from tokenflow.video.sizing import Fit, Framing, framing
 from tokenflow.video.source import Picture, Source
 from tokenflow.video.video_file import video_source
 
+FINEST_RATE = 10_000  # image_rate's largest denominator, and so the inverse of its least value
+
 
 def read_clip(
     path: str | Path,
@@ -37,14 +39,15 @@ def read_clip(
     Args:
         path: a video file, or a folder of images (png, jpg, webp, bmp; by name, 2 before 10).
         start: first frame, from 0.
-        stop: frame to end before, at most the number of frames; None reads to the end.
+        stop: frame to end before, at most the number of frames; None reads to the end. Where
+            max_frames ends earlier, the file is not read so far, and stop not compared with it.
         stride: take every stride-th frame; the clip keeps its true times, at a lower rate.
         max_frames: take at most so many frames, and read no further.
         resolution: short side in pixels; None keeps the source's.
         fit: how both sides become multiples of `multiple`: "resize" stretches the picture a
             little, and `display_size` undoes that; "crop" cuts the edges off for good.
         multiple: what both sides must be divisible by, in pixels; the nearest is taken.
-        image_rate: frames per second of an image folder.
+        image_rate: frames per second of an image folder, from 0.0001 to 10000.
 
     Raises:
         VideoError: for anything that cannot be read as asked, with the path and the frame.
@@ -62,10 +65,13 @@ def read_clip(
             raise VideoError(f"{path}: expected {name} to be at least {least}, got {value}.")
     if fit not in ("resize", "crop"):
         raise VideoError(f'{path}: expected fit to be "resize" or "crop", got {fit!r}.')
-    if image_rate <= 0:
-        raise VideoError(f"{path}: expected image_rate to be above 0, got {image_rate}.")
+    if not 1 / FINEST_RATE <= image_rate <= FINEST_RATE:
+        raise VideoError(
+            f"{path}: expected image_rate to be from {1 / FINEST_RATE} to {FINEST_RATE} frames "
+            f"per second, got {image_rate}."
+        )
 
-    with _open(path, Fraction(image_rate).limit_denominator(10_000)) as source:
+    with _open(path, Fraction(image_rate).limit_denominator(FINEST_RATE)) as source:
         frames: list[Float[Tensor, "3 height width"]] = []
         times: list[Fraction | None] = []
         first: tuple[torch.Size, Framing] | None = None
