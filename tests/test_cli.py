@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT
+from tests.video.making import beeps, make_video, noise
 from tokenflow.cli import main
 from tokenflow.video import Clip, read_clip, write_clip, write_image
 
@@ -82,6 +86,11 @@ def test_a_run_leaves_its_four_files(words: list[str], video: Path, tmp_path: Pa
     assert summary["model"]["steps"] == 2
     assert {"encode", "invert", "edit", "decode"} <= set(summary["run"]["seconds"])
     assert summary["run"]["versions"]["torch"] == version("torch")
+    assert summary["run"]["device"] == "cpu"
+    assert summary["run"]["dtype"] == "float32"
+    assert summary["run"]["inversion_steps"] == 2
+    assert summary["run"]["editor"] == f"tokenflow {version('tokenflow')}"
+    assert summary["run"]["propagation"] == f"tokenflow {version('tokenflow')}"
 
 
 def test_a_finished_run_is_not_overwritten_unasked(
@@ -97,6 +106,9 @@ def test_a_finished_run_is_not_overwritten_unasked(
     assert file.stat().st_mtime_ns == before
     main([*words, "--output.overwrite=true"])
     assert file.stat().st_mtime_ns > before
+    with pytest.raises(SystemExit):  # nor is it by its own run.yaml
+        main(["predict", f"--config={file.with_name('run.yaml')}"])
+    assert "holds a finished run" in capsys.readouterr().err
 
 
 def test_a_configuration_file_chooses_the_editor_by_name(words: list[str], tmp_path: Path) -> None:
@@ -156,6 +168,7 @@ def test_sigterm_ends_a_run_and_leaves_nothing_half_written(
     assert not (tmp_path / "runs").exists()
 
 
+DEMO = ROOT / "tokenflow" / "miniature" / "demo" / "blue_ball.mp4"
 BAD = {
     "an unknown editor": (["--model.editor=Pnp"], "installed are: "),
     "an unknown kernel": (["--model.propagation=Flow"], "NNField"),
@@ -165,11 +178,18 @@ BAD = {
     "an unknown hub model": (["--model.backbone=nobody/nothing"], "give its folder"),
     "frames outside": (["--data.start=6"], "6 frames"),
     "too few inversion steps": (["--model.inversion_steps=1"], "at least as many steps"),
+    "too many inversion steps": (["--model.inversion_steps=2000"], "inversion_steps of at most"),
     "an unknown policy": (["--model.keyframes=-1"], "offset of 0 or more"),
     "a wrong quality": (["--output.crf=99"], "from 0 to 51"),
     "a file for a folder": (["--output.folder=/dev/null"], "cannot be written"),
     "no window": (["--model.keyframe_every=0"], "keyframe_every must be at least 1"),
     "two processes": (["--trainer.devices=2", "--trainer.strategy=ddp"], "devices 1"),
+    "Lightning's precision": (["--trainer.precision=bf16-true"], "--model.dtype"),
+    "no clip": (["--trainer.limit_predict_batches=0"], "would edit nothing"),
+    "an image rate of almost nothing": (["--data.image_rate=1e-9"], "from 0.0001"),
+    "a model that is a file": ([f"--model.backbone={DEMO}"], "is a file; give the folder"),
+    "no model": (["--model.backbone="], "none was given"),
+    "a video for a configuration": ([f"--config={DEMO}"], "expected a YAML file for --config"),
     "a word of no option": (["--model.stepz=3"], "stepz"),
     "a wrong type": (["--model.steps=many"], "steps"),
 }
@@ -180,13 +200,96 @@ def test_bad_input_says_what_to_do_and_leaves_nothing(
     case: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad, message = BAD[case]
+    refused([*words, *bad], message, tmp_path, capsys)
+
+
+def refused(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Runs a command that must end with this message, and leave nothing."""
     with pytest.raises(SystemExit) as exit:
-        main([*words, *bad])
+        main(words)
     assert exit.value.code == 2
     err = capsys.readouterr().err
     assert message in err, err
     assert "Traceback" not in err
     assert not (tmp_path / "runs").exists()
+
+
+def no_video(path: Path) -> None:
+    path.write_bytes(b"not a video at all" * 100)
+
+
+def no_frames(path: Path) -> None:
+    make_video(path, noise(3), sound=beeps([], 1), damage=lambda index, data: b"")
+
+
+def truncated(path: Path) -> None:
+    make_video(path, noise(12), movflags="faststart")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def corrupt(path: Path) -> None:
+    def zeros(index: int, data: bytes) -> bytes:
+        half = len(data) // 2
+        return data[:half] + bytes(len(data) - half) if index == 5 else data
+
+    make_video(path, noise(12), damage=zeros)
+
+
+BAD_VIDEOS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no video": (no_video, "is not a video that can be read"),
+    "no frames": (no_frames, "expected frames, found none; choose another file"),
+    "a truncated file": (truncated, "repair the file by re-encoding it"),
+    "a corrupt frame": (corrupt, "frame 5 cannot be decoded"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_VIDEOS)
+def test_a_bad_video_says_what_to_do_and_leaves_nothing(
+    case: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil, message = BAD_VIDEOS[case]
+    spoil(tmp_path / "bad.mkv" if case == "no frames" else tmp_path / "bad.mp4")
+    (bad,) = tmp_path.glob("bad.*")
+    refused([*words, f"--data.video={bad}"], message, tmp_path, capsys)
+
+
+def pickled(model: Path) -> None:
+    (weights,) = (model / "unet").glob("*.safetensors")
+    weights.rename(weights.with_suffix(".bin"))
+
+
+def no_vae(model: Path) -> None:
+    shutil.rmtree(model / "vae")
+
+
+def not_a_number(model: Path) -> None:
+    (file,) = (model / "unet").glob("*.safetensors")
+    weights = load_file(file)
+    weights["conv_out.bias"][0] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+BAD_MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "pickled weights": (pickled, "pickled weights are not read: convert them"),
+    "a missing component": (no_vae, "has no vae/; expected diffusers' layout"),
+    "NaN": (not_a_number, "NaN or infinite values in inversion at step 0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MODELS)
+def test_a_bad_model_says_what_to_do_and_leaves_nothing(
+    case: str,
+    words: list[str],
+    model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    spoil, message = BAD_MODELS[case]
+    bad = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    spoil(bad)
+    refused([*words, f"--model.backbone={bad}"], message, tmp_path, capsys)
 
 
 def test_an_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:

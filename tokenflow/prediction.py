@@ -7,7 +7,7 @@ import signal
 import sys
 import warnings
 from argparse import SUPPRESS, HelpFormatter
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -19,6 +19,7 @@ from tokenflow.engine.data import Video
 from tokenflow.engine.module import TokenFlow, require_one_process
 from tokenflow.engine.progress import StageProgress
 from tokenflow.engine.writer import RunWriter
+from tokenflow.errors import InputError
 from tokenflow.imports import OPTION, restrict, split_allowed
 from tokenflow.plugins import describe, installed_plugins, require_usable
 
@@ -109,10 +110,28 @@ class PredictCLI(LightningCLI):
 
     def before_predict(self) -> None:
         require_one_process(self.trainer)
+        if self.trainer.precision != "32-true":
+            raise InputError(
+                f"expected no --trainer.precision, got {self.trainer.precision}; the networks' "
+                f"precision is --model.dtype"
+            )
+        if self.trainer.limit_predict_batches < 1:
+            raise InputError(
+                f"--trainer.limit_predict_batches {self.trainer.limit_predict_batches} would edit "
+                f"nothing; leave it out"
+            )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """As Lightning's own, for configurations that are no text."""
+        try:
+            super().parse_arguments(parser, args)
+        except UnicodeDecodeError as error:
+            parser.error(f"expected a YAML file for --config, got one that is no text: {error}")
 
     def after_instantiate_classes(self) -> None:
         self._dump_config()
         self.config_dump.pop("run", None)
+        self.config_dump["output"]["overwrite"] = False  # a repetition destroys nothing unasked
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RunWriter):
                 callback.configuration = self.config_dump

@@ -30,7 +30,7 @@ def source(tmp_path: Path) -> ClipSource:
 def prediction() -> Prediction:
     clip = Clip.from_frames(torch.rand(3, 3, 16, 32))
     edited = Clip.from_frames(torch.rand(3, 3, 16, 32))
-    return Prediction(Result(clip, edited, seed=4, seconds={"edit": 1.5}))
+    return Prediction(Result(clip, edited, seed=4, seconds={"edit": 1.5}), {"device": "cpu"})
 
 
 def write(writer: RunWriter, source: ClipSource, prediction: Prediction) -> None:

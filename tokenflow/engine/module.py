@@ -7,10 +7,12 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from tokenflow.diffusion import Backbone
+from tokenflow.diffusion.inversion import inversion_timesteps
 from tokenflow.editors import Editor
 from tokenflow.engine.data import ClipSource
 from tokenflow.engine.editing import Progress, Result, Settings, check_prompt, edit_clip
 from tokenflow.errors import InputError
+from tokenflow.plugins import origin
 from tokenflow.propagation import Propagation
 
 
@@ -24,10 +26,13 @@ def require_one_process(trainer: Trainer) -> None:
 
 
 class Prediction:
-    """A result on its way to the writer; no dataclass, as Lightning would take that apart."""
+    """A result on its way to the writer, and what the run's defaults came to.
 
-    def __init__(self, result: Result) -> None:
-        self.result = result
+    No dataclass, as Lightning would take that apart.
+    """
+
+    def __init__(self, result: Result, resolved: dict[str, Any]) -> None:
+        self.result, self.resolved = result, resolved
 
 
 class TokenFlow(LightningModule):
@@ -73,6 +78,23 @@ class TokenFlow(LightningModule):
         require_one_process(self.trainer)
         device = str(self.trainer.strategy.root_device)
         self.backbone = Backbone.load(self.model, device, self.dtype_name)
+        sampling = self.backbone.schedule(self.settings.steps)
+        inversion_timesteps(self.inversion_steps, sampling, self.backbone)  # refuses wrong numbers
+
+    @property
+    def inversion_steps(self) -> int:
+        """As many as sampling takes when not given."""
+        return self.settings.inversion_steps or self.settings.steps
+
+    def resolved(self, backbone: Backbone) -> dict[str, Any]:
+        """What stands in a configuration as a default or a name."""
+        return {
+            "device": str(backbone.device),
+            "dtype": str(backbone.dtype).removeprefix("torch."),
+            "inversion_steps": self.inversion_steps,
+            "editor": origin(type(self.editor)),
+            "propagation": origin(type(self.propagation)),
+        }
 
     def predict_step(self, source: ClipSource, batch_index: int) -> Prediction:
         assert self.backbone is not None, "setup comes before predict_step"
@@ -88,4 +110,4 @@ class TokenFlow(LightningModule):
             report_reconstruction=self.report_reconstruction,
             progress=self.progress,
         )
-        return Prediction(result)
+        return Prediction(result, self.resolved(self.backbone))

@@ -17,7 +17,6 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
 from tokenflow.engine.data import ClipSource
-from tokenflow.engine.editing import Result
 from tokenflow.engine.module import Prediction
 from tokenflow.errors import InputError
 from tokenflow.video import (
@@ -95,15 +94,16 @@ class RunWriter(BasePredictionWriter):
             write_video(folder / "compare.mp4", both, source.times, source.rate, crf=self.crf)
             write_image(folder / "contact_sheet.png", contact_sheet(rows))
             with atomic(folder / "run.yaml") as file:
-                file.write_text(yaml.safe_dump(self.summary(result), sort_keys=False))
+                file.write_text(yaml.safe_dump(self.summary(prediction), sort_keys=False))
         finally:
             with suppress(OSError):
                 folder.rmdir()  # only an empty one
         for name in ("edited.mp4", "compare.mp4", "contact_sheet.png", "run.yaml"):
             print(folder / name)
 
-    def summary(self, result: Result) -> dict[str, Any]:
-        """What `run.yaml` holds: the configuration, and under `run` what it took."""
+    def summary(self, prediction: Prediction) -> dict[str, Any]:
+        """What `run.yaml` holds: the configuration, and under `run` what came of it."""
+        result = prediction.result
         quality = {
             name: round(value, 2)
             for name in ("reconstruction_psnr", "round_trip_psnr")
@@ -112,6 +112,7 @@ class RunWriter(BasePredictionWriter):
         record = {
             "seed": result.seed,
             "frames": len(result.clip),
+            **prediction.resolved,
             "seconds": result.seconds,
             **quality,
             "versions": {"python": platform.python_version()}
