@@ -16,7 +16,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT
+from tests.installing import install
 from tests.video.making import beeps, make_video, noise
+from tokenflow import doctor
 from tokenflow.cli import main
 from tokenflow.video import Clip, read_clip, write_clip, write_image
 
@@ -154,17 +156,19 @@ def test_the_output_never_lands_in_its_source(
     assert sorted(p.name for p in images.iterdir()) == ["0.png", "1.png"]
 
 
-def test_sigterm_ends_a_run_and_leaves_nothing_half_written(
-    words: list[str], tmp_path: Path
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_and_leaves_nothing_half_written(
+    sent: signal.Signals, words: list[str], tmp_path: Path
 ) -> None:
     command = [sys.executable, "-m", "tokenflow.cli", *words, "--model.steps=900"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
         assert run.stderr is not None
         for line in run.stderr:
             if line.startswith("encode"):
-                run.terminate()
+                run.send_signal(sent)
                 break
-        assert run.wait(timeout=60) == 128 + signal.SIGTERM
+        assert ("tokenflow: interrupted\n" in run.stderr.read()) is (sent == signal.SIGINT)
+        assert run.wait(timeout=60) == 128 + sent
     assert not (tmp_path / "runs").exists()
 
 
@@ -306,3 +310,37 @@ def test_doctor_finds_this_installation_well(capsys: pytest.CaptureFixture[str])
     assert exit.value.code == 0, out
     for name in ("torch", "diffusers", "accelerator", "libx264", "PnP"):
         assert name in out
+    for name in ("accelerate", "opencv-python-headless", "safetensors"):
+        assert any(line.split() == [name, version(name)] for line in out.splitlines())
+
+
+def test_doctor_tells_what_to_do_about_a_torchvision_for_another_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(tmp_path, "torchvision", "", "0.1")
+    reason = "operator torchvision::nms does not exist"
+    (tmp_path / "torchvision.py").write_text(f"raise RuntimeError({reason!r})\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    assert not doctor.check_package("torchvision")
+    out = capsys.readouterr().out
+    assert f"0.1 BROKEN: RuntimeError: {reason}" in out
+    assert f"torchvision 0.1 was not built for torch {version('torch')}: pip install" in out
+
+
+@pytest.mark.parametrize("words", [["plugins", "--help"], ["doctor", "--help"], ["doctor", "-h"]])
+def test_the_small_commands_have_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    main(words)
+    assert capsys.readouterr().out.startswith(f"usage: tokenflow {words[0]}\n")
+
+
+def test_doctor_refuses_words_that_it_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["doctor", "now"])
+    assert exit.value.code == 2
+    assert "tokenflow doctor takes no options, got 'now'" in capsys.readouterr().err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--version"])
+    assert capsys.readouterr().out == f"tokenflow {version('tokenflow')}\n"

@@ -126,6 +126,13 @@ def test_the_list_names_every_plugin_and_its_state(
     assert "unusable: it was written for interface 0 of Editor, this is interface 1" in outdated
 
 
+def test_doctor_finds_an_unusable_plugin(broken: None, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out = run(["doctor"], capsys)
+    assert code == 1
+    assert "unusable: Gone of tokenflow-broken 0.3: import of nosuchmodule:Gone failed" in out
+    assert "something is broken" in out
+
+
 @pytest.mark.parametrize(
     ("words", "code", "messages"),
     [

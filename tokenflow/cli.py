@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from typing import Any, NoReturn
 
 USAGE = """\
@@ -16,16 +18,50 @@ commands:
   plugins   list editors and kernels; tokenflow plugins check NAME says whether one is sound
   doctor    show versions, accelerator and codecs, and what is wrong with them
 
-Options of a command: tokenflow COMMAND --help
+Options of a command: tokenflow COMMAND --help; the version: tokenflow --version
 """
+PLUGINS = """\
+usage: tokenflow plugins
+       tokenflow plugins check NAME [OPTIONS of the plugin]
+
+Lists editors and kernels, usable or not; or checks one against its contract, made with the given
+options, which tokenflow plugins check NAME --help lists.
+"""
+DOCTOR = """\
+usage: tokenflow doctor
+
+Shows versions, accelerator, codecs and plugins, and what is wrong with them; exit code 1 if
+anything is.
+"""
+HELP = ("-h", "--help")
+INTERRUPTED = 128 + signal.SIGINT
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Runs one command; what a user can mend is printed without a traceback, exit code 2."""
-    words = list(sys.argv[1:] if args is None else args)
+    """Runs one command; what a user can mend is printed without a traceback, exit code 2.
+
+    Ctrl-C ends it, cleaning up, with exit code 130.
+    """
+    # as SystemExit: of KeyboardInterrupt, Lightning makes exit code 1
+    before = signal.signal(signal.SIGINT, lambda *_: sys.exit(INTERRUPTED))
+    try:
+        dispatch(list(sys.argv[1:] if args is None else args))
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            print("tokenflow: interrupted", file=sys.stderr)
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def dispatch(words: list[str]) -> None:
+    """Finds the command and runs it."""
     command = words[0] if words else "--help"
-    if command in ("-h", "--help"):
+    if command in HELP:
         print(USAGE, end="")
+        return
+    if command == "--version":
+        print(f"tokenflow {version('tokenflow')}")
         return
     if command not in COMMANDS:
         stop(f"there is no command {command!r}; expected {', '.join(COMMANDS)}")
@@ -52,6 +88,9 @@ def predict(words: list[str]) -> None:
 
 def plugins(words: list[str]) -> None:
     """Lists editors and kernels, or checks one."""
+    if words[:1] and words[0] in HELP:
+        print(PLUGINS, end="")
+        return
     from tokenflow.catalogue import run
 
     raise SystemExit(run(words))
@@ -59,6 +98,11 @@ def plugins(words: list[str]) -> None:
 
 def doctor(words: list[str]) -> None:
     """Shows what the installation is and what is wrong with it."""
+    if words[:1] and words[0] in HELP:
+        print(DOCTOR, end="")
+        return
+    if words:
+        stop(f"tokenflow doctor takes no options, got {' '.join(words)!r}")
     from tokenflow.doctor import examine
 
     raise SystemExit(examine())

@@ -14,15 +14,20 @@ PACKAGES = (
     "lightning",
     "diffusers",
     "transformers",
+    "accelerate",
+    "safetensors",
     "jsonargparse",
     "av",
+    "opencv-python-headless",
 )
 OPTIONAL = ("torchvision",)
+MODULES = {"opencv-python-headless": "cv2"}  # where a package's module has another name
+WIDTH = max(map(len, PACKAGES))
 
 
 def examine() -> int:
     """Prints one line for each check; returns 1 if anything needed is broken, else 0."""
-    print(f"python        {platform.python_version()} on {platform.platform()}")
+    print(f"{'python':<{WIDTH}} {platform.python_version()} on {platform.platform()}")
     healthy = all([check_package(name) for name in PACKAGES])
     checks: tuple[tuple[str, Callable[[], str]], ...] = (
         ("accelerator", accelerator),
@@ -32,9 +37,9 @@ def examine() -> int:
     )
     for name, check in checks:
         try:
-            print(f"{name:<13} {check()}")
+            print(f"{name:<{WIDTH}} {check()}")
         except Exception as error:  # a broken installation may raise anything
-            print(f"{name:<13} BROKEN: {type(error).__name__}: {error}")
+            print(f"{name:<{WIDTH}} BROKEN: {type(error).__name__}: {error}")
             healthy = False
     print("all is well" if healthy else "something is broken, see above")
     return 0 if healthy else 1
@@ -45,19 +50,19 @@ def check_package(name: str) -> bool:
     try:
         found = version(name)
     except PackageNotFoundError:
-        print(f"{name:<13} not installed{' (not needed)' if name in OPTIONAL else ''}")
+        print(f"{name:<{WIDTH}} not installed{' (not needed)' if name in OPTIONAL else ''}")
         return name in OPTIONAL
     try:
-        import_module(name)
+        import_module(MODULES.get(name, name))
     except Exception as error:  # a broken installation may raise anything
-        print(f"{name:<13} {found} BROKEN: {type(error).__name__}: {error}")
+        print(f"{name:<{WIDTH}} {found} BROKEN: {type(error).__name__}: {error}")
         if name == "torchvision" or "torchvision::" in str(error):
             print(
-                f"{'':<13} torchvision {version('torchvision')} was not built for torch "
+                f"{'':<{WIDTH}} torchvision {version('torchvision')} was not built for torch "
                 f"{version('torch')}: pip install --upgrade torch torchvision brings a pair"
             )
         return False
-    print(f"{name:<13} {found}")
+    print(f"{name:<{WIDTH}} {found}")
     return True
 
 
@@ -91,7 +96,11 @@ def miniature() -> str:
 
 
 def plugins() -> str:
-    """Editors and kernels, usable or not."""
+    """Editors and kernels; raises where one is unusable."""
+    from tokenflow.errors import PluginError
     from tokenflow.plugins import describe, installed_plugins
 
-    return describe(installed_plugins())
+    found = installed_plugins()
+    if not all(plugin.usable for plugin in found):
+        raise PluginError(describe(found))
+    return describe(found)
