@@ -69,7 +69,11 @@ def test_no_block_is_left_out() -> None:
         assert not opened or str(page.relative_to(ROOT)) in PAGES
 
 
-PROSE = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/*.md")]
+PROSE = [
+    file
+    for pattern in ("*.md", "docs/*.md", "examples/*/*.md", "tokenflow/*/*.md")
+    for file in ROOT.glob(pattern)
+]
 
 
 @pytest.mark.parametrize("file", PROSE, ids=lambda p: str(p.relative_to(ROOT)))

@@ -1,4 +1,4 @@
-"""What the README shows is run, word for word."""
+"""The README's Python is run; of its commands, the names and files exist."""
 
 import re
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.test_docs import blocks
+from tokenflow.cli import COMMANDS
 from tokenflow.engine import editing
 from tokenflow.video import read_clip
 
@@ -28,7 +29,12 @@ def test_five_lines_from_file_to_file(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_its_commands_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+    targets = re.findall(r"^make (\w+)", README, re.MULTILINE)
+    assert targets == ["demo", "test"]
+    for target in targets:
         assert f"\n{target}:" in makefile, target
-    for config in re.findall(r"--config (\S+)", README):
+    assert set(re.findall(r"(?:^|`)tokenflow (\w+)", README, re.MULTILINE)) == set(COMMANDS)
+    configs = re.findall(r"--config (\S+)", README)
+    assert configs == ["configs/pnp.yaml"]
+    for config in configs:
         assert (ROOT / config).exists(), config
