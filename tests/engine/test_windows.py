@@ -87,7 +87,7 @@ def test_fixed_policies(policy: Keyframes, expected: list[int]) -> None:
     assert draw_keyframes(NINETEEN, policy, 1, "other", 9) == expected
 
 
-@pytest.mark.parametrize("policy", ["last", -1, 1.5, None])
+@pytest.mark.parametrize("policy", ["last", -1, 1.5, True, None])
 def test_unknown_policies(policy: Keyframes) -> None:
     unchecked = inspect.unwrap(draw_keyframes)  # without the types that only the tests check
     with pytest.raises(InputError, match=rf"keyframes must be 'random'.* got {policy!r}"):

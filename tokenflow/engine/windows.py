@@ -42,7 +42,7 @@ def draw_keyframes(
         return [center(w) for w in windows]
     if policy == "first":
         return [w[0] for w in windows]
-    if isinstance(policy, int) and policy >= 0:
+    if isinstance(policy, int) and not isinstance(policy, bool) and policy >= 0:
         return [w[min(policy, len(w) - 1)] for w in windows]
     raise InputError(
         f"keyframes must be 'random', 'center', 'first' or an offset of 0 or more, got {policy!r}"
