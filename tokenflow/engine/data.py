@@ -8,7 +8,7 @@ from typing import Any, Literal
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from tokenflow.video import Clip, VideoError, read_clip
+from tokenflow.video import Clip, VideoError, clip_name, read_clip
 
 
 class Video(LightningDataModule):
@@ -68,8 +68,8 @@ class ClipSource:
 
     @property
     def name(self) -> str:
-        """The clip's name: a file's stem, a folder's name."""
-        return self.path.stem if self.path.is_file() else self.path.resolve().name
+        """The clip's name."""
+        return clip_name(self.path)
 
     def read(self, multiple: int) -> Clip:
         """The clip, with sides that are multiples of `multiple` pixels."""

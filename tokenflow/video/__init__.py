@@ -4,7 +4,7 @@ from tokenflow.video.alpha import transparent
 from tokenflow.video.atomic import atomic
 from tokenflow.video.clip import AudioSpan, Clip, VideoError
 from tokenflow.video.layout import contact_sheet, side_by_side
-from tokenflow.video.reader import read_clip
+from tokenflow.video.reader import clip_name, read_clip
 from tokenflow.video.sizing import resized
 from tokenflow.video.writer import write_clip, write_image, write_video
 
@@ -13,6 +13,7 @@ __all__ = [
     "Clip",
     "VideoError",
     "atomic",
+    "clip_name",
     "contact_sheet",
     "read_clip",
     "resized",

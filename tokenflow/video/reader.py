@@ -97,10 +97,15 @@ def read_clip(
         frames=torch.stack(frames),
         times=tuple(second - seconds[0] for second in seconds),
         rate=rate,
-        name=path.resolve().name if path.is_dir() else path.stem,
+        name=clip_name(path),
         display_size=plan.display,
         audio=AudioSpan(path, seconds[0], seconds[-1] + 1 / rate) if source.has_audio else None,
     )
+
+
+def clip_name(path: Path) -> str:
+    """A folder's name, a file's without its suffix."""
+    return path.resolve().name if path.is_dir() else path.stem
 
 
 @contextmanager
