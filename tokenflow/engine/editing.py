@@ -53,7 +53,8 @@ class Settings:
         consistency: "tokenflow"; "joint" lets all frames attend to each other and propagates
             nothing; "none" edits every frame on its own.
         seed: Of everything random.
-        batch: Frames in one forward pass; changes memory and speed, not the result.
+        batch: Frames in one forward pass; changes memory and speed, not the result. The keyframes
+            of a joint pass, and all frames where consistency is "joint", go through at once.
     """
 
     steps: int = 50
