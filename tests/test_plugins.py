@@ -68,6 +68,7 @@ BROKEN = """
 Crashing = broken:Crashing
 Outdated = broken:Outdated
 Gone = nosuchmodule:Gone
+Leaving = leaving:Leaving
 [tokenflow.propagation]
 Wrong = broken:Wrong
 Asking = broken:Asking
@@ -100,6 +101,7 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A package whose plugins are all wrong, for the length of a test."""
     install(tmp_path, "tokenflow-broken", BROKEN, "0.3")
     (tmp_path / "broken.py").write_text(MODULE)
+    (tmp_path / "leaving.py").write_text("raise SystemExit('no licence')")
     monkeypatch.syspath_prepend(tmp_path)
     installed_plugins.cache_clear()
     yield
@@ -124,6 +126,18 @@ def test_the_list_names_every_plugin_and_its_state(
     assert rows["Wrong", "kernel", "tokenflow-broken", "0.3"].endswith(" usable")
     outdated = rows["Outdated", "editor", "tokenflow-broken", "0.3"]
     assert "unusable: it was written for interface 0 of Editor, this is interface 1" in outdated
+    assert "import of leaving:Leaving failed: SystemExit: no licence" in out
+
+
+def test_an_interrupted_import_is_no_fault_of_the_plugin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "slow.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    install(tmp_path, "tokenflow-slow", "[tokenflow.editors]\nSlow = slow:Slow\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    installed_plugins.cache_clear()
+    code, out = run(["plugins"], capsys)
+    assert (code, out) == (130, "tokenflow: interrupted\n")
 
 
 def test_doctor_finds_an_unusable_plugin(broken: None, capsys: pytest.CaptureFixture[str]) -> None:

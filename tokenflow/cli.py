@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any, NoReturn
 
+from tokenflow.errors import InputError, Interrupted
+
 USAGE = """\
 usage: tokenflow COMMAND [OPTIONS]
 
@@ -34,7 +36,6 @@ Shows versions, accelerator, codecs and plugins, and what is wrong with them; ex
 anything is.
 """
 HELP = ("-h", "--help")
-INTERRUPTED = 128 + signal.SIGINT
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -42,16 +43,19 @@ def main(args: Sequence[str] | None = None) -> None:
 
     Ctrl-C ends it, cleaning up, with exit code 130.
     """
-    # as SystemExit: of KeyboardInterrupt, Lightning makes exit code 1
-    before = signal.signal(signal.SIGINT, lambda *_: sys.exit(INTERRUPTED))
+    before = signal.signal(signal.SIGINT, interrupt)
     try:
         dispatch(list(sys.argv[1:] if args is None else args))
-    except SystemExit as end:
-        if end.code == INTERRUPTED:
-            print("tokenflow: interrupted", file=sys.stderr)
+    except Interrupted:
+        print("tokenflow: interrupted", file=sys.stderr)
         raise
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def interrupt(*_: Any) -> NoReturn:
+    """What Ctrl-C does."""
+    raise Interrupted(128 + signal.SIGINT)
 
 
 def dispatch(words: list[str]) -> None:
@@ -65,8 +69,6 @@ def dispatch(words: list[str]) -> None:
         return
     if command not in COMMANDS:
         stop(f"there is no command {command!r}; expected {', '.join(COMMANDS)}")
-    from tokenflow.errors import InputError
-
     try:
         COMMANDS[command](words[1:])
     except InputError as error:

@@ -14,3 +14,7 @@ class DivergedError(InputError, FloatingPointError):
 
 class PluginError(InputError):
     """An editor or kernel raised something unexpected; the message names it and its package."""
+
+
+class Interrupted(SystemExit):  # noqa: N818 (no error: Ctrl-C)
+    """Ctrl-C, where KeyboardInterrupt would not do: Lightning turns that into exit code 1."""

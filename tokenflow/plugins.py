@@ -8,7 +8,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from tokenflow.editors import Editor
-from tokenflow.errors import InputError
+from tokenflow.errors import InputError, Interrupted
 from tokenflow.propagation import Propagation
 
 GROUPS: dict[str, type[Any]] = {
@@ -45,7 +45,9 @@ def load(entry: EntryPoint) -> Plugin:
     expected: Any = GROUPS[entry.group]
     try:
         kind: Any = entry.load()
-    except Exception as error:  # a third party's module may raise anything
+    except (KeyboardInterrupt, Interrupted):
+        raise
+    except BaseException as error:  # a third party's module may raise anything, or exit
         reason = f"import of {entry.value} failed: {type(error).__name__}: {error}"
     else:
         if not (isinstance(kind, type) and issubclass(kind, expected)):
