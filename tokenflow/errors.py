@@ -13,8 +13,8 @@ class DivergedError(InputError, FloatingPointError):
 
 
 class PluginError(InputError):
-    """An editor or kernel raised something unexpected; the message names it and its package."""
+    """An editor or kernel broke its contract or raised what is not for users; the message names it."""
 
 
-class Interrupted(SystemExit):  # noqa: N818 (no error: Ctrl-C)
+class Interrupted(SystemExit):
     """Ctrl-C, where KeyboardInterrupt would not do: Lightning turns that into exit code 1."""

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tokenflow.errors import InputError
+from tokenflow.errors import PluginError
 from tokenflow.propagation import Correspondence, check_correspondence
+from tokenflow.propagation.contract import violations
 
 SOURCE, KEYS = torch.rand(2, 6, 4), torch.rand(3, 6, 4)
 
@@ -64,13 +65,27 @@ HALVES = weights(0.5, 0.5)
     ],
 )
 def test_anything_else_is_refused(found: Any, message: str) -> None:
-    with pytest.raises(InputError, match=f"Kernel at site: .*{message}"):
+    with pytest.raises(PluginError, match=f"Kernel at site: .*{message}"):
         check(found)
+
+
+def test_arrays_are_no_tensors() -> None:
+    found = Correspondence(indices(0, 1), HALVES)
+    object.__setattr__(found, "weights", HALVES.numpy())  # past the type checker of the tests
+    with pytest.raises(
+        PluginError, match=r"expected weights in a tensor, got ndarray; .* convert them"
+    ):
+        check(found)
+
+
+def test_all_that_is_wrong_with_the_numbers_is_found() -> None:
+    found = Correspondence(indices(0, 18), weights(1.5, -0.4))
+    assert [v.rule for v in violations(found, SOURCE, KEYS)] == ["range", "sign", "rows"]
 
 
 @pytest.mark.parametrize(("frame", "token"), [(0, 0), (1, 5)])
 def test_one_wrong_row_is_enough(frame: int, token: int) -> None:
     wrong = HALVES.clone()
     wrong[frame, token, 0] = 0.4
-    with pytest.raises(InputError, match=r"got sums from 0\.9 to 1;"):
+    with pytest.raises(PluginError, match=r"got sums from 0\.9 to 1;"):
         check(Correspondence(indices(0, 1), wrong))

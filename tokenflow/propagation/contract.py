@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tokenflow.errors import InputError
+from tokenflow.contract import Violation, require_none
 from tokenflow.propagation.base import Correspondence
 
 TOLERANCE = 1e-3
@@ -21,7 +21,7 @@ def check_correspondence(
     keys: Float[Tensor, "keyframes tokens channels"],
     who: str,
 ) -> None:
-    """Raises `InputError` unless a correspondence is a row-stochastic matrix over the keys.
+    """Raises `PluginError` unless a correspondence is a row-stochastic matrix over the keys.
 
     Args:
         found: What a kernel returned.
@@ -29,30 +29,82 @@ def check_correspondence(
         keys: The keyframes' source tokens, likewise.
         who: The kernel, and where it was asked.
     """
+    require_none(violations(found, source, keys), who)
 
-    def refuse(expected: str, got: object) -> NoReturn:
-        raise InputError(f"{who}: expected {expected}, got {got}; the kernel is to be mended")
 
-    if not isinstance(found, Correspondence):
-        refuse("a Correspondence", type(found).__name__)
+def violations(
+    found: object,
+    source: Float[Tensor, "frames tokens channels"],
+    keys: Float[Tensor, "keyframes tokens channels"],
+) -> Iterator[Violation]:
+    """The rules that an answer breaks: "form", "device", "dtype", "range", "sign", "rows".
+
+    The last three are about numbers, and are looked at only where the others are kept.
+    """
+    broken = list(of_tensors(found, source))
+    yield from broken
+    if broken or not isinstance(found, Correspondence):
+        return
     indices, weights = found.indices, found.weights
-    rows, places = tuple(source.shape[:2]), keys.shape[0] * keys.shape[1]
-    for name, value in (("indices", indices), ("weights", weights)):
-        if value.ndim != 3 or value.shape[:2] != rows or value.shape[2] < 1:
-            refuse(f"{name} of shape ({rows[0]}, {rows[1]}, taps)", tuple(value.shape))
-        if value.device != source.device:
-            refuse(f"{name} on {source.device}, as the tokens are", value.device)
-    if indices.shape != weights.shape:
-        refuse("as many indices as weights", f"{tuple(indices.shape)}, {tuple(weights.shape)}")
-    if indices.dtype not in (torch.int64, torch.int32):
-        refuse("indices of dtype int64", indices.dtype)
-    if not weights.is_floating_point():
-        refuse("weights of a floating point dtype", weights.dtype)
+    last = keys.shape[0] * keys.shape[1] - 1
     low, high = int(indices.min()), int(indices.max())
-    if low < 0 or high >= places:
-        refuse(f"indices from 0 to {places - 1} (keyframes x tokens)", f"{low} to {high}")
+    if low < 0 or high > last:
+        yield Violation(
+            "range", f"indices from 0 to {last} (keyframes x tokens)", f"{low} to {high}",
+            "they point into the flattened (keyframe, token) pairs of the keys that are given",
+        )  # fmt: skip
     if not (weights >= 0).all():
-        refuse("weights of 0 or more", float(weights.min()))
+        yield Violation(
+            "sign", "weights of 0 or more", f"{float(weights.min()):.4g}",
+            "a token is a weighted mean of others: clamp or leave out what is negative or NaN",
+        )  # fmt: skip
     sums = weights.float().sum(dim=-1)
     if not ((sums - 1).abs() <= TOLERANCE).all():
-        refuse("rows of weights that sum to 1", f"sums from {sums.min():.4g} to {sums.max():.4g}")
+        yield Violation(
+            "rows", "rows of weights that sum to 1",
+            f"sums from {sums.min():.4g} to {sums.max():.4g}",
+            "divide the weights by their sum over the last axis",
+        )  # fmt: skip
+
+
+def of_tensors(
+    found: object, source: Float[Tensor, "frames tokens channels"]
+) -> Iterator[Violation]:
+    """The rules of form, device and dtype."""
+    if not isinstance(found, Correspondence):
+        yield Violation(
+            "form", "a Correspondence", type(found).__name__,
+            "return tokenflow.propagation.Correspondence(indices, weights)",
+        )  # fmt: skip
+        return
+    both = {"indices": found.indices, "weights": found.weights}
+    for name, value in both.items():
+        if not isinstance(value, Tensor):
+            advice = "convert them with torch.as_tensor"
+            yield Violation("form", f"{name} in a tensor", type(value).__name__, advice)
+            return
+    rows = tuple(source.shape[:2])
+    for name, value in both.items():
+        if value.ndim != 3 or value.shape[:2] != rows or value.shape[2] < 1:
+            yield Violation(
+                "form", f"{name} of shape ({rows[0]}, {rows[1]}, taps)", tuple(value.shape),
+                "every token of every frame of the window needs at least one tap",
+            )  # fmt: skip
+        if value.device != source.device:
+            yield Violation(
+                "device", f"{name} on {source.device}, as the tokens are", value.device,
+                "make them on the device of `source`; the window's tensors are on the CPU",
+            )  # fmt: skip
+    if found.indices.shape != found.weights.shape:
+        shapes = f"{tuple(found.indices.shape)}, {tuple(found.weights.shape)}"
+        advice = "every tap has one index and one weight"
+        yield Violation("form", "as many indices as weights", shapes, advice)
+    if found.indices.dtype not in (torch.int64, torch.int32):
+        yield Violation(
+            "dtype", "indices of dtype int64", found.indices.dtype, "convert them with .long()"
+        )
+    if not found.weights.is_floating_point():
+        yield Violation(
+            "dtype", "weights of a floating point dtype", found.weights.dtype,
+            "convert them with .float()",
+        )  # fmt: skip

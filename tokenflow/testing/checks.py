@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
+
+from tokenflow.contract import Violation
 
 
 class ConformanceError(AssertionError):
@@ -27,6 +29,13 @@ def require(condition: bool | torch.Tensor, expected: str, got: object, advice: 
     """Raises `FailedError` unless the condition holds."""
     if not condition:
         raise FailedError(expected, got, advice)
+
+
+def require_kept(violations: Iterable[Violation], *rules: str) -> None:
+    """Raises `FailedError` with the first of the violations that is of one of these rules."""
+    for rule, *told in violations:
+        if rule in rules:
+            raise FailedError(*told)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tokenflow.engine.windows import neighbourhood, split_windows
 from tokenflow.propagation import ClipFlow, Correspondence, Propagation, Window
-from tokenflow.testing.checks import require
+from tokenflow.propagation.contract import violations
+from tokenflow.testing.checks import require_kept
 from tokenflow.testing.tiny import tiny_clip
 
 FRAMES, CHANNELS = 9, 8
@@ -49,21 +50,10 @@ class Scene:
             window = dataclasses.replace(window, motion=motion)
         return cls(tokens[list(frames)], tokens[[keyframes[k] for k in used]], window)
 
-    def ask(self, kernel: Propagation) -> Correspondence:
-        """The kernel's answer, of the right type and shape."""
+    def ask(self, kernel: Propagation, *rules: str) -> Correspondence:
+        """The kernel's answer, of the right form, which keeps these rules of its contract."""
         found = kernel.correspond(self.source, self.keys, self.window)
-        require(
-            isinstance(found, Correspondence), "a Correspondence", type(found).__name__,
-            "return tokenflow.propagation.Correspondence(indices, weights)",
-        )  # fmt: skip
-        frames, tokens, _ = self.source.shape
-        for name in ("indices", "weights"):
-            shape = tuple(getattr(found, name).shape)
-            require(
-                len(shape) == 3 and shape[:2] == (frames, tokens) and shape[2] > 0,
-                f"{name} of shape ({frames}, {tokens}, taps)", shape,
-                "every token of every frame of the window needs at least one tap",
-            )  # fmt: skip
+        require_kept(violations(found, self.source, self.keys), "form", *rules)
         return found
 
     def matrix(self, kernel: Propagation) -> Float[Tensor, "frames tokens clip_tokens"]:
