@@ -60,7 +60,7 @@ def flat(extra: dict[str, Any]) -> list[Tensor]:
 
 def naive(editor: ControlNet, number: int, forward: Pass, controlled: set[str]) -> list[Tensor]:
     """Residuals of one control, one forward pass for each branch and frame."""
-    control, network, images = editor.shown[number]
+    control, network, images, _ = editor.shown[number]
     parts = []
     for branch, name in enumerate(forward.branches):
         for place, frame in enumerate(forward.frames):

@@ -61,7 +61,7 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 
 def naive_weights(
-    window: Window, inconsistency: float = 0.5, disagreement: float = 0.75
+    window: Window, inconsistency: float = 0.5, disagreement: float = 0.35
 ) -> tuple[Tensor, list[float]]:
     """docs/method.md's formula, one token of one frame and one neighbour at a time."""
     result, trusts = torch.zeros(FRAMES, TOKENS, KEYFRAMES, TOKENS, dtype=torch.float64), []

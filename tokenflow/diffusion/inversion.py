@@ -48,6 +48,8 @@ def invert(
     batch: int = 8,
     progress: Callable[[], None] = lambda: None,
     conditioning: Conditioning = lambda frames, latents, t: {},
+    first: int = 0,
+    whole: int | None = None,
 ) -> Trajectory:
     """Walks clean latents up to noise; ε at (x, t) moves x from the timestep before t to t.
 
@@ -60,6 +62,8 @@ def invert(
         batch: Frames in one forward pass.
         progress: Called after every step.
         conditioning: Further arguments of the UNet, from a pass's frames, latents and timestep.
+        first: Where the frames begin in the clip, of which these may be a part.
+        whole: How many frames the clip has; as many as there are latents when not given.
 
     Raises:
         InputError: There are fewer steps than sampling takes, or more than the model has.
@@ -73,7 +77,7 @@ def invert(
         a_before, a = schedule.alpha(before), schedule.alpha(t)
         for part in torch.arange(len(x)).split(batch):
             here = x[part].to(backbone.device)
-            extra = conditioning(part.tolist(), here, t)
+            extra = conditioning((part + first).tolist(), here, t)
             embeddings = embedding.expand(len(part), -1, -1)
             epsilon = backbone.epsilon(here, t, embeddings, schedule, **extra)
             x[part] = ddim_step(here, epsilon, a_before, a).to(x)
@@ -88,6 +92,8 @@ def invert(
         clean=latents,
         noisiest=x,
         noisiest_alpha=schedule.alpha(timesteps[-1]),
+        first=first,
+        whole=whole,
     )
 
 
@@ -112,7 +118,7 @@ def reconstruct(
         a, a_next = schedule.alpha(t), schedule.alpha(schedule.following(t))
         for part in torch.arange(len(x)).split(batch):
             here = x[part].to(backbone.device)
-            extra = conditioning(part.tolist(), here, t)
+            extra = conditioning((part + trajectory.first).tolist(), here, t)
             embeddings = embedding.expand(len(part), -1, -1)
             epsilon = backbone.epsilon(here, t, embeddings, schedule, **extra)
             x[part] = ddim_step(here, epsilon, a, a_next).to(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,8 @@ class Trajectory:
     The latents have shape (steps, frames, c, h, w), in host memory; `clean` is the source's own
     code (frames, c, h, w), and `noisiest` the last latent that inversion reached, at
     `noisiest_alpha`, which lies beyond the first sampling timestep when inversion used more steps.
+    Where several ranks share a clip, each has the latents of consecutive frames, from the `first`
+    of `whole`.
     """
 
     timesteps: tuple[int, ...]
@@ -23,12 +26,29 @@ class Trajectory:
     clean: Float[Tensor, "frames c h w"]
     noisiest: Float[Tensor, "frames c h w"]
     noisiest_alpha: float
+    first: int = 0
+    whole: int | None = None
 
     def __len__(self) -> int:
         """The number of frames."""
         return self.latents.shape[1]
 
-    def at(self, t: int, frames: list[int] | None = None) -> Float[Tensor, "frames c h w"]:
-        """The latents at timestep `t`, of all frames or those chosen, in host memory."""
-        latents = self.latents[self.timesteps.index(t)]
-        return latents if frames is None else latents[torch.tensor(frames)]
+    @property
+    def total(self) -> int:
+        """How many frames the whole clip has."""
+        return len(self) if self.whole is None else self.whole
+
+    @property
+    def positions(self) -> range:
+        """Where these frames are in the whole clip."""
+        return range(self.first, self.first + len(self))
+
+    def at(
+        self, t: int | None, frames: Sequence[int] | None = None
+    ) -> Float[Tensor, "frames c h w"]:
+        """The latents at timestep `t`, the clean ones for `None`, in host memory.
+
+        `frames` are positions in the clip; all that are here when not given.
+        """
+        latents = self.clean if t is None else self.latents[self.timesteps.index(t)]
+        return latents if frames is None else latents[torch.tensor(frames) - self.first]

@@ -70,7 +70,7 @@ class ControlVideo(Condition):
         self.path, self.start, self.stop, self.stride = path, start, stop, stride
 
     def of(self, clip: Clip) -> Float[Tensor, "frames 3 height width"]:
-        path, count = Path(self.path), len(clip)
+        path, count = Path(self.path), clip.total
         if path.exists() and (name := transparent(path)) is not None:
             raise VideoError(
                 f"the control video {path} has an alpha channel (in {name}), and what lies under "
@@ -92,7 +92,7 @@ class ControlVideo(Condition):
                 f"{sizes(clip)[0][1]}x{sizes(clip)[0][0]}; crop or pad it as the clip was"
             )
         size = clip.frames.shape[-2], clip.frames.shape[-1]
-        return torch.stack([resized(frame, size) for frame in control.frames])
+        return torch.stack([resized(control.frame(i), size) for i in clip.positions])
 
 
 def sizes(clip: Clip) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -49,11 +49,12 @@ class Control:
 
 
 class Shown(NamedTuple):
-    """A control ready for one clip; `images` has shape (frames, 3, height, width)."""
+    """A control ready for a clip; `images`, (frames, 3, height, width), begin at `first`."""
 
     control: Control
     network: ControlNetModel
     images: Tensor
+    first: int
 
 
 class ControlNet(SDEdit):
@@ -108,7 +109,7 @@ class ControlNet(SDEdit):
             if control.model not in loaded:
                 loaded[control.model] = load_controlnet(control.model, backbone)
             images = (control.condition or Canny()).of(clip)
-            ready.append(Shown(control, loaded[control.model], images))
+            ready.append(Shown(control, loaded[control.model], images, clip.first))
         self.backbone, self.shown = backbone, tuple(ready)
 
     @torch.no_grad()
@@ -141,7 +142,7 @@ def residuals(
 
     The batch is the pass's, branches × frames; branches that are not chosen get zeros.
     """
-    network, images = shown.network, shown.images[list(forward.frames)]
+    network, images = shown.network, shown.images[torch.tensor(forward.frames) - shown.first]
     frames = len(forward.frames)
     down, middle = network(
         forward.latents[list(chosen)].flatten(0, 1).to(network.device, network.dtype),

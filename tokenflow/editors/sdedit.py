@@ -49,7 +49,7 @@ class SDEdit(Editor):
         noise = torch.stack(
             [
                 frame_noise(seed, 0 if self.noise == "shared" else frame, clean.shape[1:])
-                for frame in range(len(clean))
+                for frame in trajectory.positions
             ]
         )
         return Start(a**0.5 * clean + (1 - a) ** 0.5 * noise.to(clean), timesteps)

@@ -28,7 +28,8 @@ class Bank:
     """What the joint pass of one step leaves at every site; it dies with the step.
 
     `source` holds each site's source tokens, (keyframes, tokens, channels), and `outputs` the
-    self-attention's output in all branches, (branches, keyframes, tokens, channels).
+    self-attention's output in all branches, (branches, keyframes, tokens, channels), of the
+    keyframes that this rank's windows need.
     """
 
     source: dict[str, Tensor] = field(default_factory=dict)
@@ -36,10 +37,26 @@ class Bank:
 
 
 class JointAttention:
-    """Edited branches attend to all keyframes at once (equation 3), the source to its own frame."""
+    """Edited branches attend to all keyframes at once (equation 3), the source to its own frame.
 
-    def __init__(self, branches: int, site: str = "", bank: Bank | None = None) -> None:
+    Args:
+        branches: Of the UNet's batch.
+        site: Where this is, for the bank.
+        bank: Where to leave what was seen here, if anywhere.
+        gather: Gives all ranks' items, in the frames' order, for those of this rank.
+        with_neighbours: Adds to this rank's items the ones beside them that other ranks have.
+    """
+
+    def __init__(
+        self,
+        branches: int,
+        site: str = "",
+        bank: Bank | None = None,
+        gather: Callable[[Tensor], Tensor] = lambda own: own,
+        with_neighbours: Callable[[Tensor], Tensor] = lambda own: own,
+    ) -> None:
         self.branches, self.site, self.bank = branches, site, bank
+        self.gather, self.with_neighbours = gather, with_neighbours
 
     def __call__(
         self, attn: Attention, hidden_states: Tensor, *_: Any, **__: Any
@@ -51,16 +68,20 @@ class JointAttention:
         )
         frames = q.shape[1]
         attended = [scaled_dot_product_attention(q[0], k[0], v[0], scale=attn.scale)]
-        for i in range(1, b):
-            # the frames are folded into the sequence: four dimensions keep the fused kernels
-            one = [rearrange(x[i], "f h s d -> 1 h (f s) d") for x in (q, k, v)]
-            out = scaled_dot_product_attention(one[0], one[1], one[2], scale=attn.scale)
+        edited = self.gather(rearrange([k[1:], v[1:]], "two b f h s d -> f two b h s d"))
+        # the frames are folded into the sequence: four dimensions keep the fused kernels
+        keys, values = rearrange(edited, "f two b h s d -> two b 1 h (f s) d")
+        for query, key, value in zip(q[1:], keys, values, strict=True):
+            asked = rearrange(query, "f h s d -> 1 h (f s) d")
+            out = scaled_dot_product_attention(asked, key, value, scale=attn.scale)
             attended.append(rearrange(out, "1 h (f s) d -> f h s d", f=frames))
         output = project_out(attn, rearrange(torch.cat(attended), "n h s d -> n s (h d)"))
         if self.bank is not None:
-            # a view would keep the other branches' tokens alive with it
-            self.bank.source[self.site] = hidden_states[:frames].clone()
-            self.bank.outputs[self.site] = output.unflatten(0, (b, frames))
+            outputs = rearrange(output, "(b f) s c -> f b s c", b=b)
+            seen = torch.cat([hidden_states[:frames, None], outputs], dim=1)
+            source, outputs = self.with_neighbours(seen).split([1, b], dim=1)
+            self.bank.source[self.site] = source[:, 0]
+            self.bank.outputs[self.site] = outputs.transpose(0, 1)
         return output
 
 

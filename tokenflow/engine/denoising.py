@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -20,6 +21,7 @@ from tokenflow.engine.attention import (
     installed,
     processors,
 )
+from tokenflow.engine.frame_group import FrameGroup, Share
 from tokenflow.engine.guard import guarded
 from tokenflow.propagation import (
     ClipFlow,
@@ -45,6 +47,8 @@ class Denoiser:
         guidance: Scale of classifier-free guidance.
         batch: Frames in one forward pass, where frames are independent.
         flow: The clip's optical flow, for a kernel that needs it.
+        group: The ranks that share the clip; the trajectory is of this one's frames.
+        share: What this rank has of the clip's windows.
     """
 
     def __init__(
@@ -56,11 +60,13 @@ class Denoiser:
         embeddings: Float[Tensor, "3 tokens width"],
         guidance: float,
         batch: int,
-        flow: ClipFlow | None = None,
+        flow: ClipFlow | None,
+        group: FrameGroup,
+        share: Share,
     ) -> None:
         self.backbone, self.trajectory, self.schedule = backbone, trajectory, schedule
         self.editor, self.embeddings, self.guidance = editor, embeddings, guidance
-        self.batch, self.flow = batch, flow
+        self.batch, self.flow, self.group, self.share = batch, flow, group, share
         self.edits = [
             dataclasses.replace(edit, function=guarded(editor, edit.function))
             for edit in guarded(editor, editor.edits)(backbone.unet)
@@ -75,12 +81,14 @@ class Denoiser:
     def per_frame(self, x: Float[Tensor, "frames c h w"], t: int) -> Tensor:
         """Every frame on its own: image editing, frame by frame."""
         with self.edited(t):
-            return torch.cat([self.guided(x, part, t) for part in self.parts(len(x))])
+            return torch.cat([self.guided(x, part, t) for part in self.parts()])
 
     def joint(self, x: Float[Tensor, "frames c h w"], t: int) -> Tensor:
         """All frames at once, each attending to all of them."""
-        with self.edited(t), processors(self.backbone.unet, lambda _: JointAttention(BRANCHES)):
-            return self.guided(x, range(len(x)), t)
+        gather = partial(self.group.gather, counts=self.share.frame_counts)
+        attention = JointAttention(BRANCHES, gather=gather)
+        with self.edited(t), processors(self.backbone.unet, lambda _: attention):
+            return self.guided(x, self.trajectory.positions, t)
 
     def propagated(
         self,
@@ -93,14 +101,23 @@ class Denoiser:
     ) -> Tensor:
         """TokenFlow: keyframes jointly, then all frames with the keyframes' features.
 
-        `neighbourhood` gives the window of a run of frames, and which keyframes it uses. Where
-        told to `check`, it raises `InputError` for a kernel whose answer is no correspondence.
+        `keyframes` are those of this rank's windows. `neighbourhood` gives the window of a run of
+        frames, and which keyframes it uses, of those that the rank holds (`Share.held`). Where told
+        to `check`, it raises `InputError` for a kernel whose answer is no correspondence.
         """
         unet, bank, parts = self.backbone.unet, Bank(), []
+        gather, with_neighbours = (
+            partial(exchange, counts=self.share.counts)
+            for exchange in (self.group.gather, self.group.with_neighbours)
+        )
+
+        def joint(site: str) -> JointAttention:
+            return JointAttention(BRANCHES, site, bank, gather, with_neighbours)
+
         with self.edited(t):
-            with processors(unet, lambda site: JointAttention(BRANCHES, site, bank)):
+            with processors(unet, joint):
                 self.guided(x, keyframes, t)
-            for part in self.parts(len(x)):
+            for part in self.parts():
                 window, used = neighbourhood(part)
 
                 def attention(
@@ -126,7 +143,8 @@ class Denoiser:
         """The guided noise of some frames, (frames, c, h, w), from one forward pass."""
         chosen = list(frames)
         source = self.trajectory.at(t, chosen).to(x)
-        branches = torch.stack([source, x[chosen], x[chosen]]).to(self.backbone.device)
+        edited = x[torch.tensor(chosen) - self.trajectory.first]
+        branches = torch.stack([source, edited, edited]).to(self.backbone.device)
         share = self.schedule.share(t)
         forward = Pass(NAMES, tuple(chosen), branches, self.embeddings, t, share)
         extra = guarded(self.editor, self.editor.conditioning)(forward)
@@ -135,9 +153,10 @@ class Denoiser:
         _, negative, prompt = noise.to(x.device).chunk(BRANCHES)
         return guide(negative, prompt, self.guidance)
 
-    def parts(self, frames: int) -> list[range]:
+    def parts(self) -> list[range]:
         """Runs of frames for one forward pass each."""
-        return [range(i, min(i + self.batch, frames)) for i in range(0, frames, self.batch)]
+        frames = self.trajectory.positions
+        return [frames[i : i + self.batch] for i in range(0, len(frames), self.batch)]
 
 
 def at_site(

@@ -19,6 +19,7 @@ from tokenflow.diffusion import Backbone, Schedule, Trajectory, invert, reconstr
 from tokenflow.diffusion.sampling import ddim_step, require_finite
 from tokenflow.editors import Editor, Pass
 from tokenflow.engine.denoising import Denoiser
+from tokenflow.engine.frame_group import FrameGroup
 from tokenflow.engine.guard import guarded
 from tokenflow.engine.windows import (
     Blend,
@@ -115,12 +116,17 @@ def edit_clip(
     settings: Settings | None = None,
     report_reconstruction: bool = False,
     progress: Progress = lambda stage, step, steps: None,
+    group: FrameGroup | None = None,
 ) -> Result:
     """Edits every frame of a clip: encode, invert, sample with TokenFlow, decode.
 
+    Where several ranks share the clip, each calls this with the same arguments, and its result is
+    of the frames of its own windows.
+
     Args:
         backbone: The frozen model.
-        clip: What to edit; sides must be multiples of `backbone.multiple`.
+        clip: What to edit; sides must be multiples of `backbone.multiple`. Of a shared clip, the
+            frames of the rank's own windows and of one more at each side are enough.
         prompt: What the edit shows.
         editor: The image editing method for keyframes.
         propagation: The kernel that finds correspondences.
@@ -129,6 +135,7 @@ def edit_clip(
         settings: Everything else; the paper's when not given.
         report_reconstruction: Also sample back without an edit and report the PSNR.
         progress: Called as (stage, step done, steps) with stages encode, invert, edit, decode.
+        group: The ranks that share the clip; this process alone when not given.
 
     Raises:
         InputError: An argument is out of its range; the message says which and what to do.
@@ -137,15 +144,17 @@ def edit_clip(
     Example:
         >>> result = edit_clip(backbone, clip, "a blue ball on sand", PnP(), NNField())
     """
-    settings = settings or Settings()
+    settings, group = settings or Settings(), group or FrameGroup()
     check(backbone, clip, prompt)
     schedule = backbone.schedule(settings.steps)
     seconds: dict[str, float] = {}
     quality: dict[str, float] = {}
     inversion_steps = settings.inversion_steps or settings.steps
+    share = group.share(split_windows(clip.total, settings.keyframe_every))
+    around, clip = clip, clip.part(share.positions(share.own))
     guarded(editor, editor.prepare)(backbone, clip)
     provider = propagation.flow if settings.consistency == "tokenflow" else None
-    flow = ClipFlow(clip, provider, backbone.latent_scale) if provider else None
+    flow = ClipFlow(around, provider, backbone.latent_scale) if provider else None
     embedding = backbone.embed([inversion_prompt])
 
     def conditioning(frames: list[int], here: Tensor, t: int) -> dict[str, Any]:
@@ -158,7 +167,7 @@ def edit_clip(
     with timed(seconds, "invert"):
         trajectory = invert(
             backbone, latents, inversion_prompt, schedule, inversion_steps, settings.batch,
-            counter("invert", inversion_steps, progress), conditioning,
+            counter("invert", inversion_steps, progress), conditioning, clip.first, clip.total,
         )  # fmt: skip
     if report_reconstruction:
         with timed(seconds, "reconstruct"):
@@ -178,7 +187,7 @@ def edit_clip(
     with timed(seconds, "edit"):
         edited = edit_latents(
             backbone, trajectory, schedule, editor, propagation,
-            prompt, negative_prompt, inversion_prompt, settings, clip.name, progress, flow,
+            prompt, negative_prompt, inversion_prompt, settings, clip.name, progress, flow, group,
         )  # fmt: skip
     with timed(seconds, "decode"):
         frames = in_batches(backbone.decode, edited, settings.batch, "decode", progress)
@@ -200,13 +209,15 @@ def edit_latents(
     name: str = "clip",
     progress: Progress = lambda stage, step, steps: None,
     flow: ClipFlow | None = None,
+    group: FrameGroup | None = None,
 ) -> Float[Tensor, "frames c h w"]:
     """Algorithm 1 of the paper: the edited latents of a trajectory's frames.
 
     The editor must have been prepared for the clip, and a kernel that needs optical flow must be
-    given that of the source's frames.
+    given that of the source's frames. Of a clip that a `group` shares, each rank has the trajectory
+    of its own windows.
     """
-    s = settings or Settings()
+    s, group = settings or Settings(), group or FrameGroup()
     if s.consistency == "tokenflow" and propagation.flow is not None and flow is None:
         kernel, provider = type(propagation).__name__, type(propagation.flow).__name__
         raise InputError(
@@ -214,11 +225,13 @@ def edit_latents(
             f"flow=ClipFlow(clip, kernel.flow, backbone.latent_scale), here by {provider}"
         )
     embeddings = backbone.embed([inversion_prompt, negative_prompt, prompt])
+    windows = split_windows(trajectory.total, s.keyframe_every)
+    share = group.share(windows)
+    own, held = (slice(part.start, part.stop) for part in (share.own, share.held))
     denoiser = Denoiser(
-        backbone, trajectory, schedule, editor, embeddings, s.guidance, s.batch, flow
+        backbone, trajectory, schedule, editor, embeddings, s.guidance, s.batch, flow, group, share
     )
     begin = guarded(editor, editor.start)(trajectory, schedule, s.seed)
-    windows = split_windows(len(trajectory), s.keyframe_every)
     x = begin.latents.clone()
     for done, t in enumerate(begin.timesteps, start=1):
         step = schedule.timesteps.index(t)
@@ -229,13 +242,13 @@ def edit_latents(
         else:
             drawn = draw_keyframes(windows, s.keyframes, s.seed, name, step)
             around = partial(
-                neighbourhood, windows=windows, keyframes=drawn,
+                neighbourhood, windows=windows[held], keyframes=drawn[held],
                 neighbours=s.neighbours, blend=s.blend,
             )  # fmt: skip
-            epsilon = denoiser.propagated(x, t, drawn, propagation, around, check=done == 1)
+            epsilon = denoiser.propagated(x, t, drawn[own], propagation, around, check=done == 1)
         t_next = schedule.following(t)
         x = ddim_step(x, epsilon, schedule.alpha(t), schedule.alpha(t_next))
-        x = guarded(editor, editor.constrain)(x, tuple(range(len(x))), t_next, trajectory)
+        x = guarded(editor, editor.constrain)(x, tuple(trajectory.positions), t_next, trajectory)
         require_finite(x, f"sampling at step {step} (timestep {t})")
         progress("edit", done, len(begin.timesteps))
     return x

@@ -55,17 +55,17 @@ class FlowFiles(OpticalFlow):
                         f"{self.files[pair].name} and {file.name}; keep one of them"
                     )
                 self.files[pair] = file
-        steps = [(i, i + 1) for i in range(len(clip) - 1)]
+        steps = [(i, i + 1) for i in clip.positions[:-1]]
         missing = [p for i, j in steps for p in ((i, j), (j, i)) if p not in self.files]
         if missing:
             start, end = (number + self.first for number in missing[0])
             raise InputError(
                 f"{self.folder} has no {start}_{end}.npy or {start}_{end}.flo; expected the flow "
-                f"between neighbouring frames {self.first} to {self.first + len(clip) - 1}, both "
+                f"between neighbouring frames {self.first} to {self.first + clip.total - 1}, both "
                 f"ways; {len(missing)} of {2 * len(steps)} files are missing"
             )
         if steps:
-            self.read(clip, 0, 1)  # files of another size are all so
+            self.read(clip, *steps[0])  # files of another size are all so
 
     def between(self, clip: Clip, start: int, end: int) -> Float[Tensor, "2 height width"]:
         if not self.files:

@@ -37,7 +37,7 @@ class FlowWeighted(Propagation):
         self,
         flow: OpticalFlow | None = None,
         inconsistency: float = 0.5,
-        disagreement: float = 0.75,
+        disagreement: float = 0.35,
         block: int = 2048,
     ) -> None:
         for name, value in (("inconsistency", inconsistency), ("disagreement", disagreement)):

@@ -34,7 +34,7 @@ class OpticalFlow(ABC):
 
     @abstractmethod
     def between(self, clip: Clip, start: int, end: int) -> Float[Tensor, "2 height width"]:
-        """The flow from frame `start` to frame `end`, positions in the clip, in float32.
+        """The flow from the clip's frame(`start`) to its frame(`end`), in float32.
 
         A pure function of the clip and the two positions, asked for once per clip.
         """
@@ -68,7 +68,7 @@ class DIS(OpticalFlow):
         search: Any = cv2.DISOpticalFlow.create(
             getattr(cv2, f"DISOPTICAL_FLOW_PRESET_{self.preset.upper()}")
         )
-        found = search.calc(grey(clip.frames[start]), grey(clip.frames[end]), None)
+        found = search.calc(grey(clip.frame(start)), grey(clip.frame(end)), None)
         return torch.from_numpy(found).movedim(-1, 0)
 
 

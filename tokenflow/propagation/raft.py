@@ -59,7 +59,7 @@ class RAFT(OpticalFlow):
         assert self.network is not None, "prepare loads it"
         height, width = clip.frames.shape[-2:]
         right, bottom = (max(SMALLEST, -(-side // 8) * 8) - side for side in (width, height))
-        frames = 2 * clip.frames[[start, end]].to(self.device) - 1
+        frames = 2 * torch.stack([clip.frame(start), clip.frame(end)]).to(self.device) - 1
         first, second = pad(frames, (0, right, 0, bottom), mode="replicate").split(1)
         flow = self.network(first, second, num_flow_updates=self.updates)[-1][0]
         return flow[:, :height, :width].float().cpu()

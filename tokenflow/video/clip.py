@@ -1,5 +1,6 @@
 """What the rest of tokenflow knows of a video: a clip's frames, their times, its sound."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -30,14 +31,16 @@ class AudioSpan:
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """One video to edit; `len(clip)` is its number of frames.
+    """One video to edit, or some consecutive frames of it; `len(clip)` is its number of frames.
 
     frames: RGB, float32, 0..1, upright, in square pixels.
-    times: when each frame is shown, in seconds; the first is 0, they increase.
+    times: when each frame is shown, in seconds from the whole clip's first; they increase.
     rate: nominal frames per second, greater than 0.
     name: the file's stem, or the folder's name.
     display_size: (height, width) that videos made from this clip should have.
     audio: the sound that belongs to the frames, if there is any.
+    first: the position of frames[0] in the whole clip.
+    whole: how many frames the whole clip has; as many as this one if not given.
 
     Raises VideoError for no frames, or times that do not fit them.
     """
@@ -48,6 +51,8 @@ class Clip:
     name: str
     display_size: tuple[int, int]
     audio: AudioSpan | None = None
+    first: int = 0
+    whole: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.frames) == 0:
@@ -55,11 +60,44 @@ class Clip:
         if self.rate <= 0:
             raise VideoError(f"clip {self.name!r}: rate must be greater than 0, got {self.rate}.")
         check_times(self.times, len(self.frames), f"clip {self.name!r}")
-        if self.times[0] != 0:
+        if self.first == 0 and self.times[0] != 0:
             raise VideoError(f"clip {self.name!r}: times must start at 0, not at {self.times[0]}.")
+        if not 0 <= self.first <= self.total - len(self):
+            raise VideoError(
+                f"clip {self.name!r}: expected frames {self.first} to {self.positions[-1]} to be "
+                f"some of the whole clip's, which has {self.total}."
+            )
 
     def __len__(self) -> int:
         return len(self.frames)
+
+    @property
+    def total(self) -> int:
+        """How many frames the whole clip has."""
+        return len(self.frames) if self.whole is None else self.whole
+
+    @property
+    def positions(self) -> range:
+        """Where these frames are in the whole clip."""
+        return range(self.first, self.first + len(self.frames))
+
+    def frame(self, position: int) -> Float[Tensor, "3 height width"]:
+        """The frame at a position in the whole clip."""
+        return self.frames[self.positions.index(position)]
+
+    def part(self, positions: range) -> "Clip":
+        """The frames at consecutive positions in the whole clip, which this one must have."""
+        if positions == self.positions:
+            return self
+        at = self.positions.index(positions[0])
+        chosen = slice(at, at + len(positions))
+        return dataclasses.replace(
+            self,
+            frames=self.frames[chosen],
+            times=self.times[chosen],
+            first=positions[0],
+            whole=self.total,
+        )
 
     @classmethod
     def from_frames(

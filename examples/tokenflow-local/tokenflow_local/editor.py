@@ -41,16 +41,14 @@ class LocalPnP(PnP):
             masks[..., round(top * height) : round(bottom * height), columns] = 1
         else:
             masks = read_clip(self.mask).frames.mean(dim=1, keepdim=True)
-        if len(masks) not in (1, len(clip)):
+        if len(masks) not in (1, clip.total):
             raise InputError(
-                f"the mask {self.mask} has {len(masks)} frames and the clip {len(clip)}; give one "
+                f"the mask {self.mask} has {len(masks)} frames and the clip {clip.total}; give one "
                 f"image, or one for each frame that is edited"
             )
         size = [side // backbone.latent_scale for side in clip.frames.shape[-2:]]
-        self.region = interpolate(masks, size, mode="area").expand(len(clip), -1, -1, -1)
+        self.region = interpolate(masks, size, mode="area").expand(clip.total, -1, -1, -1)
 
     def constrain(self, latents, frames, t, trajectory):
-        chosen = list(frames)
-        source = trajectory.clean[chosen] if t is None else trajectory.at(t, chosen)
-        region = self.region[chosen].to(latents)
+        region, source = self.region[list(frames)].to(latents), trajectory.at(t, frames)
         return region * latents + (1 - region) * source.to(latents)

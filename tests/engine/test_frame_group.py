@@ -1,0 +1,169 @@
+"""Results do not depend on how many ranks share a clip; what they tell each other is counted."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.diffusion.making import make_controlnet
+from tests.engine.ranks import on_ranks
+from tokenflow.diffusion import Backbone
+from tokenflow.editors import ControlNet, Editor, PnP, SDEdit
+from tokenflow.engine import Settings, edit_clip
+from tokenflow.engine.attention import self_attention_sites
+from tokenflow.engine.frame_group import FrameGroup
+from tokenflow.engine.windows import split_windows
+from tokenflow.propagation import FlowWeighted, NNField, Propagation
+from tokenflow.testing import tiny_clip
+
+EVERY, STEPS = 4, 3
+# float32 sums over keyframes in another order, through three steps and a decoder
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Case:
+    """An edit of a clip of so many frames."""
+
+    frames: int
+    editor: Editor
+    kernel: Propagation = NNField()  # noqa: RUF009 (it holds nothing that changes)
+    settings: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank returns: where its frames begin, the frames, bytes received."""
+
+    first: int
+    frames: Tensor
+    received: int
+    idle: bool
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone) -> dict[str, Case]:
+    control = str(make_controlnet(tmp_path_factory.mktemp("control"), backbone.unet))
+    return {
+        "even": Case(16, PnP()),
+        "uneven, ragged": Case(13, PnP()),
+        "fewer windows than ranks": Case(6, PnP()),
+        "one frame": Case(1, PnP()),
+        "renoised, previous": Case(
+            13, PnP(start_from="renoised"), settings=(("neighbours", "previous"),)
+        ),
+        "flow": Case(13, PnP(), FlowWeighted()),
+        "joint": Case(13, PnP(), settings=(("consistency", "joint"),)),
+        "none": Case(6, PnP(), settings=(("consistency", "none"),)),
+        "sdedit": Case(13, SDEdit(0.7)),
+        "sdedit, shared": Case(13, SDEdit(0.7, "shared")),
+        "sdedit, independent": Case(6, SDEdit(0.7, "independent")),
+        "controlnet": Case(13, ControlNet(control, noise="independent", control_source=True)),
+    }
+
+
+def edited(cases: dict[str, Case], model: Path) -> dict[str, Part]:
+    """On each rank, with only the frames that it needs."""
+    parts, backbone = {}, Backbone.load(model, device="cpu")
+    for name, case in cases.items():
+        group = FrameGroup.of_all_ranks()
+        share = group.share(split_windows(case.frames, EVERY))
+        clip = tiny_clip(case.frames).part(share.positions(share.held))
+        settings = Settings(steps=STEPS, keyframe_every=EVERY, batch=3, **dict(case.settings))
+        result = edit_clip(
+            backbone,
+            clip,
+            "a ball",
+            copy.deepcopy(case.editor),
+            case.kernel,
+            settings=settings,
+            group=group,
+        ).clip
+        parts[name] = Part(result.first, result.frames, group.received, share.idle)
+    return parts
+
+
+@pytest.fixture(scope="module")
+def alone(cases: dict[str, Case], model_folder: Path) -> dict[str, Part]:
+    return edited(cases, model_folder)
+
+
+@pytest.fixture(scope="module", params=[2, 3, 4])
+def shared(
+    request: pytest.FixtureRequest,
+    cases: dict[str, Case],
+    model_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> list[dict[str, Part]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    return on_ranks(request.param, folder, edited, cases, model_folder)
+
+
+def test_several_ranks_agree_with_one(
+    cases: dict[str, Case], alone: dict[str, Part], shared: list[dict[str, Part]]
+) -> None:
+    for name, case in cases.items():
+        working = [rank[name] for rank in shared if not rank[name].idle]
+        windows = len(split_windows(case.frames, EVERY))
+        assert len(working) == min(len(shared), windows), name
+        assert [part.first for part in working] == sorted({part.first for part in working})
+        together = torch.cat([part.frames for part in working])
+        assert together.shape == alone[name].frames.shape, name
+        difference = float((together - alone[name].frames).abs().max())
+        assert difference <= TOLERANCE, f"{name}: {difference}"
+
+
+def test_what_arrives_is_what_the_documentation_predicts(
+    cases: dict[str, Case], backbone: Backbone, shared: list[dict[str, Part]]
+) -> None:
+    numbers = tokens_times_channels(backbone)
+    ranks = len(shared)
+    for name in ("even", "uneven, ragged"):
+        windows = len(split_windows(cases[name].frames, EVERY))
+        most = -(-windows // ranks)
+        for rank, part in enumerate(part[name] for part in shared):
+            if part.idle:
+                continue
+            beside = (rank > 0) + (rank < min(ranks, windows) - 1)
+            gathered = (ranks - 1) * most * 2 * 2 * numbers
+            halo = beside * 4 * numbers
+            assert part.received == STEPS * 4 * (gathered + halo), name
+
+
+def tokens_times_channels(backbone: Backbone) -> int:
+    """Σ over sites, found by running the UNet."""
+    seen: list[int] = []
+    hooks = [
+        backbone.unet.get_submodule(site.removesuffix(".processor")).register_forward_hook(
+            lambda module, inputs, output: seen.append(output[0].numel())
+        )
+        for site in self_attention_sites(backbone.unet)
+    ]
+    latents = backbone.encode(tiny_clip(1).frames)
+    backbone.epsilon(latents, 1, backbone.embed([""]), backbone.schedule(2))
+    for hook in hooks:
+        hook.remove()
+    return sum(seen)
+
+
+@pytest.mark.parametrize("size", range(1, 6))
+@pytest.mark.parametrize("windows", range(1, 12))
+def test_every_window_has_one_rank(size: int, windows: int) -> None:
+    split = split_windows(3 * windows - 1, 3)
+    shares = [FrameGroup(rank, size).share(split) for rank in range(size)]
+    owned = [number for share in shares if not share.idle for number in share.own]
+    assert owned == list(range(windows))
+    for share in shares:
+        assert sum(share.counts) == windows
+        assert max(share.counts) - min(share.counts) <= 1
+        assert sum(share.frame_counts) == 3 * windows - 1
+        assert share.idle == (share.counts[shares.index(share)] == 0)
+        if not share.idle:
+            assert set(share.own) <= set(share.held) <= set(range(windows))
+            assert len(share.positions(share.own)) == share.frame_counts[shares.index(share)]
