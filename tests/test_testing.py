@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -103,6 +104,39 @@ class Remembers(Kernel):
         return indices.roll(self.calls, dims=1), weights
 
 
+class Caching(NNField):
+    """Keeps its answer to a window, for all steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[Any, Correspondence] = {}
+
+    def correspond(self, source: Tensor, keys: Tensor, window: Window) -> Correspondence:
+        here = window.frames, window.keyframes, window.height, window.width
+        if here not in self.seen:
+            self.seen[here] = super().correspond(source, keys, window)
+        return self.seen[here]
+
+
+class SeedsNumPy(Kernel):
+    def spoiled(self, indices: Tensor, weights: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+        np.random.seed(window.frames[0])
+        return indices, weights
+
+
+class SeedsTorch(Kernel):
+    def spoiled(self, indices: Tensor, weights: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(3)
+        return indices, weights
+
+
+class WantsGradients(Kernel):
+    def spoiled(self, indices: Tensor, weights: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+        torch.set_grad_enabled(True)
+        torch.use_deterministic_algorithms(True)
+        return indices, weights
+
+
 class InPlace(NNField):
     def correspond(self, source: Tensor, keys: Tensor, window: Window) -> Correspondence:
         return super().correspond(source, keys.sub_(keys.mean()), window)
@@ -147,6 +181,16 @@ class UntypedKernel(NNField):
         super().__init__(block)
 
 
+class ByFunction(NNField):
+    def __init__(self, similarity: Callable[..., Any] | None = None) -> None:
+        super().__init__()
+
+
+class ByAnything(NNField):
+    def __init__(self, similarities: Sequence[Any] = ()) -> None:
+        super().__init__()
+
+
 class Dense(NNField):
     def correspond(self, source: Tensor, keys: Tensor, window: Window) -> Any:
         return source @ keys.flatten(0, 1).T
@@ -162,13 +206,19 @@ WRONG_KERNELS: list[tuple[Propagation, str, str]] = [
     (Widens(), "device_and_dtype", "bfloat16, got torch.float32; do not override"),
     (Random(), "determinism", "draw nothing at random"),
     (Remembers(), "determinism", "keep nothing between calls"),
+    (Caching(), "calls_independent", "keep nothing between calls"),
     (InPlace(), "inputs_unchanged", "work on a copy"),
+    (SeedsNumPy(), "global_state_unchanged", "another NumPy's random state"),
+    (SeedsTorch(), "global_state_unchanged", "another torch's random state"),
+    (WantsGradients(), "global_state_unchanged", "gradient mode and torch's deterministic mode"),
     (Branching(), "branch_order", "in any order"),
     (Square(), "non_square_sites", "expected no exception"),
     (TwoKeyframes(), "one_frame_windows", "expected no exception, got AssertionError"),
     (MeanOfFrames(), "frames_independent", "treat every frame on its own"),
     (Shifted(), "identity_at_keyframes", "or set identity_at_keyframes = False"),
     (UntypedKernel(), "configuration_round_trip", "named and typed, got block=7"),
+    (ByFunction(), "configuration_round_trip", "got similarity: .*Callable.* could call functions"),
+    (ByAnything(), "configuration_round_trip", "got similarities: .*Any"),
 ]
 
 

@@ -13,7 +13,7 @@ class DivergedError(InputError, FloatingPointError):
 
 
 class PluginError(InputError):
-    """An editor or kernel broke its contract or raised what is not for users; the message names it."""
+    """An editor or kernel broke its contract or raised an exception; the message names it."""
 
 
 class Interrupted(SystemExit):

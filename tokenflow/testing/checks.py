@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 from jsonargparse import ArgumentParser
 
@@ -40,7 +44,7 @@ def require_kept(violations: Iterable[Violation], *rules: str) -> None:
 
 @dataclass(frozen=True)
 class Check:
-    """One check of one plugin; calling it runs it.
+    """One check of one plugin; calling it runs it, on a copy and in a state of its own.
 
     Raises:
         ConformanceError: The plugin fails it, or raises an exception in it.
@@ -56,8 +60,8 @@ class Check:
 
     def __call__(self) -> None:
         try:
-            with torch.random.fork_rng(), torch.no_grad():
-                self.function(self.plugin, *self.arguments)
+            with torch.random.fork_rng(), torch.no_grad(), restored():
+                self.function(copy.deepcopy(self.plugin), *self.arguments)
         except FailedError as failed:
             raise ConformanceError(self.__name__, *failed.args) from None
         except Exception as error:  # a third party's code may raise anything
@@ -65,6 +69,45 @@ class Check:
                 self.__name__, "no exception", f"{type(error).__name__}: {error}",
                 "the exception above says where it was raised",
             ) from error  # fmt: skip
+
+
+GLOBAL: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "torch's random state": (
+        lambda: torch.get_rng_state().numpy(),
+        lambda state: torch.set_rng_state(torch.from_numpy(state)),
+    ),
+    "NumPy's random state": (np.random.get_state, np.random.set_state),
+    "torch's gradient mode": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "torch's default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "torch's deterministic mode": (
+        torch.are_deterministic_algorithms_enabled,
+        torch.use_deterministic_algorithms,
+    ),
+}
+"""What all of a process shares: how to get it and how to set it."""
+
+
+@contextmanager
+def restored() -> Iterator[None]:
+    """Puts the global state back."""
+    before = {name: get() for name, (get, _) in GLOBAL.items()}
+    try:
+        yield
+    finally:
+        for name, (_, put) in GLOBAL.items():
+            put(before[name])
+
+
+@contextmanager
+def unchanged_state() -> Iterator[None]:
+    """Requires a block to leave the global state as it was."""
+    before = {name: pickle.dumps(get()) for name, (get, _) in GLOBAL.items()}
+    yield
+    changed = [name for name, (get, _) in GLOBAL.items() if pickle.dumps(get()) != before[name]]
+    require(
+        not changed, "all of the process's own state left as it was",
+        f"another {' and '.join(changed)}", "draw with a generator, and set nothing globally",
+    )  # fmt: skip
 
 
 def run_all(checks: Sequence[Check]) -> None:
@@ -80,6 +123,12 @@ def configuration_round_trip(plugin: Any) -> None:
     that it has, the others with their defaults.
     """
     kind, values = type(plugin), {}
+    for name, hint in get_type_hints(kind.__init__).items():
+        require(
+            not takes_anything(hint), "options of types that YAML can hold", f"{name}: {hint}",
+            "a configuration could call functions by an option of type Callable or Any: take "
+            "numbers, text, lists, and classes of such",
+        )  # fmt: skip
     for name, option in inspect.signature(kind).parameters.items():
         require(
             option.annotation is not option.empty
@@ -103,6 +152,13 @@ def configuration_round_trip(plugin: Any) -> None:
         "use argument types that YAML can hold: numbers, text, lists, and classes of such",
     )  # fmt: skip
     kind(**vars(parser.instantiate(again)))
+
+
+def takes_anything(hint: Any) -> bool:
+    """Whether a type, or one that it is made of, lets any function or object in."""
+    if hint in (Any, object) or Callable in (hint, get_origin(hint)):
+        return True
+    return any(map(takes_anything, get_args(hint)))
 
 
 def plain(value: object) -> bool:

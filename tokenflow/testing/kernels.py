@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from tokenflow.propagation import Propagation
 from tokenflow.propagation.contract import TOLERANCE
-from tokenflow.testing.checks import Check, configuration_round_trip, require, run_all
+from tokenflow.testing.checks import (
+    Check,
+    configuration_round_trip,
+    require,
+    run_all,
+    unchanged_state,
+)
 from tokenflow.testing.scene import FRAMES, SQUARE, Scene
 
 OTHERS = ((3, 5), (6, 4))
@@ -21,8 +29,8 @@ def kernel_checks(kernel: Propagation) -> list[Check]:
     """All checks that apply to a kernel, to be called one by one."""
     functions = [
         index_range, non_negative, rows_sum_to_one, device_and_dtype, determinism,
-        inputs_unchanged, branch_order, non_square_sites, one_frame_windows,
-        frames_independent, configuration_round_trip,
+        calls_independent, inputs_unchanged, global_state_unchanged, branch_order,
+        non_square_sites, one_frame_windows, frames_independent, configuration_round_trip,
     ]  # fmt: skip
     if kernel.identity_at_keyframes:
         functions.append(identity_at_keyframes)
@@ -69,6 +77,22 @@ def determinism(kernel: Propagation) -> None:
         f"answers that differ by up to {(answers[0] - answers[1]).abs().max():.4g}",
         "draw nothing at random and keep nothing between calls",
     )  # fmt: skip
+
+
+def calls_independent(kernel: Propagation) -> None:
+    fresh, scene = copy.deepcopy(kernel), Scene.random(kernel, seed=1)
+    Scene.random(kernel).ask(kernel)  # the same window at another step
+    require(
+        torch.equal(scene.matrix(kernel), scene.matrix(fresh)),
+        "the same answer to a call whatever was asked before", "another for the second step",
+        "keep nothing between calls, or by what it was computed from: the tokens change",
+    )  # fmt: skip
+
+
+def global_state_unchanged(kernel: Propagation) -> None:
+    scene = Scene.random(kernel)
+    with unchanged_state():
+        scene.ask(kernel)
 
 
 def inputs_unchanged(kernel: Propagation) -> None:

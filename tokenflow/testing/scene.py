@@ -36,10 +36,11 @@ class Scene:
         frames: Sequence[int] = range(6),
         size: tuple[int, int] = SQUARE,
         keyframes: Sequence[int] = (1, 5, 8),
+        seed: int = 0,
     ) -> Scene:
-        """Random tokens for the frames of a clip with these keyframes; always the same."""
+        """Random tokens for the frames of a clip with these keyframes; the same for a seed."""
         height, width = size
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
         tokens = torch.randn(FRAMES, height * width, CHANNELS, generator=generator)
         windows = split_windows(FRAMES, 4)
         window, used = neighbourhood(range(frames[0], frames[-1] + 1), windows, keyframes)
