@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
 from tokenflow.diffusion import Backbone, Schedule, Trajectory
@@ -280,6 +281,21 @@ class Always(PnP):
         return edit_of(unet, lambda edited, source: edited, until=50.0)
 
 
+class Float32(PnP):
+    def edits(self, unet: UNet2DConditionModel) -> Sequence[Edit]:
+        return edit_of(unet, lambda edited, source: edited.float())
+
+
+class NotTensor(PnP):
+    def edits(self, unet: UNet2DConditionModel) -> Sequence[Edit]:
+        return edit_of(unet, lambda edited, source: None)
+
+
+class Gap(PnP):
+    def start(self, trajectory: Trajectory, schedule: Schedule, seed: int) -> Start:
+        return Start(trajectory.at(schedule.timesteps[0]), schedule.timesteps[:1])
+
+
 class Halving(PnP):
     def constrain(
         self, latents: Tensor, frames: tuple[int, ...], t: int | None, trajectory: Trajectory
@@ -302,6 +318,38 @@ class LeavesHook(PnP):
 class ChangesWeights(PnP):
     def prepare(self, backbone: Backbone, clip: Clip) -> None:
         backbone.unet.conv_in.bias.data.add_(1e-3)
+
+
+class LeavesBackwardHook(PnP):
+    def edits(self, unet: UNet2DConditionModel) -> Sequence[Edit]:
+        unet.conv_out.register_full_backward_hook(lambda *_: None)
+        return super().edits(unet)
+
+
+class ReplacesForward(PnP):
+    def prepare(self, backbone: Backbone, clip: Clip) -> None:
+        vae: Any = backbone.vae
+        vae.forward = vae.decode
+
+
+class ChangesVAE(PnP):
+    def prepare(self, backbone: Backbone, clip: Clip) -> None:
+        backbone.vae.decoder.conv_out.weight.data.mul_(0.5)
+
+
+class Trains(PnP):
+    def prepare(self, backbone: Backbone, clip: Clip) -> None:
+        backbone.text_encoder.train()
+
+
+class ChangesScheduler(PnP):
+    def prepare(self, backbone: Backbone, clip: Clip) -> None:
+        backbone.scheduler.alphas_cumprod.mul_(0.9)
+
+
+class ReplacesProcessors(PnP):
+    def prepare(self, backbone: Backbone, clip: Clip) -> None:
+        backbone.unet.set_attn_processor(AttnProcessor())
 
 
 class WritesSource(PnP):
@@ -328,6 +376,61 @@ class ByPlaceInPass(PnP):
 
     def conditioning(self, forward: Pass) -> dict[str, Any]:
         return residual(forward, torch.arange(len(forward.frames)).float())
+
+
+class UnknownArgument(PnP):
+    def conditioning(self, forward: Pass) -> dict[str, Any]:
+        return {"encoder_hidden_states": forward.embeddings}
+
+
+class WritesPass(PnP):
+    def conditioning(self, forward: Pass) -> dict[str, Any]:
+        forward.latents[1:].mul_(1.5)
+        return {}
+
+
+class CountsCalls(PnP):
+    """Spoils what comes after the third call of a clip's edit."""
+
+    def start(self, trajectory: Trajectory, schedule: Schedule, seed: int) -> Start:
+        self.calls = 0
+        return super().start(trajectory, schedule, seed)
+
+    def edits(self, unet: UNet2DConditionModel) -> Sequence[Edit]:
+        return edit_of(unet, self.spoil)
+
+    def spoil(self, edited: Tensor, source: Tensor) -> Tensor:
+        self.calls += 1
+        return edited if self.calls < 4 else edited * 0.5
+
+
+class FirstClip(PnP):
+    """Mixes in the first clip that it ever saw."""
+
+    seen: Tensor | None = None
+
+    def prepare(self, backbone: Backbone, clip: Clip) -> None:
+        if self.seen is None:
+            self.seen = backbone.encode(clip.frames)
+
+    def constrain(
+        self, latents: Tensor, frames: tuple[int, ...], t: int | None, trajectory: Trajectory
+    ) -> Tensor:
+        assert self.seen is not None
+        return (latents + self.seen[list(frames)]) / 2
+
+
+class SeedsEverything(PnP):
+    def start(self, trajectory: Trajectory, schedule: Schedule, seed: int) -> Start:
+        torch.manual_seed(seed)
+        return Start(torch.randn_like(trajectory.clean), schedule.timesteps)
+
+
+class NoiseOfAllFrames(PnP):
+    def start(self, trajectory: Trajectory, schedule: Schedule, seed: int) -> Start:
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(trajectory.clean.shape, generator=generator)
+        return Start(noise, schedule.timesteps)
 
 
 class MeanFeatures(PnP):
@@ -385,22 +488,37 @@ class TensorOption(PnP):
 
 WRONG_EDITORS: list[tuple[Editor, str, str]] = [
     (FewFrames(), "start_shape", r"shape \(4, 4, 8, 16\), got \(3, 4, 8, 16\); start from"),
-    (Backwards(), "timesteps_of_the_schedule", "in their order, got"),
+    (Backwards(), "timesteps_of_the_schedule", "or a tail of them, got"),
     (ForeignTimestep(), "timesteps_of_the_schedule", r"got \(502,\); choose from"),
-    (OneBranch(), "edits_keep_shapes", "from edit 0; the function must return all"),
-    (Always(), "edits_keep_shapes", "modules, until from 0 to 1"),
+    (NoiseOfAllFrames(), "start_per_frame", "draw noise by trajectory.positions"),
+    (Gap(), "timesteps_of_the_schedule", "or a tail of them, got"),
+    (OneBranch(), "edits_keep_shape_and_dtype", "the function must return all edited"),
+    (Always(), "edits_keep_shape_and_dtype", "modules, until from 0 to 1"),
+    (Float32(), "edits_keep_shape_and_dtype", "of dtype torch.bfloat16, got torch.float32"),
+    (NotTensor(), "edits_keep_shape_and_dtype", "the edited output in a tensor, got NoneType"),
     (Halving(), "result_shape", "expected"),
     (OnlySampling(), "result_shape", "expected no exception, got ValueError"),
-    (LeavesHook(), "unet_restored", "0 hooks on the UNet after an edit, as before, got 1"),
-    (ChangesWeights(), "unet_restored", "bit for bit, got a difference of"),
+    (LeavesHook(), "backbone_restored", "to be what it was, got 1 hooks on the unet; return"),
+    (ChangesWeights(), "backbone_restored", r"got [0-9a-f]{8} as the unet's weights"),
+    (LeavesBackwardHook(), "backbone_restored", r"got \d hooks on the unet"),
+    (ReplacesForward(), "backbone_restored", "1 as the vae's replaced methods"),
+    (ChangesVAE(), "backbone_restored", "as the vae's weights"),
+    (Trains(), "backbone_restored", "as the text_encoder's training flags"),
+    (ChangesScheduler(), "backbone_restored", "as the scheduler's alphas"),
+    (ReplacesProcessors(), "backbone_restored", "do not change the UNet's processors"),
     (WritesSource(), "source_branch_unchanged", "do not write into the source"),
     (ConditionsSource(), "source_branch_unchanged", "condition its branch as in inversion"),
     (ByPlaceInPass(), "frames_independent_of_the_pass", "go by the pass's `frames`"),
     (MeanFeatures(), "frames_independent_of_the_pass", "depends on the batch"),
+    (UnknownArgument(), "frames_independent_of_the_pass", r"got \['encoder_hidden_states'\]"),
+    (CountsCalls(), "batch_independent", "keep nothing from one call to the next"),
     (MeanLatents(), "constrain_per_frame", "treat every frame on its own"),
     (ConstrainsInPlace(), "constrain_per_frame", "changed in place"),
     (GlobalNoise(), "determinism_from_the_seed", "draw with a torch.Generator"),
     (Counting(), "determinism_from_the_seed", "from one clip to the next"),
+    (FirstClip(), "clips_independent", "whatever is kept of a clip"),
+    (SeedsEverything(), "global_state_unchanged", "another torch's random state"),
+    (WritesPass(), "inputs_unchanged", "every pass left as they were"),
     (ScalesTrajectory(), "inputs_unchanged", "work on a copy"),
     (AnyOptions(), "configuration_round_trip", r"got \*\*options: "),
     (TensorOption(), "configuration_round_trip", "expected"),

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import copy
 import inspect
-import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
-import numpy as np
 import torch
 from jsonargparse import ArgumentParser
 
 from tokenflow.contract import Violation
+from tokenflow.testing.state import global_state, restored
 
 
 class ConformanceError(AssertionError):
@@ -71,39 +70,12 @@ class Check:
             ) from error  # fmt: skip
 
 
-GLOBAL: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
-    "torch's random state": (
-        lambda: torch.get_rng_state().numpy(),
-        lambda state: torch.set_rng_state(torch.from_numpy(state)),
-    ),
-    "NumPy's random state": (np.random.get_state, np.random.set_state),
-    "torch's gradient mode": (torch.is_grad_enabled, torch.set_grad_enabled),
-    "torch's default dtype": (torch.get_default_dtype, torch.set_default_dtype),
-    "torch's deterministic mode": (
-        torch.are_deterministic_algorithms_enabled,
-        torch.use_deterministic_algorithms,
-    ),
-}
-"""What all of a process shares: how to get it and how to set it."""
-
-
-@contextmanager
-def restored() -> Iterator[None]:
-    """Puts the global state back."""
-    before = {name: get() for name, (get, _) in GLOBAL.items()}
-    try:
-        yield
-    finally:
-        for name, (_, put) in GLOBAL.items():
-            put(before[name])
-
-
 @contextmanager
 def unchanged_state() -> Iterator[None]:
-    """Requires a block to leave the global state as it was."""
-    before = {name: pickle.dumps(get()) for name, (get, _) in GLOBAL.items()}
+    """Requires a block to leave the process's own state as it was."""
+    before = global_state()
     yield
-    changed = [name for name, (get, _) in GLOBAL.items() if pickle.dumps(get()) != before[name]]
+    changed = [name for name, value in global_state().items() if value != before[name]]
     require(
         not changed, "all of the process's own state left as it was",
         f"another {' and '.join(changed)}", "draw with a generator, and set nothing globally",

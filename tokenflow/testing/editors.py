@@ -6,18 +6,29 @@ not depend on which other frames are in the pass, and nothing on torch's global 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenflow.diffusion import Backbone
-from tokenflow.editors import Edit, Editor, Start
-from tokenflow.testing.checks import Check, configuration_round_trip, require, run_all
+from tokenflow.editors import Edit, Editor, Start, contract
+from tokenflow.testing.checks import (
+    Check,
+    configuration_round_trip,
+    require,
+    require_kept,
+    run_all,
+    unchanged_state,
+)
 from tokenflow.testing.stage import FRAMES, Stage
+from tokenflow.testing.state import backbone_state
 
 ROUNDING = 1e-4
 """float32 through a network, with sums in another order."""
+GUIDED = 10
+"""How much guidance, at its scale of 7.5, and two steps make of it."""
 
 
 def check_editor(editor: Editor, backbone: Backbone | None = None) -> None:
@@ -31,68 +42,68 @@ def editor_checks(editor: Editor, backbone: Backbone | None = None) -> list[Chec
     They run on a tiny random model, or on the `backbone` that the editor needs to fit.
     """
     functions = (
-        start_shape, timesteps_of_the_schedule, edits_keep_shapes, result_shape, unet_restored,
-        source_branch_unchanged, frames_independent_of_the_pass, constrain_per_frame,
-        determinism_from_the_seed, inputs_unchanged,
+        start_shape, timesteps_of_the_schedule, start_per_frame, edits_keep_shape_and_dtype,
+        result_shape, backbone_restored, source_branch_unchanged, frames_independent_of_the_pass,
+        batch_independent, constrain_per_frame, determinism_from_the_seed, clips_independent,
+        inputs_unchanged, global_state_unchanged,
     )  # fmt: skip
     watched = [Check(editor, function, (backbone,)) for function in functions]
     return [*watched, Check(editor, configuration_round_trip)]
 
 
-def started(stage: Stage) -> Start:
+def started(stage: Stage, *rules: str) -> Start:
+    """What `start` returns, which keeps these rules of its contract."""
     begin = stage.editor.start(stage.trajectory, stage.schedule, 0)
-    require(
-        isinstance(begin, Start), "a Start", type(begin).__name__,
-        "return tokenflow.editors.Start(latents, timesteps)",
-    )  # fmt: skip
+    broken = contract.of_start(begin, stage.trajectory, stage.schedule)
+    require_kept(broken, "form", *rules)
     return begin
 
 
 def start_shape(editor: Editor, backbone: Backbone | None) -> None:
-    stage = Stage.of(editor, backbone)
-    latents, clean = started(stage).latents, stage.trajectory.clean
-    require(
-        latents.shape == clean.shape and bool(latents.isfinite().all()),
-        f"finite first latents of shape {tuple(clean.shape)}", tuple(latents.shape),
-        "start from trajectory.at(t), or from noise of the same shape",
-    )  # fmt: skip
+    started(Stage.of(editor, backbone), "finite")
 
 
 def timesteps_of_the_schedule(editor: Editor, backbone: Backbone | None) -> None:
-    stage = Stage.of(editor, backbone)
-    timesteps, all_of_them = started(stage).timesteps, stage.schedule.timesteps
-    require(
-        bool(timesteps) and tuple(t for t in all_of_them if t in timesteps) == tuple(timesteps),
-        f"some of the schedule's timesteps {all_of_them}, in their order", timesteps,
-        "choose from schedule.timesteps, as schedule.timesteps[n:]",
-    )  # fmt: skip
+    started(Stage.of(editor, backbone), "timesteps")
 
 
-def edits_keep_shapes(editor: Editor, backbone: Backbone | None) -> None:
+def start_per_frame(editor: Editor, backbone: Backbone | None) -> None:
     stage = Stage.of(editor, backbone)
-    unet, found = stage.backbone.unet, list(editor.edits(stage.backbone.unet))
-    modules = set(unet.modules())
-    for number, edit in enumerate(found):
+    whole, all_of_it = started(stage).latents, stage.trajectory
+    for part in (range(1), range(1, FRAMES)):
+        own = slice(part.start, part.stop)
+        trajectory = dataclasses.replace(
+            all_of_it, latents=all_of_it.latents[:, own], clean=all_of_it.clean[own],
+            noisiest=all_of_it.noisiest[own], first=part.start, whole=FRAMES,
+        )  # fmt: skip
+        editor.prepare(stage.backbone, stage.clip.part(part))
+        alone = editor.start(trajectory, stage.schedule, 0).latents
         require(
-            isinstance(edit, Edit) and edit.module in modules and 0 <= edit.until <= 1,
-            "Edits of the UNet's modules, until from 0 to 1", f"{edit!r:.80} as number {number}",
-            "make them from the modules of the UNet that edits() is given",
+            alone.shape == whole[own].shape and torch.allclose(alone, whole[own], atol=ROUNDING),
+            "the same first latents of a frame, whichever others a rank has",
+            f"others where it has frames {list(part)} alone",
+            "treat every frame on its own, and draw noise by trajectory.positions, which says "
+            "where in the clip they are",
         )  # fmt: skip
 
-    def watched(edit: Edit, number: int) -> Edit:
-        def function(edited: Tensor, source: Tensor) -> Tensor:
-            result = edit.function(edited, source)
-            require(
-                result.shape == edited.shape, f"the edited shape {tuple(edited.shape)}",
-                f"{tuple(result.shape)} from edit {number}",
-                "the function must return all edited branches and frames",
-            )  # fmt: skip
-            return result
 
-        return dataclasses.replace(edit, function=function)
+def edits_keep_shape_and_dtype(editor: Editor, backbone: Backbone | None) -> None:
+    for dtype in (None, torch.bfloat16):
+        stage = Stage.of(editor, backbone, dtype=dtype)
+        edits = list(editor.edits(stage.backbone.unet))
+        require_kept(contract.of_edits(edits, stage.backbone.unet), "edits")
+        stage.noise(range(FRAMES), stage.schedule.timesteps[0], list(map(watched, edits)))
 
-    edits = [watched(edit, number) for number, edit in enumerate(found)]
-    stage.noise(range(FRAMES), stage.schedule.timesteps[0], edits)
+
+def watched(edit: Edit) -> Edit:
+    """An edit whose answers are checked."""
+
+    def function(edited: Tensor, source: Tensor) -> Tensor:
+        result = edit.function(edited, source)
+        require_kept(contract.of_edit(result, edited), "answer")
+        return result
+
+    return dataclasses.replace(edit, function=function)
 
 
 def result_shape(editor: Editor, backbone: Backbone | None) -> None:
@@ -105,27 +116,24 @@ def result_shape(editor: Editor, backbone: Backbone | None) -> None:
     )  # fmt: skip
 
 
-def unet_restored(editor: Editor, backbone: Backbone | None) -> None:
+def backbone_restored(editor: Editor, backbone: Backbone | None) -> None:
     stage = Stage.of(editor, backbone, prepare=False)
-    unet = stage.backbone.unet
-
-    def state() -> tuple[int, Tensor]:
-        return hooks(unet), stage.noise(range(FRAMES), stage.schedule.timesteps[0], None)
-
-    before, output = state()
+    unet, t = stage.backbone.unet, stage.schedule.timesteps[0]
     processors = dict(unet.attn_processors)
+    before, output = backbone_state(stage.backbone), stage.noise(range(FRAMES), t, None)
     editor.prepare(stage.backbone, stage.clip)
     stage.edit()
-    after, again = state()
+    after, again = backbone_state(stage.backbone), stage.noise(range(FRAMES), t, None)
+    changed = [f"{value} {name}" for name, value in after.items() if before[name] != value]
     require(
-        before == after, f"{before} hooks on the UNet after an edit, as before", after,
-        "return changes from edits() and leave installing them to the engine",
+        not changed, "the backbone after an edit to be what it was", ", ".join(changed),
+        "return changes of the UNet from edits(), and leave installing them to the engine",
     )  # fmt: skip
     require(
         torch.equal(output, again) and processors == unet.attn_processors,
         "the UNet's output after an edit to be what it was, bit for bit",
         f"a difference of {float((output - again).abs().max()):.4g}",
-        "do not change the UNet's weights, processors or methods",
+        "do not change the UNet's processors",
     )  # fmt: skip
 
 
@@ -159,6 +167,18 @@ def frames_independent_of_the_pass(editor: Editor, backbone: Backbone | None) ->
             )  # fmt: skip
 
 
+def batch_independent(editor: Editor, backbone: Backbone | None) -> None:
+    stage = Stage.of(editor, backbone)
+    # without propagation, in which rounding may turn a match
+    results = [stage.edit(batch, consistency="none") for batch in (1, FRAMES)]
+    difference = float((results[0] - results[1]).abs().max())
+    require(
+        difference <= GUIDED * ROUNDING, "the same edit whatever the batch",
+        f"a difference of {difference:.4g}",
+        "keep nothing from one call to the next: how many passes a step has is the engine's choice",
+    )  # fmt: skip
+
+
 def constrain_per_frame(editor: Editor, backbone: Backbone | None) -> None:
     stage = Stage.of(editor, backbone)
     for t in (stage.schedule.timesteps[-1], None):
@@ -168,10 +188,7 @@ def constrain_per_frame(editor: Editor, backbone: Backbone | None) -> None:
             torch.equal(x, stage.x), "the latents given to constrain() left as they were",
             "latents changed in place", "return new ones",
         )  # fmt: skip
-        require(
-            whole.shape == x.shape, f"latents of shape {tuple(x.shape)} from constrain()",
-            tuple(whole.shape), "return as many frames as are given",
-        )  # fmt: skip
+        require_kept(contract.of_constrain(whole, x), "answer")
         for part in (range(1), range(1, FRAMES)):
             alone = editor.constrain(x[list(part)], tuple(part), t, stage.trajectory)
             require(
@@ -196,22 +213,36 @@ def determinism_from_the_seed(editor: Editor, backbone: Backbone | None) -> None
     )  # fmt: skip
 
 
-def inputs_unchanged(editor: Editor, backbone: Backbone | None) -> None:
-    stage = Stage.of(editor, backbone)
-    trajectory = stage.trajectory
-    tensors = (stage.clip.frames, trajectory.latents, trajectory.clean, trajectory.noisiest)
-    before = [tensor.clone() for tensor in tensors]
-    stage.edit()
+def clips_independent(editor: Editor, backbone: Backbone | None) -> None:
+    fresh = copy.deepcopy(editor)
+    Stage.of(editor, backbone, negated=True).edit()
+    results = [Stage.of(one, backbone).edit() for one in (editor, fresh)]
     require(
-        all(map(torch.equal, tensors, before)), "the clip and the trajectory left as they were",
-        "one changed in place", "work on a copy: others use them too",
+        torch.equal(*results), "the same edit of a clip whatever was edited before",
+        f"results that differ by up to {float((results[0] - results[1]).abs().max()):.4g}",
+        "make anew in prepare() whatever is kept of a clip",
     )  # fmt: skip
 
 
-def hooks(network: nn.Module) -> int:
-    """How many hooks are on a network's modules."""
-    return sum(
-        len(hooks)
-        for module in network.modules()
-        for hooks in (module._forward_hooks, module._forward_pre_hooks)
-    )
+def inputs_unchanged(editor: Editor, backbone: Backbone | None) -> None:
+    stage = Stage.of(editor, backbone)
+    trajectory = stage.trajectory
+    tensors = [stage.clip.frames, trajectory.latents, trajectory.clean, trajectory.noisiest]
+    before = [tensor.clone() for tensor in tensors]
+    stage.edit()
+    for t in stage.schedule.timesteps:
+        for forward in (stage.source_pass(t), stage.sampling_pass(range(FRAMES), t)):
+            given = [forward.latents, forward.embeddings]
+            tensors += given
+            before += [tensor.clone() for tensor in given]
+            editor.conditioning(forward)
+    require(
+        all(map(torch.equal, tensors, before)),
+        "the clip, the trajectory and every pass left as they were", "one changed in place",
+        "work on a copy: others use them too",
+    )  # fmt: skip
+
+
+def global_state_unchanged(editor: Editor, backbone: Backbone | None) -> None:
+    with unchanged_state():
+        Stage.of(editor, backbone).edit()

@@ -11,11 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokenflow.diffusion import Backbone, Schedule, Trajectory
-from tokenflow.editors import Edit, Editor, Pass
+from tokenflow.editors import Edit, Editor, Pass, contract
 from tokenflow.engine import Settings, edit_latents
 from tokenflow.engine.attention import installed
 from tokenflow.engine.denoising import BRANCHES, NAMES
+from tokenflow.engine.editing import Consistency
 from tokenflow.propagation import NNField
+from tokenflow.testing.checks import require_kept
 from tokenflow.testing.tiny import tiny_backbone, tiny_clip
 from tokenflow.video import Clip
 
@@ -36,10 +38,23 @@ class Stage:
     x: Float[Tensor, "frames c h w"]
 
     @classmethod
-    def of(cls, editor: Editor, model: Backbone | None = None, prepare: bool = True) -> Stage:
-        """Always the same for an editor, which is prepared for it unless told otherwise."""
+    def of(
+        cls,
+        editor: Editor,
+        model: Backbone | None = None,
+        prepare: bool = True,
+        dtype: torch.dtype | None = None,
+        negated: bool = False,
+    ) -> Stage:
+        """Always the same for an editor, which is prepared for it unless told otherwise.
+
+        `dtype` is the model's, its own when not given; a `negated` stage has another clip.
+        """
         backbone = tiny_backbone() if model is None else copy.deepcopy(model)
+        for network in (backbone.unet, backbone.vae, backbone.text_encoder):
+            network.to(dtype or network.dtype)
         clip = tiny_clip(FRAMES, backbone.multiple, 2 * backbone.multiple)
+        clip = Clip.from_frames(1 - clip.frames) if negated else clip
         schedule = backbone.schedule(STEPS)
         clean = backbone.encode(clip.frames)
         generator = torch.Generator().manual_seed(2)
@@ -51,37 +66,47 @@ class Stage:
             editor.prepare(backbone, clip)
         return cls(editor, backbone, clip, schedule, trajectory, x)
 
-    def edit(self) -> Float[Tensor, "frames c h w"]:
+    def edit(
+        self, batch: int = 3, consistency: Consistency = "tokenflow"
+    ) -> Float[Tensor, "frames c h w"]:
         """The edited latents of the clip, as the engine finds them after a pass of inversion."""
         self.source_noise(self.schedule.timesteps[-1])
+        settings = Settings(steps=STEPS, keyframe_every=2, batch=batch, consistency=consistency)
         return edit_latents(
             self.backbone, self.trajectory, self.schedule, self.editor, NNField(),
-            PROMPTS[2], settings=Settings(steps=STEPS, keyframe_every=2, batch=3),
+            PROMPTS[2], settings=settings,
         )  # fmt: skip
+
+    def source_pass(self, t: int) -> Pass:
+        """Inversion's pass of all frames."""
+        source, text = self.trajectory.at(t), self.backbone.embed([PROMPTS[0]])
+        return Pass(
+            ("source",), tuple(range(FRAMES)), source[None], text, t, self.schedule.share(t)
+        )
+
+    def sampling_pass(self, frames: Sequence[int], t: int) -> Pass:
+        """Sampling's pass of some frames."""
+        chosen = list(frames)
+        branches = torch.stack([self.trajectory.at(t, chosen), self.x[chosen], self.x[chosen]])
+        texts = self.backbone.embed(PROMPTS)
+        return Pass(NAMES, tuple(chosen), branches, texts, t, self.schedule.share(t))
 
     def source_noise(self, t: int) -> Float[Tensor, "frames c h w"]:
         """The noise of all frames in inversion's pass, under the editor's conditioning of it."""
-        source, text = self.trajectory.at(t), self.backbone.embed([PROMPTS[0]])
-        share, frames = self.schedule.share(t), tuple(range(FRAMES))
-        forward = Pass(("source",), frames, source[None], text, t, share)
-        extra = self.editor.conditioning(forward)
-        texts = text.expand(FRAMES, -1, -1)
-        return self.backbone.epsilon(source, t, texts, self.schedule, **extra)
+        return self.run(self.source_pass(t), conditioned=True)[0]
 
     def noise(
         self, frames: Sequence[int], t: int, edits: Sequence[Edit] | None
     ) -> Float[Tensor, "3 frames c h w"]:
         """Every branch's noise in one pass, with edits and conditioning, or with neither (None)."""
-        chosen = list(frames)
-        source = self.trajectory.at(t, chosen)
-        branches = torch.stack([source, self.x[chosen], self.x[chosen]])
-        texts = self.backbone.embed(PROMPTS)
-        extra = {}
-        if edits is not None:
-            share = self.schedule.share(t)
-            forward = Pass(NAMES, tuple(chosen), branches, texts, t, share)
-            extra = self.editor.conditioning(forward)
-        x, repeated = branches.flatten(0, 1), texts.repeat_interleave(len(chosen), dim=0)
         with installed(edits or (), BRANCHES):
-            noise = self.backbone.epsilon(x, t, repeated, self.schedule, **extra)
-        return noise.unflatten(0, (BRANCHES, -1))
+            return self.run(self.sampling_pass(frames, t), conditioned=edits is not None)
+
+    def run(self, forward: Pass, conditioned: bool) -> Float[Tensor, "branches frames c h w"]:
+        """The UNet's noise in a pass."""
+        extra = self.editor.conditioning(forward) if conditioned else {}
+        require_kept(contract.of_conditioning(extra, self.backbone.unet), "conditioning")
+        x, t = forward.latents, forward.t
+        texts = forward.embeddings.repeat_interleave(len(forward.frames), dim=0)
+        noise = self.backbone.epsilon(x.flatten(0, 1), t, texts, self.schedule, **extra)
+        return noise.unflatten(0, x.shape[:2])
