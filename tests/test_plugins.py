@@ -23,7 +23,14 @@ from tokenflow.editors import Edit, Editor, Pass, PnP, Start
 from tokenflow.engine import Settings, edit_clip
 from tokenflow.errors import InputError, PluginError
 from tokenflow.plugins import describe, installed_plugins, load
-from tokenflow.propagation import Correspondence, NNField, Window
+from tokenflow.propagation import (
+    Correspondence,
+    FlowWeighted,
+    NNField,
+    OpticalFlow,
+    Propagation,
+    Window,
+)
 from tokenflow.video import Clip
 
 
@@ -271,7 +278,7 @@ class RaisingKernel(NNField):
         raise KeyError("place")
 
 
-def edit(backbone: Backbone, clip: Clip, editor: Editor, kernel: NNField | None = None) -> None:
+def edit(backbone: Backbone, clip: Clip, editor: Editor, kernel: Propagation | None = None) -> None:
     settings = Settings(steps=1, keyframe_every=4)
     edit_clip(backbone, clip, "a ball", editor, kernel or NNField(), settings=settings)
 
@@ -306,6 +313,109 @@ def test_a_kernel_that_raises_is_named_and_the_unet_restored(
     with pytest.raises(PluginError, match=r"^RaisingKernel of .* failed in correspond: KeyError"):
         edit(backbone, clip, PnP(), RaisingKernel())
     assert torch.equal(output(backbone), before)
+
+
+def wrong(**methods: Any) -> Editor:
+    """A PnP some of whose methods are others."""
+    return type("Wrong", (PnP,), methods)()
+
+
+def edit_of(unet: UNet2DConditionModel, function: Any) -> list[Edit]:
+    return [Edit(unet.up_blocks[1].resnets[1].conv2, function)]
+
+
+def late(self: Editor, unet: UNet2DConditionModel) -> Iterator[Edit]:
+    yield from edit_of(unet, lambda edited, source: edited)
+    raise KeyError("late")
+
+
+RESIDUALS = {
+    "mid_block_additional_residual": torch.zeros(7, 16, 1, 2),
+    "down_block_additional_residuals": [torch.zeros(1)] * 12,
+}
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"start": lambda *_: None}, "in start: expected a Start, got NoneType"),
+    (
+        {"start": lambda _, source, schedule, seed: Start(source.clean[1:], schedule.timesteps)},
+        r"in start: expected first latents of shape \(9, 4, 8, 16\), got \(8, 4, 8, 16\)",
+    ),
+    (
+        {"start": lambda _, source, schedule, seed: Start(source.clean / 0, schedule.timesteps)},
+        "in start: expected finite first latents",
+    ),
+    (
+        {"start": lambda _, source, schedule, seed: Start(source.clean, (17,))},
+        r"in start: expected the schedule's timesteps \(1,\), or a tail of them, got \(17,\)",
+    ),
+    (
+        {"start": lambda _, source, schedule, seed: Start(source.clean, ())},
+        r"or a tail of them, got \(\)",
+    ),
+    ({"edits": lambda *_: None}, "failed in .*: TypeError: 'NoneType' object is not iterable"),
+    ({"edits": lambda _, unet: [unet]}, "in edits: expected Edits of the UNet's modules"),
+    ({"edits": late}, "failed in late: KeyError: 'late'"),
+    (
+        {"edits": lambda _, unet: edit_of(unet, lambda edited, source: edited[:1])},
+        r"in an edit: expected the edited output of shape \(2, \d, .*, got \(1, ",
+    ),
+    (
+        {"edits": lambda _, unet: edit_of(unet, lambda edited, source: edited.double())},
+        "in an edit: expected the edited output of dtype torch.float32, got torch.float64",
+    ),
+    (
+        {"edits": lambda _, unet: [Edit(unet.down_blocks[0], lambda edited, source: edited)]},
+        "edit's module must put out a tensor: expected another than CrossAttnDownBlock2D, got tup",
+    ),
+    ({"conditioning": lambda *_: None}, "in conditioning: expected a dict of UNet arguments"),
+    ({"conditioning": lambda *_: {"sample": 1}}, r"in conditioning: .*, got \['sample'\]"),
+    (
+        {"conditioning": lambda _, it: RESIDUALS if len(it.branches) > 1 else {}},
+        "failed in epsilon: RuntimeError: The size of tensor a",
+    ),
+    ({"constrain": lambda *_: None}, "in constrain: expected latents .* in a tensor, got NoneType"),
+    ({"constrain": lambda _, x, *__: x[:1]}, r"in constrain: .*, got \(1, 4, 8, 16\)"),
+]
+
+
+@pytest.mark.parametrize(("methods", "message"), WRONG)
+def test_an_editors_wrong_answer_names_it_and_the_unet_is_restored(
+    methods: dict[str, Any], message: str, backbone: Backbone, clip: Clip
+) -> None:
+    before = output(backbone)
+    with pytest.raises(PluginError, match=message):
+        edit(backbone, clip, wrong(**methods))
+    assert torch.equal(output(backbone), before)
+
+
+def test_edits_may_be_a_generator(backbone: Backbone, clip: Clip) -> None:
+    edit(backbone, clip, wrong(edits=lambda self, unet: iter(PnP().edits(unet))))
+
+
+class Flow(OpticalFlow):
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+    def between(self, clip: Clip, start: int, end: int) -> Any:
+        return self.answer(clip)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (
+            lambda clip: clip.nonsense,
+            r"^Flow of tests.* failed in motion: AttributeError: .*mended$",
+        ),
+        (lambda clip: None, "^Flow from frame . to . is no flow: expected a tensor .*got NoneType"),
+        (lambda clip: clip.frames[0].numpy(), "is no flow: .*, got ndarray"),
+        (lambda clip: torch.zeros(2, 16, 32).int(), "is no flow: .*, got torch.int32"),
+    ],
+)
+def test_a_flow_that_is_none_is_named(
+    answer: Any, message: str, backbone: Backbone, clip: Clip
+) -> None:
+    with pytest.raises(InputError, match=message):
+        edit(backbone, clip, PnP(), FlowWeighted(Flow(answer)))
 
 
 @pytest.mark.parametrize("where", ["prepare", "mix"])

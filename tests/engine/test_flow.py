@@ -150,7 +150,10 @@ def test_a_wrong_kernel_is_caught_in_the_first_step(
     backbone: Backbone, what: str, message: str
 ) -> None:
     clip = Clip.from_frames(CLIP.frames[:, :, :16])
-    settings, site = Settings(steps=2, keyframe_every=3, batch=4), r"Wrong at down_blocks\.0\.\S+"
+    settings, site = (
+        Settings(steps=2, keyframe_every=3, batch=4),
+        r"Wrong of .* at down_blocks\.0\.\S+",
+    )
     before = dict(backbone.unet.attn_processors)
     with pytest.raises(InputError, match=f"{site}: .*{message}"):
         edit_clip(backbone, clip, PROMPT, PnP(), Wrong(what), settings=settings)
@@ -158,7 +161,7 @@ def test_a_wrong_kernel_is_caught_in_the_first_step(
 
 
 def test_later_windows_of_the_first_step_are_checked_too(backbone: Backbone) -> None:
-    with pytest.raises(InputError, match=r"Wrong at up_blocks\.3\.\S+: expected rows"):
+    with pytest.raises(InputError, match=r"Wrong of .* at up_blocks\.3\.\S+: expected rows"):
         edited(backbone, Wrong("sum", good=16 + 15))  # the last of 16 sites in the second window
 
 

@@ -49,9 +49,10 @@ def of_edits(edits: Sequence[object], unet: UNet2DConditionModel) -> Iterator[Vi
             and callable(edit.function)
             and 0 <= edit.until <= 1
         ):
+            found = " ".join(repr(edit).split())
             yield Violation(
                 "edits", "Edits of the UNet's modules, until from 0 to 1",
-                f"{edit!r:.80} as number {number}",
+                f"{found:.80} as number {number}",
                 "make them from the modules of the UNet that edits() is given",
             )  # fmt: skip
 

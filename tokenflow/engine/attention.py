@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from tokenflow.editors import Edit
+from tokenflow.errors import PluginError
 from tokenflow.propagation import Correspondence
 
 
@@ -130,8 +131,14 @@ def processors(unet: UNet2DConditionModel, make: Callable[[str], Any]) -> Iterat
 def installed(edits: Iterable[Edit], branches: int) -> Iterator[None]:
     """Hooks the editor's edits into their modules; takes them out again."""
 
-    def hook(edit: Edit) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-        def apply(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    def hook(edit: Edit) -> Callable[[nn.Module, Any, Any], Tensor]:
+        def apply(module: nn.Module, inputs: Any, output: Any) -> Tensor:
+            if not isinstance(output, Tensor):
+                raise PluginError(
+                    f"an edit's module must put out a tensor: expected another than "
+                    f"{type(module).__name__}, got {type(output).__name__}; the editor is to be "
+                    f"mended: edit a module inside it"
+                )
             source, *edited = output.chunk(branches)
             return torch.cat([source, edit.function(torch.stack(edited), source).flatten(0, 1)])
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
+from functools import partial, wraps
+from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from jaxtyping import Float
 from torch import Tensor
 
+from tokenflow.contract import require_none
 from tokenflow.diffusion import Backbone, Schedule, Trajectory
 from tokenflow.diffusion.sampling import guide
-from tokenflow.editors import Editor, Pass
+from tokenflow.editors import Edit, Editor, Pass, contract
 from tokenflow.engine.attention import (
     Bank,
     JointAttention,
@@ -22,7 +25,7 @@ from tokenflow.engine.attention import (
     processors,
 )
 from tokenflow.engine.frame_group import FrameGroup, Share
-from tokenflow.engine.guard import guarded
+from tokenflow.engine.guard import guarded, named
 from tokenflow.propagation import (
     ClipFlow,
     Correspondence,
@@ -67,10 +70,21 @@ class Denoiser:
         self.backbone, self.trajectory, self.schedule = backbone, trajectory, schedule
         self.editor, self.embeddings, self.guidance = editor, embeddings, guidance
         self.batch, self.flow, self.group, self.share = batch, flow, group, share
-        self.edits = [
-            dataclasses.replace(edit, function=guarded(editor, edit.function))
-            for edit in guarded(editor, editor.edits)(backbone.unet)
-        ]
+        self.who = named(editor)
+        edits = guarded(editor, listed(editor.edits))(backbone.unet)
+        require_none(contract.of_edits(edits, backbone.unet), f"{self.who} in edits")
+        self.edits = [dataclasses.replace(edit, function=self.checked(edit)) for edit in edits]
+
+    def checked(self, edit: Edit) -> Callable[[Tensor, Tensor], Tensor]:
+        """An edit's function, whose exceptions and wrong answers name the editor."""
+        function = guarded(self.editor, edit.function)
+
+        def checked(edited: Tensor, source: Tensor) -> Tensor:
+            result = function(edited, source)
+            require_none(contract.of_edit(result, edited), f"{self.who} in an edit")
+            return result
+
+        return checked
 
     def edited(self, t: int) -> AbstractContextManager[None]:
         """A block in which those of the editor's edits are on that this step asks for."""
@@ -129,7 +143,7 @@ class Denoiser:
                     def correspond(source: Tensor) -> Correspondence:
                         found = guarded(kernel, kernel.correspond)(source, keys, here)
                         if check:
-                            who = f"{type(kernel).__name__} at {site}"
+                            who = f"{named(kernel)} at {site}"
                             check_correspondence(found, source, keys, who)
                         return found
 
@@ -147,9 +161,11 @@ class Denoiser:
         branches = torch.stack([source, edited, edited]).to(self.backbone.device)
         share = self.schedule.share(t)
         forward = Pass(NAMES, tuple(chosen), branches, self.embeddings, t, share)
-        extra = guarded(self.editor, self.editor.conditioning)(forward)
+        extra = conditioned(self.editor, self.backbone, forward)
         embeddings = self.embeddings.repeat_interleave(len(chosen), dim=0)
-        noise = self.backbone.epsilon(branches.flatten(0, 1), t, embeddings, self.schedule, **extra)
+        # what fails in the UNet with an editor's arguments is the editor's
+        epsilon = guarded(self.editor, self.backbone.epsilon) if extra else self.backbone.epsilon
+        noise = epsilon(branches.flatten(0, 1), t, embeddings, self.schedule, **extra)
         _, negative, prompt = noise.to(x.device).chunk(BRANCHES)
         return guide(negative, prompt, self.guidance)
 
@@ -157,6 +173,23 @@ class Denoiser:
         """Runs of frames for one forward pass each."""
         frames = self.trajectory.positions
         return [frames[i : i + self.batch] for i in range(0, len(frames), self.batch)]
+
+
+def listed(edits: Callable[[UNet2DConditionModel], Iterable[Any]]) -> Callable[..., list[Any]]:
+    """`Editor.edits`, run to its end: it may be a generator."""
+
+    @wraps(edits)
+    def call(unet: UNet2DConditionModel) -> list[Any]:
+        return list(edits(unet))
+
+    return call
+
+
+def conditioned(editor: Editor, backbone: Backbone, forward: Pass) -> dict[str, Any]:
+    """The further arguments of the UNet that an editor gives a pass."""
+    extra = guarded(editor, editor.conditioning)(forward)
+    require_none(contract.of_conditioning(extra, backbone.unet), f"{named(editor)} in conditioning")
+    return extra
 
 
 def at_site(
@@ -169,4 +202,6 @@ def at_site(
     height, width = x.shape[-2:]
     scale = round((height * width / keys.shape[1]) ** 0.5)
     here = dataclasses.replace(window, height=height // scale, width=width // scale)
-    return dataclasses.replace(here, motion=flow.motion(here, keys.device)) if flow else here
+    if flow is None:
+        return here
+    return dataclasses.replace(here, motion=guarded(flow.flow, flow.motion)(here, keys.device))

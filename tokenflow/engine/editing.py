@@ -15,12 +15,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tokenflow.contract import require_none
 from tokenflow.diffusion import Backbone, Schedule, Trajectory, invert, reconstruct
 from tokenflow.diffusion.sampling import ddim_step, require_finite
-from tokenflow.editors import Editor, Pass
-from tokenflow.engine.denoising import Denoiser
+from tokenflow.editors import Editor, Pass, contract
+from tokenflow.engine.denoising import Denoiser, conditioned
 from tokenflow.engine.frame_group import FrameGroup
-from tokenflow.engine.guard import guarded
+from tokenflow.engine.guard import guarded, named
 from tokenflow.engine.windows import (
     Blend,
     Keyframes,
@@ -153,13 +154,15 @@ def edit_clip(
     share = group.share(split_windows(clip.total, settings.keyframe_every))
     around, clip = clip, clip.part(share.positions(share.own))
     guarded(editor, editor.prepare)(backbone, clip)
+    flow = None
     provider = propagation.flow if settings.consistency == "tokenflow" else None
-    flow = ClipFlow(around, provider, backbone.latent_scale) if provider else None
+    if provider is not None:
+        flow = guarded(provider, ClipFlow)(around, provider, backbone.latent_scale)
     embedding = backbone.embed([inversion_prompt])
 
     def conditioning(frames: list[int], here: Tensor, t: int) -> dict[str, Any]:
         source = Pass(("source",), tuple(frames), here[None], embedding, t, schedule.share(t))
-        return guarded(editor, editor.conditioning)(source)
+        return conditioned(editor, backbone, source)
 
     with timed(seconds, "encode"):
         latents = in_batches(backbone.encode, clip.frames, settings.batch, "encode", progress)
@@ -232,6 +235,7 @@ def edit_latents(
         backbone, trajectory, schedule, editor, embeddings, s.guidance, s.batch, flow, group, share
     )
     begin = guarded(editor, editor.start)(trajectory, schedule, s.seed)
+    require_none(contract.of_start(begin, trajectory, schedule), f"{named(editor)} in start")
     x = begin.latents.clone()
     for done, t in enumerate(begin.timesteps, start=1):
         step = schedule.timesteps.index(t)
@@ -248,7 +252,9 @@ def edit_latents(
             epsilon = denoiser.propagated(x, t, drawn[own], propagation, around, check=done == 1)
         t_next = schedule.following(t)
         x = ddim_step(x, epsilon, schedule.alpha(t), schedule.alpha(t_next))
+        arrived = x
         x = guarded(editor, editor.constrain)(x, tuple(trajectory.positions), t_next, trajectory)
+        require_none(contract.of_constrain(x, arrived), f"{named(editor)} in constrain")
         require_finite(x, f"sampling at step {step} (timestep {t})")
         progress("edit", done, len(begin.timesteps))
     return x

@@ -14,13 +14,18 @@ from torch import OutOfMemoryError
 from tokenflow.editors import Editor
 from tokenflow.errors import InputError, PluginError
 from tokenflow.plugins import origin
-from tokenflow.propagation import Propagation
+from tokenflow.propagation import OpticalFlow, Propagation
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def guarded(plugin: Editor | Propagation, function: Callable[P, R]) -> Callable[P, R]:
+def named(plugin: Editor | Propagation | OpticalFlow) -> str:
+    """A plugin's name, package and version."""
+    return f"{type(plugin).__name__} of {origin(type(plugin))}"
+
+
+def guarded(plugin: Editor | Propagation | OpticalFlow, function: Callable[P, R]) -> Callable[P, R]:
     """A plugin's function, whose exceptions are raised as `PluginError` from the original.
 
     `InputError` passes as it is, since its message is for the user already, and so does a lack of
@@ -39,11 +44,15 @@ def guarded(plugin: Editor | Propagation, function: Callable[P, R]) -> Callable[
             # its own last line says more than the line of a library that it called
             last = ([frame for frame in frames if frame.filename == home] or frames)[-1]
             name = getattr(function, "__name__", type(function).__name__)
+            advice = (
+                ""
+                if isinstance(plugin, OpticalFlow)
+                else (f": see tokenflow plugins check {type(plugin).__name__}")
+            )
             raise PluginError(
-                f"{type(plugin).__name__} of {origin(type(plugin))} failed in {name}: "
-                f"{type(error).__name__}: {error} ({Path(last.filename).name}, line "
-                f"{last.lineno}); the plugin is to be mended: see "
-                f"tokenflow plugins check {type(plugin).__name__}"
+                f"{named(plugin)} failed in {name}: {type(error).__name__}: {error} "
+                f"({Path(last.filename).name}, line {last.lineno}); the plugin is to be mended"
+                f"{advice}"
             ) from error
 
     return call

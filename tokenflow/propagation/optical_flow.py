@@ -90,9 +90,12 @@ def warp(
     return grid_sample(values[None], grid, padding_mode="border", align_corners=True)[0]
 
 
-def require_flow(flow: Tensor, clip: Clip, what: str) -> None:
-    """Raises `InputError` unless `flow` has the clip's size and no NaN or infinity."""
+def require_flow(flow: object, clip: Clip, what: str) -> None:
+    """Raises `InputError` unless `flow` is a tensor of the clip's size with no NaN or infinity."""
     height, width = clip.frames.shape[-2:]
+    if not (isinstance(flow, Tensor) and flow.is_floating_point()):
+        found = flow.dtype if isinstance(flow, Tensor) else type(flow).__name__
+        raise InputError(f"{what} is no flow: expected a tensor of floats, got {found}")
     if flow.shape != (2, height, width):
         raise InputError(
             f"{what} is a flow of shape {tuple(flow.shape)}, expected (2, {height}, {width}): x "
