@@ -78,7 +78,7 @@ class Editor(ABC):
 
     @abstractmethod
     def start(self, trajectory: Trajectory, schedule: Schedule, seed: int) -> Start:
-        """The first latents and the timesteps, a subset of the schedule's in its order.
+        """The first latents and the timesteps, all of the schedule's or a tail of them.
 
         Whatever is random must be drawn from `seed` and a frame's index alone.
         """
