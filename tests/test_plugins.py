@@ -38,6 +38,10 @@ class Old(PnP):
     interface = 0
 
 
+class Silent(PnP):
+    pass
+
+
 def test_the_built_in_ones_come_through_entry_points() -> None:
     kinds = {plugin.name: plugin.kind for plugin in installed_plugins()}
     assert kinds["PnP"] is PnP
@@ -51,6 +55,7 @@ def test_the_built_in_ones_come_through_entry_points() -> None:
         ("Path", "pathlib:Path", "no subclass of Editor"),
         ("Other", "tokenflow.editors:PnP", "named 'Other' but its class 'PnP'"),
         ("Old", "tests.test_plugins:Old", "interface 0"),
+        ("Silent", "tests.test_plugins:Silent", "add interface = 1 to the class"),
     ],
 )
 def test_an_unusable_plugin_is_listed_with_its_reason(name: str, value: str, reason: str) -> None:
@@ -76,28 +81,56 @@ Crashing = broken:Crashing
 Outdated = broken:Outdated
 Gone = nosuchmodule:Gone
 Leaving = leaving:Leaving
+Silent = broken:Silent
+Abstract = broken:Abstract
+Failing = broken:Failing
+OwnModel = broken:OwnModel
+Wrong = broken:Missing
 [tokenflow.propagation]
 Wrong = broken:Wrong
 Asking = broken:Asking
+Outdated = broken:Asking
 """
 MODULE = """
-from tokenflow.editors import PnP
+from tokenflow.editors import Editor, PnP
 from tokenflow.propagation import Correspondence, NNField
 
 class Outdated(PnP):
     interface = 0
 
 class Wrong(NNField):
+    interface = 1
     def correspond(self, source, keys, window):
         found = super().correspond(source, keys, window)
         return Correspondence(found.indices, found.weights * 2)
 
 class Asking(NNField):
+    interface = 1
     def __init__(self, radius: float) -> None:
         super().__init__()
         self.radius = radius
 
+class Silent(PnP):
+    pass
+
+class SDEdit(PnP):
+    "A helper, with the name of another's plugin."
+
+class Abstract(Editor):
+    interface = 1
+
+class Failing(PnP):
+    interface = 1
+    def __init__(self, a: int = 1) -> None:
+        raise KeyError("boom")
+
+class OwnModel(PnP):
+    interface = 1
+    def __init__(self, backbone: str = "x") -> None:
+        super().__init__()
+
 class Crashing(PnP):
+    interface = 1
     def conditioning(self, forward):
         return {"timestep_cond": forward.nonsense}
 """
@@ -169,7 +202,11 @@ def test_doctor_finds_an_unusable_plugin(broken: None, capsys: pytest.CaptureFix
                 "Wrong of tokenflow-broken 0.3: ",
             ],
         ),
+        (["Wrong"], 1, ["Wrong of tokenflow-broken 0.3 is unusable: import of broken:Missing"]),
         (["Outdated"], 1, ["Outdated of tokenflow-broken 0.3 is unusable: it was written for"]),
+        (["Abstract"], 1, ["FAILED  it cannot be made with these options: TypeError: Can't inst"]),
+        (["Failing"], 1, ["KeyError: 'boom'", "Failing of tokenflow-broken 0.3: 1 failed"]),
+        (["OwnModel", "--backbone=y"], 0, ["OwnModel of tokenflow-broken 0.3: all is well"]),
         (["Asking"], 2, ["radius"]),
         (["Asking", "--radius=1"], 0, ["all is well"]),
         (["Nonsense"], 2, ["there is no plugin 'Nonsense'; installed are: ", "NNField"]),
@@ -207,9 +244,25 @@ def test_choosing_an_unusable_plugin_gives_its_reason(
     assert reason in out
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--model.editor=SDEdit", "--model.editor.strength=0.5"],
+        ["--model.propagation=broken.Wrong"],
+    ],
+)
+def test_a_name_is_its_entry_points_and_no_helpers_nor_another_groups(
+    options: list[str], broken: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["predict", "--data.video=gone.mp4", "--model.prompt=a ball"]
+    code, out = run([*words, *options], capsys)
+    assert code == 2
+    assert "gone.mp4 does not exist" in out  # as far as a run gets
+
+
 def test_a_name_that_clashes_stops_only_those_who_choose_by_it(tmp_path: Path) -> None:
     install(tmp_path, "tokenflow-second", "[tokenflow.editors]\nPnP = second:PnP\n")
-    text = "from tokenflow.editors import PnP as First\n\nclass PnP(First):\n    pass\n"
+    text = "from tokenflow.editors import PnP as First\n\nclass PnP(First):\n    interface = 1\n"
     (tmp_path / "second.py").write_text(text)
 
     def errors(*options: str) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from jsonargparse import _common as jsonargparse_state
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT
+from tests.installing import install
 from tokenflow.cli import main
 from tokenflow.diffusion import Backbone, ModelError
 from tokenflow.errors import InputError
 from tokenflow.imports import split_allowed
+from tokenflow.plugins import installed_plugins
 
 MARK = "pwned"
 TOUCH = ["touch", MARK]
@@ -106,6 +109,35 @@ def test_a_configuration_runs_no_code(attack: str, capsys: pytest.CaptureFixture
     err = capsys.readouterr().err
     assert "'./none'" not in err, "it was not refused"
     assert not Path(MARK).exists()
+
+
+PLUGIN = {
+    "part/__init__.py": "",
+    "part/__main__.py": f"from pathlib import Path\nPath({MARK!r}).touch()\nclass X: ...\n",
+    "part/editor.py": "from tokenflow.editors import PnP\n"
+    "class Mine(PnP):\n    interface = 1\n"
+    f"def run() -> None:\n    open({MARK!r}, 'w')\n",
+}
+
+
+@pytest.mark.parametrize("path", ["part.__main__.X", "part.editor.run", "part.editor.Mine"])
+def test_of_a_plugins_package_only_loaded_classes(
+    path: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, text in PLUGIN.items():
+        (tmp_path / "site" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "site" / name).write_text(text)
+    install(tmp_path / "site", "part", "[tokenflow.editors]\nMine = part.editor:Mine\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    installed_plugins.cache_clear()
+    with pytest.raises(SystemExit):
+        main(configuration({"model": {"editor": {"class_path": path}}}))
+    installed_plugins.cache_clear()
+    for name in [name for name in sys.modules if name.split(".")[0] == "part"]:
+        del sys.modules[name]
+    assert not Path(MARK).exists()
+    # allowed, the run goes on until it misses its model
+    assert ("'./none'" in capsys.readouterr().err) is path.endswith("Mine")
 
 
 def test_a_yaml_tag_makes_no_object(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -10,7 +11,7 @@ from transformers.utils.logging import disable_progress_bar
 from tokenflow.diffusion import Backbone
 from tokenflow.editors import Editor
 from tokenflow.errors import InputError
-from tokenflow.plugins import describe, installed_plugins
+from tokenflow.plugins import Plugin, describe, installed_plugins
 from tokenflow.testing import Check, ConformanceError, editor_checks, kernel_checks
 
 KINDS = {"tokenflow.editors": "editor", "tokenflow.propagation": "kernel"}
@@ -43,15 +44,29 @@ def show() -> int:
 
 
 def check(name: str, options: list[str]) -> int:
-    """Runs the conformance kit on a plugin made with these options; 1 if anything fails, else 0."""
+    """Runs the kit on a name's plugins, made with these options; 1 if anything fails, else 0."""
     named = [plugin for plugin in installed_plugins() if plugin.name == name]
     if not named:
         raise InputError(f"there is no plugin {name!r}; {describe(installed_plugins())}")
-    if broken := [plugin for plugin in named if not plugin.usable]:
-        print(f"{name} of {broken[0].distribution} is unusable: {broken[0].reason}")
+    return max([verdict(plugin, options) for plugin in named])
+
+
+def verdict(plugin: Plugin, options: list[str]) -> int:
+    """Prints what the kit says of one plugin; 1 if anything fails, else 0."""
+    who = f"{plugin.name} of {plugin.distribution}"
+    if not plugin.usable:
+        print(f"{who} is unusable: {plugin.reason}")
         return 1
-    failed = 0
-    for one in checks_of(named[0].kind, options):
+    try:
+        checks = checks_of(plugin.kind, options)
+    except InputError:
+        raise
+    except Exception as error:  # a third party's constructor may raise anything
+        print(f"FAILED  it cannot be made with these options: {type(error).__name__}: {error}")
+        checks, failed = [], 1
+    else:
+        failed = 0
+    for one in checks:
         try:
             one()
         except ConformanceError as error:
@@ -59,7 +74,7 @@ def check(name: str, options: list[str]) -> int:
             print(f"FAILED  {error}")
         else:
             print(f"ok      {one.__name__}")
-    print(f"{name} of {named[0].distribution}: {f'{failed} failed' if failed else 'all is well'}")
+    print(f"{who}: {f'{failed} failed' if failed else 'all is well'}")
     return 1 if failed else 0
 
 
@@ -68,10 +83,14 @@ def checks_of(kind: Any, options: list[str]) -> list[Check]:
     parser = ArgumentParser(prog=f"tokenflow plugins check {kind.__name__}")
     parser.add_class_arguments(kind)
     disable_progress_bar()  # of models' loading
-    if not issubclass(kind, Editor):
-        return kernel_checks(kind(**vars(parser.instantiate(parser.parse_args(options)))))
-    about = "What an editor is checked on: a folder, a hub id, or 'tiny', with random weights."
-    parser.add_argument("--backbone", type=str, default="tiny", help=about)
+    # an editor with such an option of its own is checked on random weights
+    fits = issubclass(kind, Editor) and "backbone" not in inspect.signature(kind).parameters
+    if fits:
+        about = "What an editor is checked on: a folder, a hub id, or 'tiny', with random weights."
+        parser.add_argument("--backbone", type=str, default="tiny", help=about)
     chosen = vars(parser.instantiate(parser.parse_args(options)))
-    model = chosen.pop("backbone")
-    return editor_checks(kind(**chosen), None if model == "tiny" else Backbone.load(model, "cpu"))
+    model = chosen.pop("backbone") if fits else "tiny"
+    plugin = kind(**chosen)
+    if not isinstance(plugin, Editor):
+        return kernel_checks(plugin)
+    return editor_checks(plugin, None if model == "tiny" else Backbone.load(model, "cpu"))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
-from jsonargparse import set_parsing_settings
+from jsonargparse import _typehints, set_parsing_settings
+from jsonargparse._util import get_import_path
 from lightning.pytorch import callbacks, loggers, profilers
 
 from tokenflow import HOMES
@@ -47,18 +51,49 @@ def split_allowed(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def restrict(allowed: Iterable[str] = ()) -> None:
-    """Limits class paths to the editors' and kernels' packages, `LIGHTNING` and those allowed."""
+    """Limits class paths to ours, classes in plugins' loaded modules, `LIGHTNING` and `allowed`."""
     kinds = [plugin.kind for plugin in installed_plugins() if plugin.kind is not None]
     packages = {kind.__module__.split(".")[0] for kind in kinds} - {"tokenflow"}
+    # what plugins have imported themselves; another module, as __main__, would run for it
+    loaded = [m for name, m in sorted(sys.modules.items()) if name.split(".")[0] in packages]
     # a class has two paths, its own module's and the public one: lightning.pytorch.FAMILY.NAME
     homes = [(kind.__module__, kind.__name__) for kind in LIGHTNING]
     public = [(".".join(module.split(".")[:3]), name) for module, name in homes]
     names = [f"{module}.{name}" for module, name in homes + public]
     # NNField is tokenflow.NNField too, which jsonargparse takes for its name
+    names += [
+        f"{module.__name__}.{name}"
+        for module in loaded
+        for name, value in vars(module).items()
+        if isinstance(value, type) and value.__module__.split(".")[0] in packages
+    ]
     names += [f"tokenflow.{name}" for name in HOMES if f"tokenflow.{HOMES[name]}" in TOKENFLOW]
     set_parsing_settings(
         import_path_denylist=["*"],
-        import_path_allowlist=[*TOKENFLOW, *sorted(packages), *names, *allowed],
+        import_path_allowlist=[*TOKENFLOW, *names, *allowed],
         # else a value of any type would be made from whatever class or function it names
         instantiate_subclass_spec_in_any=False,
     )
+
+
+@contextmanager
+def names_by_entry_point() -> Iterator[None]:
+    """A block in which an editor's or kernel's name means its entry point's class, and no other.
+
+    jsonargparse goes by all subclasses that are imported, and refuses a name that two of them have.
+    There is no public way to tell it better.
+    """
+    every = _typehints.get_all_subclass_paths
+
+    def offered(kind: Any, *args: Any, **options: Any) -> list[str]:
+        paths, usable = every(kind, *args, **options), {}
+        for plugin in installed_plugins():
+            if plugin.usable and issubclass(plugin.kind or object, kind):
+                usable[plugin.name] = get_import_path(plugin.kind)
+        return [path for path in paths if usable.get(path.split(".")[-1], path) == path]
+
+    _typehints.get_all_subclass_paths = offered  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        _typehints.get_all_subclass_paths = every

@@ -54,7 +54,12 @@ def load(entry: EntryPoint) -> Plugin:
             reason = f"{entry.value} is no subclass of {expected.__name__}"
         elif kind.__name__ != entry.name:
             reason = f"the entry point is named {entry.name!r} but its class {kind.__name__!r}"
-        elif (interface := getattr(kind, "interface", None)) != expected.interface:
+        elif (interface := stated_interface(kind)) is None:
+            reason = (
+                f"it does not say which interface of {expected.__name__} it was written for; add "
+                f"interface = {expected.interface} to the class"
+            )
+        elif interface != expected.interface:
             reason = (
                 f"it was written for interface {interface} of {expected.__name__}, "
                 f"this is interface {expected.interface}"
@@ -62,6 +67,18 @@ def load(entry: EntryPoint) -> Plugin:
         else:
             return Plugin(entry.name, entry.group, where, path, kind)
     return Plugin(entry.name, entry.group, where, path, None, reason)
+
+
+def stated_interface(kind: type[Any]) -> int | None:
+    """The interface that a class was written for, which a third party's does not inherit from ours.
+
+    Else every plugin would be of whatever interface is installed.
+    """
+    ours = kind.__module__.split(".")[0] == "tokenflow"
+    for base in kind.__mro__:
+        if "interface" in vars(base) and (ours or base.__module__.split(".")[0] != "tokenflow"):
+            return vars(base)["interface"]
+    return None
 
 
 @cache
@@ -102,10 +119,10 @@ def origin(kind: type[Any]) -> str:
     return f"{kind.__module__} (not installed as a plugin)"
 
 
-def require_usable(path: str) -> None:
-    """Raises `InputError` with the reason for a class path that is an unusable plugin's."""
+def require_usable(path: str, group: str) -> None:
+    """Raises `InputError` with the reason for a class path that is a group's unusable plugin's."""
     package, name = path.split(".")[0], path.split(".")[-1]
     for p in installed_plugins():
         # between package and name, a class may have several paths
-        if p.kind is None and p.name == name and p.path.split(".")[0] == package:
+        if (p.kind, p.name, p.group, p.path.split(".")[0]) == (None, name, group, package):
             raise InputError(f"{p.name} of {p.distribution} cannot be used: {p.reason}")

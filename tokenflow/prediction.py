@@ -20,7 +20,7 @@ from tokenflow.engine.module import TokenFlow, require_one_process
 from tokenflow.engine.progress import StageProgress
 from tokenflow.engine.writer import RunWriter
 from tokenflow.errors import InputError
-from tokenflow.imports import OPTION, restrict, split_allowed
+from tokenflow.imports import OPTION, names_by_entry_point, restrict, split_allowed
 from tokenflow.plugins import describe, installed_plugins, require_usable
 
 DESCRIPTION = """\
@@ -30,6 +30,7 @@ installed plugins and a few of Lightning's; --allow_imports PACKAGE, on the comm
 it name those of another package, and so run its code. Options are also read from the environment,
 --model.prompt from TOKENFLOW_PREDICT__MODEL__PROMPT, and all of Lightning's Trainer are accepted,
 of which a few are shown here."""
+GROUPS = {"editor": "tokenflow.editors", "propagation": "tokenflow.propagation"}
 SHOWN = ("trainer.accelerator", "trainer.devices")
 
 TRAINER = {
@@ -59,9 +60,9 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         lines = [message]
-        for option, group in (("editor", "editors"), ("propagation", "propagation")):
+        for option, group in GROUPS.items():
             if f"model.{option}" in message:
-                plugins = [p for p in installed_plugins() if p.group == f"tokenflow.{group}"]
+                plugins = [p for p in installed_plugins() if p.group == group]
                 lines.append(describe(plugins))
         if "is not allowed, denied by" in message:
             lines.append(f"a configuration may not run code; if you trust it: {OPTION} PACKAGE")
@@ -105,8 +106,8 @@ class PredictCLI(LightningCLI):
         parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER.items()})
 
     def before_instantiate_classes(self) -> None:
-        for option in ("editor", "propagation"):
-            require_usable(self.config.predict.model[option].class_path)
+        for option, group in GROUPS.items():
+            require_usable(self.config.predict.model[option].class_path, group)
 
     def before_predict(self) -> None:
         require_one_process(self.trainer)
@@ -150,19 +151,20 @@ def run(words: list[str]) -> None:
         ".*LightningCLI.s args parameter.*",
     ):
         warnings.filterwarnings("ignore", message=harmless)
-    PredictCLI(
-        TokenFlow,
-        Video,
-        args=["predict", *words],
-        parser_class=Parser,
-        parser_kwargs={
-            "default_env": True,
-            "env_prefix": "TOKENFLOW",
-            "predict": {"description": DESCRIPTION, "usage": "tokenflow predict [OPTIONS]"},
-        },
-        save_config_callback=None,
-        seed_everything_default=False,
-        auto_configure_optimizers=False,
-        load_from_checkpoint_support=False,
-        trainer_defaults={"callbacks": [StageProgress(), Terminable()]},
-    )
+    with names_by_entry_point():
+        PredictCLI(
+            TokenFlow,
+            Video,
+            args=["predict", *words],
+            parser_class=Parser,
+            parser_kwargs={
+                "default_env": True,
+                "env_prefix": "TOKENFLOW",
+                "predict": {"description": DESCRIPTION, "usage": "tokenflow predict [OPTIONS]"},
+            },
+            save_config_callback=None,
+            seed_everything_default=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            trainer_defaults={"callbacks": [StageProgress(), Terminable()]},
+        )

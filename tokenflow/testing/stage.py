@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenflow.diffusion import Backbone, Schedule, Trajectory
 from tokenflow.editors import Edit, Editor, Pass, contract
@@ -51,8 +51,9 @@ class Stage:
         `dtype` is the model's, its own when not given; a `negated` stage has another clip.
         """
         backbone = tiny_backbone() if model is None else copy.deepcopy(model)
-        for network in (backbone.unet, backbone.vae, backbone.text_encoder):
-            network.to(dtype or network.dtype)
+        if dtype is not None:
+            for network in (backbone.unet, backbone.vae, backbone.text_encoder):
+                nn.Module.to(network, dtype)  # diffusers' own warns
         clip = tiny_clip(FRAMES, backbone.multiple, 2 * backbone.multiple)
         clip = Clip.from_frames(1 - clip.frames) if negated else clip
         schedule = backbone.schedule(STEPS)

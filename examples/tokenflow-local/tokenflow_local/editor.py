@@ -19,6 +19,8 @@ class LocalPnP(PnP):
             image for all frames, or one for each. Grey mixes.
     """
 
+    interface = 1
+
     def __init__(
         self,
         attention: float = 0.5,
