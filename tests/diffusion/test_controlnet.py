@@ -44,6 +44,13 @@ def test_pickled_weights_are_not_read(folder: Path, backbone: Backbone) -> None:
         load_controlnet(folder, backbone)
 
 
+@pytest.mark.parametrize("text", [b"{", b"[]", b'{"weight_map": 3}', b"\xff\xfe"])
+def test_an_index_that_is_none(text: bytes, folder: Path, backbone: Backbone) -> None:
+    (folder / "x.safetensors.index.json").write_bytes(text)
+    with pytest.raises(ModelError, match=r"x\.safetensors\.index\.json is no index of weights"):
+        load_controlnet(folder, backbone)
+
+
 def test_a_hub_model_without_network(backbone: Backbone) -> None:
     with pytest.raises(ModelError, match=r"the ControlNet of the hub .* Without network, download"):
         load_controlnet("nobody/no-such-model", backbone)
@@ -90,6 +97,8 @@ def test_configuration_that_does_not_parse(
             {"conditioning_embedding_out_channels": (4, 8, 8, 8)},
             r"expected pixels per latent 2 \(found 8\)",
         ),
+        ({"num_class_embeds": 4}, r"expected classes None \(found 4\)"),
+        ({"class_embed_type": "timestep"}, r"expected class embedding None \(found timestep\)"),
         ({"conditioning_channels": 1}, r"expected channels of the control image 3 \(found 1\)"),
         (
             {"cross_attention_dim": 32, "layers_per_block": 1},

@@ -11,6 +11,7 @@ from tests.diffusion.making import make_controlnet
 from tokenflow.cli import main
 from tokenflow.diffusion import Backbone, ModelError
 from tokenflow.editors import Canny, Condition, Control, ControlNet, Pass, SDEdit
+from tokenflow.editors.controlnet import require_controls
 from tokenflow.engine import Result, Settings, edit_clip
 from tokenflow.engine.denoising import NAMES
 from tokenflow.errors import InputError
@@ -293,6 +294,11 @@ def test_a_controlnet_of_another_backbone_is_refused_before_any_work(
             progress=lambda stage, *_: done.append(stage),
         )
     assert done == []
+
+
+def test_further_controls_are_controls() -> None:
+    with pytest.raises(InputError, match=r"list of tokenflow.editors.Control, got one dict"):
+        require_controls([Control(), {"model": "miniature"}])
 
 
 def test_an_editor_that_was_not_prepared() -> None:

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -51,6 +53,13 @@ def test_inverted_is_the_trajectory_where_it_starts(backbone: Backbone, strength
     source = trajectory(schedule)
     start = SDEdit(strength, "inverted").start(source, schedule, 0)
     assert torch.equal(start.latents, source.latents[10 - len(start.timesteps)])
+
+
+def test_true_is_no_strength() -> None:
+    """In a process of its own, as the tests' type checker refuses it too."""
+    words = "from tokenflow.editors import SDEdit; SDEdit(strength=True)"
+    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True)
+    assert "InputError: strength is the share of the steps" in done.stderr
 
 
 @pytest.mark.parametrize("noise", ["shared", "independent"])

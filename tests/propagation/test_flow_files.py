@@ -133,7 +133,7 @@ def test_nan_in_an_array(folder: Path, value: float) -> None:
 
 def test_unknown_motion_in_a_flo_file(folder: Path) -> None:
     flow = constant(1, 1)
-    flow[2, 3:5] = 1.7e9
+    flow[2, 3:5] = [[1e9], [1e10]]  # the mark, and what some write
     write_flo(folder / "1_0.flo", flow)
     with pytest.raises(InputError, match=r"1_0\.flo has NaN or infinite values in 2 of 48"):
         read(folder, 1, 0)
@@ -142,6 +142,8 @@ def test_unknown_motion_in_a_flo_file(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
+        (b"PI", "does not begin as a .flo file does"),
+        (b"PIEH1", "does not begin as a .flo file does"),
         (b"", r"does not begin as a \.flo file"),
         (b"\0" * 400, r"does not begin as a \.flo file"),
         (struct.pack("<fii", 202021.25, 8, 6), r"says that it holds 8x6 pixels, but has 12 bytes"),
@@ -165,3 +167,24 @@ def test_an_array_of_words(folder: Path) -> None:
     np.save(folder / "0000_0001.npy", np.array([["left"]]))
     with pytest.raises(InputError, match=r"0000_0001\.npy holds <U4, expected numbers"):
         read(folder, 0, 1)
+
+
+def test_an_archive_of_arrays(folder: Path) -> None:
+    np.savez(folder / "archive.npz", one=constant(1, 1))
+    (folder / "archive.npz").rename(folder / "0000_0001.npy")
+    with pytest.raises(InputError, match=r"0000_0001\.npy is an archive, expected one array"):
+        FlowFiles(str(folder)).prepare(CLIP)
+
+
+def test_an_array_that_no_memory_holds(folder: Path) -> None:
+    head = {"descr": "<f4", "fortran_order": False, "shape": (10**7, 10**7, 2)}
+    with (folder / "0000_0001.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, head)
+    with pytest.raises(InputError, match=r"0000_0001\.npy is no NumPy array of numbers"):
+        FlowFiles(str(folder)).prepare(CLIP)
+
+
+def test_a_folder_with_a_files_name(folder: Path) -> None:
+    (folder / "0_2.flo").mkdir()
+    with pytest.raises(InputError, match=r"0_2\.flo cannot be read: Is a directory"):
+        read(folder, 0, 2)

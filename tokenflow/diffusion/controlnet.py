@@ -22,6 +22,8 @@ SHARED = {
     "layers_per_block": "layers per block",
     "in_channels": "latent channels",
     "addition_embed_type": "further embedding",
+    "class_embed_type": "class embedding",
+    "num_class_embeds": "classes",
 }
 
 

@@ -44,7 +44,13 @@ def require_safetensors(folder: Path) -> None:
         )
     for index in folder.glob("*.index.json"):
         # libraries unpickle whatever shard has another suffix
-        named = set(json.loads(index.read_text()).get("weight_map", {}).values())
+        try:
+            named = set(json.loads(index.read_text()).get("weight_map", {}).values())
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ModelError(
+                f"{index} is no index of weights: expected JSON with a weight_map of file names, "
+                f"got {error}; fetch the model again"
+            ) from error
         if other := sorted(name for name in named if not str(name).endswith(".safetensors")):
             raise ModelError(
                 f"{index} names {other[0]!r}, expected *.safetensors files only; pickled weights "

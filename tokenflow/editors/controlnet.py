@@ -89,6 +89,7 @@ class ControlNet(SDEdit):
         noise: str = "inverted",
     ) -> None:
         super().__init__(strength, noise)
+        require_controls(further)
         self.controls = (Control(model, condition, scale, begin, end), *further)
         self.control_source = control_source
         self.backbone: Backbone | None = None
@@ -133,6 +134,16 @@ class ControlNet(SDEdit):
             "down_block_additional_residuals": down,
             "mid_block_additional_residual": middle,
         }
+
+
+def require_controls(further: Sequence[object]) -> None:
+    """Raises `InputError` for anything but controls, as the mappings that YAML writes them as."""
+    for one in further:
+        if not isinstance(one, Control):
+            raise InputError(
+                f"further expects a list of tokenflow.editors.Control, got one {type(one).__name__}"
+                f"; in Python write Control(model=..., scale=...)"
+            )
 
 
 def residuals(

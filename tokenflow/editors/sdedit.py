@@ -32,7 +32,7 @@ class SDEdit(Editor):
     """
 
     def __init__(self, strength: float = 0.9, noise: str = "inverted") -> None:
-        if not 0 < strength <= 1:
+        if isinstance(strength, bool) or not 0 < strength <= 1:
             raise InputError(
                 f"strength is the share of the steps that run, above 0 and up to 1, got {strength}"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 from functools import reduce
 from pathlib import Path
 
@@ -92,19 +93,24 @@ class FlowFiles(OpticalFlow):
 def read_npy(file: Path) -> np.ndarray:
     """An array of numbers; a pickle is refused."""
     try:
-        return np.load(file, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+        array = np.load(file, allow_pickle=False)
+    except (ValueError, EOFError, OSError, MemoryError) as error:
         raise InputError(f"{file} is no NumPy array of numbers: {error}; write it again") from error
+    if not isinstance(array, np.ndarray):  # an archive of several
+        raise InputError(f"{file} is an archive, expected one array; write it with numpy.save")
+    return array
 
 
 def read_flo(file: Path) -> np.ndarray:
     """Middlebury's format: the magic number, width, height, then x and y of each pixel."""
-    data = file.read_bytes()
-    head = np.frombuffer(data[:12], "<i4")
-    magic = np.frombuffer(data[:4], "<f4")
-    if len(head) < 3 or magic[0] != np.float32(FLO):
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}; write it again") from error
+    head = data[:12].ljust(12, b"\0")
+    magic, width, height = struct.unpack("<fii", head)
+    if len(data) < 12 or magic != FLO:
         raise InputError(f"{file} does not begin as a .flo file does; write it again")
-    width, height = int(head[1]), int(head[2])
     if min(width, height) < 1 or len(data) != 12 + 8 * width * height:
         raise InputError(
             f"{file} says that it holds {width}x{height} pixels, but has {len(data)} bytes, "
@@ -112,4 +118,4 @@ def read_flo(file: Path) -> np.ndarray:
         )
     flow = np.frombuffer(data[12:], "<f4").reshape(height, width, 2)
     # Middlebury marks pixels whose motion is not known with 1e9 and more
-    return np.where(np.abs(flow) > 1e9, np.nan, flow)
+    return np.where(np.abs(flow) >= 1e9, np.nan, flow)
