@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from tokenflow.cli import stop
 from tokenflow.engine.data import Video
-from tokenflow.engine.module import TokenFlow, require_one_process
+from tokenflow.engine.module import TokenFlow
 from tokenflow.engine.progress import StageProgress
 from tokenflow.engine.writer import RunWriter
 from tokenflow.errors import InputError
@@ -110,7 +110,6 @@ class PredictCLI(LightningCLI):
             require_usable(self.config.predict.model[option].class_path, group)
 
     def before_predict(self) -> None:
-        require_one_process(self.trainer)
         if self.trainer.precision != "32-true":
             raise InputError(
                 f"expected no --trainer.precision, got {self.trainer.precision}; the networks' "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import tokenflow.editors
 import tokenflow.engine
 import tokenflow.testing  # noqa: F401 (imported once, by the server that ranks are forked from)
 
-PATIENCE = 180.0
+PATIENCE = 120.0
 """Seconds until ranks that do not end are ended."""
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -41,8 +42,10 @@ def on_ranks(size: int, folder: Path, function: Callable[..., Any], *args: Any) 
 
 def _run(rank: int, size: int, folder: Path, function: Callable[..., Any], args: Any) -> None:
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(PATIENCE - 10)
     store = dist.FileStore(str(folder / "store"), size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     torch.save(function(*args), folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+    faulthandler.cancel_dump_traceback_later()

@@ -19,6 +19,7 @@ from tokenflow.engine import Settings, edit_clip
 from tokenflow.engine.attention import self_attention_sites
 from tokenflow.engine.frame_group import FrameGroup
 from tokenflow.engine.windows import split_windows
+from tokenflow.errors import InputError
 from tokenflow.propagation import FlowWeighted, NNField, Propagation
 from tokenflow.testing import tiny_clip
 
@@ -39,12 +40,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Part:
-    """What one rank returns: where its frames begin, the frames, bytes received."""
+    """What one rank returns: where its frames begin, the frames, bytes received, all frames."""
 
     first: int
     frames: Tensor
     received: int
     idle: bool
+    whole: Tensor | None
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +87,8 @@ def edited(cases: dict[str, Case], model: Path) -> dict[str, Part]:
             settings=settings,
             group=group,
         ).clip
-        parts[name] = Part(result.first, result.frames, group.received, share.idle)
+        whole = group.to_first(result.frames, share.frame_counts)
+        parts[name] = Part(result.first, result.frames, group.received, share.idle, whole)
     return parts
 
 
@@ -117,6 +120,41 @@ def test_several_ranks_agree_with_one(
         assert together.shape == alone[name].frames.shape, name
         difference = float((together - alone[name].frames).abs().max())
         assert difference <= TOLERANCE, f"{name}: {difference}"
+
+
+def test_the_first_rank_is_sent_all_frames_as_bytes(
+    cases: dict[str, Case], shared: list[dict[str, Part]]
+) -> None:
+    for name in cases:
+        first, *others = [rank[name] for rank in shared]
+        assert first.whole is not None
+        assert all(part.whole is None for part in others)
+        working = [part.frames for part in (first, *others) if not part.idle]
+        assert torch.equal(first.whole, (torch.cat(working) * 255).round().byte()), name
+
+
+def failing_on_the_last() -> str:
+    group = FrameGroup.of_all_ranks()
+    try:
+        with group.together():
+            if group.rank == group.size - 1:
+                raise InputError("its disk is full")
+    except InputError as error:
+        return str(error)
+    return "nothing"
+
+
+def averaged() -> float:
+    group = FrameGroup.of_all_ranks()
+    return group.mean(float(group.rank), group.rank)  # (0·0 + 1·1 + 2·2) / (0 + 1 + 2)
+
+
+def test_an_error_of_one_rank_is_all_ranks(tmp_path: Path) -> None:
+    assert on_ranks(2, tmp_path, failing_on_the_last) == ["its disk is full"] * 2
+
+
+def test_means_count_by_weight(tmp_path: Path) -> None:
+    assert on_ranks(3, tmp_path, averaged) == [pytest.approx(5 / 3)] * 3
 
 
 def test_what_arrives_is_what_the_documentation_predicts(

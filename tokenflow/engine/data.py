@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,6 +72,9 @@ class ClipSource:
         """The clip's name."""
         return clip_name(self.path)
 
-    def read(self, multiple: int) -> Clip:
-        """The clip, with sides that are multiples of `multiple` pixels."""
-        return read_clip(self.path, multiple=multiple, **self.choice)
+    def read(self, multiple: int, part: Callable[[int], range] | None = None) -> Clip:
+        """The clip, or the part of it that `part` chooses by the number of frames.
+
+        The sides are multiples of `multiple` pixels.
+        """
+        return read_clip(self.path, multiple=multiple, part=part, **self.choice)

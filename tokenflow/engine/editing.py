@@ -31,7 +31,7 @@ from tokenflow.engine.windows import (
     split_windows,
 )
 from tokenflow.errors import InputError
-from tokenflow.metrics import psnr
+from tokenflow.metrics import decibels
 from tokenflow.propagation import ClipFlow, Propagation
 from tokenflow.video import Clip
 
@@ -186,7 +186,8 @@ def edit_clip(
             )
             for name, codes in (("reconstruction_psnr", back), ("round_trip_psnr", latents)):
                 frames = in_batches(backbone.decode, codes, settings.batch)
-                quality[name] = psnr(frames, clip.frames)
+                error = float((frames - clip.frames).square().mean())
+                quality[name] = decibels(group.mean(error, 0 if share.idle else len(clip)))
     with timed(seconds, "edit"):
         edited = edit_latents(
             backbone, trajectory, schedule, editor, propagation,

@@ -8,13 +8,16 @@ keyframes at its ends, which the neighbouring ranks' windows need.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
+
+from tokenflow.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -60,23 +63,72 @@ class FrameGroup:
         rank: This process's number in the group.
         size: Of the group.
         group: Through which its members talk.
+        device: Where what they tell each other must be.
 
     Attributes:
         received: Bytes that have come to this rank from others, for keys, values and keyframes.
     """
 
     def __init__(
-        self, rank: int = 0, size: int = 1, group: dist.ProcessGroup | None = None
+        self,
+        rank: int = 0,
+        size: int = 1,
+        group: dist.ProcessGroup | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
-        self.rank, self.size, self.group = rank, size, group
+        self.rank, self.size, self.group, self.device = rank, size, group, device
         self.received = 0
 
     @classmethod
-    def of_all_ranks(cls) -> FrameGroup:
+    def of_all_ranks(cls, device: torch.device | str = "cpu") -> FrameGroup:
         """All processes of the job, which may be one."""
         if not dist.is_initialized():
             return cls()
-        return cls(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
+        return cls(dist.get_rank(), dist.get_world_size(), dist.group.WORLD, device)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block that fails on all ranks if it fails on one; nothing is to be sent in it.
+
+        Raises:
+            InputError: This rank's, or else the first of the others'.
+        """
+        error: InputError | None = None
+        try:
+            yield
+        except InputError as caught:
+            error = caught
+        if self.size > 1:
+            errors: list[InputError | None] = [None] * self.size
+            dist.all_gather_object(errors, error, group=self.group)
+            error = error or next((e for e in errors if e is not None), None)
+        if error is not None:
+            raise error
+
+    def mean(self, value: float, weight: int) -> float:
+        """Of all ranks' values, by their weights."""
+        if self.size == 1:
+            return value
+        parts: list[tuple[float, int]] = [(0.0, 0)] * self.size
+        dist.all_gather_object(parts, (value, weight), group=self.group)
+        return sum(v * w for v, w in parts) / sum(w for _, w in parts)
+
+    def to_first(
+        self, own: Float[Tensor, "own 3 height width"], counts: Sequence[int]
+    ) -> UInt8[Tensor, "all 3 height width"] | None:
+        """All ranks' frames in their order, as bytes in host memory: on rank 0, elsewhere none."""
+        levels = (own.clamp(0, 1) * 255).round().byte()
+        if self.rank != 0:
+            for frame in levels[: counts[self.rank]].to(self.device):
+                dist.send(frame[None], group=self.group, group_dst=0)
+            return None
+        arrived = [levels.cpu()]
+        for rank, count in enumerate(counts[1:], start=1):
+            for _ in range(count):
+                frame = torch.empty_like(levels[:1], device=self.device)
+                dist.recv(frame, group=self.group, group_src=rank)
+                arrived.append(frame.cpu())
+        return torch.cat(arrived)
 
     def share(self, windows: Sequence[range]) -> Share:
         """This rank's part of a clip's windows: each rank has as many, the first ones one more."""

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 
 from tokenflow.diffusion import Backbone
 from tokenflow.diffusion.inversion import inversion_timesteps
 from tokenflow.editors import Editor
 from tokenflow.engine.data import ClipSource
 from tokenflow.engine.editing import Progress, Result, Settings, check_prompt, edit_clip
-from tokenflow.errors import InputError
+from tokenflow.engine.frame_group import FrameGroup, Share
+from tokenflow.engine.windows import split_windows
 from tokenflow.plugins import origin
 from tokenflow.propagation import Propagation
-
-
-def require_one_process(trainer: Trainer) -> None:
-    """Raises `InputError` for a trainer of several processes."""
-    if trainer.world_size > 1:
-        raise InputError(
-            f"one process edits a clip in this version, got {trainer.world_size}; "
-            f"use --trainer.devices 1 and start a run for each clip"
-        )
 
 
 class Prediction:
@@ -73,10 +66,11 @@ class TokenFlow(LightningModule):
         self.settings = Settings(**settings)
         self.progress: Progress = lambda stage, step, steps: None
         self.backbone: Backbone | None = None
+        self.group = FrameGroup()
 
     def setup(self, stage: str) -> None:
-        require_one_process(self.trainer)
         device = str(self.trainer.strategy.root_device)
+        self.group = FrameGroup.of_all_ranks(device)
         self.backbone = Backbone.load(self.model, device, self.dtype_name)
         sampling = self.backbone.schedule(self.settings.steps)
         inversion_timesteps(self.inversion_steps, sampling, self.backbone)  # refuses wrong numbers
@@ -98,9 +92,12 @@ class TokenFlow(LightningModule):
 
     def predict_step(self, source: ClipSource, batch_index: int) -> Prediction:
         assert self.backbone is not None, "setup comes before predict_step"
+        alone = self.group.size == 1
+        with self.group.together():
+            clip = source.read(self.backbone.multiple, None if alone else self.needed)
         result = edit_clip(
             self.backbone,
-            source.read(self.backbone.multiple),
+            clip,
             self.prompt,
             self.editor,
             self.propagation,
@@ -109,5 +106,27 @@ class TokenFlow(LightningModule):
             settings=self.settings,
             report_reconstruction=self.report_reconstruction,
             progress=self.progress,
+            group=self.group,
         )
+        if not alone:
+            result = self.gathered(result, source)
         return Prediction(result, self.resolved(self.backbone))
+
+    def share(self, frames: int) -> Share:
+        """What this rank has of a clip of so many frames."""
+        return self.group.share(split_windows(frames, self.settings.keyframe_every))
+
+    def needed(self, frames: int) -> range:
+        """Which of a clip's frames this rank has to see."""
+        share = self.share(frames)
+        return share.positions(share.held)
+
+    def gathered(self, result: Result, source: ClipSource) -> Result:
+        """On rank 0 the result for the whole clip, elsewhere this rank's as it is."""
+        counts = self.share(result.clip.total).frame_counts
+        levels = self.group.to_first(result.clip.frames, counts)
+        if levels is None or self.backbone is None:
+            return result
+        whole = source.read(self.backbone.multiple)
+        edited = dataclasses.replace(whole, frames=levels / 255)
+        return dataclasses.replace(result, source=whole, clip=edited)

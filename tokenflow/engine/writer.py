@@ -83,6 +83,8 @@ class RunWriter(BasePredictionWriter):
         batch: ClipSource,
         *_: Any,
     ) -> None:
+        if not trainer.is_global_zero:
+            return
         folder = self.folder / batch.name
         result = prediction.result
         source, edited = result.source, result.clip

@@ -1,5 +1,5 @@
 """Measures of an edited video."""
 
-from tokenflow.metrics.functional import psnr, warp_error
+from tokenflow.metrics.functional import decibels, psnr, warp_error
 
-__all__ = ["psnr", "warp_error"]
+__all__ = ["decibels", "psnr", "warp_error"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -11,7 +13,12 @@ from tokenflow.propagation.optical_flow import warp
 
 def psnr(a: Float[Tensor, "*shape"], b: Float[Tensor, "*shape"]) -> float:
     """Peak signal-to-noise ratio in dB of two tensors of images in 0..1; infinite when equal."""
-    return float(-10 * (a - b).square().mean().log10())
+    return decibels(float((a - b).square().mean()))
+
+
+def decibels(error: float) -> float:
+    """The PSNR in dB of a mean squared error of images in 0..1; infinite for none."""
+    return -10 * math.log10(error) if error > 0 else math.inf
 
 
 def warp_error(

@@ -1,7 +1,7 @@
 """Read a clip from a video file or from a folder of images."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -30,6 +30,7 @@ def read_clip(
     fit: Fit = "resize",
     multiple: int = 1,
     image_rate: Fraction | float | int = 8,
+    part: Callable[[int], range] | None = None,
 ) -> Clip:
     """Read the frames start, start + stride, … before stop, in the order of display.
 
@@ -48,6 +49,8 @@ def read_clip(
             little, and `display_size` undoes that; "crop" cuts the edges off for good.
         multiple: what both sides must be divisible by, in pixels; the nearest is taken.
         image_rate: frames per second of an image folder, from 0.0001 to 10000.
+        part: told how many frames that makes, says which consecutive ones of them to keep: the
+            clip then is that part of the whole. The video is decoded twice for it.
 
     Raises:
         VideoError: for anything that cannot be read as asked, with the path and the frame.
@@ -71,11 +74,22 @@ def read_clip(
             f"per second, got {image_rate}."
         )
 
-    with _open(path, Fraction(image_rate).limit_denominator(FINEST_RATE)) as source:
+    images = Fraction(image_rate).limit_denominator(FINEST_RATE)
+    choice = start, stop, stride, max_frames
+    kept, whole = None, None
+    if part is not None:
+        with _open(path, images) as source:
+            whole = sum(1 for _ in _chosen(path, source, *choice))
+        kept = part(whole)
+
+    with _open(path, images) as source:
         frames: list[Float[Tensor, "3 height width"]] = []
         times: list[Fraction | None] = []
         first: tuple[torch.Size, Framing] | None = None
-        for picture in _chosen(path, source, start, stop, stride, max_frames):
+        for index, picture in enumerate(_chosen(path, source, *choice)):
+            times.append(picture.time)
+            if kept is not None and index not in kept:
+                continue
             image = picture.rgb()
             if first is None:
                 size = (image.shape[1], image.shape[2])
@@ -89,17 +103,18 @@ def read_clip(
                     "choose other frames or scale them to one size first."
                 )
             frames.append(plan.apply(image.float() / 255))
-            times.append(picture.time)
 
     seconds = _times(path, times, start, stride, source.rate)
     rate = source.rate / stride
     return Clip(
         frames=torch.stack(frames),
-        times=tuple(second - seconds[0] for second in seconds),
+        times=tuple(seconds[i] - seconds[0] for i in kept or range(len(seconds))),
         rate=rate,
         name=clip_name(path),
         display_size=plan.display,
         audio=AudioSpan(path, seconds[0], seconds[-1] + 1 / rate) if source.has_audio else None,
+        first=kept.start if kept else 0,
+        whole=whole,
     )
 
 
