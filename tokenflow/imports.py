@@ -13,7 +13,7 @@ from lightning.pytorch import callbacks, loggers, profilers
 
 from tokenflow import HOMES
 from tokenflow.errors import InputError
-from tokenflow.plugins import installed_plugins
+from tokenflow.plugins import GROUPS, installed_plugins
 
 OPTION = "--allow_imports"
 # classes one by one: whatever Lightning has with a function for an argument, as LambdaCallback,
@@ -86,10 +86,13 @@ def names_by_entry_point() -> Iterator[None]:
     every = _typehints.get_all_subclass_paths
 
     def offered(kind: Any, *args: Any, **options: Any) -> list[str]:
-        paths, usable = every(kind, *args, **options), {}
-        for plugin in installed_plugins():
-            if plugin.usable and issubclass(plugin.kind or object, kind):
-                usable[plugin.name] = get_import_path(plugin.kind)
+        groups = [group for group, base in GROUPS.items() if base is kind]
+        usable = {
+            plugin.name: get_import_path(plugin.kind)
+            for plugin in installed_plugins()
+            if plugin.usable and plugin.group in groups
+        }
+        paths = every(kind, *args, **options)
         return [path for path in paths if usable.get(path.split(".")[-1], path) == path]
 
     _typehints.get_all_subclass_paths = offered  # type: ignore[assignment]
