@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from tokenflow.diffusion import Backbone
-from tokenflow.diffusion.backbone import EMBEDDED
 from tokenflow.editors import ControlNet, SDEdit
 from tokenflow.engine import Settings, edit_clip
 from tokenflow.miniature.judge import Judge, answers
@@ -21,10 +20,6 @@ from tokenflow.miniature.structure import (
 )
 from tokenflow.propagation import NNField
 from tokenflow.video import Clip
-
-trained = pytest.mark.skipif(
-    not (EMBEDDED / "controlnet").is_dir(), reason="ControlNet weights not trained yet"
-)
 
 
 @pytest.mark.parametrize("look", LOOKS, ids=lambda look: f"{look['color']} on {look['background']}")
@@ -44,7 +39,6 @@ def test_a_pixel_is_the_objects_whose_colour_is_nearer() -> None:
     assert object_mask(image, truth, mask).tolist() == [[False, True]]
 
 
-@trained
 def test_edges_alone_give_shape_and_place() -> None:
     backbone, judge = Backbone.load("miniature", device="cpu"), Judge.load()
     controlled = judge_structure(backbone, ControlNet(), judge, each=8, steps=15)
@@ -55,7 +49,6 @@ def test_edges_alone_give_shape_and_place() -> None:
     assert free.overlap < OVERLAP_BAR, free
 
 
-@trained
 def test_edges_alone_give_shape_and_place_in_a_moving_scene() -> None:
     backbone, judge = Backbone.load("miniature", device="cpu"), Judge.load()
     scene = random_scene(4_700_000, frames=8)

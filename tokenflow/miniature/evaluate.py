@@ -13,7 +13,6 @@ from rich.table import Table
 from torch import Tensor
 
 from tokenflow.diffusion import Backbone
-from tokenflow.diffusion.backbone import EMBEDDED
 from tokenflow.diffusion.sampling import ddim_step, guide
 from tokenflow.editors import ControlNet, SDEdit
 from tokenflow.miniature.judge import Judge, accuracy
@@ -91,10 +90,7 @@ def main(
     console = Console()
     console.print(table)
     console.print(f"VAE round trip: {round_trip_psnr(backbone, renders):.2f} dB (bar 28)")
-    if (EMBEDDED / "controlnet").is_dir():
-        console.print(structure_table(backbone, judge, samples // 8, steps, guidance))
-    else:
-        console.print("the embedded ControlNet has not been trained")
+    console.print(structure_table(backbone, judge, samples // 8, steps, guidance))
 
 
 def structure_table(

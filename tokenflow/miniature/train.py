@@ -144,7 +144,7 @@ def main(
     vae_steps: int = 2100,
     judge_steps: int = 1600,
     unet_steps: int = 7000,
-    controlnet_steps: int = 1500,
+    controlnet_steps: int = 3000,
     precision: str = "32-true",
 ) -> None:
     """Trains the miniature, or one stage of it, and writes its weights into this package.
