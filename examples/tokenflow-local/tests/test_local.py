@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tokenflow_local import LocalField, LocalPnP
 
 from tokenflow import NNField
@@ -46,6 +47,21 @@ def test_a_mask_of_another_length(tmp_path: Path) -> None:
     editor = LocalPnP(mask=mask(tmp_path, 2))
     with pytest.raises(InputError, match="has 2 frames and the clip 3; give one image"):
         editor.prepare(tiny_backbone(), tiny_clip(3))
+
+
+def test_masks_that_would_do_harm(tmp_path: Path) -> None:
+    see_through = Image.new("RGBA", (32, 16), (255, 255, 255, 128))
+    for image, said in ((see_through, "alpha"), (Image.new("L", (32, 64), 255), "aspect")):
+        folder = tmp_path / said
+        folder.mkdir()
+        image.save(folder / "0.png")
+        with pytest.raises(InputError, match=said):
+            LocalPnP(mask=str(folder)).prepare(tiny_backbone(), tiny_clip(3))
+
+
+def test_a_region_of_no_pixel() -> None:
+    with pytest.raises(InputError, match="the region is empty"):
+        LocalPnP(box=(0.5, 0.5, 0.501, 0.501)).prepare(tiny_backbone(), tiny_clip(3))
 
 
 @pytest.mark.parametrize("box", [(0.5, 0, 0.5, 1), (0, 0.6, 1, 0.5), (-0.1, 0, 1, 1), (0, 0, 2, 1)])

@@ -1,11 +1,14 @@
 """Plug-and-Play that keeps the background (as in Blended Diffusion, Avrahami et al. 2022)."""
 
+from pathlib import Path
+
 import torch
 from torch.nn.functional import interpolate
 
 from tokenflow.editors import PnP
+from tokenflow.editors.conditions import same_aspect, sizes
 from tokenflow.errors import InputError
-from tokenflow.video import read_clip
+from tokenflow.video import read_clip, transparent
 
 
 class LocalPnP(PnP):
@@ -43,6 +46,12 @@ class LocalPnP(PnP):
             masks[..., round(top * height) : round(bottom * height), columns] = 1
         else:
             masks = read_clip(self.mask).frames.mean(dim=1, keepdim=True)
+            if (name := transparent(Path(self.mask))) is not None:
+                raise InputError(
+                    f"the mask {name} has an alpha channel; save it as black and white"
+                )
+            if not any(same_aspect(masks.shape[-2:], size) for size in sizes(clip)):
+                raise InputError(f"the mask {self.mask} has another aspect than the clip; crop it")
         if len(masks) not in (1, clip.total):
             raise InputError(
                 f"the mask {self.mask} has {len(masks)} frames and the clip {clip.total}; give one "
@@ -50,6 +59,8 @@ class LocalPnP(PnP):
             )
         size = [side // backbone.latent_scale for side in clip.frames.shape[-2:]]
         self.region = interpolate(masks, size, mode="area").expand(clip.total, -1, -1, -1)
+        if self.region.max() == 0:
+            raise InputError("the region is empty, so nothing would be edited; make it larger")
 
     def constrain(self, latents, frames, t, trajectory):
         region, source = self.region[list(frames)].to(latents), trajectory.at(t, frames)
