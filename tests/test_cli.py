@@ -186,6 +186,7 @@ BAD = {
     "an unknown policy": (["--model.keyframes=-1"], "offset of 0 or more"),
     "a wrong quality": (["--output.crf=99"], "from 0 to 51"),
     "a file for a folder": (["--output.folder=/dev/null"], "cannot be written"),
+    "a strategy that is not installed": (["--trainer.strategy=deepspeed"], "cannot be used"),
     "no window": (["--model.keyframe_every=0"], "keyframe_every must be at least 1"),
     "two processes": (["--trainer.devices=2", "--trainer.strategy=ddp"], "devices 1"),
     "Lightning's precision": (["--trainer.precision=bf16-true"], "--model.dtype"),

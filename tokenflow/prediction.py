@@ -9,6 +9,7 @@ import warnings
 from argparse import SUPPRESS, HelpFormatter
 from typing import Any, NoReturn
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -127,6 +128,15 @@ class PredictCLI(LightningCLI):
             super().parse_arguments(parser, args)
         except UnicodeDecodeError as error:
             parser.error(f"expected a YAML file for --config, got one that is no text: {error}")
+
+    def instantiate_classes(self) -> None:
+        """As Lightning's own, for options that Lightning refuses."""
+        try:
+            super().instantiate_classes()
+        except InputError:
+            raise
+        except (MisconfigurationException, ValueError) as error:
+            raise InputError(f"the configuration cannot be used: {error}") from error
 
     def after_instantiate_classes(self) -> None:
         self._dump_config()
