@@ -12,8 +12,8 @@ from torch import Tensor
 from tokenflow.diffusion import Backbone, Schedule, Trajectory, invert
 from tokenflow.editors import Edit, Editor, Pass, PnP, Start
 from tokenflow.engine import Result, Settings, edit_clip, edit_latents
-from tokenflow.engine.editing import psnr
 from tokenflow.errors import DivergedError, InputError
+from tokenflow.metrics import psnr
 from tokenflow.propagation import Correspondence, NNField, Propagation, Window
 from tokenflow.video import Clip
 
