@@ -10,6 +10,7 @@ from tokenflow.editors import Editor, Pass, PnP, Start
 from tokenflow.editors.pnp import decoder_layers, take_source
 from tokenflow.engine.attention import installed
 from tokenflow.engine.denoising import BRANCHES, Denoiser
+from tokenflow.engine.frame_group import FrameGroup
 from tokenflow.errors import InputError
 
 
@@ -97,7 +98,11 @@ def test_edits_are_on_while_i_is_below_int_of_n_times_until(
     empty = torch.zeros(steps, 1, 4, 8, 8)
     trajectory = Trajectory(schedule.timesteps, empty, empty[0], empty[0], 0.5)
     editor = PnP(attention=until, features=1.0)
-    denoiser = Denoiser(backbone, trajectory, schedule, editor, torch.zeros(3, 2, 16), 7.5, 8)
+    group = FrameGroup()
+    denoiser = Denoiser(
+        backbone, trajectory, schedule, editor, torch.zeros(3, 2, 16), 7.5, 8, None,
+        group, group.share([trajectory.positions]),
+    )  # fmt: skip
     projection = backbone.unet.up_blocks[2].attentions[0].transformer_blocks[0].attn1.to_k
     features = backbone.unet.up_blocks[1].resnets[1].conv2
     on = []

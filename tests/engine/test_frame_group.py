@@ -133,6 +133,32 @@ def test_the_first_rank_is_sent_all_frames_as_bytes(
         assert torch.equal(first.whole, (torch.cat(working) * 255).round().byte()), name
 
 
+def without(exchange: str, cases: dict[str, Case], model: Path) -> dict[str, Part]:
+    """As `edited`, but this exchange between ranks is left out."""
+    repeated = {
+        "gather": lambda self, own, counts: own,
+        "with_neighbours": lambda self, own, counts: torch.cat([own[:1], own, own[-1:]])[
+            self.rank == 0 : len(own) + 2 - (self.rank == self.size - 1)
+        ],
+    }
+    setattr(FrameGroup, exchange, repeated[exchange])
+    return edited(cases, model)
+
+
+@pytest.mark.parametrize("exchange", ["gather", "with_neighbours"])
+def test_without_an_exchange_the_result_is_another(
+    exchange: str,
+    cases: dict[str, Case],
+    alone: dict[str, Part],
+    model_folder: Path,
+    tmp_path: Path,
+) -> None:
+    name = "uneven, ragged"
+    parts = on_ranks(2, tmp_path, without, exchange, {name: cases[name]}, model_folder)
+    together = torch.cat([part[name].frames for part in parts])
+    assert float((together - alone[name].frames).abs().max()) > 10 * TOLERANCE
+
+
 def failing_on_the_last() -> str:
     group = FrameGroup.of_all_ranks()
     try:
@@ -150,7 +176,9 @@ def averaged() -> float:
 
 
 def test_an_error_of_one_rank_is_all_ranks(tmp_path: Path) -> None:
-    assert on_ranks(2, tmp_path, failing_on_the_last) == ["its disk is full"] * 2
+    first, last = on_ranks(2, tmp_path, failing_on_the_last)
+    assert first == "rank 1 failed, and all stop with it: InputError: its disk is full"
+    assert last == "its disk is full"
 
 
 def test_means_count_by_weight(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -51,4 +50,19 @@ class Trajectory:
         `frames` are positions in the clip; all that are here when not given.
         """
         latents = self.clean if t is None else self.latents[self.timesteps.index(t)]
-        return latents if frames is None else latents[torch.tensor(frames) - self.first]
+        return latents if frames is None else latents[rows(self.positions, frames)]
+
+
+def rows(positions: range, frames: Sequence[int]) -> list[int]:
+    """Where frames of a clip are among those at consecutive positions.
+
+    Raises:
+        IndexError: One is not there, which several ranks may have shared out.
+    """
+    for frame in frames:
+        if frame not in positions:
+            raise IndexError(
+                f"frame {frame} of the clip is not among those here, {positions[0]} to "
+                f"{positions[-1]}; use only the frames that you are given"
+            )
+    return [positions.index(frame) for frame in frames]

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokenflow.diffusion import Backbone, load_controlnet
+from tokenflow.diffusion.trajectory import rows
 from tokenflow.editors.base import Pass
 from tokenflow.editors.conditions import Canny, Condition
 from tokenflow.editors.sdedit import SDEdit
@@ -49,12 +50,12 @@ class Control:
 
 
 class Shown(NamedTuple):
-    """A control ready for a clip; `images`, (frames, 3, height, width), begin at `first`."""
+    """A control ready for a clip: `images`, (frames, 3, height, width), are at `positions`."""
 
     control: Control
     network: ControlNetModel
     images: Tensor
-    first: int
+    positions: range
 
 
 class ControlNet(SDEdit):
@@ -110,7 +111,7 @@ class ControlNet(SDEdit):
             if control.model not in loaded:
                 loaded[control.model] = load_controlnet(control.model, backbone)
             images = (control.condition or Canny()).of(clip)
-            ready.append(Shown(control, loaded[control.model], images, clip.first))
+            ready.append(Shown(control, loaded[control.model], images, clip.positions))
         self.backbone, self.shown = backbone, tuple(ready)
 
     @torch.no_grad()
@@ -153,7 +154,7 @@ def residuals(
 
     The batch is the pass's, branches × frames; branches that are not chosen get zeros.
     """
-    network, images = shown.network, shown.images[torch.tensor(forward.frames) - shown.first]
+    network, images = shown.network, shown.images[rows(shown.positions, forward.frames)]
     frames = len(forward.frames)
     down, middle = network(
         forward.latents[list(chosen)].flatten(0, 1).to(network.device, network.dtype),

@@ -16,6 +16,7 @@ from torch import Tensor
 from tokenflow.contract import require_none
 from tokenflow.diffusion import Backbone, Schedule, Trajectory
 from tokenflow.diffusion.sampling import guide
+from tokenflow.diffusion.trajectory import rows
 from tokenflow.editors import Edit, Editor, Pass, contract
 from tokenflow.engine.attention import (
     Bank,
@@ -157,7 +158,7 @@ class Denoiser:
         """The guided noise of some frames, (frames, c, h, w), from one forward pass."""
         chosen = list(frames)
         source = self.trajectory.at(t, chosen).to(x)
-        edited = x[torch.tensor(chosen) - self.trajectory.first]
+        edited = x[rows(self.trajectory.positions, chosen)]
         branches = torch.stack([source, edited, edited]).to(self.backbone.device)
         share = self.schedule.share(t)
         forward = Pass(NAMES, tuple(chosen), branches, self.embeddings, t, share)

@@ -152,22 +152,24 @@ def edit_clip(
     quality: dict[str, float] = {}
     inversion_steps = settings.inversion_steps or settings.steps
     share = group.share(split_windows(clip.total, settings.keyframe_every))
-    around, clip = clip, clip.part(share.positions(share.own))
-    guarded(editor, editor.prepare)(backbone, clip)
+    seen, clip = clip, clip.part(share.positions(share.own))
     flow = None
     provider = propagation.flow if settings.consistency == "tokenflow" else None
-    if provider is not None:
-        flow = guarded(provider, ClipFlow)(around, provider, backbone.latent_scale)
+    with group.together():
+        guarded(editor, editor.prepare)(backbone, clip)
+        if provider is not None:
+            seen = seen.part(share.positions(share.held))
+            flow = guarded(provider, ClipFlow)(seen, provider, backbone.latent_scale)
     embedding = backbone.embed([inversion_prompt])
 
     def conditioning(frames: list[int], here: Tensor, t: int) -> dict[str, Any]:
         source = Pass(("source",), tuple(frames), here[None], embedding, t, schedule.share(t))
         return conditioned(editor, backbone, source)
 
-    with timed(seconds, "encode"):
+    with timed(seconds, "encode"), group.together():
         latents = in_batches(backbone.encode, clip.frames, settings.batch, "encode", progress)
         require_finite(latents, "the encoded frames")
-    with timed(seconds, "invert"):
+    with timed(seconds, "invert"), group.together():
         trajectory = invert(
             backbone, latents, inversion_prompt, schedule, inversion_steps, settings.batch,
             counter("invert", inversion_steps, progress), conditioning, clip.first, clip.total,
@@ -193,7 +195,7 @@ def edit_clip(
             backbone, trajectory, schedule, editor, propagation,
             prompt, negative_prompt, inversion_prompt, settings, clip.name, progress, flow, group,
         )  # fmt: skip
-    with timed(seconds, "decode"):
+    with timed(seconds, "decode"), group.together():
         frames = in_batches(backbone.decode, edited, settings.batch, "decode", progress)
         require_finite(frames, "the decoded frames")
     return Result(clip, dataclasses.replace(clip, frames=frames), settings.seed, seconds, **quality)
@@ -235,8 +237,9 @@ def edit_latents(
     denoiser = Denoiser(
         backbone, trajectory, schedule, editor, embeddings, s.guidance, s.batch, flow, group, share
     )
-    begin = guarded(editor, editor.start)(trajectory, schedule, s.seed)
-    require_none(contract.of_start(begin, trajectory, schedule), f"{named(editor)} in start")
+    with group.together():
+        begin = guarded(editor, editor.start)(trajectory, schedule, s.seed)
+        require_none(contract.of_start(begin, trajectory, schedule), f"{named(editor)} in start")
     x = begin.latents.clone()
     for done, t in enumerate(begin.timesteps, start=1):
         step = schedule.timesteps.index(t)
@@ -254,9 +257,11 @@ def edit_latents(
         t_next = schedule.following(t)
         x = ddim_step(x, epsilon, schedule.alpha(t), schedule.alpha(t_next))
         arrived = x
-        x = guarded(editor, editor.constrain)(x, tuple(trajectory.positions), t_next, trajectory)
-        require_none(contract.of_constrain(x, arrived), f"{named(editor)} in constrain")
-        require_finite(x, f"sampling at step {step} (timestep {t})")
+        with group.together():
+            here = tuple(trajectory.positions)
+            x = guarded(editor, editor.constrain)(x, here, t_next, trajectory)
+            require_none(contract.of_constrain(x, arrived), f"{named(editor)} in constrain")
+            require_finite(x, f"sampling at step {step} (timestep {t})")
         progress("edit", done, len(begin.timesteps))
     return x
 

@@ -30,7 +30,8 @@ class Share:
     Attributes:
         windows: Of the whole clip.
         own: Which of them are this rank's, by number.
-        counts: How many each rank contributes, an idle one 0.
+        counts: How many windows each rank contributes, an idle one 0.
+        idle: Whether this rank is one.
     """
 
     windows: Sequence[range]
@@ -81,7 +82,7 @@ class FrameGroup:
 
     @classmethod
     def of_all_ranks(cls, device: torch.device | str = "cpu") -> FrameGroup:
-        """All processes of the job, which may be one."""
+        """All processes of the job, which may be one; `device` must be the current one."""
         if not dist.is_initialized():
             return cls()
         return cls(dist.get_rank(), dist.get_world_size(), dist.group.WORLD, device)
@@ -91,19 +92,22 @@ class FrameGroup:
         """A block that fails on all ranks if it fails on one; nothing is to be sent in it.
 
         Raises:
-            InputError: This rank's, or else the first of the others'.
+            InputError: Another rank failed; a rank that fails itself raises its own exception.
         """
-        error: InputError | None = None
+        own: Exception | None = None
         try:
             yield
-        except InputError as caught:
-            error = caught
+        except Exception as caught:  # whatever it is, the others must not wait for this rank
+            own = caught
+        said: list[str | None] = [None] * self.size
         if self.size > 1:
-            errors: list[InputError | None] = [None] * self.size
-            dist.all_gather_object(errors, error, group=self.group)
-            error = error or next((e for e in errors if e is not None), None)
-        if error is not None:
-            raise error
+            what = None if own is None else f"{type(own).__name__}: {own}"
+            dist.all_gather_object(said, what, group=self.group)
+        if own is not None:
+            raise own
+        for rank, what in enumerate(said):
+            if what is not None:
+                raise InputError(f"rank {rank} failed, and all stop with it: {what}")
 
     def mean(self, value: float, weight: int) -> float:
         """Of all ranks' values, by their weights."""
@@ -119,8 +123,8 @@ class FrameGroup:
         """All ranks' frames in their order, as bytes in host memory: on rank 0, elsewhere none."""
         levels = (own.clamp(0, 1) * 255).round().byte()
         if self.rank != 0:
-            for frame in levels[: counts[self.rank]].to(self.device):
-                dist.send(frame[None], group=self.group, group_dst=0)
+            for frame in levels[: counts[self.rank]]:
+                dist.send(frame[None].to(self.device), group=self.group, group_dst=0)
             return None
         arrived = [levels.cpu()]
         for rank, count in enumerate(counts[1:], start=1):

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
 from tokenflow.engine.data import ClipSource
+from tokenflow.engine.frame_group import FrameGroup
 from tokenflow.engine.module import Prediction
 from tokenflow.errors import InputError
 from tokenflow.video import (
@@ -53,15 +54,21 @@ class RunWriter(BasePredictionWriter):
         self, trainer: Trainer, module: LightningModule, batch: ClipSource, *_: Any
     ) -> None:
         """Refuses before the work is done, not after."""
-        folder = self.folder / batch.name
+        with FrameGroup.of_all_ranks(module.device).together():
+            if trainer.is_global_zero:
+                self.check(batch)
+
+    def check(self, source: ClipSource) -> None:
+        """Raises `InputError` where a clip's files may not or cannot be written."""
+        folder = self.folder / source.name
         if (folder / "run.yaml").exists() and not self.overwrite:
             raise InputError(
                 f"{folder} holds a finished run; choose another --output.folder, or give "
                 f"--output.overwrite true to replace it"
             )
-        if folder.resolve() in (batch.path.resolve(), batch.path.resolve().parent):
+        if folder.resolve() in (source.path.resolve(), source.path.resolve().parent):
             raise InputError(
-                f"the output would lie beside or in its source {batch.path}; choose another "
+                f"the output would lie beside or in its source {source.path}; choose another "
                 f"--output.folder"
             )
         try:
@@ -83,9 +90,12 @@ class RunWriter(BasePredictionWriter):
         batch: ClipSource,
         *_: Any,
     ) -> None:
-        if not trainer.is_global_zero:
-            return
-        folder = self.folder / batch.name
+        with FrameGroup.of_all_ranks(module.device).together():
+            if trainer.is_global_zero:
+                self.write(prediction, self.folder / batch.name)
+
+    def write(self, prediction: Prediction, folder: Path) -> None:
+        """Writes a run's files; `run.yaml`, the last, says that it is whole."""
         result = prediction.result
         source, edited = result.source, result.clip
         (folder / "run.yaml").unlink(missing_ok=True)

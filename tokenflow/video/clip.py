@@ -38,7 +38,7 @@ class Clip:
     rate: nominal frames per second, greater than 0.
     name: the file's stem, or the folder's name.
     display_size: (height, width) that videos made from this clip should have.
-    audio: the sound that belongs to the frames, if there is any.
+    audio: the sound that belongs to the whole clip, if there is any.
     first: the position of frames[0] in the whole clip.
     whole: how many frames the whole clip has; as many as this one if not given.
 
@@ -89,6 +89,11 @@ class Clip:
         """The frames at consecutive positions in the whole clip, which this one must have."""
         if positions == self.positions:
             return self
+        if positions[0] not in self.positions or positions[-1] not in self.positions:
+            raise VideoError(
+                f"clip {self.name!r} has frames {self.first} to {self.positions[-1]} of "
+                f"{self.total}, asked for {positions[0]} to {positions[-1]}."
+            )
         at = self.positions.index(positions[0])
         chosen = slice(at, at + len(positions))
         return dataclasses.replace(
