@@ -93,8 +93,11 @@ def edited(cases: dict[str, Case], model: Path) -> dict[str, Part]:
 
 
 @pytest.fixture(scope="module")
-def alone(cases: dict[str, Case], model_folder: Path) -> dict[str, Part]:
-    return edited(cases, model_folder)
+def alone(
+    cases: dict[str, Case], model_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Part]:
+    # in a process as the ranks are: another number of threads sums in another order, too
+    return on_ranks(1, tmp_path_factory.mktemp("alone"), edited, cases, model_folder)[0]
 
 
 @pytest.fixture(scope="module", params=[2, 3, 4])
