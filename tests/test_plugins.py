@@ -441,7 +441,15 @@ def test_an_editors_wrong_answer_names_it_and_the_unet_is_restored(
 
 
 def test_edits_may_be_a_generator(backbone: Backbone, clip: Clip) -> None:
-    edit(backbone, clip, wrong(edits=lambda self, unet: iter(PnP().edits(unet))))
+    asked: list[str] = []
+
+    def edits(self: Editor, unet: UNet2DConditionModel) -> Iterator[Edit]:
+        for edit in PnP().edits(unet):
+            asked.append(type(edit.module).__name__)
+            yield edit
+
+    edit(backbone, clip, wrong(edits=edits))
+    assert len(asked) == len(PnP().edits(backbone.unet))
 
 
 class Flow(OpticalFlow):
