@@ -188,7 +188,6 @@ BAD = {
     "a file for a folder": (["--output.folder=/dev/null"], "cannot be written"),
     "a strategy that is not installed": (["--trainer.strategy=deepspeed"], "cannot be used"),
     "no window": (["--model.keyframe_every=0"], "keyframe_every must be at least 1"),
-    "two processes": (["--trainer.devices=2", "--trainer.strategy=ddp"], "devices 1"),
     "Lightning's precision": (["--trainer.precision=bf16-true"], "--model.dtype"),
     "no clip": (["--trainer.limit_predict_batches=0"], "would edit nothing"),
     "an image rate of almost nothing": (["--data.image_rate=1e-9"], "from 0.0001"),
