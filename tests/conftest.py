@@ -17,6 +17,13 @@ from tokenflow.video import Clip
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The command line's cache, which every test has for itself."""
+    monkeypatch.setenv("TOKENFLOW_PREDICT__MODEL__CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable Diffusion with the right shape, few channels and random weights."""

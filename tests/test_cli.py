@@ -155,9 +155,11 @@ def test_the_output_never_lands_in_its_source(
     assert sorted(p.name for p in images.iterdir()) == ["0.png", "1.png"]
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("sent", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)]
+)
 def test_a_signal_ends_a_run_and_leaves_nothing_half_written(
-    sent: signal.Signals, words: list[str], tmp_path: Path
+    sent: signal.Signals, code: int, words: list[str], tmp_path: Path
 ) -> None:
     command = [sys.executable, "-m", "tokenflow.cli", *words, "--model.steps=900"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
@@ -167,7 +169,7 @@ def test_a_signal_ends_a_run_and_leaves_nothing_half_written(
                 run.send_signal(sent)
                 break
         assert ("tokenflow: interrupted\n" in run.stderr.read()) is (sent == signal.SIGINT)
-        assert run.wait(timeout=60) == 128 + sent
+        assert run.wait(timeout=60) == code
     assert not (tmp_path / "runs").exists()
 
 
@@ -176,6 +178,12 @@ BAD = {
     "an unknown editor": (["--model.editor=Pnp"], "installed are: "),
     "an unknown kernel": (["--model.propagation=Flow"], "NNField"),
     "an empty prompt": (["--model.prompt= "], "prompt is empty"),
+    "a video and a manifest": (["--data.manifest=clips.yaml"], "got both"),
+    "no manifest": (["--data.video=null", "--data.manifest=gone.csv"], "cannot be read"),
+    "no step between keeping": (["--model.save_every=0"], "at least 1 step"),
+    "a cache that is a file": (["--model.cache=/dev/null"], "choose another --model.cache"),
+    "a cache of nothing": (["--model.cache_gigabytes=0"], "more than 0 gigabytes"),
+    "several ranks for one": (["--model.ranks_per_clip=2"], "expected 1 rank"),
     "a missing file": (["--data.video=gone.mp4"], "gone.mp4 does not exist"),
     "a missing model": (["--model.backbone=./gone"], "gone' does not exist"),
     "an unknown hub model": (["--model.backbone=nobody/nothing"], "give its folder"),

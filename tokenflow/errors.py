@@ -1,5 +1,7 @@
 """What a user can mend: every other exception is a bug."""
 
+import os
+
 
 class InputError(ValueError):
     """Bad input. The message says what was expected, what came, and what to do.
@@ -18,3 +20,10 @@ class PluginError(InputError):
 
 class Interrupted(SystemExit):
     """Ctrl-C, where KeyboardInterrupt would not do: Lightning turns that into exit code 1."""
+
+
+class Preempted(SystemExit):
+    """A run stopped where it can go on, as it was asked to; the exit code 75 says "try again"."""
+
+    def __init__(self) -> None:
+        super().__init__(os.EX_TEMPFAIL)

@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import logging
-import signal
-import sys
 import warnings
 from argparse import SUPPRESS, HelpFormatter
 from typing import Any, NoReturn
 
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from transformers.utils import logging as transformers_logging
 
 from tokenflow.cli import stop
 from tokenflow.engine.data import Video
 from tokenflow.engine.module import TokenFlow
+from tokenflow.engine.preemption import StopSignals
 from tokenflow.engine.progress import StageProgress
 from tokenflow.engine.writer import RunWriter
 from tokenflow.errors import InputError
 from tokenflow.imports import OPTION, names_by_entry_point, restrict, split_allowed
-from tokenflow.plugins import describe, installed_plugins, require_usable
+from tokenflow.plugins import describe, installed_plugins, origin, require_usable
 
 DESCRIPTION = """\
-Edit a video by text. Needed are --data.video and --model.prompt; a YAML file (--config) may hold
-any of the options, and the command line overrules it. A YAML file can name classes of tokenflow, of
-installed plugins and a few of Lightning's; --allow_imports PACKAGE, on the command line only, lets
-it name those of another package, and so run its code. Options are also read from the environment,
---model.prompt from TOKENFLOW_PREDICT__MODEL__PROMPT, and all of Lightning's Trainer are accepted,
-of which a few are shown here."""
+Edit a video by text. Needed are --data.video and --model.prompt, or --data.manifest for many
+videos; a YAML file (--config) may hold any of the options, and the command line overrules it. A
+YAML file can name classes of tokenflow, of installed plugins and a few of Lightning's;
+--allow_imports PACKAGE, on the command line only, lets it name those of another package, and so run
+its code. Options are also read from the environment, --model.prompt from
+TOKENFLOW_PREDICT__MODEL__PROMPT, and all of Lightning's Trainer are accepted, of which a few are
+shown here."""
 GROUPS = {"editor": "tokenflow.editors", "propagation": "tokenflow.propagation"}
 SHOWN = ("trainer.accelerator", "trainer.devices")
 
@@ -68,16 +67,6 @@ class Parser(LightningArgumentParser):
         if "is not allowed, denied by" in message:
             lines.append(f"a configuration may not run code; if you trust it: {OPTION} PACKAGE")
         stop("\n".join([*lines, "see tokenflow predict --help"]))
-
-
-class Terminable(Callback):
-    """SIGTERM ends a run at once, cleaning up; Lightning's own handler is ignored by predict."""
-
-    def on_predict_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-
-    def on_predict_end(self, trainer: Trainer, module: LightningModule) -> None:
-        signal.signal(signal.SIGTERM, self.before)
 
 
 class PredictCLI(LightningCLI):
@@ -121,6 +110,13 @@ class PredictCLI(LightningCLI):
                 f"--trainer.limit_predict_batches {self.trainer.limit_predict_batches} would edit "
                 f"nothing; leave it out"
             )
+        for job in self.datamodule.jobs:
+            self.model.options(job)
+
+    def after_predict(self) -> None:
+        """Exit code 1, of the first process, where some of many clips failed."""
+        if self.trainer.is_global_zero and self.writer.failed:
+            raise SystemExit(1)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """As Lightning's own, for configurations that are no text."""
@@ -142,9 +138,17 @@ class PredictCLI(LightningCLI):
         self._dump_config()
         self.config_dump.pop("run", None)
         self.config_dump["output"]["overwrite"] = False  # a repetition destroys nothing unasked
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, RunWriter):
-                callback.configuration = self.config_dump
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        self.writer = next(c for c in callbacks if isinstance(c, RunWriter))
+        self.writer.configuration = self.config_dump
+        model = self.config_dump["model"]
+        self.model.described = tuple(
+            f"{origin(type(plugin))}\n{yaml.safe_dump(model[option])}"
+            for option, plugin in (
+                ("editor", self.model.editor),
+                ("propagation", self.model.propagation),
+            )
+        )
 
 
 def run(words: list[str]) -> None:
@@ -175,5 +179,5 @@ def run(words: list[str]) -> None:
             seed_everything_default=False,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            trainer_defaults={"callbacks": [StageProgress(), Terminable()]},
+            trainer_defaults={"callbacks": [StageProgress(), StopSignals()]},
         )

@@ -235,9 +235,12 @@ def test_progress_reaches_every_stages_total(backbone: Backbone) -> None:
         backbone, random_clip(5), batch=2, inversion_steps=3,
         options={"progress": lambda *call: calls.append(call), "report_reconstruction": True},
     )  # fmt: skip
-    totals = {"encode": 3, "invert": 3, "reconstruct": 2, "edit": 2, "decode": 3}
-    expected = [(stage, i, n) for stage, n in totals.items() for i in range(1, n + 1)]
-    assert calls == expected
+    totals = {"encode": 3, "invert": 9, "reconstruct": 2, "edit": 2, "decode": 3}
+    for stage, n in totals.items():
+        assert [call for call in calls if call[0] == stage] == [
+            (stage, i, n) for i in range(1, n + 1)
+        ]
+    assert len(calls) == sum(totals.values())
 
 
 def test_inputs_are_left_alone(backbone: Backbone) -> None:
@@ -292,11 +295,11 @@ def test_an_editor_is_told_of_every_pass(backbone: Backbone) -> None:
     edit(backbone, clip, editor, batch=4, keyframes="first")
     assert editor.clips == [clip]
     source, all_three = ("source",), ("source", "negative", "prompt")
-    inversion = [(source, (0, 1, 2, 3)), (source, (4,))]
+    inversion = [(source, (0, 1, 2, 3))] * 2 + [(source, (4,))] * 2
     sampling = [(all_three, (0, 4)), (all_three, (0, 1, 2, 3)), (all_three, (4,))]
-    assert [(p.branches, p.frames) for p in editor.passes] == 2 * inversion + 2 * sampling
+    assert [(p.branches, p.frames) for p in editor.passes] == inversion + 2 * sampling
     assert [(p.t, p.share) for p in editor.passes] == (
-        [(1, 0.5)] * 2 + [(501, 0.0)] * 2 + [(501, 0.0)] * 3 + [(1, 0.5)] * 3
+        [(1, 0.5), (501, 0.0)] * 2 + [(501, 0.0)] * 3 + [(1, 0.5)] * 3
     )
     for p in editor.passes:
         assert p.latents.shape[:2] == (len(p.branches), len(p.frames))

@@ -74,7 +74,7 @@ def edited(cases: dict[str, Case], model: Path) -> dict[str, Part]:
     """On each rank, with only the frames that it needs."""
     parts, backbone = {}, Backbone.load(model, device="cpu")
     for name, case in cases.items():
-        group = FrameGroup.of_all_ranks()
+        group = FrameGroup.join()
         share = group.share(split_windows(case.frames, EVERY))
         clip = tiny_clip(case.frames).part(share.positions(share.held))
         settings = Settings(steps=STEPS, keyframe_every=EVERY, batch=3, **dict(case.settings))
@@ -163,7 +163,7 @@ def test_without_an_exchange_the_result_is_another(
 
 
 def failing_on_the_last() -> str:
-    group = FrameGroup.of_all_ranks()
+    group = FrameGroup.join()
     try:
         with group.together():
             if group.rank == group.size - 1:
@@ -174,7 +174,7 @@ def failing_on_the_last() -> str:
 
 
 def averaged() -> float:
-    group = FrameGroup.of_all_ranks()
+    group = FrameGroup.join()
     return group.mean(float(group.rank), group.rank)  # (0·0 + 1·1 + 2·2) / (0 + 1 + 2)
 
 

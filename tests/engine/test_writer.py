@@ -7,23 +7,25 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 
+from tokenflow.editors import PnP
 from tokenflow.engine import Result
-from tokenflow.engine.data import ClipSource
-from tokenflow.engine.module import Prediction
+from tokenflow.engine.job import ClipSource, Job
+from tokenflow.engine.module import Prediction, TokenFlow
 from tokenflow.engine.writer import RunWriter
-from tokenflow.errors import InputError
+from tokenflow.errors import InputError, Preempted
+from tokenflow.propagation import NNField
 from tokenflow.video import Clip, read_clip
 
 TRAINER = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-MODULE = LightningModule()
+MODULE = TokenFlow(PnP(), NNField(), cache=None)
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> ClipSource:
+def source(tmp_path: Path) -> Job:
     (tmp_path / "in.mp4").touch()
-    return ClipSource(tmp_path / "in.mp4")
+    return Job(ClipSource(tmp_path / "in.mp4"))
 
 
 @pytest.fixture
@@ -33,20 +35,23 @@ def prediction() -> Prediction:
     return Prediction(Result(clip, edited, seed=4, seconds={"edit": 1.5}), {"device": "cpu"})
 
 
-def write(writer: RunWriter, source: ClipSource, prediction: Prediction) -> None:
-    writer.on_predict_batch_start(TRAINER, MODULE, source, 0, 0)
-    writer.write_on_batch_end(TRAINER, MODULE, prediction, [0], source, 0, 0)
+def write(writer: RunWriter, source: Job, prediction: Prediction) -> None:
+    writer.admit(source)
+    try:
+        writer.write_on_batch_end(TRAINER, MODULE, prediction, [0], source, 0, 0)
+    finally:
+        writer.on_exception()
 
 
 def test_the_configuration_is_written_last(
-    tmp_path: Path, source: ClipSource, prediction: Prediction, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, source: Job, prediction: Prediction, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("No space left on device")
 
     writer = RunWriter(str(tmp_path / "runs"))
     monkeypatch.setattr("tokenflow.engine.writer.write_image", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(InputError, match=r"No space left on device.*: free some space or choose"):
         write(writer, source, prediction)
     assert not (tmp_path / "runs" / "in" / "run.yaml").exists()
     monkeypatch.undo()
@@ -55,54 +60,82 @@ def test_the_configuration_is_written_last(
 
 
 def test_a_finished_run_is_refused_before_the_work(
-    tmp_path: Path, source: ClipSource, prediction: Prediction
+    tmp_path: Path, source: Job, prediction: Prediction
 ) -> None:
     write(RunWriter(str(tmp_path)), source, prediction)
     with pytest.raises(InputError, match=r"holds a finished run; choose another --output\.folder"):
-        RunWriter(str(tmp_path)).on_predict_batch_start(TRAINER, MODULE, source, 0, 0)
+        RunWriter(str(tmp_path)).admit(source)
     write(RunWriter(str(tmp_path), overwrite=True), source, prediction)
 
 
 def test_an_overwritten_run_that_fails_is_no_finished_run(
-    tmp_path: Path, source: ClipSource, prediction: Prediction, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, source: Job, prediction: Prediction, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("No space left on device")
 
     write(RunWriter(str(tmp_path)), source, prediction)
-    monkeypatch.setattr("tokenflow.engine.writer.write_clip", fail)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr("tokenflow.engine.writer.write_video", fail)
+    with pytest.raises(InputError, match=r"No space left on device.*: free some space or choose"):
         write(RunWriter(str(tmp_path), overwrite=True), source, prediction)
     assert not (tmp_path / "in" / "run.yaml").exists()
 
 
 def test_a_run_that_writes_nothing_leaves_no_folder(
-    tmp_path: Path, source: ClipSource, prediction: Prediction, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, source: Job, prediction: Prediction, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("No space left on device")
 
     monkeypatch.setattr("tokenflow.video.writer.av.open", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(InputError, match=r"No space left on device.*: free some space or choose"):
         write(RunWriter(str(tmp_path)), source, prediction)
     assert not (tmp_path / "in").exists()
 
 
-def test_files_of_the_user_stay(tmp_path: Path, source: ClipSource, prediction: Prediction) -> None:
+def test_files_of_the_user_stay(tmp_path: Path, source: Job, prediction: Prediction) -> None:
     (tmp_path / "runs" / "in").mkdir(parents=True)
     (tmp_path / "runs" / "in" / "probe").write_text("mine")
     write(RunWriter(str(tmp_path / "runs")), source, prediction)
     assert (tmp_path / "runs" / "in" / "probe").read_text() == "mine"
 
 
-def test_the_check_of_a_folder_makes_none(tmp_path: Path, source: ClipSource) -> None:
+def test_a_folder_that_was_only_taken_is_gone_again(tmp_path: Path, source: Job) -> None:
     writer = RunWriter(str(tmp_path / "runs" / "deep"))
-    writer.on_predict_batch_start(TRAINER, MODULE, source, 0, 0)
+    assert writer.admit(source) is None
+    assert [p.name for p in (tmp_path / "runs" / "deep" / "in").iterdir()] == [".lock"]
+    writer.release()
     assert not (tmp_path / "runs").exists()
 
 
+def test_two_runs_into_one_folder(tmp_path: Path, source: Job, prediction: Prediction) -> None:
+    first, second = RunWriter(str(tmp_path)), RunWriter(str(tmp_path))
+    assert first.admit(source) is None
+    with pytest.raises(InputError, match=r"another run writes to .* now; wait for it, or choose"):
+        second.admit(source)
+    listed = Job(source.source, where="clips.yaml, clip 1")
+    assert second.admit(listed) == "another run has it now"
+    first.write_on_batch_end(TRAINER, MODULE, prediction, [0], source, 0, 0)
+    assert second.admit(listed) == "finished before"
+    assert sorted(p.name for p in (tmp_path / "in").iterdir()) == [
+        "compare.mp4", "contact_sheet.png", "edited.mp4", "run.yaml",
+    ]  # fmt: skip
+
+
+def test_a_run_that_is_asked_to_stop_while_it_writes(
+    tmp_path: Path, source: Job, prediction: Prediction
+) -> None:
+    writer, module = RunWriter(str(tmp_path)), TokenFlow(PnP(), NNField(), cache=None)
+    writer.admit(source)
+    module.asked = lambda: True
+    with pytest.raises(Preempted):
+        writer.write_on_batch_end(TRAINER, module, prediction, [0], source, 0, 0)
+    writer.on_exception()
+    assert not (tmp_path / "in").exists()
+
+
 def test_compare_shows_source_and_edit_side_by_side(
-    tmp_path: Path, source: ClipSource, prediction: Prediction
+    tmp_path: Path, source: Job, prediction: Prediction
 ) -> None:
     write(RunWriter(str(tmp_path), crf=0), source, prediction)
     both = read_clip(tmp_path / "in" / "compare.mp4").frames

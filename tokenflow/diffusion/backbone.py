@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +117,19 @@ class Backbone:
     @property
     def dtype(self) -> torch.dtype:
         return self.unet.dtype
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells this model from another: a sample of every weight, schedule, type, device."""
+        digest = hashlib.sha256()
+        for network in (self.unet, self.vae, self.text_encoder):
+            for name, weight in network.state_dict().items():
+                sample = weight.flatten()[:: max(1, weight.numel() // 256)]
+                digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+                digest.update(sample.float().cpu().numpy().tobytes())
+        rest = dict(self.scheduler.config), self.vae.config.scaling_factor, self.device.type
+        digest.update(json.dumps(rest, sort_keys=True, default=str).encode())
+        return digest.hexdigest()
 
     @property
     def latent_scale(self) -> int:

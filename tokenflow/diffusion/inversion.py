@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,41 @@ def inversion_timesteps(steps: int, sampling: Schedule, backbone: Backbone) -> t
 
 
 @torch.no_grad()
+def inversion_steps(
+    backbone: Backbone,
+    latents: Float[Tensor, "frames c h w"],
+    frames: list[int],
+    embedding: Float[Tensor, "1 tokens width"],
+    schedule: Schedule,
+    timesteps: Sequence[int],
+    conditioning: Conditioning = lambda frames, latents, t: {},
+) -> Iterator[Float[Tensor, "frames c h w"]]:
+    """The latents of one forward pass's frames after each step; ε at (x, t) moves x on to t.
+
+    Args:
+        backbone: The frozen model.
+        latents: The frames' scaled latents.
+        frames: Their positions in the clip, for `conditioning`.
+        embedding: Of what the source shows.
+        schedule: The noise schedule.
+        timesteps: As of `inversion_timesteps`.
+        conditioning: Further arguments of the UNet, from frames, latents and timestep.
+
+    Raises:
+        DivergedError: A latent became NaN or infinite.
+    """
+    x, before = latents.to(backbone.device), None
+    embeddings = embedding.expand(len(frames), -1, -1)
+    for step, t in enumerate(timesteps):
+        extra = conditioning(frames, x, t)
+        epsilon = backbone.epsilon(x, t, embeddings, schedule, **extra)
+        x = ddim_step(x, epsilon, schedule.alpha(before), schedule.alpha(t))
+        require_finite(x, f"inversion at step {step} (timestep {t})")
+        before = t
+        yield x
+
+
+@torch.no_grad()
 def invert(
     backbone: Backbone,
     latents: Float[Tensor, "frames c h w"],
@@ -48,10 +83,8 @@ def invert(
     batch: int = 8,
     progress: Callable[[], None] = lambda: None,
     conditioning: Conditioning = lambda frames, latents, t: {},
-    first: int = 0,
-    whole: int | None = None,
 ) -> Trajectory:
-    """Walks clean latents up to noise; ε at (x, t) moves x from the timestep before t to t.
+    """Walks clean latents up to noise, one batch of frames after the other.
 
     Args:
         backbone: The frozen model.
@@ -60,41 +93,24 @@ def invert(
         schedule: Sampling's schedule, whose timesteps are kept.
         steps: How many steps to take, at least as many as sampling.
         batch: Frames in one forward pass.
-        progress: Called after every step.
+        progress: Called after every step of every batch.
         conditioning: Further arguments of the UNet, from a pass's frames, latents and timestep.
-        first: Where the frames begin in the clip, of which these may be a part.
-        whole: How many frames the clip has; as many as there are latents when not given.
 
     Raises:
         InputError: There are fewer steps than sampling takes, or more than the model has.
         DivergedError: A latent became NaN or infinite.
     """
     timesteps = inversion_timesteps(steps, schedule, backbone)
+    trajectory = Trajectory.empty(latents, schedule, timesteps)
     embedding = backbone.embed([prompt])
-    kept: dict[int, Tensor] = {}
-    x, before = latents.clone(), None
-    for step, t in enumerate(timesteps):
-        a_before, a = schedule.alpha(before), schedule.alpha(t)
-        for part in torch.arange(len(x)).split(batch):
-            here = x[part].to(backbone.device)
-            extra = conditioning((part + first).tolist(), here, t)
-            embeddings = embedding.expand(len(part), -1, -1)
-            epsilon = backbone.epsilon(here, t, embeddings, schedule, **extra)
-            x[part] = ddim_step(here, epsilon, a_before, a).to(x)
-        require_finite(x, f"inversion at step {step} (timestep {t})")
-        before = t
-        if t in schedule.timesteps:
-            kept[t] = x.clone()
-        progress()
-    return Trajectory(
-        timesteps=schedule.timesteps,
-        latents=torch.stack([kept[t] for t in schedule.timesteps]),
-        clean=latents,
-        noisiest=x,
-        noisiest_alpha=schedule.alpha(timesteps[-1]),
-        first=first,
-        whole=whole,
-    )
+    for part in torch.arange(len(latents)).split(batch):
+        walk = inversion_steps(
+            backbone, latents[part], part.tolist(), embedding, schedule, timesteps, conditioning
+        )
+        for t, x in zip(timesteps, walk, strict=True):
+            trajectory.keep(t, part, x)
+            progress()
+    return trajectory
 
 
 @torch.no_grad()

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
+
+from tokenflow.diffusion.sampling import Schedule
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,33 @@ class Trajectory:
     noisiest_alpha: float
     first: int = 0
     whole: int | None = None
+
+    @classmethod
+    def empty(
+        cls,
+        clean: Float[Tensor, "frames c h w"],
+        schedule: Schedule,
+        timesteps: Sequence[int],
+        first: int = 0,
+        whole: int | None = None,
+    ) -> Trajectory:
+        """One whose latents are still to be filled in, by `keep`, on the way up `timesteps`."""
+        kept = schedule.timesteps
+        return cls(
+            timesteps=kept,
+            latents=clean.new_empty(len(kept), *clean.shape),
+            clean=clean,
+            noisiest=torch.empty_like(clean),
+            noisiest_alpha=schedule.alpha(timesteps[-1]),
+            first=first,
+            whole=whole,
+        )
+
+    def keep(self, t: int, here: Int64[Tensor, " some"], x: Float[Tensor, "some c h w"]) -> None:
+        """Fills in the latents that inversion reached at `t`, of the frames with these numbers."""
+        self.noisiest[here] = x.to(self.noisiest)
+        if t in self.timesteps:
+            self.latents[self.timesteps.index(t), here] = x.to(self.latents)
 
     def __len__(self) -> int:
         """The number of frames."""

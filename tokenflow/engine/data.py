@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from tokenflow.video import Clip, VideoError, clip_name, read_clip
+from tokenflow.engine.job import ClipSource, Job
+from tokenflow.engine.manifest import part_of, read_manifest
+from tokenflow.errors import InputError
+from tokenflow.video import VideoError
 
 
 class Video(LightningDataModule):
-    """One video file or folder of images.
+    """One video file or folder of images, or the clips that a manifest lists.
 
     Args:
         video: A video file, or a folder of images in the order of their names.
+        manifest: A YAML or CSV file with a clip in each row: video, prompt, and any option of the
+            frames or of the edit that is the clip's own. Clips that are finished are skipped, and
+            one that fails does not stop the others.
+        root: The folder that a manifest's videos lie in; the manifest's if not given.
+        part: "3/16" takes the third of sixteen parts of the manifest's clips.
         start: First frame.
         stop: Frame to stop before; the clip's end when not given. One past the end is an error,
             unless max_frames ends earlier.
@@ -28,9 +35,14 @@ class Video(LightningDataModule):
         image_rate: Frames per second of a folder of images, from 0.0001 to 10000.
     """
 
+    allow_zero_length_dataloader_with_multiple_devices = True
+
     def __init__(
         self,
-        video: str,
+        video: str | None = None,
+        manifest: str | None = None,
+        root: str | None = None,
+        part: str = "1/1",
         start: int = 0,
         stop: int | None = None,
         stride: int = 1,
@@ -40,8 +52,7 @@ class Video(LightningDataModule):
         image_rate: float = 8.0,
     ) -> None:
         super().__init__()
-        self.source = ClipSource(
-            Path(video),
+        choice = dict(
             start=start,
             stop=stop,
             stride=stride,
@@ -50,31 +61,23 @@ class Video(LightningDataModule):
             fit=fit,
             image_rate=image_rate,
         )
+        if (video is None) == (manifest is None):
+            raise InputError(
+                "expected --data.video, or --data.manifest for many, got "
+                + ("neither" if video is None else "both")
+            )
+        if manifest is not None:
+            listed = read_manifest(Path(manifest), Path(root) if root else None, choice)
+            self.jobs = part_of(listed, part)
+        else:
+            self.jobs = [Job(ClipSource(Path(str(video)), **choice))]
 
     def setup(self, stage: str) -> None:
-        if not self.source.path.exists():  # before the model is loaded
-            raise VideoError(
-                f"{self.source.path} does not exist; expected a video file or a folder of images"
-            )
+        for job in self.jobs:
+            if job.where is None and not job.source.path.exists():  # before the model is loaded
+                raise VideoError(
+                    f"{job.source.path} does not exist; expected a video file or a folder of images"
+                )
 
-    def predict_dataloader(self) -> DataLoader[ClipSource]:
-        return DataLoader([self.source], batch_size=None)  # type: ignore[arg-type]
-
-
-class ClipSource:
-    """Where a clip comes from: what a batch is, so that frames are read only when needed."""
-
-    def __init__(self, path: Path, **choice: Any) -> None:
-        self.path, self.choice = path, choice
-
-    @property
-    def name(self) -> str:
-        """The clip's name."""
-        return clip_name(self.path)
-
-    def read(self, multiple: int, part: Callable[[int], range] | None = None) -> Clip:
-        """The clip, or the part of it that `part` chooses by the number of frames.
-
-        The sides are multiples of `multiple` pixels.
-        """
-        return read_clip(self.path, multiple=multiple, part=part, **self.choice)
+    def predict_dataloader(self) -> DataLoader[Job]:
+        return DataLoader(self.jobs, batch_size=None)  # type: ignore[arg-type]

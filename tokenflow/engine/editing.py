@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from time import perf_counter
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tokenflow.contract import require_none
-from tokenflow.diffusion import Backbone, Schedule, Trajectory, invert, reconstruct
+from tokenflow.diffusion import Backbone, Schedule, Trajectory, reconstruct
+from tokenflow.diffusion.inversion import inversion_timesteps
 from tokenflow.diffusion.sampling import ddim_step, require_finite
-from tokenflow.editors import Editor, Pass, contract
-from tokenflow.engine.denoising import Denoiser, conditioned
+from tokenflow.editors import Editor, contract
+from tokenflow.engine.denoising import Denoiser
 from tokenflow.engine.frame_group import FrameGroup
 from tokenflow.engine.guard import guarded, named
+from tokenflow.engine.recall import KeptSampling, Recall, sampling_of
+from tokenflow.engine.source import Progress, invert_clip, kept_inversion, of_source, timed
 from tokenflow.engine.windows import (
     Blend,
     Keyframes,
@@ -36,7 +37,6 @@ from tokenflow.propagation import ClipFlow, Propagation
 from tokenflow.video import Clip
 
 Consistency = Literal["tokenflow", "joint", "none"]
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,8 @@ class Result:
     """An edited clip, with seconds for each stage and, if asked for, the inversion's quality.
 
     `round_trip_psnr` is the VAE's alone, `reconstruction_psnr` that of inverting and sampling
-    back, both in dB against the source frames.
+    back, both in dB against the source frames. What is `kept` of the sampling is to be forgotten
+    when the result has been written.
     """
 
     source: Clip
@@ -102,6 +103,7 @@ class Result:
     seconds: dict[str, float]
     reconstruction_psnr: float | None = None
     round_trip_psnr: float | None = None
+    kept: KeptSampling | None = None
 
 
 @torch.no_grad()
@@ -118,6 +120,7 @@ def edit_clip(
     report_reconstruction: bool = False,
     progress: Progress = lambda stage, step, steps: None,
     group: FrameGroup | None = None,
+    recall: Recall | None = None,
 ) -> Result:
     """Edits every frame of a clip: encode, invert, sample with TokenFlow, decode.
 
@@ -137,68 +140,81 @@ def edit_clip(
         report_reconstruction: Also sample back without an edit and report the PSNR.
         progress: Called as (stage, step done, steps) with stages encode, invert, edit, decode.
         group: The ranks that share the clip; this process alone when not given.
+        recall: Where inversions and interrupted samplings are kept and found; nowhere when not
+            given.
 
     Raises:
         InputError: An argument is out of its range; the message says which and what to do.
         DivergedError: A latent became NaN or infinite.
+        Preempted: A rank of the group was asked to stop.
 
     Example:
         >>> result = edit_clip(backbone, clip, "a blue ball on sand", PnP(), NNField())
     """
     settings, group = settings or Settings(), group or FrameGroup()
-    check(backbone, clip, prompt)
-    schedule = backbone.schedule(settings.steps)
     seconds: dict[str, float] = {}
     quality: dict[str, float] = {}
-    inversion_steps = settings.inversion_steps or settings.steps
     share = group.share(split_windows(clip.total, settings.keyframe_every))
     seen, clip = clip, clip.part(share.positions(share.own))
     flow = None
     provider = propagation.flow if settings.consistency == "tokenflow" else None
     with group.together():
+        check(backbone, clip, prompt)
+        schedule = backbone.schedule(settings.steps)
+        inversion_steps = settings.inversion_steps or settings.steps
+        timesteps = inversion_timesteps(inversion_steps, schedule, backbone)
         guarded(editor, editor.prepare)(backbone, clip)
         if provider is not None:
             seen = seen.part(share.positions(share.held))
             flow = guarded(provider, ClipFlow)(seen, provider, backbone.latent_scale)
     embedding = backbone.embed([inversion_prompt])
-
-    def conditioning(frames: list[int], here: Tensor, t: int) -> dict[str, Any]:
-        source = Pass(("source",), tuple(frames), here[None], embedding, t, schedule.share(t))
-        return conditioned(editor, backbone, source)
-
-    with timed(seconds, "encode"), group.together():
-        latents = in_batches(backbone.encode, clip.frames, settings.batch, "encode", progress)
-        require_finite(latents, "the encoded frames")
-    with timed(seconds, "invert"), group.together():
-        trajectory = invert(
-            backbone, latents, inversion_prompt, schedule, inversion_steps, settings.batch,
-            counter("invert", inversion_steps, progress), conditioning, clip.first, clip.total,
-        )  # fmt: skip
+    conditioning = of_source(editor, backbone, embedding, schedule)
+    known = kept_inversion(backbone, clip, editor, inversion_prompt, schedule, timesteps, recall)
+    trajectory = invert_clip(
+        backbone, clip, embedding, schedule, timesteps, settings.batch, conditioning, known,
+        group, seconds, progress,
+    )  # fmt: skip
     if report_reconstruction:
         with timed(seconds, "reconstruct"):
             count = counter("reconstruct", settings.steps, progress)
-            back = reconstruct(
-                backbone,
-                trajectory,
-                inversion_prompt,
-                schedule,
-                settings.batch,
-                count,
-                conditioning,
-            )
-            for name, codes in (("reconstruction_psnr", back), ("round_trip_psnr", latents)):
-                frames = in_batches(backbone.decode, codes, settings.batch)
-                error = float((frames - clip.frames).square().mean())
+
+            def between() -> None:
+                count()
+                group.step()
+
+            with group.together():
+                back = reconstruct(
+                    backbone, trajectory, inversion_prompt, schedule, settings.batch, between,
+                    conditioning,
+                )  # fmt: skip
+            codes_by_name = {"reconstruction_psnr": back, "round_trip_psnr": trajectory.clean}
+            for name, codes in codes_by_name.items():
+                with group.together():
+                    frames = in_batches(backbone.decode, codes, settings.batch)
+                    error = float((frames - clip.frames).square().mean())
                 quality[name] = decibels(group.mean(error, 0 if share.idle else len(clip)))
+    kept = None
+    if recall is not None and recall.editor is not None and recall.propagation is not None:
+        prompts = prompt, negative_prompt, inversion_prompt
+        sampling = sampling_of(backbone, recall, settings, *prompts)
+        kept = KeptSampling(recall, clip, share.frame_counts, group, sampling)
     with timed(seconds, "edit"):
         edited = edit_latents(
-            backbone, trajectory, schedule, editor, propagation,
-            prompt, negative_prompt, inversion_prompt, settings, clip.name, progress, flow, group,
+            backbone, trajectory, schedule, editor, propagation, prompt, negative_prompt,
+            inversion_prompt, settings, clip.name, progress, flow, group, kept,
         )  # fmt: skip
-    with timed(seconds, "decode"), group.together():
-        frames = in_batches(backbone.decode, edited, settings.batch, "decode", progress)
-        require_finite(frames, "the decoded frames")
-    return Result(clip, dataclasses.replace(clip, frames=frames), settings.seed, seconds, **quality)
+    with timed(seconds, "decode"):
+        parts = []
+        codes = edited.split(settings.batch)
+        for number, part in enumerate(group.rounds(codes), start=1):
+            with group.together():
+                if part is not None:
+                    parts.append(backbone.decode(part).cpu())
+                    require_finite(parts[-1], "the decoded frames")
+                    progress("decode", number, len(codes))
+            group.leave()
+    done = dataclasses.replace(clip, frames=torch.cat(parts))
+    return Result(clip, done, settings.seed, seconds, **quality, kept=kept)
 
 
 @torch.no_grad()
@@ -216,6 +232,7 @@ def edit_latents(
     progress: Progress = lambda stage, step, steps: None,
     flow: ClipFlow | None = None,
     group: FrameGroup | None = None,
+    kept: KeptSampling | None = None,
 ) -> Float[Tensor, "frames c h w"]:
     """Algorithm 1 of the paper: the edited latents of a trajectory's frames.
 
@@ -240,8 +257,9 @@ def edit_latents(
     with group.together():
         begin = guarded(editor, editor.start)(trajectory, schedule, s.seed)
         require_none(contract.of_start(begin, trajectory, schedule), f"{named(editor)} in start")
-    x = begin.latents.clone()
-    for done, t in enumerate(begin.timesteps, start=1):
+    steps = len(begin.timesteps)
+    before, x = (kept and kept.load()) or (0, begin.latents.clone())
+    for done, t in enumerate(begin.timesteps[before:], start=before + 1):
         step = schedule.timesteps.index(t)
         if s.consistency == "none":
             epsilon = denoiser.per_frame(x, t)
@@ -253,7 +271,9 @@ def edit_latents(
                 neighbourhood, windows=windows[held], keyframes=drawn[held],
                 neighbours=s.neighbours, blend=s.blend,
             )  # fmt: skip
-            epsilon = denoiser.propagated(x, t, drawn[own], propagation, around, check=done == 1)
+            epsilon = denoiser.propagated(
+                x, t, drawn[own], propagation, around, check=done == before + 1
+            )
         t_next = schedule.following(t)
         x = ddim_step(x, epsilon, schedule.alpha(t), schedule.alpha(t_next))
         arrived = x
@@ -262,7 +282,10 @@ def edit_latents(
             x = guarded(editor, editor.constrain)(x, here, t_next, trajectory)
             require_none(contract.of_constrain(x, arrived), f"{named(editor)} in constrain")
             require_finite(x, f"sampling at step {step} (timestep {t})")
-        progress("edit", done, len(begin.timesteps))
+            progress("edit", done, steps)
+        if kept is not None:
+            kept.keep(done, steps, x)
+        group.leave()
     return x
 
 
@@ -283,31 +306,12 @@ def check_prompt(prompt: str) -> None:
         raise InputError("the prompt is empty; say what the edited video shows")
 
 
-def in_batches(
-    network: Callable[[Tensor], Tensor],
-    items: Tensor,
-    batch: int,
-    stage: str = "",
-    progress: Progress = lambda stage, step, steps: None,
-) -> Tensor:
+def in_batches(network: Callable[[Tensor], Tensor], items: Tensor, batch: int) -> Tensor:
     """A network's output for `items`, `batch` at a time, gathered in host memory."""
-    parts = items.split(batch)
-    done = []
-    for i, part in enumerate(parts, start=1):
-        done.append(network(part).cpu())
-        progress(stage, i, len(parts))
-    return torch.cat(done)
+    return torch.cat([network(part).cpu() for part in items.split(batch)])
 
 
 def counter(stage: str, steps: int, progress: Progress) -> Callable[[], None]:
     """A function that counts its calls as a stage's steps."""
     count = itertools.count(1)
     return lambda: progress(stage, next(count), steps)
-
-
-@contextmanager
-def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Records how long a block took."""
-    begin = perf_counter()
-    yield
-    seconds[stage] = round(perf_counter() - begin, 3)

@@ -8,16 +8,22 @@ keyframes at its ends, which the neighbouring ranks' windows need.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Shaped, UInt8
+from jaxtyping import Shaped
 from torch import Tensor
 
-from tokenflow.errors import InputError
+from tokenflow.errors import InputError, Preempted
+
+T = TypeVar("T")
+PATIENCE = timedelta(days=7)
+"""How long ranks wait for each other between passes; one that ends is noticed at once."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +63,25 @@ class Share:
         return range(self.windows[numbers[0]].start, self.windows[numbers[-1]].stop)
 
 
+class StopRequested(Exception):  # noqa: N818 (nothing is wrong)
+    """Ends a block of `FrameGroup.together` early, on a rank that was asked to stop."""
+
+
 class FrameGroup:
     """Ranks that share clips, by torch.distributed; alone, nothing is sent.
 
     Args:
         rank: This process's number in the group.
         size: Of the group.
-        group: Through which its members talk.
-        device: Where what they tell each other must be.
+        group: Through which its members tell each other keys, values and keyframes.
+        device: Where these must be.
+        control: Through which they tell each other everything else, from host memory.
+        asked: Whether this process was asked to stop.
 
     Attributes:
         received: Bytes that have come to this rank from others, for keys, values and keyframes.
+        stopping: Whether some rank had been asked to stop when all were last together.
+        shared: The failure that all ranks know of, if there is one.
     """
 
     def __init__(
@@ -76,63 +90,145 @@ class FrameGroup:
         size: int = 1,
         group: dist.ProcessGroup | None = None,
         device: torch.device | str = "cpu",
+        control: dist.ProcessGroup | None = None,
+        asked: Callable[[], bool] = lambda: False,
     ) -> None:
         self.rank, self.size, self.group, self.device = rank, size, group, device
-        self.received = 0
+        self.control, self.asked = control, asked
+        self.received, self.stopping = 0, False
+        self.shared: Exception | None = None
 
     @classmethod
-    def of_all_ranks(cls, device: torch.device | str = "cpu") -> FrameGroup:
-        """All processes of the job, which may be one; `device` must be the current one."""
+    def join(
+        cls,
+        device: torch.device | str = "cpu",
+        members: int | None = None,
+        asked: Callable[[], bool] = lambda: False,
+    ) -> FrameGroup:
+        """This process's group of so many consecutive ranks; all of the job's when not given.
+
+        All processes must call it together. `device` must be the current one.
+
+        Raises:
+            InputError: The job's ranks are no multiple of the members.
+        """
         if not dist.is_initialized():
-            return cls()
-        return cls(dist.get_rank(), dist.get_world_size(), dist.group.WORLD, device)
+            if members not in (None, 1):
+                raise InputError(
+                    f"expected 1 rank for each clip of this one-rank run, got {members}"
+                )
+            return cls(asked=asked)
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        members = members or ranks
+        if members < 1 or ranks % members:
+            raise InputError(
+                f"expected the number of ranks for each clip to divide {ranks}, the job's ranks; "
+                f"got {members}"
+            )
+        mine = cls(rank % members, members, device=device, asked=asked)
+        for first in range(0, ranks, members):
+            those = list(range(first, first + members))
+            group: Any = dist.new_group(those)
+            control: Any = dist.new_group(those, backend="gloo", timeout=PATIENCE)
+            if rank in those:
+                mine.group, mine.control = group, control
+        return mine
 
     @contextmanager
     def together(self) -> Iterator[None]:
         """A block that fails on all ranks if it fails on one; nothing is to be sent in it.
 
+        Afterwards all know in `stopping` whether one of them was asked to stop. One may end the
+        block early for that, by `StopRequested`; all then stop.
+
         Raises:
             InputError: Another rank failed; a rank that fails itself raises its own exception.
+            Preempted: A rank ended the block early.
         """
         own: Exception | None = None
         try:
             yield
         except Exception as caught:  # whatever it is, the others must not wait for this rank
+            if caught is self.shared:  # from a block inside this one
+                raise
             own = caught
-        said: list[str | None] = [None] * self.size
-        if self.size > 1:
-            what = None if own is None else f"{type(own).__name__}: {own}"
-            dist.all_gather_object(said, what, group=self.group)
-        if own is not None:
+        early = isinstance(own, StopRequested)
+        failure = None if own is None or early else f"{type(own).__name__}: {own}"
+        said = self.tell((failure, early, early or self.asked()))
+        self.stopping = any(asked for _, _, asked in said)
+        if own is not None and not early:
+            self.shared = own
             raise own
-        for rank, what in enumerate(said):
-            if what is not None:
-                raise InputError(f"rank {rank} failed, and all stop with it: {what}")
+        for rank, (words, _, _) in enumerate(said):
+            if words is not None:
+                self.shared = InputError(f"rank {rank} failed, and all stop with it: {words}")
+                raise self.shared
+        if any(early for _, early, _ in said):
+            raise Preempted
+
+    def knows(self, error: Exception) -> bool:
+        """Whether all ranks have failed with this one, and can go on together with other work."""
+        return self.size == 1 or error is self.shared
+
+    def step(self) -> None:
+        """Where all ranks are between two steps and none has anything to keep.
+
+        Raises:
+            InputError: Another rank failed.
+            Preempted: One was asked to stop.
+        """
+        with self.together():
+            pass
+        self.leave()
+
+    def leave(self) -> None:
+        """Raises `Preempted` where a rank had been asked to stop when all were last together."""
+        if self.stopping:
+            raise Preempted
+
+    def tell(self, own: T) -> list[T]:
+        """What every rank says, in their order."""
+        said: list[Any] = [own] * self.size
+        if self.size > 1:
+            dist.all_gather_object(said, own, group=self.control)
+        return said
+
+    def rounds(self, own: Sequence[T]) -> Iterator[T | None]:
+        """Each of this rank's items; then none, as often as it takes the others to have theirs."""
+        most = max(self.tell(len(own)))
+        yield from own
+        yield from [None] * (most - len(own))
 
     def mean(self, value: float, weight: int) -> float:
         """Of all ranks' values, by their weights."""
-        if self.size == 1:
-            return value
-        parts: list[tuple[float, int]] = [(0.0, 0)] * self.size
-        dist.all_gather_object(parts, (value, weight), group=self.group)
+        parts = self.tell((value, weight))
         return sum(v * w for v, w in parts) / sum(w for _, w in parts)
 
     def to_first(
-        self, own: Float[Tensor, "own 3 height width"], counts: Sequence[int]
-    ) -> UInt8[Tensor, "all 3 height width"] | None:
-        """All ranks' frames in their order, as bytes in host memory: on rank 0, elsewhere none."""
-        levels = (own.clamp(0, 1) * 255).round().byte()
+        self, own: Shaped[Tensor, "own ..."], counts: Sequence[int]
+    ) -> Shaped[Tensor, "all ..."] | None:
+        """All ranks' items in their order, in host memory: on rank 0, elsewhere none."""
+        mine = own[: counts[self.rank]].cpu()
         if self.rank != 0:
-            for frame in levels[: counts[self.rank]]:
-                dist.send(frame[None].to(self.device), group=self.group, group_dst=0)
+            for item in mine:
+                dist.send(item.contiguous(), group=self.control, group_dst=0)
             return None
-        arrived = [levels.cpu()]
-        for rank, count in enumerate(counts[1:], start=1):
-            for _ in range(count):
-                frame = torch.empty_like(levels[:1], device=self.device)
-                dist.recv(frame, group=self.group, group_src=rank)
-                arrived.append(frame.cpu())
-        return torch.cat(arrived)
+        every = mine.new_empty(sum(counts), *mine.shape[1:])
+        every[: len(mine)] = mine
+        others = (rank for rank, count in enumerate(counts) for _ in range(count) if rank > 0)
+        for place, rank in enumerate(others, start=len(mine)):
+            dist.recv(every[place], group=self.control, group_src=rank)
+        return every
+
+    def from_first(self, own: Shaped[Tensor, "all ..."] | None) -> Shaped[Tensor, "all ..."] | None:
+        """What rank 0 has, in host memory, on all ranks."""
+        kind = self.tell(None if own is None else (own.shape, own.dtype))[0]
+        if kind is None or self.size == 1:
+            return own
+        shape, dtype = kind
+        every = own.cpu().contiguous() if own is not None else torch.empty(shape, dtype=dtype)
+        dist.broadcast(every, group=self.control, group_src=0)
+        return every
 
     def share(self, windows: Sequence[range]) -> Share:
         """This rank's part of a clip's windows: each rank has as many, the first ones one more."""

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 
 from tokenflow.diffusion import Backbone
-from tokenflow.diffusion.inversion import inversion_timesteps
 from tokenflow.editors import Editor
-from tokenflow.engine.data import ClipSource
-from tokenflow.engine.editing import Progress, Result, Settings, check_prompt, edit_clip
+from tokenflow.engine.cache import Cache
+from tokenflow.engine.editing import Result, Settings, check_prompt, edit_clip
 from tokenflow.engine.frame_group import FrameGroup, Share
+from tokenflow.engine.job import Job, Outcome
+from tokenflow.engine.recall import Recall
+from tokenflow.engine.source import Progress
 from tokenflow.engine.windows import split_windows
+from tokenflow.errors import InputError
 from tokenflow.plugins import origin
 from tokenflow.propagation import Propagation
 
@@ -32,7 +37,7 @@ class TokenFlow(LightningModule):
     """Edits clips with a frozen text-to-image model, consistently over time.
 
     Args:
-        prompt: What the edited video shows.
+        prompt: What the edited video shows; a manifest's clips may have their own.
         editor: The image editing method, by class name.
         propagation: The kernel that finds correspondences, by class name.
         backbone: A folder with a Stable Diffusion 1.x or 2.x model in diffusers' layout, the id
@@ -42,91 +47,154 @@ class TokenFlow(LightningModule):
         negative_prompt: What the edited video does not show.
         inversion_prompt: What the source video shows.
         report_reconstruction: Also sample back without an edit and report the PSNR.
+        cache: A folder for inversions, which later edits of the same frames find again, and for
+            interrupted samplings, which the same command goes on with; null for none.
+        cache_gigabytes: What the cache may hold; what is longest unused goes first.
+        save_every: Sampling steps after which a sampling on its way is kept.
+        ranks_per_clip: How many processes share a clip; all of the job's if not given. Others
+            edit other clips of a manifest at the same time.
         settings: The options of `tokenflow.engine.Settings`.
     """
 
     def __init__(
         self,
-        prompt: str,
         editor: Editor,
         propagation: Propagation,
+        prompt: str = "",
         backbone: str = "miniature",
         dtype: str = "auto",
         negative_prompt: str = "",
         inversion_prompt: str = "",
         report_reconstruction: bool = False,
+        cache: str | None = "~/.cache/tokenflow",
+        cache_gigabytes: float = 20.0,
+        save_every: int = 10,
+        ranks_per_clip: int | None = None,
         **settings: Any,
     ) -> None:
         super().__init__()
-        check_prompt(prompt)
-        self.prompt, self.editor, self.propagation = prompt, editor, propagation
+        if save_every < 1:
+            raise InputError(f"save_every must be at least 1 step, got {save_every}")
+        self.editor, self.propagation = editor, propagation
+        self.prompts = {
+            "prompt": prompt,
+            "negative_prompt": negative_prompt,
+            "inversion_prompt": inversion_prompt,
+        }
         self.model, self.dtype_name = backbone, dtype
-        self.negative_prompt, self.inversion_prompt = negative_prompt, inversion_prompt
         self.report_reconstruction = report_reconstruction
+        self.cache = None if cache is None else Cache(cache, cache_gigabytes)
+        self.save_every, self.ranks_per_clip = save_every, ranks_per_clip
         self.settings = Settings(**settings)
-        self.progress: Progress = lambda stage, step, steps: None
         self.backbone: Backbone | None = None
-        self.group = FrameGroup()
+        self.group = self.everyone = FrameGroup()
+        self.number, self.groups = 0, 1  # of frame groups
+        self.described: tuple[str, str] | tuple[None, None] = (None, None)
+        """Editor and kernel with their options, as text, where known."""
+        self.progress: Progress = lambda stage, step, steps: None
+        self.asked: Callable[[], bool] = lambda: False
+        """Whether this process was asked to stop."""
+        self.admit: Callable[[Job], str | None] = lambda job: None
+        """Why a job is not to be done, if there is a reason; asked on the first rank of its group.
+
+        Raises `InputError` where that is the user's fault.
+        """
 
     def setup(self, stage: str) -> None:
         device = str(self.trainer.strategy.root_device)
-        self.group = FrameGroup.of_all_ranks(device)
-        self.backbone = Backbone.load(self.model, device, self.dtype_name)
-        sampling = self.backbone.schedule(self.settings.steps)
-        inversion_timesteps(self.inversion_steps, sampling, self.backbone)  # refuses wrong numbers
+        self.everyone = FrameGroup.join(device, asked=self.asked)
+        self.group = FrameGroup.join(device, self.ranks_per_clip, self.asked)
+        self.groups = self.everyone.size // self.group.size
+        self.number = self.everyone.rank // self.group.size
+        with self.everyone.together():
+            if self.cache is not None:
+                self.cache.require_writable()
+            self.backbone = Backbone.load(self.model, device, self.dtype_name)
 
-    @property
-    def inversion_steps(self) -> int:
-        """As many as sampling takes when not given."""
-        return self.settings.inversion_steps or self.settings.steps
+    def options(self, job: Job) -> tuple[dict[str, str], Settings]:
+        """A job's prompts and settings: its own, and for the rest the run's.
 
-    def resolved(self, backbone: Backbone) -> dict[str, Any]:
-        """What stands in a configuration as a default or a name."""
-        return {
-            "device": str(backbone.device),
-            "dtype": str(backbone.dtype).removeprefix("torch."),
-            "inversion_steps": self.inversion_steps,
-            "editor": origin(type(self.editor)),
-            "propagation": origin(type(self.propagation)),
-        }
+        Raises:
+            InputError: No clip could be edited with them.
+        """
+        prompts = self.prompts | job.prompts
+        try:
+            check_prompt(prompts["prompt"])
+            return prompts, dataclasses.replace(self.settings, **job.settings)
+        except InputError as error:
+            raise InputError(f"{job.where}: {error}" if job.where else str(error)) from error
 
-    def predict_step(self, source: ClipSource, batch_index: int) -> Prediction:
+    def predict_step(self, job: Job, batch_index: int) -> Prediction | Outcome | None:
+        """A job's result, or what else became of it; nothing where other ranks have it."""
+        if batch_index % self.groups != self.number:
+            return None
+        try:
+            with self.group.together():
+                reason = self.admit(job) if self.group.rank == 0 else None
+            if reason := self.group.tell(reason)[0]:
+                return Outcome(job, "skipped", reason)
+            return self.edited(job)
+        except Exception as error:  # whatever is wrong with one clip, the others are edited
+            if job.where is None or not self.group.knows(error):
+                raise
+            torch.accelerator.empty_cache() if torch.accelerator.is_available() else None
+            return Outcome(job, "failed", f"{type(error).__name__}: {error}")
+
+    def edited(self, job: Job) -> Prediction:
+        """A job's result, on rank 0 for the whole clip."""
         assert self.backbone is not None, "setup comes before predict_step"
+        backbone, (prompts, settings) = self.backbone, self.options(job)
+
+        def share(frames: int) -> Share:
+            return self.group.share(split_windows(frames, settings.keyframe_every))
+
+        def needed(frames: int) -> range:
+            return share(frames).positions(share(frames).held)
+
         alone = self.group.size == 1
+        recall = None
+        if self.cache is not None:
+            editor, propagation = self.described
+            recall = Recall(self.cache, editor, propagation, self.save_every)
         with self.group.together():
-            clip = source.read(self.backbone.multiple, None if alone else self.needed)
+            clip = job.source.read(backbone.multiple, None if alone else needed)
         result = edit_clip(
-            self.backbone,
+            backbone,
             clip,
-            self.prompt,
-            self.editor,
-            self.propagation,
-            negative_prompt=self.negative_prompt,
-            inversion_prompt=self.inversion_prompt,
-            settings=self.settings,
+            editor=self.editor,
+            propagation=self.propagation,
+            **prompts,
+            settings=settings,
             report_reconstruction=self.report_reconstruction,
             progress=self.progress,
             group=self.group,
+            recall=recall,
         )
         if not alone:
-            result = self.gathered(result, source)
-        return Prediction(result, self.resolved(self.backbone))
+            result = self.gathered(result, job, share(result.clip.total).frame_counts)
+        if self.cache is not None and self.group.rank == 0:
+            self.cache.prune()
+        return Prediction(result, self.resolved(backbone, settings, prompts))
 
-    def share(self, frames: int) -> Share:
-        """What this rank has of a clip of so many frames."""
-        return self.group.share(split_windows(frames, self.settings.keyframe_every))
-
-    def needed(self, frames: int) -> range:
-        """Which of a clip's frames this rank has to see."""
-        share = self.share(frames)
-        return share.positions(share.held)
-
-    def gathered(self, result: Result, source: ClipSource) -> Result:
+    def gathered(self, result: Result, job: Job, counts: Sequence[int]) -> Result:
         """On rank 0 the result for the whole clip, elsewhere this rank's as it is."""
-        counts = self.share(result.clip.total).frame_counts
-        levels = self.group.to_first(result.clip.frames, counts)
+        levels = self.group.to_first((result.clip.frames.clamp(0, 1) * 255).round().byte(), counts)
         if levels is None or self.backbone is None:
             return result
-        whole = source.read(self.backbone.multiple)
+        whole = job.source.read(self.backbone.multiple)
         edited = dataclasses.replace(whole, frames=levels / 255)
         return dataclasses.replace(result, source=whole, clip=edited)
+
+    def resolved(
+        self, backbone: Backbone, settings: Settings, prompts: dict[str, str]
+    ) -> dict[str, Any]:
+        """What stands in a configuration as a default, a name or for many clips."""
+        return {
+            "device": str(backbone.device),
+            "dtype": str(backbone.dtype).removeprefix("torch."),
+            **prompts,
+            **dataclasses.asdict(settings),
+            "inversion_steps": settings.inversion_steps or settings.steps,
+            "editor": origin(type(self.editor)),
+            "propagation": origin(type(self.propagation)),
+        }

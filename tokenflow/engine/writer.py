@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -16,9 +17,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
-from tokenflow.engine.data import ClipSource
-from tokenflow.engine.frame_group import FrameGroup
-from tokenflow.engine.module import Prediction
+from tokenflow.engine.folder import FAILED, FolderLock, finished
+from tokenflow.engine.frame_group import StopRequested
+from tokenflow.engine.job import ClipSource, Job, Outcome
+from tokenflow.engine.module import Prediction, TokenFlow
 from tokenflow.errors import InputError
 from tokenflow.video import (
     Clip,
@@ -26,7 +28,6 @@ from tokenflow.video import (
     contact_sheet,
     resized,
     side_by_side,
-    write_clip,
     write_image,
     write_video,
 )
@@ -49,23 +50,40 @@ class RunWriter(BasePredictionWriter):
             raise InputError(f"crf is x264's quality from 0 to 51, got {crf}")
         self.folder, self.overwrite, self.crf = Path(folder), overwrite, crf
         self.configuration: dict[str, Any] = {}
+        self.outcomes: list[Outcome] = []
+        self.failed = 0
+        self.lock: FolderLock | None = None
+        self.asked: Callable[[], bool] = lambda: False
 
-    def on_predict_batch_start(
-        self, trainer: Trainer, module: LightningModule, batch: ClipSource, *_: Any
-    ) -> None:
-        """Refuses before the work is done, not after."""
-        with FrameGroup.of_all_ranks(module.device).together():
-            if trainer.is_global_zero:
-                self.check(batch)
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        module.admit = self.admit  # type: ignore[assignment]
 
-    def check(self, source: ClipSource) -> None:
-        """Raises `InputError` where a clip's files may not or cannot be written."""
-        folder = self.folder / source.name
-        if (folder / "run.yaml").exists() and not self.overwrite:
+    def admit(self, job: Job) -> str | None:
+        """Takes a job's folder for this run; or says why not, for a clip among many.
+
+        Raises:
+            InputError: The job's files may not or cannot be written.
+        """
+        folder = self.folder / job.name
+        if finished(folder) and not self.overwrite:
+            if job.where is not None:
+                return "finished before"
             raise InputError(
                 f"{folder} holds a finished run; choose another --output.folder, or give "
                 f"--output.overwrite true to replace it"
             )
+        self.check(job.source, folder)
+        self.lock = FolderLock(folder)
+        if self.lock.taken():
+            return None
+        if job.where is not None:
+            return "another run has it now"
+        raise InputError(
+            f"another run writes to {folder} now; wait for it, or choose another --output.folder"
+        )
+
+    def check(self, source: ClipSource, folder: Path) -> None:
+        """Raises `InputError` where a clip's files cannot be written."""
         if folder.resolve() in (source.path.resolve(), source.path.resolve().parent):
             raise InputError(
                 f"the output would lie beside or in its source {source.path}; choose another "
@@ -81,37 +99,86 @@ class RunWriter(BasePredictionWriter):
                 f"{folder} cannot be written ({error}); choose another --output.folder"
             ) from error
 
-    def write_on_batch_end(
+    def write_on_batch_end(  # type: ignore[override]
         self,
         trainer: Trainer,
-        module: LightningModule,
-        prediction: Prediction,
+        module: TokenFlow,
+        prediction: Prediction | Outcome | None,
         indices: Any,
-        batch: ClipSource,
+        job: Job,
         *_: Any,
     ) -> None:
-        with FrameGroup.of_all_ranks(module.device).together():
-            if trainer.is_global_zero:
-                self.write(prediction, self.folder / batch.name)
+        if prediction is None:
+            return
+        folder = self.folder / job.name
+        if isinstance(prediction, Outcome):
+            outcome = prediction
+            if outcome.what == "failed" and module.group.rank == 0:
+                with atomic(folder / FAILED) as file:
+                    file.write_text(yaml.safe_dump({"failed": outcome.why}))
+        else:
+            self.asked = module.asked
+            with module.group.together():
+                if module.group.rank == 0:
+                    self.write(prediction, folder)
+            if prediction.result.kept is not None:
+                prediction.result.kept.forget()
+            outcome = Outcome(job, "done", "", sum(prediction.result.seconds.values()))
+        self.release()
+        if module.group.rank == 0:
+            self.outcomes.append(outcome)
+
+    def on_exception(self, *_: Any) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Gives the folder free that this run has taken."""
+        if self.lock is not None:
+            self.lock.release()
+        self.lock = None
+
+    def on_predict_end(self, trainer: Trainer, module: TokenFlow) -> None:  # type: ignore[override]
+        """Says what became of many clips."""
+        every = [outcome for some in module.everyone.tell(self.outcomes) for outcome in some]
+        self.failed = sum(outcome.what == "failed" for outcome in every)
+        if trainer.is_global_zero and any(outcome.many for outcome in every):
+            print_outcomes(every)
 
     def write(self, prediction: Prediction, folder: Path) -> None:
-        """Writes a run's files; `run.yaml`, the last, says that it is whole."""
+        """Writes a run's files; `run.yaml`, the last, says that it is whole.
+
+        Raises:
+            InputError: The disk refuses.
+            StopRequested: This process was asked to stop.
+        """
         result = prediction.result
         source, edited = result.source, result.clip
-        (folder / "run.yaml").unlink(missing_ok=True)
         try:
-            write_clip(folder / "edited.mp4", edited, crf=self.crf)
+            (folder / "run.yaml").unlink(missing_ok=True)
+            write_video(
+                folder / "edited.mp4", self.unless_asked(edited.frames), edited.times, edited.rate,
+                size=edited.display_size, audio=edited.audio, crf=self.crf,
+            )  # fmt: skip
             rows = [shown(source), shown(edited)]
-            both = side_by_side(*rows)
+            both = self.unless_asked(side_by_side(*rows))
             write_video(folder / "compare.mp4", both, source.times, source.rate, crf=self.crf)
             write_image(folder / "contact_sheet.png", contact_sheet(rows))
             with atomic(folder / "run.yaml") as file:
                 file.write_text(yaml.safe_dump(self.summary(prediction), sort_keys=False))
-        finally:
-            with suppress(OSError):
-                folder.rmdir()  # only an empty one
+            (folder / FAILED).unlink(missing_ok=True)
+        except OSError as error:
+            again = "free some space or choose another --output.folder, and start again"
+            keeps = "" if result.kept is None else "; the edit is kept and only written then"
+            raise InputError(f"{folder} cannot be written ({error}): {again}{keeps}") from error
         for name in ("edited.mp4", "compare.mp4", "contact_sheet.png", "run.yaml"):
             print(folder / name)
+
+    def unless_asked(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The frames, until the run is asked to stop."""
+        for frame in frames:
+            if self.asked():
+                raise StopRequested
+            yield frame
 
     def summary(self, prediction: Prediction) -> dict[str, Any]:
         """What `run.yaml` holds: the configuration, and under `run` what came of it."""
@@ -136,3 +203,14 @@ class RunWriter(BasePredictionWriter):
 def shown(clip: Clip) -> Float[Tensor, "frames 3 height width"]:
     """A clip's frames at the size that its videos have."""
     return torch.stack([resized(frame, clip.display_size) for frame in clip.frames])
+
+
+def print_outcomes(outcomes: Sequence[Outcome]) -> None:
+    """A line for each clip, and how many are done, skipped and failed."""
+    width = max((len(outcome.name) for outcome in outcomes), default=0)
+    for outcome in outcomes:
+        time = f"{outcome.seconds:8.1f} s" if outcome.seconds else " " * 10
+        print(f"{outcome.name:{width}}  {outcome.what:7}  {time}  {outcome.why}".rstrip())
+    counts = Counter(outcome.what for outcome in outcomes)
+    kinds = ("done", "skipped", "failed")
+    print(f"{len(outcomes)} clips: " + ", ".join(f"{counts[kind]} {kind}" for kind in kinds))

@@ -1,0 +1,289 @@
+"""What a run keeps: found again by what it depends on, and going on as if never interrupted."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.diffusion.making import make_controlnet
+from tests.engine.ranks import on_ranks
+from tokenflow.diffusion import Backbone
+from tokenflow.editors import ControlNet, Editor, PnP, SDEdit
+from tokenflow.engine import Result, Settings, edit_clip
+from tokenflow.engine.cache import Cache
+from tokenflow.engine.frame_group import FrameGroup
+from tokenflow.engine.recall import Recall
+from tokenflow.engine.windows import split_windows
+from tokenflow.errors import Preempted
+from tokenflow.propagation import NNField
+from tokenflow.testing import tiny_clip
+from tokenflow.video import Clip
+
+SETTINGS = Settings(steps=4, keyframe_every=3, batch=2)
+CLIP = tiny_clip(7)
+
+
+class Counting:
+    """Counts the stages' steps, and asks to stop at one of them."""
+
+    def __init__(self, stop: tuple[str, int] | None = None) -> None:
+        self.steps: dict[str, int] = {}
+        self.stop, self.asked = stop, False
+
+    def __call__(self, stage: str, step: int, steps: int) -> None:
+        self.steps[stage] = self.steps.get(stage, 0) + 1
+        self.asked = self.asked or (stage, step) == self.stop
+
+
+def edit(
+    backbone: Backbone,
+    cache: Cache | None,
+    prompt: str = "a ball",
+    clip: Clip = CLIP,
+    settings: Settings = SETTINGS,
+    counting: Counting | None = None,
+    editor: Editor | None = None,
+    kernel: str = "NNField()",
+    **options: Any,
+) -> Result:
+    counting = counting or Counting()
+    editor = editor or PnP()
+    recall = cache and Recall(cache, f"{type(editor).__name__}({vars(editor)})", kernel, 2)
+    return edit_clip(
+        backbone, clip, prompt, editor, NNField(), settings=settings, progress=counting,
+        group=FrameGroup(asked=lambda: counting.asked), recall=recall, **options,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return Cache(tmp_path)
+
+
+def kinds(cache: Cache) -> list[str]:
+    return sorted(entry.kind for entry in cache.entries())
+
+
+def test_another_prompt_does_not_invert_again(backbone: Backbone, cache: Cache) -> None:
+    first, second = Counting(), Counting()
+    edit(backbone, cache, counting=first)
+    assert first.steps == {"encode": 4, "invert": 16, "edit": 4, "decode": 4}
+    found = edit(backbone, cache, "a box", counting=second)
+    assert second.steps == {"recall": 1, "edit": 4, "decode": 4}
+    assert torch.equal(found.clip.frames, edit(backbone, None, "a box").clip.frames)
+    assert kinds(cache).count("inversion") == 7
+
+
+def test_frames_are_found_in_another_cut_of_the_clip(backbone: Backbone, cache: Cache) -> None:
+    edit(backbone, cache)
+    counting, longer = Counting(), tiny_clip(9)
+    assert torch.equal(longer.frames[:7], CLIP.frames)
+    edit(backbone, cache, clip=longer, counting=counting)
+    # batches of two: the fourth has one new frame, the fifth is new
+    assert counting.steps["encode"] == 2
+
+
+CHANGES: dict[str, Callable[[Backbone], dict[str, Any]]] = {
+    "frames": lambda _: {"clip": Clip.from_frames((CLIP.frames + 0.001).clamp(0, 1))},
+    "the source's prompt": lambda _: {"inversion_prompt": "a dog"},
+    "steps": lambda _: {"settings": dataclasses.replace(SETTINGS, steps=3)},
+    "inversion steps": lambda _: {"settings": dataclasses.replace(SETTINGS, inversion_steps=6)},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_inversion_depends_on_is_part_of_the_key(
+    backbone: Backbone, cache: Cache, change: str
+) -> None:
+    edit(backbone, cache)
+    counting = Counting()
+    edit(backbone, cache, counting=counting, **CHANGES[change](backbone))
+    assert "recall" not in counting.steps
+
+
+def test_another_model_does_not_find_it(backbone: Backbone, cache: Cache) -> None:
+    edit(backbone, cache)
+    with torch.no_grad():
+        other = Backbone(
+            backbone.unet, backbone.vae, backbone.text_encoder, backbone.tokenizer,
+            backbone.scheduler,
+        )  # fmt: skip
+        assert other.fingerprint == backbone.fingerprint
+        weight = next(other.vae.decoder.parameters())
+        before = weight.flatten()[0].clone()
+        weight.flatten()[0] += 1
+        fresh = Backbone(
+            other.unet, other.vae, other.text_encoder, other.tokenizer, other.scheduler
+        )
+        assert fresh.fingerprint != backbone.fingerprint
+        weight.flatten()[0] = before
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_what_is_damaged_is_computed_anew(backbone: Backbone, cache: Cache, damage: str) -> None:
+    expected = edit(backbone, cache).clip.frames
+    path = next(entry.path for entry in cache.entries() if entry.kind == "inversion")
+    path.unlink() if damage == "gone" else path.write_bytes(path.read_bytes()[:-3])
+    counting = Counting()
+    if damage == "cut":
+        with pytest.warns(UserWarning, match="damaged"):
+            found = edit(backbone, cache, settings=SETTINGS, kernel="other", counting=counting)
+    else:
+        found = edit(backbone, cache, settings=SETTINGS, kernel="other", counting=counting)
+    assert counting.steps["invert"] == 4  # one batch
+    assert torch.equal(found.clip.frames, expected)
+
+
+def test_an_editor_with_an_influence_on_inversion_is_part_of_its_key(
+    backbone: Backbone, cache: Cache, tmp_path: Path
+) -> None:
+    model = str(make_controlnet(tmp_path / "control", backbone.unet))
+    edit(backbone, cache, editor=PnP())
+    for options in ({"control_source": True}, {"control_source": True, "scale": 0.5}):
+        for expected in (0, 1):
+            counting = Counting()
+            edit(backbone, cache, editor=ControlNet(model, **options), counting=counting)
+            assert counting.steps.get("recall", 0) == expected
+    counting = Counting()
+    edit(backbone, cache, editor=SDEdit(0.5), counting=counting)  # it has none
+    assert counting.steps["recall"] == 1
+
+
+STOPS = [("encode", 2), ("invert", 5), ("edit", 1), ("edit", 2), ("edit", 3), ("decode", 2)]
+
+
+@pytest.mark.parametrize("stop", STOPS, ids=str)
+@pytest.mark.parametrize("editor", [PnP(), SDEdit(0.75)], ids=["pnp", "sdedit"])
+def test_an_interrupted_run_goes_on_bit_for_bit(
+    backbone: Backbone, cache: Cache, stop: tuple[str, int], editor: Editor
+) -> None:
+    expected = edit(backbone, None, editor=editor).clip.frames
+    with pytest.raises(Preempted) as stopped:
+        edit(backbone, cache, counting=Counting(stop), editor=editor)
+    assert stopped.value.code == 75
+    counting = Counting()
+    result = edit(backbone, cache, counting=counting, editor=editor)
+    assert torch.equal(result.clip.frames, expected)
+    stage, step = stop
+    steps = {"pnp": 4, "sdedit": 3}[type(editor).__name__.lower()]
+    if stage == "edit":
+        assert counting.steps.get("edit", 0) == steps - step
+    if stage == "decode":
+        assert "edit" not in counting.steps
+    if stage == "invert":
+        assert counting.steps["recall"] == 1  # one batch was through
+    assert result.kept is not None
+    result.kept.forget()
+    assert "sampling" not in kinds(cache)
+
+
+def test_a_sampling_is_kept_now_and_then(backbone: Backbone, cache: Cache) -> None:
+    """What a killed process leaves: here an exception that nothing foresees."""
+
+    class Killed(BaseException):
+        pass
+
+    class Killing(Counting):
+        def __call__(self, stage: str, step: int, steps: int) -> None:
+            super().__call__(stage, step, steps)
+            if (stage, step) == ("edit", 4):
+                raise Killed
+
+    with pytest.raises(Killed):
+        edit(backbone, cache, counting=Killing())
+    counting = Counting()
+    result = edit(backbone, cache, counting=counting)
+    assert counting.steps["edit"] == 2  # kept after every second step
+    assert torch.equal(result.clip.frames, edit(backbone, None).clip.frames)
+
+
+SAMPLING_CHANGES: dict[str, dict[str, Any]] = {
+    "prompt": {"prompt": "a box"},
+    "negative prompt": {"negative_prompt": "a dog"},
+    "seed": {"settings": dataclasses.replace(SETTINGS, seed=1)},
+    "guidance": {"settings": dataclasses.replace(SETTINGS, guidance=2.0)},
+    "editor": {"editor": PnP(attention=0.2)},
+    "kernel": {"kernel": "other"},
+}
+
+
+@pytest.mark.parametrize("change", SAMPLING_CHANGES)
+def test_another_edit_does_not_go_on_from_it(backbone: Backbone, cache: Cache, change: str) -> None:
+    with pytest.raises(Preempted):
+        edit(backbone, cache, counting=Counting(("edit", 3)))
+    counting = Counting()
+    edit(backbone, cache, counting=counting, **SAMPLING_CHANGES[change])
+    assert counting.steps["edit"] == 4
+
+
+def test_who_lowers_the_batch_goes_on(backbone: Backbone, cache: Cache) -> None:
+    with pytest.raises(Preempted):
+        edit(backbone, cache, counting=Counting(("edit", 3)))
+    counting = Counting()
+    edit(backbone, cache, settings=dataclasses.replace(SETTINGS, batch=1), counting=counting)
+    assert counting.steps["edit"] == 1
+
+
+def test_without_a_description_only_inversions_are_kept(backbone: Backbone, cache: Cache) -> None:
+    edit_clip(backbone, CLIP, "a ball", PnP(), NNField(), settings=SETTINGS, recall=Recall(cache))
+    assert set(kinds(cache)) == {"inversion"}
+
+
+def stopped_on_ranks(model: Path, folder: Path, stop: tuple[str, int], who: int) -> str:
+    """How a rank of a group ends of which one is asked to stop."""
+    backbone, group = Backbone.load(model, device="cpu"), FrameGroup.join()
+    counting = Counting(stop if group.rank == who else None)
+    group.asked = lambda: counting.asked
+    try:
+        part(backbone, group, Cache(folder), counting)
+    except Preempted:
+        return f"stopped after {counting.steps}"
+    return "done"
+
+
+def resumed_on_ranks(model: Path, folder: Path) -> tuple[Tensor, dict[str, int]]:
+    """A rank's frames, and the steps it took."""
+    backbone, counting = Backbone.load(model, device="cpu"), Counting()
+    frames = part(backbone, FrameGroup.join(), Cache(folder), counting)
+    return frames, counting.steps
+
+
+def part(backbone: Backbone, group: FrameGroup, cache: Cache, counting: Counting) -> Tensor:
+    share = group.share(split_windows(len(CLIP), SETTINGS.keyframe_every))
+    clip = CLIP.part(share.positions(share.held))
+    result = edit_clip(
+        backbone, clip, "a ball", PnP(), NNField(), settings=SETTINGS, progress=counting,
+        group=group, recall=Recall(cache, "PnP()", "NNField()", 2),
+    )  # fmt: skip
+    return result.clip.frames[: share.frame_counts[group.rank]]
+
+
+@pytest.mark.parametrize("stop", [("invert", 2), ("edit", 3), ("decode", 1)], ids=str)
+@pytest.mark.parametrize("who", [0, 1])
+def test_ranks_stop_at_the_same_step_and_others_go_on(
+    model_folder: Path, tmp_path: Path, stop: tuple[str, int], who: int
+) -> None:
+    cache = tmp_path / "kept"
+    said = on_ranks(2, tmp_path / "a", stopped_on_ranks, model_folder, cache, stop, who)
+    assert all(words.startswith("stopped after") for words in said)
+    if stop[0] == "edit":
+        assert all("'edit': 3" in words and "decode" not in words for words in said)
+    [(alone, _)] = on_ranks(1, tmp_path / "b", resumed_on_ranks, model_folder, tmp_path / "none")
+    # another number of ranks: sums over keyframes in another order
+    for size in (2, 1, 3) if stop[0] == "edit" else (2,):
+        kept = tmp_path / f"kept{size}"
+        kept.mkdir()
+        for file in cache.rglob("*.safetensors"):
+            (kept / file.parent.name).mkdir(exist_ok=True)
+            (kept / file.parent.name / file.name).hardlink_to(file)
+        again = on_ranks(size, tmp_path / f"c{size}", resumed_on_ranks, model_folder, kept)
+        frames = torch.cat([frames for frames, _ in again])
+        assert torch.allclose(frames, alone, rtol=0, atol=1e-4)
+        if stop[0] == "edit":
+            assert all(steps["edit"] == 1 for _, steps in again)

@@ -1,0 +1,44 @@
+"""A run's folder: whether it holds a finished run, and who may write to it now."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+FAILED = "failed.yaml"
+LOCK = ".lock"
+
+
+def finished(folder: Path) -> bool:
+    """Whether a run is whole: its last file is there."""
+    return (folder / "run.yaml").exists()
+
+
+class FolderLock:
+    """One run's right to write to a folder; it ends with the process, however that ends."""
+
+    def __init__(self, folder: Path) -> None:
+        self.made = [place for place in (folder, *folder.parents) if not place.exists()]
+        self.folder = folder
+        self.lock = FileLock(folder / LOCK, timeout=0)
+
+    def taken(self) -> bool:
+        """Takes the right, unless another process has it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.lock.acquire()
+        except Timeout:
+            return False
+        return True
+
+    def release(self) -> None:
+        """Gives it back, with the folders that were made for it if they are empty."""
+        if not self.lock.is_locked:
+            return
+        self.lock.release()
+        (self.folder / LOCK).unlink(missing_ok=True)
+        for place in self.made:
+            with suppress(OSError):
+                place.rmdir()

@@ -1,0 +1,63 @@
+"""What a run is made of: clips to edit, each with what is special about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenflow.video import Clip, clip_name, read_clip
+
+CHOICE = ("start", "stop", "stride", "max_frames", "resolution", "fit", "image_rate")
+PROMPTS = ("prompt", "negative_prompt", "inversion_prompt")
+
+
+class ClipSource:
+    """Where a clip comes from, and which frames of it; they are read only when needed."""
+
+    def __init__(self, path: Path, **choice: Any) -> None:
+        self.path, self.choice = path, choice
+
+    @property
+    def name(self) -> str:
+        """The clip's name."""
+        return clip_name(self.path)
+
+    def read(self, multiple: int, part: Callable[[int], range] | None = None) -> Clip:
+        """The clip, or the part of it that `part` chooses by the number of frames.
+
+        The sides are multiples of `multiple` pixels.
+        """
+        return read_clip(self.path, multiple=multiple, part=part, **self.choice)
+
+
+class Job:
+    """One clip to edit: what a batch is. No dataclass, as Lightning would take that apart.
+
+    Args:
+        source: The clip.
+        name: Of the folder that its files go to; the clip's if not given.
+        prompts: Those that are its own: `prompt`, `negative_prompt`, `inversion_prompt`.
+        settings: Its own `Settings`.
+        where: Its place in a manifest; None for a run of one clip.
+    """
+
+    def __init__(
+        self,
+        source: ClipSource,
+        name: str | None = None,
+        prompts: Mapping[str, str] | None = None,
+        settings: Mapping[str, Any] | None = None,
+        where: str | None = None,
+    ) -> None:
+        self.source, self.name = source, name or source.name
+        self.prompts, self.settings = dict(prompts or {}), dict(settings or {})
+        self.where = where
+
+
+class Outcome:
+    """What became of a job: "done", "skipped" or "failed", and why."""
+
+    def __init__(self, job: Job, what: str, why: str = "", seconds: float = 0.0) -> None:
+        self.name, self.what, self.why, self.seconds = job.name, what, why, seconds
+        self.many = job.where is not None

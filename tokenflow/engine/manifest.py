@@ -1,0 +1,122 @@
+"""A list of clips to edit, from a YAML or CSV file."""
+
+from __future__ import annotations
+
+import csv
+import inspect
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from tokenflow.engine.editing import Settings
+from tokenflow.engine.job import CHOICE, PROMPTS, ClipSource, Job
+from tokenflow.errors import InputError
+from tokenflow.video import VideoError, read_clip
+
+
+def read_manifest(path: Path, root: Path | None, choice: Mapping[str, Any]) -> list[Job]:
+    """One job for each row; a row's own options go before those of `choice`.
+
+    Args:
+        path: A YAML file with a list of mappings, or a CSV file with a line of names first. Each
+            has `video`, and may have `prompt`, `negative_prompt`, `inversion_prompt`, `name` (of
+            the folder that its files go to), options of the frames (as `start` or `resolution`)
+            and of the edit (as `seed` or `steps`). An empty cell is not given.
+        root: The folder that the videos are in, and relative to; the manifest's if not given.
+        choice: Which frames are taken, of rows that do not say.
+
+    Raises:
+        InputError: The file is no manifest, a row is not understood, two would write into one
+            folder, or a video lies outside of the root.
+    """
+    root = (root or path.parent).resolve()
+    parser = row_parser()
+    jobs = [job(row, f"{path}, clip {i}", parser, root, choice) for i, row in rows(path)]
+    if not jobs:
+        raise InputError(f"{path} lists no clip; expected at least one, with a video")
+    names = Counter(job.name for job in jobs)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise InputError(
+            f"{path}: several clips would write into the folder {twice[0]!r}; give each a name"
+        )
+    return jobs
+
+
+def rows(path: Path) -> Sequence[tuple[int, dict[str, Any]]]:
+    """The rows of a manifest, counted from 1."""
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the manifest {path} cannot be read: {error}") from error
+    if path.suffix.lower() == ".csv":
+        lines = csv.DictReader(text.splitlines(), restkey="more")
+        table: Any = [{k: v for k, v in row.items() if v not in ("", None)} for row in lines]
+    elif path.suffix.lower() in (".yaml", ".yml"):
+        try:
+            table = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(f"the manifest {path} is no YAML: {error}") from error
+    else:
+        raise InputError(f"expected a manifest that ends in .yaml, .yml or .csv, got {path}")
+    if not isinstance(table, list) or not all(isinstance(row, dict) for row in table):
+        raise InputError(f"{path}: expected a list of clips, each with video: PATH")
+    return list(enumerate(table, start=1))
+
+
+def row_parser() -> ArgumentParser:
+    """What a row may say, with types; nothing has a default."""
+    parser = ArgumentParser(exit_on_error=False)
+    for name in ("video", "name", *PROMPTS):
+        parser.add_argument(f"--{name}", type=str | None)
+    hints = get_type_hints(read_clip) | get_type_hints(Settings)
+    for name in (*CHOICE, *inspect.signature(Settings).parameters):
+        parser.add_argument(f"--{name}", type=hints[name] | None)
+    return parser
+
+
+def job(
+    row: Mapping[str, Any],
+    where: str,
+    parser: ArgumentParser,
+    root: Path,
+    choice: Mapping[str, Any],
+) -> Job:
+    """What one row says."""
+    try:
+        parsed = parser.parse_object(dict(row)).as_dict()
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise InputError(f"{where}: {error}") from error
+    given = {name: parsed[name] for name in row}
+    if not given.get("video"):
+        raise InputError(f"{where}: expected video: PATH, got none")
+    video = root / given["video"]
+    if not video.resolve().is_relative_to(root):
+        raise InputError(
+            f"{where}: {given['video']} lies outside of {root}; move it there, or name another "
+            f"folder by --data.root"
+        )
+    name = given.get("name")
+    if name is not None and (Path(name).name != name or name in ("", ".", "..")):
+        raise InputError(f"{where}: expected the name of a folder, got {name!r}")
+    own = {key: value for key, value in given.items() if key in CHOICE}
+    source = ClipSource(video, **{**choice, **own})
+    prompts = {key: value for key, value in given.items() if key in PROMPTS}
+    settings = {k: v for k, v in given.items() if k in inspect.signature(Settings).parameters}
+    return Job(source, name, prompts, settings, where)
+
+
+def part_of(jobs: Sequence[Job], part: str) -> list[Job]:
+    """Every n-th job, from the m-th, for the part "m/n"."""
+    try:
+        m, n = map(int, part.split("/"))
+        if not 1 <= m <= n:
+            raise ValueError
+    except ValueError:
+        raise VideoError(
+            f'expected a part like "3/16", the third of sixteen, got {part!r}'
+        ) from None
+    return list(jobs[m - 1 :: n])

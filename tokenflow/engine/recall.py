@@ -1,0 +1,151 @@
+"""What a run keeps, so that it, or another of the same clip, goes on from there."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from tokenflow.diffusion import Backbone, Trajectory
+from tokenflow.engine.cache import Cache
+from tokenflow.engine.frame_group import FrameGroup
+from tokenflow.video import Clip
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Where a run keeps what it has, and what tells its plugins from others.
+
+    Attributes:
+        cache: Where.
+        editor: The editor with its options, as text. Not given, a sampling is not kept, nor is an
+            inversion on which the editor has an influence.
+        propagation: The kernel with its options. Not given, a sampling is not kept.
+        save_every: Steps after which a sampling on its way is kept.
+    """
+
+    cache: Cache
+    editor: str | None = None
+    propagation: str | None = None
+    save_every: int = 10
+
+
+def digest(*parts: Any) -> str:
+    """SHA-256 of what JSON makes of the parts; what it does not know, by its text."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def frame_digests(clip: Clip) -> list[str]:
+    """SHA-256 of every frame's values."""
+    shape = str(tuple(clip.frames.shape[1:])).encode()
+    return [
+        hashlib.sha256(shape + frame.contiguous().cpu().numpy().tobytes()).hexdigest()
+        for frame in clip.frames
+    ]
+
+
+class KeptInversion:
+    """A clip's frames on their way to noise, each kept on its own.
+
+    So every edit of the same frames finds them again, however they are cut into clips and shared
+    by ranks.
+
+    Args:
+        cache: Where they are kept; nowhere if not given.
+        clip: The frames.
+        inversion: All else that they depend on.
+    """
+
+    def __init__(self, cache: Cache | None, clip: Clip, inversion: Sequence[Any]) -> None:
+        self.cache, self.name = cache, clip.name
+        frames = frame_digests(clip) if cache is not None else []
+        self.keys = [digest("inversion", 1, *inversion, frame) for frame in frames]
+
+    def fill(self, trajectory: Trajectory, here: Int64[Tensor, " some"]) -> bool:
+        """Fills in the frames with these numbers; whether all of them were kept."""
+        if self.cache is None:
+            return False
+        for number in here.tolist():
+            kept = self.cache.load(self.keys[number])
+            if kept is None:
+                return False
+            trajectory.latents[:, number] = kept["latents"]
+            trajectory.clean[number], trajectory.noisiest[number] = kept["clean"], kept["noisiest"]
+        return True
+
+    def keep(self, trajectory: Trajectory, here: Int64[Tensor, " some"]) -> None:
+        """Keeps the frames with these numbers."""
+        if self.cache is None:
+            return
+        for number in here.tolist():
+            tensors = {
+                "latents": trajectory.latents[:, number],
+                "clean": trajectory.clean[number],
+                "noisiest": trajectory.noisiest[number],
+            }
+            self.cache.save(self.keys[number], tensors, "inversion", self.name)
+
+
+class KeptSampling:
+    """A clip's latents on their way back from noise, of all ranks, kept by the first.
+
+    Args:
+        recall: Where, and how often.
+        clip: This rank's frames.
+        counts: How many frames each rank contributes.
+        group: The ranks.
+        sampling: All else that the latents depend on.
+    """
+
+    def __init__(
+        self,
+        recall: Recall,
+        clip: Clip,
+        counts: Sequence[int],
+        group: FrameGroup,
+        sampling: Sequence[Any],
+    ) -> None:
+        self.cache, self.every, self.name = recall.cache, recall.save_every, clip.name
+        self.positions, self.counts, self.group = clip.positions, counts, group
+        own = frame_digests(clip)[: counts[group.rank]]
+        every = [frame for part in group.tell(own) for frame in part]
+        self.key = digest("sampling", 1, *sampling, every)
+
+    def load(self) -> tuple[int, Float[Tensor, "frames c h w"]] | None:
+        """How many steps are done, and this rank's latents after them; None to begin anew."""
+        with self.group.together():
+            kept = self.cache.load(self.key) if self.group.rank == 0 else None
+        latents = self.group.from_first(None if kept is None else kept["latents"])
+        done = self.group.tell(0 if kept is None else int(kept["done"]))[0]
+        if latents is None:
+            return None
+        return done, latents[self.positions.start : self.positions.stop].clone()
+
+    def keep(self, done: int, steps: int, x: Float[Tensor, "frames c h w"]) -> None:
+        """Keeps the latents where it is time to: now and then, at the end, and before a stop."""
+        if done % self.every and done < steps and not self.group.stopping:
+            return
+        latents = self.group.to_first(x, self.counts)
+        with self.group.together():
+            if latents is not None:
+                tensors = {"latents": latents, "done": torch.tensor(done)}
+                self.cache.save(self.key, tensors, "sampling", self.name)
+
+    def forget(self) -> None:
+        """When the result is where it belongs."""
+        if self.group.rank == 0:
+            self.cache.remove(self.key)
+
+
+def sampling_of(backbone: Backbone, recall: Recall, settings: Any, *prompts: str) -> list[Any]:
+    """What a sampling's latents depend on but the frames: of the settings, all but the batch."""
+    chosen = dataclasses.asdict(settings)
+    del chosen["batch"]  # changes rounding only: who runs out of memory lowers it and goes on
+    return [backbone.fingerprint, recall.editor, recall.propagation, chosen, prompts]

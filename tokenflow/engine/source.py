@@ -1,0 +1,112 @@
+"""The way from a clip's frames to their noise trajectory, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenflow.diffusion import Backbone, Schedule, Trajectory
+from tokenflow.diffusion.inversion import Conditioning, inversion_steps
+from tokenflow.diffusion.sampling import require_finite
+from tokenflow.editors import Editor, Pass
+from tokenflow.engine.denoising import conditioned
+from tokenflow.engine.frame_group import FrameGroup
+from tokenflow.engine.recall import KeptInversion, Recall
+from tokenflow.video import Clip
+
+Progress = Callable[[str, int, int], None]
+
+
+def invert_clip(
+    backbone: Backbone,
+    clip: Clip,
+    embedding: Tensor,
+    schedule: Schedule,
+    timesteps: tuple[int, ...],
+    batch: int,
+    conditioning: Conditioning,
+    kept: KeptInversion,
+    group: FrameGroup,
+    seconds: dict[str, float],
+    progress: Progress,
+) -> Trajectory:
+    """Encodes and inverts this rank's frames, but for those that are kept from before."""
+    channels, scale = backbone.unet.config.in_channels, backbone.latent_scale
+    height, width = clip.frames.shape[-2:]
+    clean = torch.empty(len(clip), channels, height // scale, width // scale)
+    trajectory = Trajectory.empty(clean, schedule, timesteps, clip.first, clip.total)
+    parts = list(torch.arange(len(clip)).split(batch))
+    with group.together():
+        missing = [part for part in parts if not kept.fill(trajectory, part)]
+        if found := len(parts) - len(missing):
+            progress("recall", found, len(parts))
+    for number, part in enumerate(group.rounds(missing)):
+        with timed(seconds, "encode"), group.together():
+            if part is not None:
+                clean[part] = backbone.encode(clip.frames[part]).cpu()
+                require_finite(clean[part], "the encoded frames")
+                progress("encode", number + 1, len(missing))
+        group.leave()
+        with timed(seconds, "invert"):
+            walk = None
+            if part is not None:
+                frames = (part + clip.first).tolist()
+                walk = inversion_steps(
+                    backbone, clean[part], frames, embedding, schedule, timesteps, conditioning
+                )
+            for step, t in enumerate(timesteps, start=1):
+                with group.together():
+                    if part is not None and walk is not None:
+                        trajectory.keep(t, part, next(walk))
+                        done = number * len(timesteps) + step
+                        progress("invert", done, len(missing) * len(timesteps))
+                group.leave()
+            if part is not None:
+                kept.keep(trajectory, part)
+    return trajectory
+
+
+def of_source(
+    editor: Editor, backbone: Backbone, embedding: Tensor, schedule: Schedule
+) -> Conditioning:
+    """What the editor gives the UNet for the source alone, by frames, latents and timestep."""
+
+    def conditioning(frames: list[int], here: Tensor, t: int) -> dict[str, Any]:
+        source = Pass(("source",), tuple(frames), here[None], embedding, t, schedule.share(t))
+        return conditioned(editor, backbone, source)
+
+    return conditioning
+
+
+def kept_inversion(
+    backbone: Backbone,
+    clip: Clip,
+    editor: Editor,
+    prompt: str,
+    schedule: Schedule,
+    timesteps: tuple[int, ...],
+    recall: Recall | None,
+) -> KeptInversion:
+    """Where the clip's inversion is kept; an editor with an influence on it is part of its key."""
+    if recall is None:
+        return KeptInversion(None, clip, ())
+    influence, cache = None, recall.cache
+    if type(editor).conditioning is not Editor.conditioning:
+        influence = recall.editor
+        if influence is None:
+            return KeptInversion(None, clip, ())
+    parts = backbone.fingerprint, prompt, schedule.timesteps, timesteps, influence
+    return KeptInversion(cache, clip, parts)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Adds how long a block took to a stage's time."""
+    begin = perf_counter()
+    yield
+    seconds[stage] = round(seconds.get(stage, 0.0) + perf_counter() - begin, 3)
