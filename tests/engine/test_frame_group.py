@@ -40,9 +40,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Part:
-    """What one rank returns: where its frames begin, the frames, bytes received, all frames."""
+    """What one rank returns: where its frames begin, these, bytes received, all frames."""
 
     first: int
+    latents: Tensor
     frames: Tensor
     received: int
     idle: bool
@@ -86,9 +87,12 @@ def edited(cases: dict[str, Case], model: Path) -> dict[str, Part]:
             case.kernel,
             settings=settings,
             group=group,
-        ).clip
-        whole = group.to_first(result.frames, share.frame_counts)
-        parts[name] = Part(result.first, result.frames, group.received, share.idle, whole)
+        )
+        frames = result.clip.frames
+        whole = group.to_first(frames, share.frame_counts)
+        parts[name] = Part(
+            result.clip.first, result.latents, frames, group.received, share.idle, whole
+        )
     return parts
 
 
@@ -119,13 +123,15 @@ def test_several_ranks_agree_with_one(
         windows = len(split_windows(case.frames, EVERY))
         assert len(working) == min(len(shared), windows), name
         assert [part.first for part in working] == sorted({part.first for part in working})
-        together = torch.cat([part.frames for part in working])
-        assert together.shape == alone[name].frames.shape, name
-        difference = float((together - alone[name].frames).abs().max())
-        assert difference <= TOLERANCE, f"{name}: {difference}"
+        for what in ("latents", "frames"):
+            together = torch.cat([getattr(part, what) for part in working])
+            expected = getattr(alone[name], what)
+            assert together.shape == expected.shape, name
+            difference = float((together - expected).abs().max())
+            assert difference <= TOLERANCE, f"{name}, {what}: {difference}"
 
 
-def test_the_first_rank_is_sent_all_frames_as_bytes(
+def test_the_first_rank_is_sent_all_frames(
     cases: dict[str, Case], shared: list[dict[str, Part]]
 ) -> None:
     for name in cases:
@@ -133,7 +139,7 @@ def test_the_first_rank_is_sent_all_frames_as_bytes(
         assert first.whole is not None
         assert all(part.whole is None for part in others)
         working = [part.frames for part in (first, *others) if not part.idle]
-        assert torch.equal(first.whole, (torch.cat(working) * 255).round().byte()), name
+        assert torch.equal(first.whole, torch.cat(working)), name
 
 
 def without(exchange: str, cases: dict[str, Case], model: Path) -> dict[str, Part]:

@@ -32,7 +32,8 @@ def source(tmp_path: Path) -> Job:
 def prediction() -> Prediction:
     clip = Clip.from_frames(torch.rand(3, 3, 16, 32))
     edited = Clip.from_frames(torch.rand(3, 3, 16, 32))
-    return Prediction(Result(clip, edited, seed=4, seconds={"edit": 1.5}), {"device": "cpu"})
+    latents = torch.zeros(3, 4, 8, 16)
+    return Prediction(Result(clip, edited, latents, 4, {"edit": 1.5}), {"device": "cpu"})
 
 
 def write(writer: RunWriter, source: Job, prediction: Prediction) -> None:

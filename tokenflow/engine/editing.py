@@ -90,7 +90,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Result:
-    """An edited clip, with seconds for each stage and, if asked for, the inversion's quality.
+    """An edited clip and its latents, with seconds for each stage and, if asked for, the inversion's quality.
 
     `round_trip_psnr` is the VAE's alone, `reconstruction_psnr` that of inverting and sampling
     back, both in dB against the source frames. What is `kept` of the sampling is to be forgotten
@@ -99,6 +99,7 @@ class Result:
 
     source: Clip
     clip: Clip
+    latents: Float[Tensor, "frames c h w"]
     seed: int
     seconds: dict[str, float]
     reconstruction_psnr: float | None = None
@@ -214,7 +215,7 @@ def edit_clip(
                     progress("decode", number, len(codes))
             group.leave()
     done = dataclasses.replace(clip, frames=torch.cat(parts))
-    return Result(clip, done, settings.seed, seconds, **quality, kept=kept)
+    return Result(clip, done, edited, settings.seed, seconds, **quality, kept=kept)
 
 
 @torch.no_grad()
