@@ -90,7 +90,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Result:
-    """An edited clip and its latents, with seconds for each stage and, if asked for, the inversion's quality.
+    """An edited clip and its latents, seconds for each stage, and the inversion's quality if asked.
 
     `round_trip_psnr` is the VAE's alone, `reconstruction_psnr` that of inverting and sampling
     back, both in dB against the source frames. What is `kept` of the sampling is to be forgotten

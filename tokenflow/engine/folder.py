@@ -7,13 +7,18 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from tokenflow.video import remove_leftovers
+
+EDITED, COMPARE, SHEET = "edited.mp4", "compare.mp4", "contact_sheet.png"
+RECORD = "run.yaml"
 FAILED = "failed.yaml"
+FILES = (EDITED, COMPARE, SHEET, RECORD)
 LOCK = ".lock"
 
 
 def finished(folder: Path) -> bool:
     """Whether a run is whole: its last file is there."""
-    return (folder / "run.yaml").exists()
+    return (folder / RECORD).exists()
 
 
 class FolderLock:
@@ -31,6 +36,8 @@ class FolderLock:
             self.lock.acquire()
         except Timeout:
             return False
+        for name in (*FILES, FAILED):
+            remove_leftovers(self.folder / name)
         return True
 
     def release(self) -> None:

@@ -17,7 +17,16 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
-from tokenflow.engine.folder import FAILED, FolderLock, finished
+from tokenflow.engine.folder import (
+    COMPARE,
+    EDITED,
+    FAILED,
+    FILES,
+    RECORD,
+    SHEET,
+    FolderLock,
+    finished,
+)
 from tokenflow.engine.frame_group import StopRequested
 from tokenflow.engine.job import ClipSource, Job, Outcome
 from tokenflow.engine.module import Prediction, TokenFlow
@@ -154,23 +163,23 @@ class RunWriter(BasePredictionWriter):
         result = prediction.result
         source, edited = result.source, result.clip
         try:
-            (folder / "run.yaml").unlink(missing_ok=True)
+            (folder / RECORD).unlink(missing_ok=True)
             write_video(
-                folder / "edited.mp4", self.unless_asked(edited.frames), edited.times, edited.rate,
+                folder / EDITED, self.unless_asked(edited.frames), edited.times, edited.rate,
                 size=edited.display_size, audio=edited.audio, crf=self.crf,
             )  # fmt: skip
             rows = [shown(source), shown(edited)]
             both = self.unless_asked(side_by_side(*rows))
-            write_video(folder / "compare.mp4", both, source.times, source.rate, crf=self.crf)
-            write_image(folder / "contact_sheet.png", contact_sheet(rows))
-            with atomic(folder / "run.yaml") as file:
+            write_video(folder / COMPARE, both, source.times, source.rate, crf=self.crf)
+            write_image(folder / SHEET, contact_sheet(rows))
+            with atomic(folder / RECORD) as file:
                 file.write_text(yaml.safe_dump(self.summary(prediction), sort_keys=False))
             (folder / FAILED).unlink(missing_ok=True)
         except OSError as error:
             again = "free some space or choose another --output.folder, and start again"
             keeps = "" if result.kept is None else "; the edit is kept and only written then"
             raise InputError(f"{folder} cannot be written ({error}): {again}{keeps}") from error
-        for name in ("edited.mp4", "compare.mp4", "contact_sheet.png", "run.yaml"):
+        for name in FILES:
             print(folder / name)
 
     def unless_asked(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -1,7 +1,7 @@
 """Videos in and out: clips, and pictures made of them."""
 
 from tokenflow.video.alpha import transparent
-from tokenflow.video.atomic import atomic
+from tokenflow.video.atomic import atomic, remove_leftovers
 from tokenflow.video.clip import AudioSpan, Clip, VideoError
 from tokenflow.video.layout import contact_sheet, side_by_side
 from tokenflow.video.reader import clip_name, read_clip
@@ -16,6 +16,7 @@ __all__ = [
     "clip_name",
     "contact_sheet",
     "read_clip",
+    "remove_leftovers",
     "resized",
     "side_by_side",
     "transparent",

@@ -25,3 +25,9 @@ def atomic(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed processes left of writing `path`; nobody may be writing it now."""
+    for left in path.parent.glob(f".{path.stem}.{'[0-9a-f]' * 8}{path.suffix}"):
+        left.unlink(missing_ok=True)

@@ -1,0 +1,120 @@
+"""Which clips a manifest lists, and what it may not say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tokenflow.engine.manifest import part_of, read_manifest
+from tokenflow.errors import InputError
+
+CHOICE = {"start": 0, "resolution": 512}
+
+
+def written(folder: Path, text: str, name: str = "clips.yaml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def test_a_yaml_manifest(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        """
+- {video: a.mp4, prompt: a red ball}
+- video: sub/b.mp4
+  name: second
+  prompt: a box
+  negative_prompt: blur
+  start: 4
+  max_frames: 8
+  steps: 20
+  guidance: 3
+  keyframes: center
+""",
+    )
+    first, second = read_manifest(path, None, CHOICE)
+    assert (first.name, first.prompts, first.settings) == ("a", {"prompt": "a red ball"}, {})
+    assert (first.source.path, first.source.choice) == (tmp_path / "a.mp4", CHOICE)
+    assert second.name == "second"
+    assert second.prompts == {"prompt": "a box", "negative_prompt": "blur"}
+    assert second.source.path == tmp_path / "sub" / "b.mp4"
+    assert second.source.choice == {"start": 4, "resolution": 512, "max_frames": 8}
+    assert second.settings == {"steps": 20, "guidance": 3.0, "keyframes": "center"}
+    assert second.where == f"{path}, clip 2"
+
+
+def test_a_csv_manifest(tmp_path: Path) -> None:
+    text = 'video,prompt,start,seed,keyframes\na.mp4,"a ball, red",,3,\nb.mp4,123,4,,2\n'
+    first, second = read_manifest(written(tmp_path, text, "clips.csv"), None, CHOICE)
+    assert (first.prompts, first.settings) == ({"prompt": "a ball, red"}, {"seed": 3})
+    assert first.source.choice == CHOICE
+    assert (second.prompts, second.settings) == ({"prompt": "123"}, {"keyframes": 2})
+    assert second.source.choice["start"] == 4
+
+
+def test_videos_lie_under_another_root(tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    path = written(tmp_path, "- video: a.mp4")
+    [job] = read_manifest(path, tmp_path / "videos", {})
+    assert job.source.path == tmp_path / "videos" / "a.mp4"
+
+
+def test_a_link_out_of_the_root(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    (tmp_path / "secret.mp4").touch()
+    (root / "inside.mp4").touch()
+    (root / "out.mp4").symlink_to(tmp_path / "secret.mp4")
+    (root / "in.mp4").symlink_to(root / "inside.mp4")
+    assert len(read_manifest(written(root, "- video: in.mp4"), None, {})) == 1
+    with pytest.raises(InputError, match=r"out\.mp4 lies outside of"):
+        read_manifest(written(root, "- video: out.mp4"), None, {})
+
+
+BAD = {
+    "no list": ("video: a.mp4", "expected a list of clips"),
+    "nothing": ("[]", "lists no clip"),
+    "no video": ("- prompt: a ball", "clip 1: expected video: PATH, got none"),
+    "an empty video": ("- {video: ''}", "clip 1: expected video: PATH"),
+    "an unknown option": ("- {video: a.mp4, stepz: 3}", "clip 1: .*stepz"),
+    "a wrong type": ("- video: b.mp4\n- {video: a.mp4, steps: many}", "clip 2: .*steps"),
+    "outside": ("- video: ../a.mp4", "lies outside of .*--data.root"),
+    "absolute": ("- video: /etc/passwd", "lies outside of"),
+    "twice": ("- video: a.mp4\n- video: x/a.mp4", "several clips would write into .*'a'"),
+    "a name that is a path": ("- {video: a.mp4, name: ../b}", "expected the name of a folder"),
+    "no YAML": ("- {video", "is no YAML"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_manifest_says_what_is_wrong(tmp_path: Path, case: str) -> None:
+    text, message = BAD[case]
+    with pytest.raises(InputError, match=message):
+        read_manifest(written(tmp_path, text), None, {})
+
+
+def test_a_row_with_more_cells_than_names(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="clip 1: "):
+        read_manifest(written(tmp_path, "video\na.mp4,more\n", "clips.csv"), None, {})
+
+
+def test_a_manifest_of_another_kind(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"ends in \.yaml, \.yml or \.csv"):
+        read_manifest(written(tmp_path, "a.mp4", "clips.txt"), None, {})
+
+
+def test_parts_are_the_whole(tmp_path: Path) -> None:
+    jobs = read_manifest(
+        written(tmp_path, "".join(f"- video: {i}.mp4\n" for i in range(7))), None, {}
+    )
+    parts = [[job.name for job in part_of(jobs, f"{m}/3")] for m in (1, 2, 3)]
+    assert parts == [["0", "3", "6"], ["1", "4"], ["2", "5"]]
+    assert part_of(jobs, "9/9") == []
+
+
+@pytest.mark.parametrize("part", ["0/3", "4/3", "1", "a/b", "1/0", ""])
+def test_a_part_that_is_none(part: str) -> None:
+    with pytest.raises(InputError, match='expected a part like "3/16"'):
+        part_of([], part)

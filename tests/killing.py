@@ -1,0 +1,60 @@
+"""A callback that kills its own process, as nothing can foresee."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+import tokenflow.engine.job
+import tokenflow.engine.writer
+
+
+class KillAt(Callback):
+    """Sends `sent` to this process at a moment of the first clip, if it has this rank.
+
+    Args:
+        moment: "read", "invert", "edit", "write" or "between", after the first clip.
+        rank: Whose process.
+        sent: The signal's number.
+    """
+
+    def __init__(self, moment: str, rank: int, sent: int = int(signal.SIGKILL)) -> None:
+        self.moment, self.rank, self.sent = moment, rank, sent
+
+    def on_predict_batch_start(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        if trainer.global_rank != self.rank:
+            return
+        before: Any = module.progress
+
+        def progress(stage: str, step: int, steps: int) -> None:
+            before(stage, step, steps)
+            if stage == self.moment and step == max(1, steps // 2):
+                self.kill()
+
+        module.progress = progress  # type: ignore[assignment]
+        if self.moment == "read":
+            tokenflow.engine.job.read_clip = self.kill  # type: ignore[assignment]
+        if self.moment == "write":
+            write = tokenflow.engine.writer.write_video
+
+            def killed(path: Any, frames: Any, *args: Any, **options: Any) -> Any:
+                def some() -> Any:
+                    for index, frame in enumerate(frames):
+                        if index == 2:
+                            self.kill()
+                        yield frame
+
+                return write(path, some(), *args, **options)
+
+            tokenflow.engine.writer.write_video = killed
+
+    def on_predict_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if self.moment == "between" and trainer.global_rank == self.rank:
+            self.kill()
+
+    def kill(self, *_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), self.sent)

@@ -1,0 +1,136 @@
+"""Two processes that are killed or asked to stop, and the same command once more."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.conftest import ROOT
+from tokenflow.testing import tiny_clip
+from tokenflow.video import Clip, read_clip, write_clip
+
+FILES = ["compare.mp4", "contact_sheet.png", "edited.mp4", "run.yaml"]
+PATIENCE = 60.0  # seconds in which all ranks must end when one is killed
+LOADING = 60.0  # and what starting takes where other work goes on
+
+
+def manifest(folder: Path) -> Path:
+    rows = []
+    for name in ("one", "two"):
+        frames = tiny_clip(6).frames if name == "one" else tiny_clip(6).frames.flip(0)
+        write_clip(folder / f"{name}.mp4", Clip.from_frames(frames))
+        rows.append({"video": f"{name}.mp4"})
+    path = folder / "clips.yaml"
+    path.write_text(yaml.safe_dump(rows))
+    return path
+
+
+def start(folder: Path, clips: Path, model: Path, *words: str) -> list[subprocess.Popen[str]]:
+    """Two ranks, as torchrun starts them, but nobody watches over them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "tokenflow.cli", "predict", f"--data.manifest={clips}",
+        f"--model.backbone={model}", "--model.prompt=a ball", "--model.steps=6",
+        "--model.save_every=2", "--model.keyframe_every=2", "--output.crf=0",
+        f"--model.cache={folder / 'cache'}", f"--output.folder={folder / 'runs'}",
+        "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp",
+        "--allow_imports=tests", *words,
+    ]  # fmt: skip
+    shared = {
+        **os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test",
+        "GROUP_RANK": "0",
+    }  # fmt: skip
+    return [
+        subprocess.Popen(
+            command, cwd=ROOT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+
+
+def ended(ranks: list[subprocess.Popen[str]]) -> list[int]:
+    """Their exit codes; the last may come `PATIENCE` after the first."""
+    try:
+        deadline = time.monotonic() + LOADING + PATIENCE
+        while all(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        for rank in ranks:
+            rank.communicate(timeout=PATIENCE)
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return [rank.returncode for rank in ranks]
+
+
+def frames(folder: Path) -> list[torch.Tensor]:
+    for name in ("one", "two"):
+        assert sorted(p.name for p in (folder / "runs" / name).iterdir()) == FILES
+    return [read_clip(folder / "runs" / name / "edited.mp4").frames for name in ("one", "two")]
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return manifest(tmp_path_factory.mktemp("clips"))
+
+
+@pytest.fixture(scope="module")
+def expected(
+    tmp_path_factory: pytest.TempPathFactory, clips: Path, model_folder: Path
+) -> list[torch.Tensor]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    assert ended(start(folder, clips, model_folder)) == [0, 0]
+    return frames(folder)
+
+
+def killing(moment: str, rank: int, sent: int) -> list[str]:
+    return [
+        "--trainer.callbacks+=tests.killing.KillAt", f"--trainer.callbacks.moment={moment}",
+        f"--trainer.callbacks.rank={rank}", f"--trainer.callbacks.sent={int(sent)}",
+    ]  # fmt: skip
+
+
+MOMENTS = [("read", 1), ("invert", 1), ("edit", 0), ("write", 0), ("between", 1)]
+
+
+@pytest.mark.parametrize(("moment", "rank"), MOMENTS)
+def test_a_killed_rank_ends_all_and_the_next_start_goes_on(
+    moment: str, rank: int, clips: Path, model_folder: Path, tmp_path: Path,
+    expected: list[torch.Tensor],
+) -> None:  # fmt: skip
+    codes = ended(start(tmp_path, clips, model_folder, *killing(moment, rank, signal.SIGKILL)))
+    assert codes[rank] == -signal.SIGKILL
+    assert codes[1 - rank] not in (0, -signal.SIGKILL)
+    finished = sorted(p.parent.name for p in tmp_path.glob("runs/*/run.yaml"))
+    videos = sorted(p.parent.name for p in tmp_path.glob("runs/*/edited.mp4"))
+    assert finished == videos == (["one"] if moment == "between" else [])
+    kinds = [p.name for p in tmp_path.glob("cache/*/*.safetensors")]
+    assert bool(kinds) is (moment != "read" and moment != "invert")
+    assert ended(start(tmp_path, clips, model_folder)) == [0, 0]
+    for found, wanted in zip(frames(tmp_path), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize(("moment", "rank"), [("invert", 0), ("edit", 1), ("write", 0)])
+def test_a_signal_to_one_rank_stops_all_and_the_next_start_goes_on(
+    moment: str, rank: int, clips: Path, model_folder: Path, tmp_path: Path,
+    expected: list[torch.Tensor],
+) -> None:  # fmt: skip
+    codes = ended(start(tmp_path, clips, model_folder, *killing(moment, rank, signal.SIGTERM)))
+    assert codes == [75, 75]
+    assert not (tmp_path / "runs").exists()
+    assert ended(start(tmp_path, clips, model_folder)) == [0, 0]
+    for found, wanted in zip(frames(tmp_path), expected, strict=True):
+        assert torch.equal(found, wanted)

@@ -1,0 +1,131 @@
+"""Many clips as one job: what is finished is skipped, what fails does not stop the rest."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.conftest import ROOT
+from tokenflow.cli import main
+from tokenflow.video import Clip, read_clip, write_clip
+
+NAMES = ("one", "two", "three")
+FILES = ["compare.mp4", "contact_sheet.png", "edited.mp4", "run.yaml"]
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    """Four clips, of which the second is no video."""
+    ramp = torch.linspace(0, 1, 32)
+    for number, name in enumerate(NAMES):
+        levels = ramp + number / 3
+        frames = torch.stack([((levels + i / 12) % 1).expand(3, 16, 32) for i in range(5)])
+        write_clip(tmp_path / f"{name}.mp4", Clip.from_frames(frames))
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    rows = [
+        {"video": "one.mp4", "prompt": "a red ball"},
+        {"video": "broken.mp4", "prompt": "a ball"},
+        {"video": "two.mp4", "seed": 5, "max_frames": 4},
+        {"video": "three.mp4", "name": "third"},
+    ]
+    path = tmp_path / "clips.yaml"
+    path.write_text(yaml.safe_dump(rows))
+    return path
+
+
+@pytest.fixture
+def words(manifest: Path, model_folder: Path, tmp_path: Path) -> list[str]:
+    return [
+        "predict", f"--data.manifest={manifest}", f"--model.backbone={model_folder}",
+        "--model.prompt=a ball", "--model.steps=2", "--model.keyframe_every=2",
+        f"--output.folder={tmp_path / 'runs'}", "--trainer.accelerator=cpu",
+    ]  # fmt: skip
+
+
+def files(folder: Path) -> dict[str, list[str]]:
+    return {p.name: sorted(file.name for file in p.iterdir()) for p in folder.iterdir()}
+
+
+def test_a_clip_that_fails_does_not_stop_the_rest(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = tmp_path / "runs"
+    with pytest.raises(SystemExit) as exit:
+        main(words)
+    assert exit.value.code == 1
+    assert files(runs) == {"one": FILES, "two": FILES, "third": FILES, "broken": ["failed.yaml"]}
+    reason = yaml.safe_load((runs / "broken" / "failed.yaml").read_text())["failed"]
+    assert "broken.mp4" in reason
+    lines = capsys.readouterr().out.splitlines()[-5:]
+    assert [line.split()[:2] for line in lines[:4]] == [
+        ["one", "done"], ["broken", "failed"], ["two", "done"], ["third", "done"]
+    ]  # fmt: skip
+    assert "broken.mp4" in lines[1]
+    assert lines[4] == "4 clips: 3 done, 0 skipped, 1 failed"
+    record = yaml.safe_load((runs / "two" / "run.yaml").read_text())["run"]
+    assert (record["seed"], record["frames"], record["prompt"]) == (5, 4, "a ball")
+    assert yaml.safe_load((runs / "one" / "run.yaml").read_text())["run"]["prompt"] == "a red ball"
+
+    # mended, only the one is edited
+    (tmp_path / "broken.mp4").write_bytes((tmp_path / "one.mp4").read_bytes())
+    before = (runs / "one" / "run.yaml").stat().st_mtime_ns
+    main(words)
+    assert files(runs)["broken"] == FILES
+    assert (runs / "one" / "run.yaml").stat().st_mtime_ns == before
+    assert capsys.readouterr().out.splitlines()[-1] == "4 clips: 1 done, 3 skipped, 0 failed"
+
+
+def test_parts_of_a_manifest(words: list[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        main([*words, "--data.part=2/3"])
+    assert set(files(tmp_path / "runs")) == {"broken"}
+    main([*words, "--data.part=1/3"])
+    assert set(files(tmp_path / "runs")) == {"broken", "one", "third"}
+    main([*words, "--data.part=9/9"])  # none is left for it
+
+
+def test_a_row_that_no_clip_can_be_edited_with_is_refused_at_once(
+    words: list[str], manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest.write_text("- {video: one.mp4}\n- {video: two.mp4, steps: 0}\n")
+    with pytest.raises(SystemExit) as exit:
+        main(words)
+    assert exit.value.code == 2
+    assert "clips.yaml, clip 2: steps must be at least 1, got 0" in capsys.readouterr().err
+    manifest.write_text("- {video: one.mp4, prompt: ' '}\n")
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "clips.yaml, clip 1: the prompt is empty" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_two_groups_of_ranks_share_the_clips(words: list[str], tmp_path: Path) -> None:
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--model.ranks_per_clip=1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tokenflow.cli", *words, *two],
+        cwd=ROOT, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    runs = tmp_path / "runs"
+    assert files(runs) == {"one": FILES, "two": FILES, "third": FILES, "broken": ["failed.yaml"]}
+    assert done.stdout.splitlines()[-1] == "4 clips: 3 done, 0 skipped, 1 failed"
+    with pytest.raises(SystemExit):
+        main([*words, f"--output.folder={tmp_path / 'alone'}"])
+    for name in ("one", "two", "third"):
+        shared, alone = (read_clip(tmp_path / f / name / "edited.mp4") for f in ("runs", "alone"))
+        assert torch.equal(shared.frames, alone.frames)
+
+
+def test_groups_that_do_not_fit_the_ranks(words: list[str], tmp_path: Path) -> None:
+    three = ["--trainer.devices=2", "--trainer.strategy=ddp", "--model.ranks_per_clip=3"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tokenflow.cli", *words, *three],
+        cwd=ROOT, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "to divide 2, the job's ranks; got 3" in done.stderr
