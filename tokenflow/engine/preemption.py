@@ -47,6 +47,10 @@ class StopSignals(Callback):
         self.before = {number: signal.signal(number, self.note) for number in SIGNALS}
         module.asked = lambda: self.asked  # type: ignore[assignment]
 
+    def on_predict_start(self, trainer: Trainer, module: LightningModule) -> None:
+        for number in SIGNALS:  # Lightning has set its own since `setup`
+            signal.signal(number, self.note)
+
     def note(self, number: int, frame: FrameType | None) -> None:
         """The handler, which also tells the processes that this one launched."""
         self.asked = True
