@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import warnings
 from argparse import SUPPRESS, HelpFormatter
 from typing import Any, NoReturn
 
+import torch.distributed as dist
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -18,7 +21,7 @@ from tokenflow.engine.module import TokenFlow
 from tokenflow.engine.preemption import StopSignals
 from tokenflow.engine.progress import StageProgress
 from tokenflow.engine.writer import RunWriter
-from tokenflow.errors import InputError
+from tokenflow.errors import InputError, Preempted
 from tokenflow.imports import OPTION, names_by_entry_point, restrict, split_allowed
 from tokenflow.plugins import describe, installed_plugins, origin, require_usable
 
@@ -164,20 +167,28 @@ def run(words: list[str]) -> None:
         ".*LightningCLI.s args parameter.*",
     ):
         warnings.filterwarnings("ignore", message=harmless)
-    with names_by_entry_point():
-        PredictCLI(
-            TokenFlow,
-            Video,
-            args=["predict", *words],
-            parser_class=Parser,
-            parser_kwargs={
-                "default_env": True,
-                "env_prefix": "TOKENFLOW",
-                "predict": {"description": DESCRIPTION, "usage": "tokenflow predict [OPTIONS]"},
-            },
-            save_config_callback=None,
-            seed_everything_default=False,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            trainer_defaults={"callbacks": [StageProgress(), StopSignals()]},
-        )
+    try:
+        with names_by_entry_point():
+            PredictCLI(
+                TokenFlow,
+                Video,
+                args=["predict", *words],
+                parser_class=Parser,
+                parser_kwargs={
+                    "default_env": True,
+                    "env_prefix": "TOKENFLOW",
+                    "predict": {"description": DESCRIPTION, "usage": "tokenflow predict [OPTIONS]"},
+                },
+                save_config_callback=None,
+                seed_everything_default=False,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                trainer_defaults={"callbacks": [StageProgress(), StopSignals()]},
+            )
+    except Preempted as stopped:
+        if dist.is_initialized():
+            # ranks end one after the other, and gloo's threads may abort one that unwinds last
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(int(str(stopped.code)))
+        raise
