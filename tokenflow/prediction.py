@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from tokenflow.cli import stop
 from tokenflow.engine.data import Video
+from tokenflow.engine.frame_group import FrameGroup
 from tokenflow.engine.module import TokenFlow
 from tokenflow.engine.preemption import StopSignals
 from tokenflow.engine.progress import StageProgress
@@ -118,6 +119,10 @@ class PredictCLI(LightningCLI):
 
     def after_predict(self) -> None:
         """Exit code 1, of the first process, where some of many clips failed."""
+        if dist.is_initialized():
+            # else gloo's threads, alive when the interpreter ends, may abort it
+            self.model.group = self.model.everyone = FrameGroup()
+            dist.destroy_process_group()
         if self.trainer.is_global_zero and self.writer.failed:
             raise SystemExit(1)
 

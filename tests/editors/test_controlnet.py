@@ -192,11 +192,12 @@ def test_the_network_sees_exactly_the_frames_of_each_pass(
     edit(backbone, clip, editor)
     inversion = [p for p in editor.passes if p.branches == ("source",)]
     sampling = [p for p in editor.passes if p.branches == NAMES]
-    assert [p.frames for p in inversion] == 2 * [(0, 1, 2, 3), (4, 5, 6, 7), (8,)]
+    batches = [(0, 1, 2, 3), (4, 5, 6, 7), (8,)]
+    assert [p.frames for p in inversion] == [part for part in batches for _ in range(2)]
     keyframes = [p.frames for p in sampling if len(p.frames) == 3]
     windows = [p.frames for p in sampling if len(p.frames) != 3]
     assert len(keyframes) == 2
-    assert windows == 2 * [(0, 1, 2, 3), (4, 5, 6, 7), (8,)]
+    assert windows == 2 * batches
     controlled = editor.passes if control_source else sampling
     branches = slice(None) if control_source else slice(1, None)
     assert len(editor.seen) == len(controlled)
