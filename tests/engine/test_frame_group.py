@@ -89,7 +89,9 @@ def edited(cases: dict[str, Case], model: Path) -> dict[str, Part]:
             group=group,
         )
         frames = result.clip.frames
-        whole = group.to_first(frames, share.frame_counts)
+        collected: list[Tensor] = []
+        group.to_first(frames, share.frame_counts, collected.append)
+        whole = torch.stack(collected) if collected else None
         parts[name] = Part(
             result.clip.first, result.latents, frames, group.received, share.idle, whole
         )

@@ -10,13 +10,15 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from tokenflow.diffusion.sampling import Schedule
+from tokenflow.scratch import room
 
 
 @dataclass(frozen=True)
 class Trajectory:
     """What inversion leaves: `latents[i]` belongs to `timesteps[i]`, noisiest first.
 
-    The latents have shape (steps, frames, c, h, w), in host memory; `clean` is the source's own
+    The latents have shape (steps, frames, c, h, w), in host memory or, of a long clip, in a file
+    that is mapped into it; `clean` is the source's own
     code (frames, c, h, w), and `noisiest` the last latent that inversion reached, at
     `noisiest_alpha`, which lies beyond the first sampling timestep when inversion used more steps.
     Where several ranks share a clip, each has the latents of consecutive frames, from the `first`
@@ -44,7 +46,7 @@ class Trajectory:
         kept = schedule.timesteps
         return cls(
             timesteps=kept,
-            latents=clean.new_empty(len(kept), *clean.shape),
+            latents=room(len(kept), *clean.shape),
             clean=clean,
             noisiest=torch.empty_like(clean),
             noisiest_alpha=schedule.alpha(timesteps[-1]),

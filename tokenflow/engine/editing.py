@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Literal, get_args
 
 import torch
@@ -34,7 +35,7 @@ from tokenflow.engine.windows import (
 from tokenflow.errors import InputError
 from tokenflow.metrics import decibels
 from tokenflow.propagation import ClipFlow, Propagation
-from tokenflow.video import Clip
+from tokenflow.video import Clip, Frames, Spool
 
 Consistency = Literal["tokenflow", "joint", "none"]
 
@@ -191,30 +192,20 @@ def edit_clip(
             codes_by_name = {"reconstruction_psnr": back, "round_trip_psnr": trajectory.clean}
             for name, codes in codes_by_name.items():
                 with group.together():
-                    frames = in_batches(backbone.decode, codes, settings.batch)
-                    error = float((frames - clip.frames).square().mean())
+                    error = decoding_error(backbone, codes, clip, settings.batch)
                 quality[name] = decibels(group.mean(error, 0 if share.idle else len(clip)))
     kept = None
     if recall is not None and recall.editor is not None and recall.propagation is not None:
         prompts = prompt, negative_prompt, inversion_prompt
         sampling = sampling_of(backbone, recall, settings, *prompts)
-        kept = KeptSampling(recall, clip, share.frame_counts, group, sampling)
+        kept = KeptSampling(recall, clip, known.frames, share.frame_counts, group, sampling)
     with timed(seconds, "edit"):
         edited = edit_latents(
             backbone, trajectory, schedule, editor, propagation, prompt, negative_prompt,
             inversion_prompt, settings, clip.name, progress, flow, group, kept,
         )  # fmt: skip
     with timed(seconds, "decode"):
-        parts = []
-        codes = edited.split(settings.batch)
-        for number, part in enumerate(group.rounds(codes), start=1):
-            with group.together():
-                if part is not None:
-                    parts.append(backbone.decode(part).cpu())
-                    require_finite(parts[-1], "the decoded frames")
-                    progress("decode", number, len(codes))
-            group.leave()
-    done = dataclasses.replace(clip, frames=torch.cat(parts))
+        done = decoded(backbone, edited, clip, settings.batch, group, progress)
     return Result(clip, done, edited, settings.seed, seconds, **quality, kept=kept)
 
 
@@ -307,9 +298,40 @@ def check_prompt(prompt: str) -> None:
         raise InputError("the prompt is empty; say what the edited video shows")
 
 
-def in_batches(network: Callable[[Tensor], Tensor], items: Tensor, batch: int) -> Tensor:
-    """A network's output for `items`, `batch` at a time, gathered in host memory."""
-    return torch.cat([network(part).cpu() for part in items.split(batch)])
+def decoded(
+    backbone: Backbone,
+    latents: Float[Tensor, "frames c h w"],
+    source: Clip,
+    batch: int,
+    group: FrameGroup,
+    progress: Progress,
+) -> Clip:
+    """The edited clip; its frames are where the source's are, in memory or not."""
+    lazy = isinstance(source.frames, Frames)
+    height, width = source.frames.shape[-2:]
+    spool, parts = Spool((height, width)), []
+    codes = latents.split(batch)
+    for number, part in enumerate(group.rounds(codes), start=1):
+        with group.together():
+            if part is not None:
+                frames = backbone.decode(part).cpu()
+                require_finite(frames, "the decoded frames")
+                if lazy:
+                    spool.extend(frames)
+                else:
+                    parts.append(frames)
+                progress("decode", number, len(codes))
+        group.leave()
+    return dataclasses.replace(source, frames=spool.frames if lazy else torch.cat(parts))
+
+
+def decoding_error(
+    backbone: Backbone, codes: Float[Tensor, "frames c h w"], clip: Clip, batch: int
+) -> float:
+    """The mean squared difference of decoded latents to a clip's frames."""
+    places = torch.arange(len(codes)).split(batch)
+    errors = [(backbone.decode(codes[p]).cpu() - clip.frames[p]).square().sum() for p in places]
+    return float(sum(errors)) / prod(clip.frames.shape)
 
 
 def counter(stage: str, steps: int, progress: Progress) -> Callable[[], None]:

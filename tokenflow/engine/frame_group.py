@@ -8,7 +8,7 @@ keyframes at its ends, which the neighbouring ranks' windows need.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +22,7 @@ from torch import Tensor
 from tokenflow.errors import InputError, Preempted
 
 T = TypeVar("T")
+Keep = Callable[[Tensor], Any]
 PATIENCE = timedelta(days=7)
 """How long ranks wait for each other between passes; one that ends is noticed at once."""
 
@@ -205,20 +206,38 @@ class FrameGroup:
         return sum(v * w for v, w in parts) / sum(w for _, w in parts)
 
     def to_first(
-        self, own: Shaped[Tensor, "own ..."], counts: Sequence[int]
-    ) -> Shaped[Tensor, "all ..."] | None:
-        """All ranks' items in their order, in host memory: on rank 0, elsewhere none."""
-        mine = own[: counts[self.rank]].cpu()
-        if self.rank != 0:
-            for item in mine:
-                dist.send(item.contiguous(), group=self.control, group_dst=0)
-            return None
-        every = mine.new_empty(sum(counts), *mine.shape[1:])
-        every[: len(mine)] = mine
-        others = (rank for rank, count in enumerate(counts) for _ in range(count) if rank > 0)
-        for place, rank in enumerate(others, start=len(mine)):
-            dist.recv(every[place], group=self.control, group_src=rank)
-        return every
+        self, own: Iterable[Shaped[Tensor, ...]], counts: Sequence[int], keep: Keep
+    ) -> None:
+        """Hands all ranks' items, one by one in their order, in host memory, to `keep` on rank 0.
+
+        `own` are this rank's, all ranks' of one shape and type; of each rank's, as many are taken
+        as `counts` says. Fails on all ranks if `keep` fails.
+        """
+        failure = None
+        for item in self.arriving(itertools.islice(own, counts[self.rank]), counts):
+            try:
+                if failure is None:
+                    keep(item)
+            except Exception as caught:  # raised when no rank waits any more to be rid of its items
+                failure = caught
+        with self.together():
+            if failure is not None:
+                raise failure
+
+    def arriving(self, own: Iterable[Tensor], counts: Sequence[int]) -> Iterator[Tensor]:
+        """On rank 0, which has some itself, all ranks' items; elsewhere none, they are sent."""
+        item = torch.empty(0)
+        for item in own:
+            item = item.cpu().contiguous()
+            if self.rank == 0:
+                yield item
+            else:
+                dist.send(item, group=self.control, group_dst=0)
+        for other, count in enumerate(counts):
+            for _ in range(count if self.rank == 0 < other else 0):
+                item = torch.empty_like(item)
+                dist.recv(item, group=self.control, group_src=other)
+                yield item
 
     def from_first(self, own: Shaped[Tensor, "all ..."] | None) -> Shaped[Tensor, "all ..."] | None:
         """What rank 0 has, in host memory, on all ranks."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,12 @@ class ClipSource:
         """The clip's name."""
         return clip_name(self.path)
 
-    def read(self, multiple: int, part: Callable[[int], range] | None = None) -> Clip:
-        """The clip, or the part of it that `part` chooses by the number of frames.
+    def read(self, multiple: int) -> Clip:
+        """The clip, whose frames are decoded when they are needed.
 
         The sides are multiples of `multiple` pixels.
         """
-        return read_clip(self.path, multiple=multiple, part=part, **self.choice)
+        return read_clip(self.path, multiple=multiple, in_memory=False, **self.choice)
 
 
 class Job:

@@ -13,7 +13,7 @@ from tokenflow.diffusion import Backbone
 from tokenflow.editors import Editor
 from tokenflow.engine.cache import Cache
 from tokenflow.engine.editing import Result, Settings, check_prompt, edit_clip
-from tokenflow.engine.frame_group import FrameGroup, Share
+from tokenflow.engine.frame_group import FrameGroup
 from tokenflow.engine.job import Job, Outcome
 from tokenflow.engine.recall import Recall
 from tokenflow.engine.source import Progress
@@ -21,6 +21,7 @@ from tokenflow.engine.windows import split_windows
 from tokenflow.errors import InputError
 from tokenflow.plugins import origin
 from tokenflow.propagation import Propagation
+from tokenflow.video import Clip, Spool, levels
 
 
 class Prediction:
@@ -145,19 +146,12 @@ class TokenFlow(LightningModule):
         assert self.backbone is not None, "setup comes before predict_step"
         backbone, (prompts, settings) = self.backbone, self.options(job)
 
-        def share(frames: int) -> Share:
-            return self.group.share(split_windows(frames, settings.keyframe_every))
-
-        def needed(frames: int) -> range:
-            return share(frames).positions(share(frames).held)
-
-        alone = self.group.size == 1
         recall = None
         if self.cache is not None:
             editor, propagation = self.described
             recall = Recall(self.cache, editor, propagation, self.save_every)
         with self.group.together():
-            clip = job.source.read(backbone.multiple, None if alone else needed)
+            clip = job.source.read(backbone.multiple)
         result = edit_clip(
             backbone,
             clip,
@@ -170,20 +164,22 @@ class TokenFlow(LightningModule):
             group=self.group,
             recall=recall,
         )
-        if not alone:
-            result = self.gathered(result, job, share(result.clip.total).frame_counts)
+        if self.group.size > 1:
+            share = self.group.share(split_windows(clip.total, settings.keyframe_every))
+            result = self.gathered(result, clip, share.frame_counts)
         if self.cache is not None and self.group.rank == 0:
             self.cache.prune()
         return Prediction(result, self.resolved(backbone, settings, prompts))
 
-    def gathered(self, result: Result, job: Job, counts: Sequence[int]) -> Result:
+    def gathered(self, result: Result, source: Clip, counts: Sequence[int]) -> Result:
         """On rank 0 the result for the whole clip, elsewhere this rank's as it is."""
-        levels = self.group.to_first((result.clip.frames.clamp(0, 1) * 255).round().byte(), counts)
-        if levels is None or self.backbone is None:
+        height, width = source.frames.shape[-2:]
+        spool = Spool((height, width))
+        self.group.to_first(map(levels, result.clip.frames), counts, spool.append)
+        if self.group.rank > 0:
             return result
-        whole = job.source.read(self.backbone.multiple)
-        edited = dataclasses.replace(whole, frames=levels / 255)
-        return dataclasses.replace(result, source=whole, clip=edited)
+        edited = dataclasses.replace(source, frames=spool.frames)
+        return dataclasses.replace(result, source=source, clip=edited)
 
     def resolved(
         self, backbone: Backbone, settings: Settings, prompts: dict[str, str]

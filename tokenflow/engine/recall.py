@@ -61,12 +61,15 @@ class KeptInversion:
         cache: Where they are kept; nowhere if not given.
         clip: The frames.
         inversion: All else that they depend on.
+
+    Attributes:
+        frames: Digests of the frames, where they are kept.
     """
 
     def __init__(self, cache: Cache | None, clip: Clip, inversion: Sequence[Any]) -> None:
         self.cache, self.name = cache, clip.name
-        frames = frame_digests(clip) if cache is not None else []
-        self.keys = [digest("inversion", 1, *inversion, frame) for frame in frames]
+        self.frames = frame_digests(clip) if cache is not None else []
+        self.keys = [digest("inversion", 1, *inversion, frame) for frame in self.frames]
 
     def fill(self, trajectory: Trajectory, here: Int64[Tensor, " some"]) -> bool:
         """Fills in the frames with these numbers; whether all of them were kept."""
@@ -99,6 +102,7 @@ class KeptSampling:
     Args:
         recall: Where, and how often.
         clip: This rank's frames.
+        frames: Their digests.
         counts: How many frames each rank contributes.
         group: The ranks.
         sampling: All else that the latents depend on.
@@ -108,13 +112,14 @@ class KeptSampling:
         self,
         recall: Recall,
         clip: Clip,
+        frames: Sequence[str],
         counts: Sequence[int],
         group: FrameGroup,
         sampling: Sequence[Any],
     ) -> None:
         self.cache, self.every, self.name = recall.cache, recall.save_every, clip.name
         self.positions, self.counts, self.group = clip.positions, counts, group
-        own = frame_digests(clip)[: counts[group.rank]]
+        own = list(frames[: counts[group.rank]])
         every = [frame for part in group.tell(own) for frame in part]
         self.key = digest("sampling", 1, *sampling, every)
 
@@ -132,10 +137,11 @@ class KeptSampling:
         """Keeps the latents where it is time to: now and then, at the end, and before a stop."""
         if done % self.every and done < steps and not self.group.stopping:
             return
-        latents = self.group.to_first(x, self.counts)
+        every: list[Tensor] = []
+        self.group.to_first(x, self.counts, every.append)
         with self.group.together():
-            if latents is not None:
-                tensors = {"latents": latents, "done": torch.tensor(done)}
+            if every:
+                tensors = {"latents": torch.stack(every), "done": torch.tensor(done)}
                 self.cache.save(self.key, tensors, "sampling", self.name)
 
     def forget(self) -> None:

@@ -6,11 +6,11 @@ import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
+from itertools import starmap
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-import torch
 import yaml
 from jaxtyping import Float
 from lightning.pytorch import LightningModule, Trainer
@@ -168,10 +168,12 @@ class RunWriter(BasePredictionWriter):
                 folder / EDITED, self.unless_asked(edited.frames), edited.times, edited.rate,
                 size=edited.display_size, audio=edited.audio, crf=self.crf,
             )  # fmt: skip
-            rows = [shown(source), shown(edited)]
-            both = self.unless_asked(side_by_side(*rows))
-            write_video(folder / COMPARE, both, source.times, source.rate, crf=self.crf)
-            write_image(folder / SHEET, contact_sheet(rows))
+            both = starmap(side_by_side, zip(shown(source), shown(edited), strict=True))
+            write_video(
+                folder / COMPARE, self.unless_asked(both), source.times, source.rate, crf=self.crf
+            )
+            rows = source.frames, edited.frames
+            write_image(folder / SHEET, contact_sheet(rows, size=source.display_size))
             with atomic(folder / RECORD) as file:
                 file.write_text(yaml.safe_dump(self.summary(prediction), sort_keys=False))
             (folder / FAILED).unlink(missing_ok=True)
@@ -209,9 +211,9 @@ class RunWriter(BasePredictionWriter):
         return {**self.configuration, "run": record}
 
 
-def shown(clip: Clip) -> Float[Tensor, "frames 3 height width"]:
+def shown(clip: Clip) -> Iterator[Float[Tensor, "3 height width"]]:
     """A clip's frames at the size that its videos have."""
-    return torch.stack([resized(frame, clip.display_size) for frame in clip.frames])
+    return (resized(frame, clip.display_size) for frame in clip.frames)
 
 
 def print_outcomes(outcomes: Sequence[Outcome]) -> None:

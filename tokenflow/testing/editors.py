@@ -227,7 +227,7 @@ def clips_independent(editor: Editor, backbone: Backbone | None) -> None:
 def inputs_unchanged(editor: Editor, backbone: Backbone | None) -> None:
     stage = Stage.of(editor, backbone)
     trajectory = stage.trajectory
-    tensors = [stage.clip.frames, trajectory.latents, trajectory.clean, trajectory.noisiest]
+    tensors = [stage.clip.frames[:], trajectory.latents, trajectory.clean, trajectory.noisiest]
     before = [tensor.clone() for tensor in tensors]
     stage.edit()
     for t in stage.schedule.timesteps:

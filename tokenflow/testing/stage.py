@@ -55,9 +55,9 @@ class Stage:
             for network in (backbone.unet, backbone.vae, backbone.text_encoder):
                 nn.Module.to(network, dtype)  # diffusers' own warns
         clip = tiny_clip(FRAMES, backbone.multiple, 2 * backbone.multiple)
-        clip = Clip.from_frames(1 - clip.frames) if negated else clip
+        clip = Clip.from_frames(1 - clip.frames[:]) if negated else clip
         schedule = backbone.schedule(STEPS)
-        clean = backbone.encode(clip.frames)
+        clean = backbone.encode(clip.frames[:])
         generator = torch.Generator().manual_seed(2)
         noise, x = torch.randn(2, *clean.shape, generator=generator)
         alphas = [schedule.alpha(t) for t in schedule.timesteps]

@@ -3,6 +3,7 @@
 from tokenflow.video.alpha import transparent
 from tokenflow.video.atomic import atomic, remove_leftovers
 from tokenflow.video.clip import AudioSpan, Clip, VideoError
+from tokenflow.video.frames import Frames, Spool, levels
 from tokenflow.video.layout import contact_sheet, side_by_side
 from tokenflow.video.reader import clip_name, read_clip
 from tokenflow.video.sizing import resized
@@ -11,10 +12,13 @@ from tokenflow.video.writer import write_clip, write_image, write_video
 __all__ = [
     "AudioSpan",
     "Clip",
+    "Frames",
+    "Spool",
     "VideoError",
     "atomic",
     "clip_name",
     "contact_sheet",
+    "levels",
     "read_clip",
     "remove_leftovers",
     "resized",

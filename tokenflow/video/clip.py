@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokenflow.errors import InputError
+from tokenflow.video.frames import Frames
 
 
 class VideoError(InputError):
@@ -33,7 +34,8 @@ class AudioSpan:
 class Clip:
     """One video to edit, or some consecutive frames of it; `len(clip)` is its number of frames.
 
-    frames: RGB, float32, 0..1, upright, in square pixels.
+    frames: RGB, float32, 0..1, upright, in square pixels; a tensor, or `Frames`, which are indexed
+        and walked through as one but are not all in memory.
     times: when each frame is shown, in seconds from the whole clip's first; they increase.
     rate: nominal frames per second, greater than 0.
     name: the file's stem, or the folder's name.
@@ -45,7 +47,7 @@ class Clip:
     Raises VideoError for no frames, or times that do not fit them.
     """
 
-    frames: Float[Tensor, "frames 3 height width"]
+    frames: Float[Tensor, "frames 3 height width"] | Frames
     times: tuple[Fraction, ...]
     rate: Fraction
     name: str
@@ -96,9 +98,10 @@ class Clip:
             )
         at = self.positions.index(positions[0])
         chosen = slice(at, at + len(positions))
+        frames = self.frames
         return dataclasses.replace(
             self,
-            frames=self.frames[chosen],
+            frames=frames.part(chosen) if isinstance(frames, Frames) else frames[chosen],
             times=self.times[chosen],
             first=positions[0],
             whole=self.total,

@@ -8,27 +8,33 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tokenflow.video.clip import VideoError
+from tokenflow.video.frames import Frames
+from tokenflow.video.sizing import Size, resized
 
 WHITE = 1.0
 
 
 def side_by_side(
-    a: Float[Tensor, "frames 3 height width_a"],
-    b: Float[Tensor, "frames 3 height width_b"],
+    a: Float[Tensor, "*frames 3 height width_a"],
+    b: Float[Tensor, "*frames 3 height width_b"],
     *,
     gap: int = 4,
-) -> Float[Tensor, "frames 3 height width"]:
-    """Both clips next to each other, `gap` white pixels between them."""
+) -> Float[Tensor, "*frames 3 height width"]:
+    """Two frames, or all of two clips, next to each other, `gap` white pixels between them."""
     return torch.cat([pad(a, (0, gap), value=WHITE), b], dim=-1)
 
 
 def contact_sheet(
-    rows: Sequence[Float[Tensor, "_ 3 height width"]], columns: int = 8, *, gap: int = 4
+    rows: Sequence[Float[Tensor, "_ 3 height width"] | Frames],
+    columns: int = 8,
+    *,
+    size: Size | None = None,
+    gap: int = 4,
 ) -> Float[Tensor, "3 sheet_height sheet_width"]:
     """One row for each clip, of frames spaced evenly from its first to its last.
 
-    A sheet has at most as many columns as the longest clip has frames. VideoError for no rows,
-    an empty clip or less than one column.
+    A sheet has at most as many columns as the longest clip has frames. They are scaled to `size`,
+    if one is given. VideoError for no rows, an empty clip or less than one column.
     """
     if not rows or columns < 1 or any(len(row) == 0 for row in rows):
         raise VideoError(
@@ -39,7 +45,7 @@ def contact_sheet(
     strips = []
     for row in rows:
         chosen = torch.linspace(0, len(row) - 1, columns).round().long()
-        cells = pad(row[chosen.to(row.device)], (0, gap, 0, gap), value=WHITE)
-        strips.append(torch.cat(list(cells), dim=-1))
+        cells = [image if size is None else resized(image, size) for image in row[chosen]]
+        strips.append(torch.cat([pad(cell, (0, gap, 0, gap), value=WHITE) for cell in cells], -1))
     sheet = torch.cat(strips, dim=-2)
     return sheet[:, : sheet.shape[1] - gap, : sheet.shape[2] - gap]

@@ -3,14 +3,19 @@
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
+from sys import maxsize
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tokenflow.scratch import BUDGET
 from tokenflow.video.clip import AudioSpan, Clip, VideoError
+from tokenflow.video.frames import Frames, Reel
 from tokenflow.video.image_folder import image_source
 from tokenflow.video.sizing import Fit, Framing, framing
 from tokenflow.video.source import Picture, Source
@@ -30,7 +35,7 @@ def read_clip(
     fit: Fit = "resize",
     multiple: int = 1,
     image_rate: Fraction | float | int = 8,
-    part: Callable[[int], range] | None = None,
+    in_memory: bool = True,
 ) -> Clip:
     """Read the frames start, start + stride, … before stop, in the order of display.
 
@@ -49,8 +54,8 @@ def read_clip(
             little, and `display_size` undoes that; "crop" cuts the edges off for good.
         multiple: what both sides must be divisible by, in pixels; the nearest is taken.
         image_rate: frames per second of an image folder, from 0.0001 to 10000.
-        part: told how many frames that makes, says which consecutive ones of them to keep: the
-            clip then is that part of the whole. The video is decoded twice for it.
+        in_memory: whether all frames are to be in memory; otherwise they are `Frames`, looked at
+            once, and of a longer clip decoded again when they are asked for.
 
     Raises:
         VideoError: for anything that cannot be read as asked, with the path and the frame.
@@ -74,82 +79,110 @@ def read_clip(
             f"per second, got {image_rate}."
         )
 
-    images = Fraction(image_rate).limit_denominator(FINEST_RATE)
-    choice = start, stop, stride, max_frames
-    kept, whole = None, None
-    if part is not None:
-        with _open(path, images) as source:
-            whole = sum(1 for _ in _chosen(path, source, *choice))
-        kept = part(whole)
+    reading = Reading(
+        path, start, stop, stride, max_frames, resolution, fit, multiple,
+        Fraction(image_rate).limit_denominator(FINEST_RATE),
+    )  # fmt: skip
+    reel = Reel(reading.frames, maxsize if in_memory else BUDGET)
+    known: list[Fraction | None] = []
+    with reading.opened() as source:
+        for number, picture in enumerate(reading.chosen(source)):
+            known.append(picture.time)
+            image = reading.whole(picture)
+            if reel.has_room:
+                reel.keep(number, reading.plan.apply(image / 255))
 
-    with _open(path, images) as source:
-        frames: list[Float[Tensor, "3 height width"]] = []
-        times: list[Fraction | None] = []
-        first: tuple[torch.Size, Framing] | None = None
-        for index, picture in enumerate(_chosen(path, source, *choice)):
-            times.append(picture.time)
-            if kept is not None and index not in kept:
-                continue
-            image = picture.rgb()
-            if first is None:
-                size = (image.shape[1], image.shape[2])
-                plan = framing(size, picture.pixel_aspect, resolution, fit, multiple)
-                first = (image.shape, plan)
-            shape, plan = first
-            if image.shape != shape:
-                raise VideoError(
-                    f"{path}: expected frames of one size, but {picture.label} is "
-                    f"{_size(image.shape)} and those before it {_size(shape)}; "
-                    "choose other frames or scale them to one size first."
-                )
-            frames.append(plan.apply(image.float() / 255))
-
-    seconds = _times(path, times, start, stride, source.rate)
     rate = source.rate / stride
+    times = _times(path, known, start, stride, source.rate)
+    frames = Frames(reel.frame, range(len(times)), reading.plan.working)
     return Clip(
-        frames=torch.stack(frames),
-        times=tuple(seconds[i] - seconds[0] for i in kept or range(len(seconds))),
+        frames=frames[:] if in_memory else frames,
+        times=tuple(time - times[0] for time in times),
         rate=rate,
         name=clip_name(path),
-        display_size=plan.display,
-        audio=AudioSpan(path, seconds[0], seconds[-1] + 1 / rate) if source.has_audio else None,
-        first=kept.start if kept else 0,
-        whole=whole,
+        display_size=reading.plan.display,
+        audio=AudioSpan(path, times[0], times[-1] + 1 / rate) if source.has_audio else None,
     )
+
+
+@dataclass
+class Reading:
+    """Which frames are read from where, and how; as the arguments of `read_clip`.
+
+    The first frame that is looked at says how all of them are scaled.
+    """
+
+    path: Path
+    start: int
+    stop: int | None
+    stride: int
+    max_frames: int | None
+    resolution: int | None
+    fit: Fit
+    multiple: int
+    image_rate: Fraction
+    shape: torch.Size | None = None
+    plan: Framing = field(init=False)
+
+    @contextmanager
+    def opened(self) -> Iterator[Source]:
+        """The file or folder; it can be opened again."""
+        if self.path.is_dir():
+            yield image_source(self.path, self.image_rate)
+        elif self.path.is_file():
+            with video_source(self.path) as source:
+                yield source
+        else:
+            raise VideoError(
+                f"{self.path}: expected a video file or a folder of images, found nothing."
+            )
+
+    def chosen(self, source: Source) -> Iterator[Picture]:
+        """The frames that are asked for; VideoError where there are not so many."""
+        start, stop, count, taken = self.start, self.stop, 0, 0
+        for index, picture in enumerate(source.pictures):
+            if index >= start and (index - start) % self.stride == 0:
+                yield picture
+                taken += 1
+            count = index + 1
+            if count == stop or taken == self.max_frames:
+                return
+        if count == 0:
+            raise VideoError(f"{self.path}: expected frames, found none; choose another file.")
+        if start >= count or stop is not None:
+            asked = f"start={start}" if start >= count else f"stop={stop}"
+            raise VideoError(f"{self.path} has {count} frames (0 to {count - 1}), got {asked}.")
+
+    def whole(self, picture: Picture) -> Float[Tensor, "3 height width"]:
+        """A frame as it is in the file, 0..255; VideoError unless it has the first one's size."""
+        image = picture.rgb()
+        if self.shape is None:
+            self.shape, size = image.shape, (image.shape[1], image.shape[2])
+            self.plan = framing(
+                size, picture.pixel_aspect, self.resolution, self.fit, self.multiple
+            )
+        if image.shape != self.shape:
+            raise VideoError(
+                f"{self.path}: expected frames of one size, but {picture.label} is "
+                f"{_size(image.shape)} and those before it {_size(self.shape)}; "
+                "choose other frames or scale them to one size first."
+            )
+        return image.float()
+
+    def frames(self) -> Iterator[Callable[[], Float[Tensor, "3 height width"]]]:
+        """Decodes from the beginning; each frame is scaled if it is wanted."""
+
+        def scaled(picture: Picture) -> Float[Tensor, "3 height width"]:
+            return self.plan.apply(self.whole(picture) / 255)
+
+        with self.opened() as source:
+            for picture in self.chosen(source):
+                yield partial(scaled, picture)
 
 
 def clip_name(path: Path) -> str:
     """A folder's name, a file's without its suffix."""
     return path.resolve().name if path.is_dir() else path.stem
-
-
-@contextmanager
-def _open(path: Path, image_rate: Fraction) -> Iterator[Source]:
-    if path.is_dir():
-        yield image_source(path, image_rate)
-    elif path.is_file():
-        with video_source(path) as source:
-            yield source
-    else:
-        raise VideoError(f"{path}: expected a video file or a folder of images, found nothing.")
-
-
-def _chosen(
-    path: Path, source: Source, start: int, stop: int | None, stride: int, limit: int | None
-) -> Iterator[Picture]:
-    count = taken = 0
-    for index, picture in enumerate(source.pictures):
-        if index >= start and (index - start) % stride == 0:
-            yield picture
-            taken += 1
-        count = index + 1
-        if count == stop or taken == limit:
-            return
-    if count == 0:
-        raise VideoError(f"{path}: expected frames, found none; choose another file.")
-    if start >= count or stop is not None:
-        asked = f"start={start}" if start >= count else f"stop={stop}"
-        raise VideoError(f"{path} has {count} frames (0 to {count - 1}), got {asked}.")
 
 
 def _times(

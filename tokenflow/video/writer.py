@@ -8,7 +8,6 @@ from math import lcm
 from pathlib import Path
 
 import av
-import torch
 from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
@@ -20,6 +19,7 @@ from torch import Tensor
 from tokenflow.video.atomic import atomic
 from tokenflow.video.audio import audio_track
 from tokenflow.video.clip import AudioSpan, Clip, VideoError, check_times
+from tokenflow.video.frames import Frames, levels
 from tokenflow.video.sizing import Size, nearest, resized
 from tokenflow.video.video_file import EXACT
 
@@ -28,7 +28,9 @@ FINEST = 1_000_000  # ticks per second, for times that share no coarser unit
 
 def write_video(
     path: str | Path,
-    frames: Float[Tensor, "frames 3 height width"] | Iterable[Float[Tensor, "3 height width"]],
+    frames: Float[Tensor, "frames 3 height width"]
+    | Frames
+    | Iterable[Float[Tensor, "3 height width"]],
     times: Sequence[Fraction],
     rate: Fraction,
     *,
@@ -56,7 +58,9 @@ def write_video(
         raise VideoError(f"{path}: expected a name that ends in .mp4.")
     if rate <= 0 or not 0 <= crf <= 51:
         raise VideoError(f"{path}: expected rate > 0 and crf in 0..51, got {rate} and {crf}.")
-    check_times(times, len(frames) if isinstance(frames, Tensor) else len(times), str(path))
+    check_times(
+        times, len(frames) if isinstance(frames, Tensor | Frames) else len(times), str(path)
+    )
     images = _checked(path, frames, len(times))
     first = next(images)
     height, width = size or first.shape[1:]
@@ -146,8 +150,7 @@ def _decoding_time(packet: Packet) -> Fraction:
 
 
 def _pixels(image: Float[Tensor, "3 height width"]) -> UInt8[Tensor, "height width 3"]:
-    levels = (image.float().clamp(0, 1) * 255).round().to(torch.uint8)
-    return levels.permute(1, 2, 0).contiguous().cpu()
+    return levels(image).permute(1, 2, 0).contiguous().cpu()
 
 
 def write_clip(path: str | Path, clip: Clip, *, crf: int = 16) -> Path:

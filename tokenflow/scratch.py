@@ -1,0 +1,51 @@
+"""Room for what may be too big for memory: temporary files that have no name.
+
+They go with the process, however it ends. Where they are is Python's choice: the environment
+variable TMPDIR, if it is set.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+from tempfile import TemporaryFile, gettempdir
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from tokenflow.errors import InputError
+
+BUDGET = 1 << 30
+"""Bytes of one thing (a clip's frames, its trajectory) that stay in memory: 1 GiB."""
+
+
+@contextmanager
+def disk() -> Iterator[None]:
+    """A block that writes temporary files; raises `InputError` where the disk refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"what is too big for memory cannot be kept in {gettempdir()} ({error}); free some "
+            f"space there, or name another folder by the environment variable TMPDIR"
+        ) from error
+
+
+def room(*shape: int, budget: int = BUDGET) -> Float32[Tensor, ...]:
+    """An uninitialised tensor; beyond the budget in a file that is mapped into memory.
+
+    The file's pages are in memory only as long as there is room for them.
+
+    Raises:
+        InputError: The disk refuses.
+    """
+    size = 4 * prod(shape)
+    if size <= budget:
+        return torch.empty(shape)
+    with disk(), TemporaryFile() as file:
+        os.posix_fallocate(file.fileno(), 0, size)  # else a full disk is a bus error, later
+        return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=shape))

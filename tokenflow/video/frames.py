@@ -1,0 +1,154 @@
+"""Frames that are not all in memory: decoded when they are asked for, or kept in a file."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from tempfile import SpooledTemporaryFile
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+
+from tokenflow.scratch import BUDGET, disk
+
+Image = Float[Tensor, "3 height width"]
+
+
+class Frames:
+    """A clip's frames as if they were a tensor (frames, 3, height, width) in host memory.
+
+    It has a shape and a length, and is indexed and walked through as a tensor is; what comes of
+    that are tensors, made anew each time. So `frames[:]` is all of them, in memory.
+
+    Args:
+        frame: Gives the frame of a number.
+        numbers: Those that these are.
+        size: Their height and width.
+    """
+
+    def __init__(
+        self, frame: Callable[[int], Image], numbers: range, size: tuple[int, int]
+    ) -> None:
+        self.frame, self.numbers = frame, numbers
+        self.shape = torch.Size((len(numbers), 3, *size))
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __iter__(self) -> Iterator[Image]:
+        return map(self.frame, self.numbers)
+
+    def __getitem__(self, which: int | slice | Sequence[int] | Int64[Tensor, " some"]) -> Tensor:
+        if isinstance(which, int):
+            return self.frame(self.numbers[which])
+        numbers = self.numbers[which] if isinstance(which, slice) else pick(self.numbers, which)
+        chosen = [self.frame(number) for number in numbers]
+        return torch.stack(chosen) if chosen else torch.empty(0, *self.shape[1:])
+
+    def part(self, which: slice) -> Frames:
+        """Some of the frames, still not in memory."""
+        height, width = self.shape[2:]
+        return Frames(self.frame, self.numbers[which], (height, width))
+
+
+def pick(numbers: range, which: Sequence[int] | Int64[Tensor, " some"]) -> list[int]:
+    """Those numbers of a range that a list or a tensor of places names."""
+    return [numbers[place] for place in torch.as_tensor(which).tolist()]
+
+
+class Reel:
+    """Frames of a file that is decoded from its beginning as often as it takes.
+
+    Those asked for last stay in memory, up to `budget` bytes.
+
+    Args:
+        decode: Begins anew: the frames in order, each to be converted only if it is wanted.
+        budget: Bytes of frames that stay.
+    """
+
+    def __init__(
+        self, decode: Callable[[], Iterator[Callable[[], Image]]], budget: int = BUDGET
+    ) -> None:
+        self.decode, self.budget = decode, budget
+        self.walk, self.next = decode(), 0  # nothing is opened before it is needed
+        self.kept: OrderedDict[int, Image] = OrderedDict()
+        self.size = 0
+
+    def frame(self, number: int) -> Image:
+        """The frame of this number."""
+        if number in self.kept:
+            self.kept.move_to_end(number)
+            return self.kept[number]
+        if number < self.next:
+            self.walk, self.next = self.decode(), 0
+        for convert in self.walk:
+            self.next += 1
+            if self.next > number:
+                return self.keep(number, convert())
+        raise IndexError(f"frame {number} was there before, and now is not: the file has changed")
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the next frame would stay without another having to go."""
+        return self.size + self.size // max(len(self.kept), 1) <= self.budget
+
+    def keep(self, number: int, image: Image) -> Image:
+        """Keeps a frame, and of the others as many as there is room for."""
+        self.kept[number] = image
+        self.size += image.nbytes
+        while self.size > self.budget and len(self.kept) > 1:
+            _, gone = self.kept.popitem(last=False)
+            self.size -= gone.nbytes
+        return image
+
+
+class Spool:
+    """Frames as 8-bit levels, kept in memory up to a budget and then in a temporary file.
+
+    The file has no name and goes with the process.
+
+    Args:
+        size: Height and width of a frame.
+        budget: Bytes that stay in memory.
+    """
+
+    def __init__(self, size: tuple[int, int], budget: int = BUDGET) -> None:
+        self.size, self.count = size, 0
+        self.bytes = 3 * size[0] * size[1]
+        self.file = SpooledTemporaryFile(max_size=budget)  # noqa: SIM115 (lives as long as this)
+
+    def extend(self, images: Float[Tensor, "some 3 height width"]) -> None:
+        """Adds frames, as `append` does."""
+        for image in levels(images):
+            self.append(image)
+
+    def append(self, image: UInt8[Tensor, "3 height width"]) -> None:
+        """Adds a frame, as its levels.
+
+        Raises:
+            InputError: The disk refuses.
+        """
+        with disk():
+            self.file.seek(self.count * self.bytes)
+            self.file.write(image.cpu().contiguous().numpy().tobytes())
+            self.file.flush()
+        self.count += 1
+
+    def frame(self, number: int) -> Image:
+        """The frame of this number, in 0..1."""
+        self.file.seek(number * self.bytes)
+        read = torch.frombuffer(bytearray(self.file.read(self.bytes)), dtype=torch.uint8)
+        return read.view(3, *self.size) / 255
+
+    @property
+    def frames(self) -> Frames:
+        """All that have been added."""
+        return Frames(self.frame, range(self.count), self.size)
+
+
+def levels(
+    image: Float[Tensor, "*frames 3 height width"],
+) -> UInt8[Tensor, "*frames 3 height width"]:
+    """Values in 0..1 (clamped) as 8-bit levels, as files have them."""
+    return (image.float().clamp(0, 1) * 255).round().to(torch.uint8)
