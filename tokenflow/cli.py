@@ -17,6 +17,7 @@ Edits videos by text with a frozen image model, consistently over time.
 
 commands:
   predict   edit a video: tokenflow predict --data.video in.mp4 --model.prompt "a blue ball"
+  cache     list what is kept between runs; tokenflow cache prune --leave 5 makes it less
   plugins   list editors and kernels; tokenflow plugins check NAME says whether one is sound
   doctor    show versions, accelerator and codecs, and what is wrong with them
 
@@ -98,6 +99,13 @@ def plugins(words: list[str]) -> None:
     raise SystemExit(run(words))
 
 
+def cache(words: list[str]) -> None:
+    """Lists what is kept between runs, or makes it less."""
+    from tokenflow.kept import run
+
+    run(words)
+
+
 def doctor(words: list[str]) -> None:
     """Shows what the installation is and what is wrong with it."""
     if words[:1] and words[0] in HELP:
@@ -112,6 +120,7 @@ def doctor(words: list[str]) -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "predict": predict,
+    "cache": cache,
     "plugins": plugins,
     "doctor": doctor,
 }

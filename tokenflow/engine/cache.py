@@ -18,6 +18,7 @@ from torch import Tensor
 from tokenflow.errors import InputError
 from tokenflow.video import atomic
 
+FOLDER = "~/.cache/tokenflow"
 CHECKSUM = "sha256"
 STALE = 3600.0  # seconds after which a temporary file is no writer's any more
 

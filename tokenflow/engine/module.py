@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 
 from tokenflow.diffusion import Backbone
 from tokenflow.editors import Editor
-from tokenflow.engine.cache import Cache
+from tokenflow.engine.cache import FOLDER, Cache
 from tokenflow.engine.editing import Result, Settings, check_prompt, edit_clip
 from tokenflow.engine.frame_group import FrameGroup
 from tokenflow.engine.job import Job, Outcome
@@ -67,7 +67,7 @@ class TokenFlow(LightningModule):
         negative_prompt: str = "",
         inversion_prompt: str = "",
         report_reconstruction: bool = False,
-        cache: str | None = "~/.cache/tokenflow",
+        cache: str | None = FOLDER,
         cache_gigabytes: float = 20.0,
         save_every: int = 10,
         ranks_per_clip: int | None = None,
