@@ -11,7 +11,7 @@ from PIL import Image
 from tests.video.making import as_frames, make_video, noise
 from tokenflow.editors import Canny, ControlVideo
 from tokenflow.errors import InputError
-from tokenflow.video import Clip, read_clip, resized
+from tokenflow.video import Clip, Frames, read_clip, resized
 
 SIZE = (32, 64)
 
@@ -150,3 +150,19 @@ def test_an_opaque_alpha_channel_does_no_harm(tmp_path: Path, clip: Clip) -> Non
         image.putalpha(255)
         image.save(folder / "0.png")
     assert torch.equal(ControlVideo(str(folder)).of(clip), clip.frames)
+
+
+def test_control_images_of_a_long_clip_are_made_when_they_are_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (4, 32, 48, 3), dtype=np.uint8)
+    path = str(images(tmp_path / "control", frames))
+    clip = read_clip(path).part(range(1, 4))
+    for condition in (Canny(), ControlVideo(path)):
+        small = condition.of(clip)
+        monkeypatch.setattr("tokenflow.video.frames.BUDGET", 0)
+        large = condition.of(clip)
+        monkeypatch.undo()
+        assert isinstance(small, torch.Tensor)
+        assert isinstance(large, Frames)
+        assert torch.equal(large[[2, 0]], small[[2, 0]])

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokenflow.errors import InputError
-from tokenflow.video import Clip, VideoError, read_clip, resized, transparent
+from tokenflow.video import Clip, Frames, VideoError, read_clip, resized, transparent
 
 ASPECT = 0.02  # clips' sides are rounded to multiples, which stretches them a little
 
@@ -21,8 +21,10 @@ class Condition(ABC):
     """Makes control images; subclasses are found by their name, as editors are."""
 
     @abstractmethod
-    def of(self, clip: Clip) -> Float[Tensor, "frames 3 height width"]:
+    def of(self, clip: Clip) -> Float[Tensor, "frames 3 height width"] | Frames:
         """The control image of every frame, of the frames' size, in 0..1, in host memory.
+
+        Of a long clip they may be `Frames`, made when they are asked for.
 
         Raises:
             InputError: There is none that fits the clip.
@@ -42,8 +44,11 @@ class Canny(Condition):
             raise InputError(f"expected thresholds 0 <= low <= high, got low {low} and high {high}")
         self.low, self.high = low, high
 
-    def of(self, clip: Clip) -> Float[Tensor, "frames 3 height width"]:
-        return torch.stack([self.edges(frame) for frame in clip.frames])
+    def of(self, clip: Clip) -> Float[Tensor, "frames 3 height width"] | Frames:
+        def edges(position: int) -> Float[Tensor, "3 height width"]:
+            return self.edges(clip.frame(position))
+
+        return Frames(edges, clip.positions, sizes(clip)[1]).in_memory_if_small()
 
     def edges(self, frame: Float[Tensor, "3 height width"]) -> Float[Tensor, "3 height width"]:
         """The control image of one frame."""
@@ -69,7 +74,7 @@ class ControlVideo(Condition):
     def __init__(self, path: str, start: int = 0, stop: int | None = None, stride: int = 1) -> None:
         self.path, self.start, self.stop, self.stride = path, start, stop, stride
 
-    def of(self, clip: Clip) -> Float[Tensor, "frames 3 height width"]:
+    def of(self, clip: Clip) -> Float[Tensor, "frames 3 height width"] | Frames:
         path, count = Path(self.path), clip.total
         if path.exists() and (name := transparent(path)) is not None:
             raise VideoError(
@@ -77,8 +82,9 @@ class ControlVideo(Condition):
                 f"it is not defined; flatten it, onto black for edges and poses"
             )
         control = read_clip(
-            path, start=self.start, stop=self.stop, stride=self.stride, max_frames=count + 1
-        )
+            path, start=self.start, stop=self.stop, stride=self.stride, max_frames=count + 1,
+            in_memory=False,
+        )  # fmt: skip
         if len(control) != count:
             found = f"only {len(control)}" if len(control) < count else "more"
             raise VideoError(
@@ -91,8 +97,12 @@ class ControlVideo(Condition):
                 f"the control video {path} is {width}x{height}, expected the aspect of the clip's "
                 f"{sizes(clip)[0][1]}x{sizes(clip)[0][0]}; crop or pad it as the clip was"
             )
-        size = clip.frames.shape[-2], clip.frames.shape[-1]
-        return torch.stack([resized(control.frame(i), size) for i in clip.positions])
+        size = sizes(clip)[1]
+
+        def image(position: int) -> Float[Tensor, "3 height width"]:
+            return resized(control.frame(position), size)
+
+        return Frames(image, clip.positions, size).in_memory_if_small()
 
 
 def sizes(clip: Clip) -> tuple[tuple[int, int], tuple[int, int]]:

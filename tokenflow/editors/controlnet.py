@@ -17,7 +17,7 @@ from tokenflow.editors.base import Pass
 from tokenflow.editors.conditions import Canny, Condition
 from tokenflow.editors.sdedit import SDEdit
 from tokenflow.errors import InputError
-from tokenflow.video import Clip
+from tokenflow.video import Clip, Frames
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Shown(NamedTuple):
 
     control: Control
     network: ControlNetModel
-    images: Tensor
+    images: Tensor | Frames
     positions: range
 
 

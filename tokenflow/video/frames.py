@@ -51,6 +51,10 @@ class Frames:
         height, width = self.shape[2:]
         return Frames(self.frame, self.numbers[which], (height, width))
 
+    def in_memory_if_small(self) -> Float[Tensor, "frames 3 height width"] | Frames:
+        """All of them as a tensor, if it stays within the budget of memory."""
+        return self[:] if 4 * self.shape.numel() <= BUDGET else self
+
 
 def pick(numbers: range, which: Sequence[int] | Int64[Tensor, " some"]) -> list[int]:
     """Those numbers of a range that a list or a tensor of places names."""
