@@ -194,6 +194,10 @@ BAD = {
     "a wrong quality": (["--output.crf=99"], "from 0 to 51"),
     "a file for a folder": (["--output.folder=/dev/null"], "cannot be written"),
     "a strategy that is not installed": (["--trainer.strategy=deepspeed"], "cannot be used"),
+    "processes that fork": (
+        ["--trainer.strategy=ddp_spawn", "--trainer.devices=2"],
+        "strategy ddp",
+    ),
     "no window": (["--model.keyframe_every=0"], "keyframe_every must be at least 1"),
     "Lightning's precision": (["--trainer.precision=bf16-true"], "--model.dtype"),
     "no clip": (["--trainer.limit_predict_batches=0"], "would edit nothing"),

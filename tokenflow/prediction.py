@@ -13,6 +13,8 @@ import torch.distributed as dist
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from transformers.utils import logging as transformers_logging
 
 from tokenflow.cli import stop
@@ -113,6 +115,13 @@ class PredictCLI(LightningCLI):
             raise InputError(
                 f"--trainer.limit_predict_batches {self.trainer.limit_predict_batches} would edit "
                 f"nothing; leave it out"
+            )
+        strategy = self.trainer.strategy
+        forks = isinstance(strategy.launcher, _MultiProcessingLauncher)  # and knows no exit code
+        if forks or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+            raise InputError(
+                f"expected one device or --trainer.strategy ddp, got {type(strategy).__name__}"
+                f"{', whose processes fork' if forks else ''}"
             )
         for job in self.datamodule.jobs:
             self.model.options(job)
