@@ -44,8 +44,8 @@ class JointAttention:
         branches: Of the UNet's batch.
         site: Where this is, for the bank.
         bank: Where to leave what was seen here, if anywhere.
-        gather: Gives all ranks' items, in the frames' order, for those of this rank.
-        with_neighbours: Adds to this rank's items the ones beside them that other ranks have.
+        gather: Gives the items of all keyframes, in their order, for those of this rank.
+        keep: Gives those that the bank is to have, for those of this rank.
     """
 
     def __init__(
@@ -54,10 +54,10 @@ class JointAttention:
         site: str = "",
         bank: Bank | None = None,
         gather: Callable[[Tensor], Tensor] = lambda own: own,
-        with_neighbours: Callable[[Tensor], Tensor] = lambda own: own,
+        keep: Callable[[Tensor], Tensor] = lambda own: own,
     ) -> None:
         self.branches, self.site, self.bank = branches, site, bank
-        self.gather, self.with_neighbours = gather, with_neighbours
+        self.gather, self.keep = gather, keep
 
     def __call__(
         self, attn: Attention, hidden_states: Tensor, *_: Any, **__: Any
@@ -80,7 +80,7 @@ class JointAttention:
         if self.bank is not None:
             outputs = rearrange(output, "(b f) s c -> f b s c", b=b)
             seen = torch.cat([hidden_states[:frames, None], outputs], dim=1)
-            source, outputs = self.with_neighbours(seen).split([1, b], dim=1)
+            source, outputs = self.keep(seen).split([1, b], dim=1)
             self.bank.source[self.site] = source[:, 0]
             self.bank.outputs[self.site] = outputs.transpose(0, 1)
         return output

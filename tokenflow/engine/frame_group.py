@@ -239,11 +239,12 @@ class FrameGroup:
         return Share(windows, own or range(1), counts, idle=not own)
 
     def gather(
-        self, own: Shaped[Tensor, "own ..."], counts: Sequence[int]
+        self, own: Shaped[Tensor, "own ..."], counts: Sequence[int], host: bool = False
     ) -> Shaped[Tensor, "all ..."]:
         """The items of all ranks, in their order; `counts` says how many each has.
 
-        An idle rank, whose count is 0, may pass any items of the right shape.
+        `host` says that they are, and are to be, in host memory. An idle rank, whose count is 0,
+        may pass any items of the right shape.
         """
         if self.size == 1:
             return own
@@ -251,7 +252,7 @@ class FrameGroup:
         padded = own.new_zeros(most, *own.shape[1:])
         padded[: counts[self.rank]] = own[: counts[self.rank]]
         parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded, group=self.group)
+        dist.all_gather(parts, padded, group=self.control if host else self.group)
         self.received += (self.size - 1) * padded.nbytes
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
