@@ -1,0 +1,197 @@
+"""Windowed keyframe attention against full: what long clips cost, and what becomes of consistency.
+
+    python benchmarks/long_clips.py seams
+    python benchmarks/long_clips.py cost
+
+print the tables of docs/long-clips.md. `seams` keeps what it has in its folder: started again, it
+goes on; its table shows the rows that are done.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import subprocess
+import sys
+import weakref
+from contextlib import nullcontext
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from jaxtyping import Bool, Float
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tokenflow.diffusion import Backbone, Trajectory
+from tokenflow.editors import PnP
+from tokenflow.engine import Settings, edit_clip, edit_latents
+from tokenflow.engine.cache import Cache
+from tokenflow.engine.recall import Recall
+from tokenflow.miniature.edits import EDITOR, SceneEdit, suite
+from tokenflow.miniature.scenes import Path as Motion
+from tokenflow.miniature.scenes import Scene
+from tokenflow.propagation import NNField
+from tokenflow.propagation.optical_flow import warp
+from tokenflow.testing import tiny_backbone
+from tokenflow.video import contact_sheet, write_image
+
+ENDS = 8
+"""Frames at either end of a clip that are compared with those at the other."""
+
+
+def wandering(edit: SceneEdit, frames: int) -> SceneEdit:
+    """The edit's scene with paths that stay in the picture however long it is, and do not repeat."""
+    t = torch.arange(frames, dtype=torch.float32)
+
+    def wave(size: float, period: float, phase: float) -> Tensor:
+        return size * torch.sin(2 * math.pi * t / period + phase)
+
+    scene = Scene(
+        edit.scene.attributes,
+        Motion(64 + wave(22, 140, 0), 64 + wave(16, 90, 1), 30 * wave(0.12, 170, 2).exp(), 0.02 * t),
+        Motion(64 + wave(20, 200, 0.5), 64 + wave(12, 130, 2), wave(0.05, 160, 1).exp(), 0 * t),
+        edit.scene.texture,
+        edit.scene.phase,
+    )
+    return SceneEdit(scene, edit.target)
+
+
+def seams(
+    folder: Path = Path("runs/long_clips"),
+    frames: int = 240,
+    steps: int = 6,
+    guidance: float = 4.0,
+    keyframe_every: int = 8,
+    number: int = 1,
+    rows: tuple[str, ...] = ("full", "8/2", "4/2", "16/2", "8/0", "8/4"),
+    fixed: tuple[str, ...] = (),
+) -> None:
+    """Edits one long clip in each way and prints the table of warp errors.
+
+    Args:
+        folder: Where results are kept.
+        frames: Of the clip.
+        steps: Of inversion and sampling.
+        guidance: Scale of classifier-free guidance.
+        keyframe_every: Frames in a window.
+        number: Which of the suite's edits.
+        rows: Ways to do it: "full", or "span/anchors".
+        fixed: Those of them that are also done with seams at the same place in every step.
+    """
+    edit = wandering(suite(1)[number], frames)
+    backbone = Backbone.load("miniature")
+    common: dict[str, Any] = {
+        "steps": steps, "guidance": guidance, "keyframe_every": keyframe_every
+    }  # fmt: skip
+    ways = [(row, row, False) for row in rows] + [(f"{row}, fixed", row, True) for row in fixed]
+    found: dict[str, dict[str, float]] = {}
+    for name, row, still in ways:
+        file = folder / f"{number}-{frames}-{steps}-{name.replace('/', '-')}.safetensors"
+        if not file.exists():
+            recall = Recall(Cache(folder / "cache"), "EDITOR", name, save_every=1)
+            unmoved = patch("tokenflow.engine.spans.shift", lambda span, step: 0)
+            with unmoved if still else nullcontext():
+                result = edit_clip(
+                    backbone, edit.clip, str(edit.target), EDITOR, NNField(),
+                    inversion_prompt=str(edit.scene.attributes),
+                    settings=Settings(**common, **way(row)), recall=recall,
+                )  # fmt: skip
+            save_file({"frames": (255 * result.clip.frames).round().byte()}, file)
+        found[name] = errors(edit.scene, load_file(file)["frames"] / 255)
+        Console().print(name, *(f"{k} {1e3 * v:.3g}" for k, v in found[name].items()))
+        write_image(file.with_suffix(".png"), sheet(load_file(file)["frames"] / 255))
+
+    full = found.get("full")
+    table = Table(title=f"{edit.clip.name}, {frames} frames, {steps} steps; warp errors ×10⁻³")
+    for column in ("span/anchors", *next(iter(found.values()))):
+        table.add_column(column, justify="right")
+    for name, row_errors in found.items():
+        table.add_row(
+            name,
+            *(
+                f"{1e3 * v:.2f}" + (f" ({v / full[k]:.2f})" if full else "")
+                for k, v in row_errors.items()
+            ),
+        )
+    Console(width=120).print(table)
+
+
+def way(row: str) -> dict[str, Any]:
+    """The settings that a row's name says."""
+    if row == "full":
+        return {"keyframe_attention": "full"}
+    span, anchors = map(int, row.split("/"))
+    return {"keyframe_attention": "windowed", "span": span, "anchors": anchors}
+
+
+def errors(scene: Scene, frames: Float[Tensor, "frames 3 h w"]) -> dict[str, float]:
+    """Warp errors by the true motion between frames near to and far from each other."""
+    last, half = len(frames) - ENDS, len(frames) // 2
+    near = [(i, i + 1) for i in range(len(frames) - 1)]
+    ends = [(i, last + i) for i in range(ENDS)]
+    halves = [(i, i + half) for i in range(0, half, 4)]
+    return {
+        "ends, object": between(scene, frames, ends, on_object=True),
+        "ends": between(scene, frames, ends),
+        "half the clip": between(scene, frames, halves),
+        "neighbours": between(scene, frames, near),
+    }
+
+
+def between(
+    scene: Scene, frames: Tensor, pairs: list[tuple[int, int]], on_object: bool = False
+) -> float:
+    """The mean squared difference of pairs of frames, the later warped to the earlier."""
+    total, count = 0.0, 0
+    for start, end in pairs:
+        visible: Bool[Tensor, "h w"] = scene.visible(start, end)
+        if on_object:
+            visible &= scene.mask(start) > 0.5
+        error = (warp(frames[end], scene.flow(start, end)) - frames[start]).square().mean(dim=0)
+        total, count = total + float(error[visible].sum()), count + int(visible.sum())
+    return total / count
+
+
+def sheet(frames: Float[Tensor, "frames 3 h w"]) -> Tensor:
+    """Every fifth of a clip of 240 frames, in rows."""
+    chosen = frames[:: max(len(frames) // 48, 1)][:48]
+    return contact_sheet(chosen.split(12))
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of the tensors that were made under it and are still there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if tensor(x)}
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if tensor(x) and id(storage := x.untyped_storage()) not in given:
+                self.bytes += storage.nbytes()
+                weakref.finalize(storage, self.freed, storage.nbytes())
+        self.peak = max(self.peak, self.bytes)
+        return result
+
+    def freed(self, count: int) -> None:
+        self.bytes -= count
+
+
+def tensor(x: object) -> bool:
+    return isinstance(x, Tensor)
+
+
+if __name__ == "__main__":
+    from jsonargparse import auto_cli
+
+    auto_cli({"seams": seams}, as_positional=False)
