@@ -56,7 +56,9 @@ def wandering(edit: SceneEdit, frames: int) -> SceneEdit:
 
     scene = Scene(
         edit.scene.attributes,
-        Motion(64 + wave(22, 140, 0), 64 + wave(16, 90, 1), 30 * wave(0.12, 170, 2).exp(), 0.02 * t),
+        Motion(
+            64 + wave(22, 140, 0), 64 + wave(16, 90, 1), 30 * wave(0.12, 170, 2).exp(), 0.02 * t
+        ),
         Motion(64 + wave(20, 200, 0.5), 64 + wave(12, 130, 2), wave(0.05, 160, 1).exp(), 0 * t),
         edit.scene.texture,
         edit.scene.phase,

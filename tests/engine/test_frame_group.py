@@ -17,6 +17,7 @@ from tokenflow.diffusion import Backbone
 from tokenflow.editors import ControlNet, Editor, PnP, SDEdit
 from tokenflow.engine import Settings, edit_clip
 from tokenflow.engine.attention import self_attention_sites
+from tokenflow.engine.editing import needed
 from tokenflow.engine.frame_group import FrameGroup
 from tokenflow.engine.windows import split_windows
 from tokenflow.errors import InputError
@@ -26,6 +27,7 @@ from tokenflow.testing import tiny_clip
 EVERY, STEPS = 4, 3
 # float32 sums over keyframes in another order, through three steps and a decoder
 TOLERANCE = 1e-4
+BOUNDED = (("keyframe_attention", "windowed"), ("span", 2), ("anchors", 1))
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,11 @@ def cases(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone) -> dict[
         "sdedit, shared": Case(13, SDEdit(0.7, "shared")),
         "sdedit, independent": Case(6, SDEdit(0.7, "independent")),
         "controlnet": Case(13, ControlNet(control, noise="independent", control_source=True)),
+        "windowed": Case(18, PnP(), settings=BOUNDED),
+        "windowed, flow, previous": Case(
+            18, SDEdit(0.7), FlowWeighted(), (*BOUNDED, ("neighbours", "previous"))
+        ),
+        "windowed, controlnet": Case(13, ControlNet(control), settings=BOUNDED),
     }
 
 
@@ -77,8 +84,9 @@ def edited(cases: dict[str, Case], model: Path) -> dict[str, Part]:
     for name, case in cases.items():
         group = FrameGroup.join()
         share = group.share(split_windows(case.frames, EVERY))
-        clip = tiny_clip(case.frames).part(share.positions(share.held))
-        settings = Settings(steps=STEPS, keyframe_every=EVERY, batch=3, **dict(case.settings))
+        chosen = {"keyframe_attention": "full", **dict(case.settings)}
+        settings = Settings(steps=STEPS, keyframe_every=EVERY, batch=3, **chosen)
+        clip = tiny_clip(case.frames).part(needed(share, settings, case.editor))
         result = edit_clip(
             backbone,
             clip,
@@ -199,15 +207,18 @@ def test_what_arrives_is_what_the_documentation_predicts(
 ) -> None:
     numbers = tokens_times_channels(backbone)
     ranks = len(shared)
-    for name in ("even", "uneven, ragged"):
+    for name in ("even", "uneven, ragged", "windowed"):
         windows = len(split_windows(cases[name].frames, EVERY))
         most = -(-windows // ranks)
+        latent = 4 * 8 * 16  # of 16x32 pixels
         for rank, part in enumerate(part[name] for part in shared):
             if part.idle:
                 continue
             beside = (rank > 0) + (rank < min(ranks, windows) - 1)
             gathered = (ranks - 1) * most * 2 * 2 * numbers
             halo = beside * 4 * numbers
+            if name == "windowed":
+                gathered, halo = (ranks - 1) * most * 2 * latent, 0
             assert part.received == STEPS * 4 * (gathered + halo), name
 
 

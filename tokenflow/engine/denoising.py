@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial, wraps
 from typing import Any
 
@@ -133,8 +133,10 @@ class Denoiser:
         """
         unet, parts = self.backbone.unet, []
         about = keyframes, partial(self.latents, x, t), self.group, self.share
-        passes = [full(*about)] if spans is None else windowed(*about, spans)
-        with self.edited(t):
+        passes = full(*about) if spans is None else windowed(*about, spans)
+        # in a full pass ranks talk to each other, and who fails leaves the others waiting
+        alone = nullcontext() if spans is None else self.group.together()
+        with alone, self.edited(t):
             for joint in passes:
                 bank = Bank()
 

@@ -19,7 +19,7 @@ from tokenflow.diffusion.inversion import inversion_timesteps
 from tokenflow.diffusion.sampling import ddim_step, require_finite
 from tokenflow.editors import Editor, contract
 from tokenflow.engine.denoising import Denoiser
-from tokenflow.engine.frame_group import FrameGroup
+from tokenflow.engine.frame_group import FrameGroup, Share
 from tokenflow.engine.guard import guarded, named
 from tokenflow.engine.recall import KeptSampling, Recall, sampling_of
 from tokenflow.engine.source import Progress, invert_clip, kept_inversion, of_source, timed
@@ -148,7 +148,7 @@ def edit_clip(
     Args:
         backbone: The frozen model.
         clip: What to edit; sides must be multiples of `backbone.multiple`. Of a shared clip, the
-            frames of the rank's own windows and of one more at each side are enough.
+            frames that are `needed` are enough.
         prompt: What the edit shows.
         editor: The image editing method for keyframes.
         propagation: The kernel that finds correspondences.
@@ -173,7 +173,7 @@ def edit_clip(
     seconds: dict[str, float] = {}
     quality: dict[str, float] = {}
     share = group.share(split_windows(clip.total, settings.keyframe_every))
-    seen, clip = clip, clip.part(share.positions(share.own))
+    seen, clip = clip.part(needed(share, settings, editor)), clip.part(share.positions(share.own))
     flow = None
     provider = propagation.flow if settings.consistency == "tokenflow" else None
     with group.together():
@@ -181,10 +181,11 @@ def edit_clip(
         schedule = backbone.schedule(settings.steps)
         inversion_steps = settings.inversion_steps or settings.steps
         timesteps = inversion_timesteps(inversion_steps, schedule, backbone)
-        guarded(editor, editor.prepare)(backbone, clip)
+        shown = seen if conditions_all(settings, editor) else clip
+        guarded(editor, editor.prepare)(backbone, shown)
         if provider is not None:
-            seen = seen.part(share.positions(share.held))
-            flow = guarded(provider, ClipFlow)(seen, provider, backbone.latent_scale)
+            near = seen.part(share.positions(share.held))
+            flow = guarded(provider, ClipFlow)(near, provider, backbone.latent_scale)
     embedding = backbone.embed([inversion_prompt])
     conditioning = of_source(editor, backbone, embedding, schedule)
     known = kept_inversion(backbone, clip, editor, inversion_prompt, schedule, timesteps, recall)
@@ -303,6 +304,22 @@ def edit_latents(
             kept.keep(done, steps, x)
         group.leave()
     return x
+
+
+def needed(share: Share, settings: Settings, editor: Editor) -> range:
+    """The frames that a rank must see of the source: of its windows, and of one more at each side.
+
+    All where it has to condition other ranks' keyframes.
+    """
+    if conditions_all(settings, editor):
+        return range(share.windows[-1].stop)
+    return share.positions(share.held)
+
+
+def conditions_all(settings: Settings, editor: Editor) -> bool:
+    """Whether an editor may be asked on each rank for conditioning of any of the clip's frames."""
+    bounded = settings.consistency == "tokenflow" and settings.keyframe_attention == "windowed"
+    return bounded and type(editor).conditioning is not Editor.conditioning
 
 
 def check(backbone: Backbone, clip: Clip, prompt: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
@@ -38,13 +38,15 @@ class JointPass:
     keep: Callable[[Tensor], Tensor]
 
 
-def full(keyframes: Sequence[int], latents: Latents, group: FrameGroup, share: Share) -> JointPass:
+def full(
+    keyframes: Sequence[int], latents: Latents, group: FrameGroup, share: Share
+) -> list[JointPass]:
     """One pass of all keyframes, of which each rank takes its own and hears of all others."""
     own = [keyframes[number] for number in share.own]
     gather, with_neighbours = (
         partial(exchange, counts=share.counts) for exchange in (group.gather, group.with_neighbours)
     )
-    return JointPass(own, latents(own), share.own, share.held, gather, with_neighbours)
+    return [JointPass(own, latents(own), share.own, share.held, gather, with_neighbours)]
 
 
 def windowed(
@@ -53,22 +55,25 @@ def windowed(
     group: FrameGroup,
     share: Share,
     spans: Iterable[Span],
-) -> Iterator[JointPass]:
-    """A pass for each span that has windows of this rank's; ranks share nothing but latents.
+) -> list[JointPass]:
+    """A pass for each span that has windows of this rank's; a span of two ranks is done by both.
 
-    A span over windows of two ranks is done by both.
+    What ranks tell each other is all told when this returns: the keyframes' latents.
     """
     own = latents([keyframes[number] for number in share.own])
     every = group.gather(own, share.counts, host=True)
+    passes = []
     for windows, seen in spans:
         mine = overlap(windows, share.own)
         held = overlap(range(mine.start - 1, mine.stop + 1), share.held)
         if mine:
             kept = [seen.index(number) for number in held]
-            yield JointPass(
+            joint = JointPass(
                 [keyframes[number] for number in seen], every[list(seen)], mine, held,
                 gather=lambda items: items, keep=itemgetter(kept),
             )  # fmt: skip
+            passes.append(joint)
+    return passes
 
 
 def overlap(a: range, b: range) -> range:

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 from tokenflow.diffusion import Backbone
 from tokenflow.editors import Editor
 from tokenflow.engine.cache import Cache
-from tokenflow.engine.editing import Result, Settings, check_prompt, edit_clip
+from tokenflow.engine.editing import Result, Settings, check_prompt, edit_clip, needed
 from tokenflow.engine.frame_group import FrameGroup, Share
 from tokenflow.engine.job import Job, Outcome
 from tokenflow.engine.recall import Recall
@@ -148,8 +148,8 @@ class TokenFlow(LightningModule):
         def share(frames: int) -> Share:
             return self.group.share(split_windows(frames, settings.keyframe_every))
 
-        def needed(frames: int) -> range:
-            return share(frames).positions(share(frames).held)
+        def here(frames: int) -> range:
+            return needed(share(frames), settings, self.editor)
 
         alone = self.group.size == 1
         recall = None
@@ -157,7 +157,7 @@ class TokenFlow(LightningModule):
             editor, propagation = self.described
             recall = Recall(self.cache, editor, propagation, self.save_every)
         with self.group.together():
-            clip = job.source.read(backbone.multiple, None if alone else needed)
+            clip = job.source.read(backbone.multiple, None if alone else here)
         result = edit_clip(
             backbone,
             clip,
