@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tests.diffusion.making import make_controlnet
@@ -21,7 +22,7 @@ from tokenflow.engine.editing import needed
 from tokenflow.engine.frame_group import FrameGroup
 from tokenflow.engine.windows import split_windows
 from tokenflow.errors import InputError
-from tokenflow.propagation import FlowWeighted, NNField, Propagation
+from tokenflow.propagation import Correspondence, FlowWeighted, NNField, Propagation, Window
 from tokenflow.testing import tiny_clip
 
 EVERY, STEPS = 4, 3
@@ -187,6 +188,25 @@ def failing_on_the_last() -> str:
     return "nothing"
 
 
+class FailsOnTheLast(NNField):
+    """Raises in a pass of rank 1 while rank 0 is in its own."""
+
+    def correspond(self, source: Tensor, keys: Tensor, window: Window) -> Correspondence:
+        if dist.get_rank() == 1:
+            raise InputError("it is not its day")
+        return super().correspond(source, keys, window)
+
+
+def failing_in_a_pass(model: Path) -> str:
+    group, settings = FrameGroup.join(), Settings(keyframe_every=2, **dict(BOUNDED))
+    with pytest.raises(InputError) as caught:
+        edit_clip(
+            Backbone.load(model, device="cpu"), tiny_clip(8), "a ball", PnP(), FailsOnTheLast(),
+            settings=settings, group=group,
+        )  # fmt: skip
+    return str(caught.value)
+
+
 def averaged() -> float:
     group = FrameGroup.join()
     return group.mean(float(group.rank), group.rank)  # (0·0 + 1·1 + 2·2) / (0 + 1 + 2)
@@ -196,6 +216,12 @@ def test_an_error_of_one_rank_is_all_ranks(tmp_path: Path) -> None:
     first, last = on_ranks(2, tmp_path, failing_on_the_last)
     assert first == "rank 1 failed, and all stop with it: InputError: its disk is full"
     assert last == "its disk is full"
+
+
+def test_an_error_in_a_bounded_pass_is_all_ranks(model_folder: Path, tmp_path: Path) -> None:
+    first, last = on_ranks(2, tmp_path, failing_in_a_pass, model_folder)
+    assert first == "rank 1 failed, and all stop with it: InputError: it is not its day"
+    assert last == "it is not its day"
 
 
 def test_means_count_by_weight(tmp_path: Path) -> None:
