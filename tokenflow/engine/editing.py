@@ -43,7 +43,7 @@ KeyframeAttention = Literal["full", "windowed"]
 
 @dataclass(frozen=True)
 class Settings:
-    """How a clip is edited; the defaults are the paper's.
+    """How a clip is edited; the defaults are the paper's, but for `keyframe_attention`.
 
     Args:
         steps: Sampling steps.

@@ -1,8 +1,9 @@
 """The ranks that share one clip: who has which frames, and what they tell each other.
 
 Every rank has consecutive windows, in the order of ranks. Results do not depend on how many there
-are: what leaves a rank is keys and values of keyframes, gathered in the frames' order, and the two
-keyframes at its ends, which the neighbouring ranks' windows need.
+are: what leaves a rank is its keyframes' latents; or with full attention the keyframes' keys and
+values, gathered in the frames' order, and the two keyframes at its ends, which the neighbouring
+ranks' windows need.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ class FrameGroup:
         asked: Whether this process was asked to stop.
 
     Attributes:
-        received: Bytes that have come to this rank from others, for keys, values and keyframes.
+        received: Bytes that have come to this rank from others, for keys, values and keyframes,
+            or for latents.
         stopping: Whether some rank had been asked to stop when all were last together.
         shared: The failure that all ranks know of, if there is one.
     """
