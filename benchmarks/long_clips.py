@@ -9,6 +9,7 @@ goes on; its table shows the rows that are done.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import subprocess
@@ -21,7 +22,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
@@ -33,7 +34,9 @@ from tokenflow.diffusion import Backbone, Trajectory
 from tokenflow.editors import PnP
 from tokenflow.engine import Settings, edit_clip, edit_latents
 from tokenflow.engine.cache import Cache
+from tokenflow.engine.denoising import Denoiser
 from tokenflow.engine.recall import Recall
+from tokenflow.engine.windows import draw_keyframes
 from tokenflow.miniature.edits import EDITOR, SceneEdit, suite
 from tokenflow.miniature.scenes import Path as Motion
 from tokenflow.miniature.scenes import Scene
@@ -96,19 +99,22 @@ def seams(
     found: dict[str, dict[str, float]] = {}
     for name, row, still in ways:
         file = folder / f"{number}-{frames}-{steps}-{name.replace('/', '-')}.safetensors"
+        settings = Settings(**common, **way(row))
+        wanted = Wanted(edit.clip.name, settings, measured(frames))
         if not file.exists():
             recall = Recall(Cache(folder / "cache"), "EDITOR", name, save_every=1)
             unmoved = patch("tokenflow.engine.spans.shift", lambda span, step: 0)
-            with unmoved if still else nullcontext():
+            with unmoved if still else nullcontext(), wanted.alone():
                 result = edit_clip(
-                    backbone, edit.clip, str(edit.target), EDITOR, NNField(),
-                    inversion_prompt=str(edit.scene.attributes),
-                    settings=Settings(**common, **way(row)), recall=recall,
+                    backbone, edit.clip, str(edit.target), EDITOR, NNField(), settings=settings,
+                    inversion_prompt=str(edit.scene.attributes), recall=recall, progress=wanted,
                 )  # fmt: skip
-            save_file({"frames": (255 * result.clip.frames).round().byte()}, file)
-        found[name] = errors(edit.scene, load_file(file)["frames"] / 255)
+            chosen = result.clip.frames[wanted.measured]
+            save_file({"frames": (255 * chosen).round().byte()}, file)
+        shown = load_file(file)["frames"] / 255
+        found[name] = errors(edit.scene, dict(zip(wanted.measured, shown, strict=True)))
         Console().print(name, *(f"{k} {1e3 * v:.3g}" for k, v in found[name].items()))
-        write_image(file.with_suffix(".png"), sheet(load_file(file)["frames"] / 255))
+        write_image(file.with_suffix(".png"), contact_sheet(shown[::2].split(8)))
 
     full = found.get("full")
     table = Table(title=f"{edit.clip.name}, {frames} frames, {steps} steps; warp errors ×10⁻³")
@@ -133,22 +139,60 @@ def way(row: str) -> dict[str, Any]:
     return {"keyframe_attention": "windowed", "span": span, "anchors": anchors}
 
 
-def errors(scene: Scene, frames: Float[Tensor, "frames 3 h w"]) -> dict[str, float]:
+def measured(frames: int) -> list[int]:
+    """The frames of a clip that are compared: at its ends, and around its middle."""
+    middle = frames // 2
+    return [*range(ENDS), *range(middle, middle + 2 * ENDS), *range(frames - ENDS, frames)]
+
+
+class Wanted:
+    """Leaves out, in each step, the frames that are not measured and become no keyframes later on.
+
+    Frames have an influence on others as keyframes alone, so those that are left are what they
+    would be. It is told of progress.
+    """
+
+    def __init__(self, name: str, settings: Settings, measured: list[int]) -> None:
+        self.settings, self.measured, self.name, self.done = settings, measured, name, 0
+
+    def __call__(self, stage: str, done: int, steps: int) -> None:
+        if stage == "edit":
+            self.done = done
+
+    def alone(self) -> Any:
+        """A block in which the others are left out."""
+
+        def parts(denoiser: Denoiser, frames: range) -> list[range]:
+            s, windows = self.settings, denoiser.share.windows
+            later = range(self.done + 1, s.steps)
+            drawn = [draw_keyframes(windows, s.keyframes, s.seed, self.name, i) for i in later]
+            wanted = {*self.measured, *itertools.chain(*drawn)}
+            return [range(frame, frame + 1) for frame in frames if frame in wanted]
+
+        return patch.object(Denoiser, "parts", parts)
+
+
+def errors(scene: Scene, frames: dict[int, Tensor]) -> dict[str, float]:
     """Warp errors by the true motion between frames near to and far from each other."""
-    last, half = len(frames) - ENDS, len(frames) // 2
-    near = [(i, i + 1) for i in range(len(frames) - 1)]
-    ends = [(i, last + i) for i in range(ENDS)]
-    halves = [(i, i + half) for i in range(0, half, 4)]
+    numbers = list(frames)
+    begin, middle, end = numbers[:ENDS], numbers[ENDS:-ENDS], numbers[-ENDS:]
+    ends = list(zip(begin, end, strict=True))
+    halves = list(zip([*begin, *middle[ENDS:]], [*middle[:ENDS], *end], strict=True))
+    near = [pair for run in (begin, middle, end) for pair in itertools.pairwise(run)]
     return {
         "ends, object": between(scene, frames, ends, on_object=True),
         "ends": between(scene, frames, ends),
+        "half the clip, object": between(scene, frames, halves, on_object=True),
         "half the clip": between(scene, frames, halves),
         "neighbours": between(scene, frames, near),
     }
 
 
 def between(
-    scene: Scene, frames: Tensor, pairs: list[tuple[int, int]], on_object: bool = False
+    scene: Scene,
+    frames: dict[int, Tensor],
+    pairs: list[tuple[int, int]],
+    on_object: bool = False,
 ) -> float:
     """The mean squared difference of pairs of frames, the later warped to the earlier."""
     total, count = 0.0, 0
@@ -159,12 +203,6 @@ def between(
         error = (warp(frames[end], scene.flow(start, end)) - frames[start]).square().mean(dim=0)
         total, count = total + float(error[visible].sum()), count + int(visible.sum())
     return total / count
-
-
-def sheet(frames: Float[Tensor, "frames 3 h w"]) -> Tensor:
-    """Every fifth of a clip of 240 frames, in rows."""
-    chosen = frames[:: max(len(frames) // 48, 1)][:48]
-    return contact_sheet(chosen.split(12))
 
 
 def cost(

@@ -131,7 +131,7 @@ class Denoiser:
         than one is on the device at a time; all of them where there are none. Where told to
         `check`, it raises `InputError` for a kernel whose answer is no correspondence.
         """
-        unet, parts = self.backbone.unet, []
+        unet, noise = self.backbone.unet, torch.zeros_like(x)
         about = keyframes, partial(self.latents, x, t), self.group, self.share
         passes = full(*about) if spans is None else windowed(*about, spans)
         # in a full pass ranks talk to each other, and who fails leaves the others waiting
@@ -150,8 +150,9 @@ class Denoiser:
                     window, used = neighbourhood(part, self.share.windows[held], keyframes[held])
                     propagation = partial(self.propagation, bank, kernel, window, used, check)
                     with processors(unet, propagation):
-                        parts.append(self.guided(part, self.latents(x, t, part), t))
-        return torch.cat(parts)
+                        here = rows(self.trajectory.positions, part)
+                        noise[here] = self.guided(part, self.latents(x, t, part), t)
+        return noise
 
     def propagation(
         self,
