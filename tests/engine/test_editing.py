@@ -158,11 +158,10 @@ def test_fixed_keyframes_do_not_depend_on_the_seed(backbone: Backbone) -> None:
     assert torch.equal(one.clip.frames, other.clip.frames)
 
 
-@pytest.mark.parametrize("span", [5, 8])
-def test_a_span_of_the_whole_clip_is_full_attention(backbone: Backbone, span: int) -> None:
+def test_a_span_of_the_whole_clip_is_full_attention(backbone: Backbone) -> None:
     clip, bounded = random_clip(9), {"keyframe_every": 2, "keyframe_attention": "windowed"}
     full = edit(backbone, clip, keyframe_every=2, keyframe_attention="full")
-    whole = edit(backbone, clip, **bounded, span=span)
+    whole = edit(backbone, clip, **bounded, span=5)
     assert torch.equal(whole.latents, full.latents)
     shorter = [edit(backbone, clip, **bounded, span=2, anchors=n) for n in (0, 1)]
     for one, other in itertools.combinations([full, *shorter], 2):

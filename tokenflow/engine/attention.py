@@ -26,7 +26,7 @@ from tokenflow.propagation import Correspondence
 
 @dataclass
 class Bank:
-    """What the joint pass of one step leaves at every site; it dies with the step.
+    """What a joint pass leaves at every site, for the windows that are propagated from it.
 
     `source` holds each site's source tokens, (keyframes, tokens, channels), and `outputs` the
     self-attention's output in all branches, (branches, keyframes, tokens, channels), of the
@@ -35,6 +35,11 @@ class Bank:
 
     source: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
+
+    def evict(self) -> None:
+        """Forgets all of it."""
+        self.source.clear()
+        self.outputs.clear()
 
 
 class JointAttention:

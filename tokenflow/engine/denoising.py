@@ -131,16 +131,15 @@ class Denoiser:
         than one is on the device at a time; all of them where there are none. Where told to
         `check`, it raises `InputError` for a kernel whose answer is no correspondence.
         """
-        unet, noise = self.backbone.unet, torch.zeros_like(x)
+        unet, bank, noise = self.backbone.unet, Bank(), torch.zeros_like(x)
         about = keyframes, partial(self.latents, x, t), self.group, self.share
         passes = full(*about) if spans is None else windowed(*about, spans)
         # in a full pass ranks talk to each other, and who fails leaves the others waiting
         alone = nullcontext() if spans is None else self.group.together()
         with alone, self.edited(t):
             for joint in passes:
-                bank = Bank()
 
-                def attention(site: str, joint: JointPass = joint, bank: Bank = bank) -> Any:
+                def attention(site: str, joint: JointPass = joint) -> JointAttention:
                     return JointAttention(BRANCHES, site, bank, joint.gather, joint.keep)
 
                 with processors(unet, attention):
@@ -152,6 +151,7 @@ class Denoiser:
                     with processors(unet, propagation):
                         here = rows(self.trajectory.positions, part)
                         noise[here] = self.guided(part, self.latents(x, t, part), t)
+                bank.evict()
         return noise
 
     def propagation(
