@@ -15,7 +15,7 @@ import math
 import subprocess
 import sys
 import weakref
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from time import process_time
 from typing import Any
@@ -23,6 +23,7 @@ from unittest.mock import patch
 
 import torch
 from jaxtyping import Bool
+from miniature_edits import decoded
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
@@ -109,7 +110,7 @@ def seams(
                     backbone, edit.clip, str(edit.target), EDITOR, NNField(), settings=settings,
                     inversion_prompt=str(edit.scene.attributes), recall=recall, progress=wanted,
                 )  # fmt: skip
-            chosen = result.clip.frames[wanted.measured]
+            chosen = decoded(backbone, result.latents[wanted.measured])
             save_file({"frames": (255 * chosen).round().byte()}, file)
         shown = load_file(file)["frames"] / 255
         found[name] = errors(edit.scene, dict(zip(wanted.measured, shown, strict=True)))
@@ -160,7 +161,7 @@ class Wanted:
             self.done = done
 
     def alone(self) -> Any:
-        """A block in which the others are left out."""
+        """A block in which the others are left out, and nothing is decoded."""
 
         def parts(denoiser: Denoiser, frames: range) -> list[range]:
             s, windows = self.settings, denoiser.share.windows
@@ -169,7 +170,11 @@ class Wanted:
             wanted = {*self.measured, *itertools.chain(*drawn)}
             return [range(frame, frame + 1) for frame in frames if frame in wanted]
 
-        return patch.object(Denoiser, "parts", parts)
+        blank = patch.object(Backbone, "decode", lambda _, codes: torch.zeros(len(codes), 3, 1, 1))
+        stack = ExitStack()
+        for change in (patch.object(Denoiser, "parts", parts), blank):
+            stack.enter_context(change)
+        return stack
 
 
 def errors(scene: Scene, frames: dict[int, Tensor]) -> dict[str, float]:
