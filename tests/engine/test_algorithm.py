@@ -18,8 +18,16 @@ from tokenflow.engine import Settings, edit_latents
 from tokenflow.engine.windows import draw_keyframes, split_windows
 from tokenflow.propagation import NNField
 
-STEPS, FRAMES, EVERY, GUIDANCE = 4, 5, 2, 7.5
+STEPS, FRAMES, EVERY, GUIDANCE = 4, 9, 2, 7.5
 PROMPTS = ["a red ball on sand", "a green cube", "a blue ball on sand"]  # source, negative, edit
+
+Spans = list[tuple[list[int], list[int]]]
+WHOLE: list[Spans] = [[([0, 1, 2, 3, 4], [0, 1, 2, 3, 4])]] * 2
+"""In even and in odd steps: windows, and the keyframes that attend to each other for them."""
+BOUNDED: list[Spans] = [  # spans of 2 with 1 anchor, which is window 2's
+    [([0, 1], [0, 1, 2]), ([2, 3], [1, 2, 3, 4]), ([4], [2, 3, 4])],
+    [([0], [0, 1, 2]), ([1, 2], [0, 1, 2, 3]), ([3, 4], [2, 3, 4])],
+]
 
 # float32 through four steps, guided by 7.5, of latents up to 6; measured 2e-5
 TOLERANCE = 1e-4
@@ -90,7 +98,12 @@ def bracket(frame: int, keyframes: Sequence[int]) -> dict[int, float]:
 
 
 def slowly_edited(
-    backbone: Backbone, trajectory: Trajectory, features: int, attention: int, joint: bool
+    backbone: Backbone,
+    trajectory: Trajectory,
+    features: int,
+    attention: int,
+    joint: bool,
+    spans: list[Spans],
 ) -> Tensor:
     """Edits with features and attention injected in the first so many steps."""
     unet, text = backbone.unet, backbone.embed(PROMPTS)
@@ -121,28 +134,49 @@ def slowly_edited(
                     .conv2.register_forward_hook(lambda m, i, out: torch.cat([out.chunk(3)[0]] * 3))
                 )
                 stack.enter_context(inject)
-            everything = list(range(FRAMES))
-            drawn = draw_keyframes(split_windows(FRAMES, EVERY), "random", 0, "clip", step)
-            output = noise(everything if joint else drawn, t)
-            if not joint:
-                for site in sites.values():
-                    site.weights = [bracket(frame, drawn) for frame in everything]
-                output = noise(everything, t)
+            windows = split_windows(FRAMES, EVERY)
+            drawn = draw_keyframes(windows, "random", 0, "clip", step)
+            if joint:
+                output = noise(list(range(FRAMES)), t)
+            else:
+                parts = []
+                for here, seen in spans[step % 2]:
+                    for site in sites.values():
+                        site.weights = None
+                    noise([drawn[k] for k in seen], t)
+                    frames = [frame for number in here for frame in windows[number]]
+                    around = [bracket(frame, drawn) for frame in frames]
+                    for site in sites.values():
+                        site.weights = [{seen.index(k): w for k, w in a.items()} for a in around]
+                    parts.append(noise(frames, t).unflatten(0, (3, -1)))
+                output = torch.cat(parts, dim=1).flatten(0, 1)
         _, negative, prompt = output.chunk(3)
         x = scheduler.step(negative + GUIDANCE * (prompt - negative), t, x).prev_sample
     return x
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("consistency", ["tokenflow", "joint"])
 @pytest.mark.parametrize(("features", "attention"), [(0, 0), (3, 2)])
+@pytest.mark.parametrize(
+    ("settings", "spans"),
+    [
+        ({"keyframe_attention": "full"}, WHOLE),
+        ({"keyframe_attention": "windowed", "span": 2, "anchors": 1}, BOUNDED),
+        ({"consistency": "joint"}, WHOLE),
+    ],
+)
 def test_agrees_with_the_algorithm_written_out_slowly(
-    backbone: Backbone, trajectory: Trajectory, consistency: Any, features: int, attention: int
+    backbone: Backbone,
+    trajectory: Trajectory,
+    settings: Any,
+    spans: list[Spans],
+    features: int,
+    attention: int,
 ) -> None:
     editor = PnP(features=features / STEPS, attention=attention / STEPS)
-    result = edited(backbone, trajectory, editor, consistency=consistency)
-    joint = consistency == "joint"
-    expected = slowly_edited(backbone, trajectory, features, attention, joint)
+    result = edited(backbone, trajectory, editor, **settings)
+    joint = settings.get("consistency") == "joint"
+    expected = slowly_edited(backbone, trajectory, features, attention, joint, spans)
     assert torch.allclose(result, expected, rtol=0, atol=TOLERANCE)
 
 

@@ -158,6 +158,16 @@ def test_fixed_keyframes_do_not_depend_on_the_seed(backbone: Backbone) -> None:
     assert torch.equal(one.clip.frames, other.clip.frames)
 
 
+def test_a_span_of_the_whole_clip_is_full_attention(backbone: Backbone) -> None:
+    clip, bounded = random_clip(9), {"keyframe_every": 2, "keyframe_attention": "windowed"}
+    full = edit(backbone, clip, keyframe_every=2, keyframe_attention="full")
+    whole = edit(backbone, clip, **bounded, span=5)
+    assert torch.equal(whole.latents, full.latents)
+    shorter = [edit(backbone, clip, **bounded, span=2, anchors=n) for n in (0, 1)]
+    for one, other in itertools.combinations([full, *shorter], 2):
+        assert difference(one, other) > 10 * ROUNDING
+
+
 @pytest.mark.parametrize("consistency", ["tokenflow", "none"])
 def test_batch_changes_nothing(backbone: Backbone, consistency: str) -> None:
     clip = random_clip(5)
@@ -326,6 +336,8 @@ def test_frames_of_a_wrong_size(backbone: Backbone, height: int, width: int) -> 
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"keyframe_every": 0}, "keyframe_every must be at least 1, got 0"),
         ({"batch": -1}, "batch must be at least 1, got -1"),
+        ({"span": 0}, "span must be at least 1, got 0"),
+        ({"anchors": -1}, "anchors must be at least 0, got -1"),
         ({"steps": 5, "inversion_steps": 4}, "got inversion_steps 4 for steps 5; raise the one"),
         ({"inversion_steps": 0, "steps": 1}, "got inversion_steps 0 for steps 1"),
     ],
@@ -385,7 +397,7 @@ def test_frames_that_are_not_finite(backbone: Backbone) -> None:
         edit(backbone, clip)
 
 
-@pytest.mark.parametrize("name", ["neighbours", "blend", "consistency"])
+@pytest.mark.parametrize("name", ["neighbours", "blend", "consistency", "keyframe_attention"])
 def test_settings_refuse_names_that_they_do_not_know(name: str) -> None:
     settings = Settings()
     object.__setattr__(settings, name, "x")  # the type checker of the tests guards the front door

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tests.diffusion.making import make_controlnet
@@ -17,15 +18,17 @@ from tokenflow.diffusion import Backbone
 from tokenflow.editors import ControlNet, Editor, PnP, SDEdit
 from tokenflow.engine import Settings, edit_clip
 from tokenflow.engine.attention import self_attention_sites
+from tokenflow.engine.editing import needed
 from tokenflow.engine.frame_group import FrameGroup
 from tokenflow.engine.windows import split_windows
 from tokenflow.errors import InputError
-from tokenflow.propagation import FlowWeighted, NNField, Propagation
+from tokenflow.propagation import Correspondence, FlowWeighted, NNField, Propagation, Window
 from tokenflow.testing import tiny_clip
 
 EVERY, STEPS = 4, 3
 # float32 sums over keyframes in another order, through three steps and a decoder
 TOLERANCE = 1e-4
+BOUNDED = (("keyframe_attention", "windowed"), ("span", 2), ("anchors", 1))
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,11 @@ def cases(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone) -> dict[
         "sdedit, shared": Case(13, SDEdit(0.7, "shared")),
         "sdedit, independent": Case(6, SDEdit(0.7, "independent")),
         "controlnet": Case(13, ControlNet(control, noise="independent", control_source=True)),
+        "windowed": Case(18, PnP(), settings=BOUNDED),
+        "windowed, flow, previous": Case(
+            18, SDEdit(0.7), FlowWeighted(), (*BOUNDED, ("neighbours", "previous"))
+        ),
+        "windowed, controlnet": Case(13, ControlNet(control), settings=BOUNDED),
     }
 
 
@@ -77,8 +85,9 @@ def edited(cases: dict[str, Case], model: Path) -> dict[str, Part]:
     for name, case in cases.items():
         group = FrameGroup.join()
         share = group.share(split_windows(case.frames, EVERY))
-        clip = tiny_clip(case.frames).part(share.positions(share.held))
-        settings = Settings(steps=STEPS, keyframe_every=EVERY, batch=3, **dict(case.settings))
+        chosen = {"keyframe_attention": "full", **dict(case.settings)}
+        settings = Settings(steps=STEPS, keyframe_every=EVERY, batch=3, **chosen)
+        clip = tiny_clip(case.frames).part(needed(share, settings, case.editor))
         result = edit_clip(
             backbone,
             clip,
@@ -181,6 +190,25 @@ def failing_on_the_last() -> str:
     return "nothing"
 
 
+class FailsOnTheLast(NNField):
+    """Raises in a pass of rank 1 while rank 0 is in its own."""
+
+    def correspond(self, source: Tensor, keys: Tensor, window: Window) -> Correspondence:
+        if dist.get_rank() == 1:
+            raise InputError("it is not its day")
+        return super().correspond(source, keys, window)
+
+
+def failing_in_a_pass(model: Path) -> str:
+    group, settings = FrameGroup.join(), Settings(keyframe_every=2, **dict(BOUNDED))
+    with pytest.raises(InputError) as caught:
+        edit_clip(
+            Backbone.load(model, device="cpu"), tiny_clip(8), "a ball", PnP(), FailsOnTheLast(),
+            settings=settings, group=group,
+        )  # fmt: skip
+    return str(caught.value)
+
+
 def averaged() -> float:
     group = FrameGroup.join()
     return group.mean(float(group.rank), group.rank)  # (0·0 + 1·1 + 2·2) / (0 + 1 + 2)
@@ -192,6 +220,12 @@ def test_an_error_of_one_rank_is_all_ranks(tmp_path: Path) -> None:
     assert last == "its disk is full"
 
 
+def test_an_error_in_a_bounded_pass_is_all_ranks(model_folder: Path, tmp_path: Path) -> None:
+    first, last = on_ranks(2, tmp_path, failing_in_a_pass, model_folder)
+    assert first == "rank 1 failed, and all stop with it: InputError: it is not its day"
+    assert last == "it is not its day"
+
+
 def test_means_count_by_weight(tmp_path: Path) -> None:
     assert on_ranks(3, tmp_path, averaged) == [pytest.approx(5 / 3)] * 3
 
@@ -201,15 +235,18 @@ def test_what_arrives_is_what_the_documentation_predicts(
 ) -> None:
     numbers = tokens_times_channels(backbone)
     ranks = len(shared)
-    for name in ("even", "uneven, ragged"):
+    for name in ("even", "uneven, ragged", "windowed"):
         windows = len(split_windows(cases[name].frames, EVERY))
         most = -(-windows // ranks)
+        latent = 4 * 8 * 16  # of 16x32 pixels
         for rank, part in enumerate(part[name] for part in shared):
             if part.idle:
                 continue
             beside = (rank > 0) + (rank < min(ranks, windows) - 1)
             gathered = (ranks - 1) * most * 2 * 2 * numbers
             halo = beside * 4 * numbers
+            if name == "windowed":
+                gathered, halo = (ranks - 1) * most * 2 * latent, 0
             assert part.received == STEPS * 4 * (gathered + halo), name
 
 

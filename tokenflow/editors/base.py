@@ -72,7 +72,8 @@ class Editor(ABC):
     def prepare(self, backbone: Backbone, clip: Clip) -> None:  # noqa: B027 (need not be overridden)
         """Called once for every clip, before any work: load and check what the edit needs.
 
-        Where several ranks share a clip, `clip` has some of its frames: `clip.positions`.
+        Where several ranks share a clip, `clip` has at least those of its frames that this one
+        will ask about: `clip.positions`.
 
         Raises:
             InputError: Something does not fit the model or the clip.

@@ -26,7 +26,7 @@ from tokenflow.propagation import Correspondence
 
 @dataclass
 class Bank:
-    """What the joint pass of one step leaves at every site; it dies with the step.
+    """What a joint pass leaves at every site, for the windows that are propagated from it.
 
     `source` holds each site's source tokens, (keyframes, tokens, channels), and `outputs` the
     self-attention's output in all branches, (branches, keyframes, tokens, channels), of the
@@ -36,6 +36,11 @@ class Bank:
     source: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
 
+    def evict(self) -> None:
+        """Forgets all of it."""
+        self.source.clear()
+        self.outputs.clear()
+
 
 class JointAttention:
     """Edited branches attend to all keyframes at once (equation 3), the source to its own frame.
@@ -44,8 +49,8 @@ class JointAttention:
         branches: Of the UNet's batch.
         site: Where this is, for the bank.
         bank: Where to leave what was seen here, if anywhere.
-        gather: Gives all ranks' items, in the frames' order, for those of this rank.
-        with_neighbours: Adds to this rank's items the ones beside them that other ranks have.
+        gather: Gives the items of all keyframes, in their order, for those of this rank.
+        keep: Gives those that the bank is to have, for those of this rank.
     """
 
     def __init__(
@@ -54,10 +59,10 @@ class JointAttention:
         site: str = "",
         bank: Bank | None = None,
         gather: Callable[[Tensor], Tensor] = lambda own: own,
-        with_neighbours: Callable[[Tensor], Tensor] = lambda own: own,
+        keep: Callable[[Tensor], Tensor] = lambda own: own,
     ) -> None:
         self.branches, self.site, self.bank = branches, site, bank
-        self.gather, self.with_neighbours = gather, with_neighbours
+        self.gather, self.keep = gather, keep
 
     def __call__(
         self, attn: Attention, hidden_states: Tensor, *_: Any, **__: Any
@@ -80,7 +85,7 @@ class JointAttention:
         if self.bank is not None:
             outputs = rearrange(output, "(b f) s c -> f b s c", b=b)
             seen = torch.cat([hidden_states[:frames, None], outputs], dim=1)
-            source, outputs = self.with_neighbours(seen).split([1, b], dim=1)
+            source, outputs = self.keep(seen).split([1, b], dim=1)
             self.bank.source[self.site] = source[:, 0]
             self.bank.outputs[self.site] = outputs.transpose(0, 1)
         return output

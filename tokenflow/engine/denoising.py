@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial, wraps
 from typing import Any
 
@@ -27,6 +27,8 @@ from tokenflow.engine.attention import (
 )
 from tokenflow.engine.frame_group import FrameGroup, Share
 from tokenflow.engine.guard import guarded, named
+from tokenflow.engine.joint import JointPass, full, windowed
+from tokenflow.engine.spans import Span
 from tokenflow.propagation import (
     ClipFlow,
     Correspondence,
@@ -37,6 +39,12 @@ from tokenflow.propagation import (
 
 NAMES = ("source", "negative", "prompt")
 BRANCHES = len(NAMES)
+
+Neighbourhood = Callable[[range, Sequence[range], Sequence[int]], tuple[Window, list[int]]]
+"""Of a run of frames, its `Window` and the numbers of the keyframes that it uses.
+
+It is told the windows with keyframes within reach, and these.
+"""
 
 
 class Denoiser:
@@ -96,84 +104,103 @@ class Denoiser:
     def per_frame(self, x: Float[Tensor, "frames c h w"], t: int) -> Tensor:
         """Every frame on its own: image editing, frame by frame."""
         with self.edited(t):
-            return torch.cat([self.guided(x, part, t) for part in self.parts()])
+            return torch.cat(
+                [self.guided(part, self.latents(x, t, part), t) for part in self.parts()]
+            )
 
     def joint(self, x: Float[Tensor, "frames c h w"], t: int) -> Tensor:
         """All frames at once, each attending to all of them."""
         gather = partial(self.group.gather, counts=self.share.frame_counts)
-        attention = JointAttention(BRANCHES, gather=gather)
+        attention, frames = JointAttention(BRANCHES, gather=gather), self.trajectory.positions
         with self.edited(t), processors(self.backbone.unet, lambda _: attention):
-            return self.guided(x, self.trajectory.positions, t)
+            return self.guided(frames, self.latents(x, t, frames), t)
 
     def propagated(
         self,
         x: Float[Tensor, "frames c h w"],
         t: int,
         keyframes: Sequence[int],
+        spans: Sequence[Span] | None,
         kernel: Propagation,
-        neighbourhood: Callable[[range], tuple[Window, list[int]]],
+        neighbourhood: Neighbourhood,
         check: bool = False,
     ) -> Tensor:
         """TokenFlow: keyframes jointly, then all frames with the keyframes' features.
 
-        `keyframes` are those of this rank's windows. `neighbourhood` gives the window of a run of
-        frames, and which keyframes it uses, of those that the rank holds (`Share.held`). Where told
-        to `check`, it raises `InputError` for a kernel whose answer is no correspondence.
+        `keyframes` are the whole clip's. They attend to each other in `spans`, of which no more
+        than one is on the device at a time; all of them where there are none. Where told to
+        `check`, it raises `InputError` for a kernel whose answer is no correspondence.
         """
-        unet, bank, parts = self.backbone.unet, Bank(), []
-        gather, with_neighbours = (
-            partial(exchange, counts=self.share.counts)
-            for exchange in (self.group.gather, self.group.with_neighbours)
-        )
+        unet, bank, noise = self.backbone.unet, Bank(), torch.zeros_like(x)
+        about = keyframes, partial(self.latents, x, t), self.group, self.share
+        passes = full(*about) if spans is None else windowed(*about, spans)
+        # in a full pass ranks talk to each other, and who fails leaves the others waiting
+        alone = nullcontext() if spans is None else self.group.together()
+        with alone, self.edited(t):
+            for joint in passes:
 
-        def joint(site: str) -> JointAttention:
-            return JointAttention(BRANCHES, site, bank, gather, with_neighbours)
-
-        with self.edited(t):
-            with processors(unet, joint):
-                self.guided(x, keyframes, t)
-            for part in self.parts():
-                window, used = neighbourhood(part)
-
-                def attention(
-                    site: str, window: Window = window, used: list[int] = used
-                ) -> PropagatedAttention:
-                    keys = bank.source[site][used]
-                    here = at_site(window, keys, x, self.flow)
-
-                    def correspond(source: Tensor) -> Correspondence:
-                        found = guarded(kernel, kernel.correspond)(source, keys, here)
-                        if check:
-                            who = f"{named(kernel)} at {site}"
-                            check_correspondence(found, source, keys, who)
-                        return found
-
-                    return PropagatedAttention(BRANCHES, bank.outputs[site][:, used], correspond)
+                def attention(site: str, joint: JointPass = joint) -> JointAttention:
+                    return JointAttention(BRANCHES, site, bank, joint.gather, joint.keep)
 
                 with processors(unet, attention):
-                    parts.append(self.guided(x, part, t))
-        return torch.cat(parts)
+                    self.guided(joint.frames, joint.latents, t)
+                held = slice(joint.held.start, joint.held.stop)
+                for part in self.parts(self.share.positions(joint.windows)):
+                    window, used = neighbourhood(part, self.share.windows[held], keyframes[held])
+                    propagation = partial(self.propagation, bank, kernel, window, used, check)
+                    with processors(unet, propagation):
+                        here = rows(self.trajectory.positions, part)
+                        noise[here] = self.guided(part, self.latents(x, t, part), t)
+                bank.evict()
+        return noise
 
-    def guided(self, x: Float[Tensor, "all c h w"], frames: Sequence[int], t: int) -> Tensor:
-        """The guided noise of some frames, (frames, c, h, w), from one forward pass."""
-        chosen = list(frames)
-        source = self.trajectory.at(t, chosen).to(x)
-        edited = x[rows(self.trajectory.positions, chosen)]
-        branches = torch.stack([source, edited, edited]).to(self.backbone.device)
+    def propagation(
+        self,
+        bank: Bank,
+        kernel: Propagation,
+        window: Window,
+        used: list[int],
+        check: bool,
+        site: str,
+    ) -> PropagatedAttention:
+        """At a site, what a window's tokens take from those keyframes in the bank that it uses."""
+        keys = bank.source[site][used]
+        here = at_site(window, keys, self.trajectory.clean, self.flow)
+
+        def correspond(source: Tensor) -> Correspondence:
+            found = guarded(kernel, kernel.correspond)(source, keys, here)
+            if check:
+                check_correspondence(found, source, keys, f"{named(kernel)} at {site}")
+            return found
+
+        return PropagatedAttention(BRANCHES, bank.outputs[site][:, used], correspond)
+
+    def latents(
+        self, x: Float[Tensor, "all c h w"], t: int, frames: Sequence[int]
+    ) -> Float[Tensor, "frames 2 c h w"]:
+        """Source and edit of some of this rank's frames, in host memory."""
+        source = self.trajectory.at(t, list(frames)).to(x)
+        return torch.stack([source, x[rows(self.trajectory.positions, frames)]], dim=1)
+
+    def guided(
+        self, frames: Sequence[int], latents: Float[Tensor, "frames 2 c h w"], t: int
+    ) -> Float[Tensor, "frames c h w"]:
+        """The guided noise of some frames from one forward pass, in host memory."""
+        branches = latents.movedim(1, 0)[[0, 1, 1]].to(self.backbone.device)
         share = self.schedule.share(t)
-        forward = Pass(NAMES, tuple(chosen), branches, self.embeddings, t, share)
+        forward = Pass(NAMES, tuple(frames), branches, self.embeddings, t, share)
         extra = conditioned(self.editor, self.backbone, forward)
-        embeddings = self.embeddings.repeat_interleave(len(chosen), dim=0)
+        embeddings = self.embeddings.repeat_interleave(len(frames), dim=0)
         # what fails in the UNet with an editor's arguments is the editor's
         epsilon = guarded(self.editor, self.backbone.epsilon) if extra else self.backbone.epsilon
         noise = epsilon(branches.flatten(0, 1), t, embeddings, self.schedule, **extra)
-        _, negative, prompt = noise.to(x.device).chunk(BRANCHES)
+        _, negative, prompt = noise.to(latents.device).chunk(BRANCHES)
         return guide(negative, prompt, self.guidance)
 
-    def parts(self) -> list[range]:
-        """Runs of frames for one forward pass each."""
-        frames = self.trajectory.positions
-        return [frames[i : i + self.batch] for i in range(0, len(frames), self.batch)]
+    def parts(self, frames: range | None = None) -> list[range]:
+        """Runs of these frames, all of the rank's when not given, for one forward pass each."""
+        every = self.trajectory.positions if frames is None else frames
+        return [every[i : i + self.batch] for i in range(0, len(every), self.batch)]
 
 
 def listed(edits: Callable[[UNet2DConditionModel], Iterable[Any]]) -> Callable[..., list[Any]]:

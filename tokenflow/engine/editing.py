@@ -20,10 +20,11 @@ from tokenflow.diffusion.inversion import inversion_timesteps
 from tokenflow.diffusion.sampling import ddim_step, require_finite
 from tokenflow.editors import Editor, contract
 from tokenflow.engine.denoising import Denoiser
-from tokenflow.engine.frame_group import FrameGroup
+from tokenflow.engine.frame_group import FrameGroup, Share
 from tokenflow.engine.guard import guarded, named
 from tokenflow.engine.recall import KeptSampling, Recall, sampling_of
 from tokenflow.engine.source import Progress, invert_clip, kept_inversion, of_source, timed
+from tokenflow.engine.spans import spans
 from tokenflow.engine.windows import (
     Blend,
     Keyframes,
@@ -38,11 +39,12 @@ from tokenflow.propagation import ClipFlow, Propagation
 from tokenflow.video import Clip, Frames, Spool
 
 Consistency = Literal["tokenflow", "joint", "none"]
+KeyframeAttention = Literal["full", "windowed"]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a clip is edited; the defaults are the paper's.
+    """How a clip is edited; the defaults are the paper's, but for `keyframe_attention`.
 
     Args:
         steps: Sampling steps.
@@ -55,6 +57,12 @@ class Settings:
         blend: Their weights over time: "sigmoid" (paper) or "linear".
         consistency: "tokenflow"; "joint" lets all frames attend to each other and propagates
             nothing; "none" edits every frame on its own.
+        keyframe_attention: Which keyframes attend to each other: "full" (paper) lets all of a
+            clip's; "windowed" those of `span` consecutive windows, of the ones beside them, and the
+            anchors, so that time grows as the number of frames and memory on the device not at
+            all.
+        span: How many windows; where the clip has no more, both are the same.
+        anchors: How many keyframes, spread over the whole clip, attend in every span.
         seed: Of everything random.
         batch: Frames in one forward pass; changes memory and speed, not the result. The keyframes
             of a joint pass, and all frames where consistency is "joint", go through at once.
@@ -68,20 +76,29 @@ class Settings:
     neighbours: Neighbours = "bracketing"
     blend: Blend = "sigmoid"
     consistency: Consistency = "tokenflow"
+    keyframe_attention: KeyframeAttention = "windowed"
+    span: int = 8
+    anchors: int = 2
     seed: int = 0
     batch: int = 8
 
     def __post_init__(self) -> None:
-        names = {"neighbours": Neighbours, "blend": Blend, "consistency": Consistency}
+        names = {
+            "neighbours": Neighbours,
+            "blend": Blend,
+            "consistency": Consistency,
+            "keyframe_attention": KeyframeAttention,
+        }
         for name, kind in names.items():
             if getattr(self, name) not in get_args(kind):
                 raise InputError(
                     f"{name} must be one of {get_args(kind)}, got {getattr(self, name)!r}"
                 )
         draw_keyframes([range(1)], self.keyframes, self.seed, "", 0)  # refuses unknown policies
-        for name in ("steps", "keyframe_every", "batch"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        least = {"steps": 1, "keyframe_every": 1, "span": 1, "anchors": 0, "batch": 1}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise InputError(f"{name} must be at least {low}, got {getattr(self, name)}")
         if self.inversion_steps is not None and self.inversion_steps < self.steps:
             raise InputError(
                 f"inversion needs at least as many steps as sampling: got inversion_steps "
@@ -132,7 +149,7 @@ def edit_clip(
     Args:
         backbone: The frozen model.
         clip: What to edit; sides must be multiples of `backbone.multiple`. Of a shared clip, the
-            frames of the rank's own windows and of one more at each side are enough.
+            frames that are `needed` are enough.
         prompt: What the edit shows.
         editor: The image editing method for keyframes.
         propagation: The kernel that finds correspondences.
@@ -157,7 +174,7 @@ def edit_clip(
     seconds: dict[str, float] = {}
     quality: dict[str, float] = {}
     share = group.share(split_windows(clip.total, settings.keyframe_every))
-    seen, clip = clip, clip.part(share.positions(share.own))
+    seen, clip = clip.part(needed(share, settings, editor)), clip.part(share.positions(share.own))
     flow = None
     provider = propagation.flow if settings.consistency == "tokenflow" else None
     with group.together():
@@ -165,10 +182,11 @@ def edit_clip(
         schedule = backbone.schedule(settings.steps)
         inversion_steps = settings.inversion_steps or settings.steps
         timesteps = inversion_timesteps(inversion_steps, schedule, backbone)
-        guarded(editor, editor.prepare)(backbone, clip)
+        shown = seen if conditions_all(settings, editor) else clip
+        guarded(editor, editor.prepare)(backbone, shown)
         if provider is not None:
-            seen = seen.part(share.positions(share.held))
-            flow = guarded(provider, ClipFlow)(seen, provider, backbone.latent_scale)
+            near = seen.part(share.positions(share.held))
+            flow = guarded(provider, ClipFlow)(near, provider, backbone.latent_scale)
     embedding = backbone.embed([inversion_prompt])
     conditioning = of_source(editor, backbone, embedding, schedule)
     known = kept_inversion(backbone, clip, editor, inversion_prompt, schedule, timesteps, recall)
@@ -242,7 +260,7 @@ def edit_latents(
     embeddings = backbone.embed([inversion_prompt, negative_prompt, prompt])
     windows = split_windows(trajectory.total, s.keyframe_every)
     share = group.share(windows)
-    own, held = (slice(part.start, part.stop) for part in (share.own, share.held))
+    around = partial(neighbourhood, neighbours=s.neighbours, blend=s.blend)
     denoiser = Denoiser(
         backbone, trajectory, schedule, editor, embeddings, s.guidance, s.batch, flow, group, share
     )
@@ -259,12 +277,10 @@ def edit_latents(
             epsilon = denoiser.joint(x, t)
         else:
             drawn = draw_keyframes(windows, s.keyframes, s.seed, name, step)
-            around = partial(
-                neighbourhood, windows=windows[held], keyframes=drawn[held],
-                neighbours=s.neighbours, blend=s.blend,
-            )  # fmt: skip
+            bounded = s.keyframe_attention == "windowed"
+            runs = spans(len(windows), s.span, s.anchors, step) if bounded else None
             epsilon = denoiser.propagated(
-                x, t, drawn[own], propagation, around, check=done == before + 1
+                x, t, drawn, runs, propagation, around, check=done == before + 1
             )
         t_next = schedule.following(t)
         x = ddim_step(x, epsilon, schedule.alpha(t), schedule.alpha(t_next))
@@ -279,6 +295,22 @@ def edit_latents(
             kept.keep(done, steps, x)
         group.leave()
     return x
+
+
+def needed(share: Share, settings: Settings, editor: Editor) -> range:
+    """The frames that a rank must see of the source: of its windows, and of one more at each side.
+
+    All where it has to condition other ranks' keyframes.
+    """
+    if conditions_all(settings, editor):
+        return range(share.windows[-1].stop)
+    return share.positions(share.held)
+
+
+def conditions_all(settings: Settings, editor: Editor) -> bool:
+    """Whether an editor may be asked on each rank for conditioning of any of the clip's frames."""
+    bounded = settings.consistency == "tokenflow" and settings.keyframe_attention == "windowed"
+    return bounded and type(editor).conditioning is not Editor.conditioning
 
 
 def check(backbone: Backbone, clip: Clip, prompt: str) -> None:

@@ -1,8 +1,9 @@
 """The ranks that share one clip: who has which frames, and what they tell each other.
 
 Every rank has consecutive windows, in the order of ranks. Results do not depend on how many there
-are: what leaves a rank is keys and values of keyframes, gathered in the frames' order, and the two
-keyframes at its ends, which the neighbouring ranks' windows need.
+are: what leaves a rank is its keyframes' latents; or with full attention the keyframes' keys and
+values, gathered in the frames' order, and the two keyframes at its ends, which the neighbouring
+ranks' windows need.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ class FrameGroup:
         asked: Whether this process was asked to stop.
 
     Attributes:
-        received: Bytes that have come to this rank from others, for keys, values and keyframes.
+        received: Bytes that have come to this rank from others, for keys, values and keyframes,
+            or for latents.
         stopping: Whether some rank had been asked to stop when all were last together.
         shared: The failure that all ranks know of, if there is one.
     """
@@ -258,11 +260,12 @@ class FrameGroup:
         return Share(windows, own or range(1), counts, idle=not own)
 
     def gather(
-        self, own: Shaped[Tensor, "own ..."], counts: Sequence[int]
+        self, own: Shaped[Tensor, "own ..."], counts: Sequence[int], host: bool = False
     ) -> Shaped[Tensor, "all ..."]:
         """The items of all ranks, in their order; `counts` says how many each has.
 
-        An idle rank, whose count is 0, may pass any items of the right shape.
+        `host` says that they are, and are to be, in host memory. An idle rank, whose count is 0,
+        may pass any items of the right shape.
         """
         if self.size == 1:
             return own
@@ -270,7 +273,7 @@ class FrameGroup:
         padded = own.new_zeros(most, *own.shape[1:])
         padded[: counts[self.rank]] = own[: counts[self.rank]]
         parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded, group=self.group)
+        dist.all_gather(parts, padded, group=self.control if host else self.group)
         self.received += (self.size - 1) * padded.nbytes
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
