@@ -47,7 +47,7 @@ class Cost:
         forward: In one branch, with attention as it is.
         joint: In all three branches, with one keyframe to attend to.
         further: More for every further keyframe that it attends to.
-        propagated: In all three branches, without attention, but with the matching of two keyframes.
+        propagated: In all three branches, without attention, with the matching of two keyframes.
         features: Σ over sites of tokens × channels.
     """
 
