@@ -119,7 +119,7 @@ def test_two_runs_into_one_folder(tmp_path: Path, source: Job, prediction: Predi
     first.write_on_batch_end(TRAINER, MODULE, prediction, [0], source, 0, 0)
     assert second.admit(listed) == "finished before"
     assert sorted(p.name for p in (tmp_path / "in").iterdir()) == [
-        "compare.mp4", "contact_sheet.png", "edited.mp4", "run.yaml",
+        "compare.mp4", "contact_sheet.png", "edited.mp4", "report.html", "run.yaml",
     ]  # fmt: skip
 
 
