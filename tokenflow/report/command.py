@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from tokenflow.cli import stop
 from tokenflow.errors import InputError
-from tokenflow.report.features import draw
+from tokenflow.imports import OPTION, split_allowed
+from tokenflow.report.features import Features, draw
 from tokenflow.report.page import write_comparison, write_report
-from tokenflow.report.run import read_run
+from tokenflow.report.run import Run, read_run
 
 DESCRIPTION = """\
 Makes the page of a finished run again, as after `tokenflow evaluate`, or with pictures of its
@@ -36,7 +37,8 @@ def parser() -> Parser:
         "--features",
         action="store_true",
         help="Also show the features of one self-attention layer and where its tokens come from; "
-        "takes up to the time of inversion and sampling.",
+        "takes up to the time of inversion and sampling. As with predict, --allow_imports PACKAGE "
+        "lets the run's configuration name classes of another package.",
     )
     made.add_argument(
         "--site", type=str | None, help="Which layer; one in the middle of the decoder by default."
@@ -49,12 +51,6 @@ def parser() -> Parser:
         type=int | None,
         help="Whose tokens to follow, from 0; by default the frame farthest from its keyframes.",
     )
-    made.add_argument(
-        "--allow_imports",
-        type=list[str],
-        default=[],
-        help="Packages whose classes the run's configuration may name, for --features.",
-    )
     return made
 
 
@@ -64,6 +60,7 @@ def run(words: list[str]) -> None:
     Raises:
         InputError: The words make no sense together, or a folder holds no finished run.
     """
+    words, allowed = split_allowed(words)
     options = parser().parse_args(words)
     output = check_output(options.output)
     runs = [read_run(folder) for folder in options.runs]
@@ -75,16 +72,16 @@ def run(words: list[str]) -> None:
         print(write_comparison(runs, output))
         return
     (one,) = runs
-    features = observed(one, options) if options.features else None
+    features = observed(one, options, allowed) if options.features else None
     print(write_report(one, output, features))
 
 
-def observed(run: Any, options: Any) -> Any:
+def observed(run: Run, options: Namespace, allowed: list[str]) -> Features:
     """The pictures of the run's features that the options ask for."""
     from tokenflow.report.probe import observe
 
-    allowed = [word for name in options.allow_imports for word in ("--allow_imports", name)]
-    seen = observe(run, options.site, options.step, allowed)
+    words = [word for name in allowed for word in (OPTION, name)]
+    seen = observe(run, options.site, options.step, words)
     return draw(seen, run.source().frames, options.frame)
 
 

@@ -14,7 +14,7 @@ from tokenflow.propagation import Correspondence, Window
 from tokenflow.report.pictures import picture
 from tokenflow.video import contact_sheet
 
-CORNERS = ((0.95, 0.45, 0.15), (0.95, 0.85, 0.2), (0.25, 0.2, 0.75), (0.1, 0.75, 0.6))
+CORNERS = ((1.0, 0.35, 0.2), (1.0, 0.9, 0.2), (0.35, 0.25, 1.0), (0.1, 0.9, 0.7))
 """Colours of a picture's upper left, upper right, lower left and lower right corner."""
 
 
@@ -84,11 +84,11 @@ def draw(
 
 
 def most_between(parts: list[tuple[Window, Correspondence]]) -> int:
-    """The frame whose nearer keyframe is farthest."""
+    """The frame between two keyframes whose nearer one is farthest; else one beside a keyframe."""
 
-    def reach(window: Window, number: int) -> int:
-        near = [window.keyframes[k] for k in window.neighbours[number].tolist()]
-        return min(abs(window.frames[number] - at) for at in near)
+    def reach(window: Window, number: int) -> tuple[bool, int]:
+        near = {window.keyframes[k] for k in window.neighbours[number].tolist()}
+        return len(near) == 2, min(abs(window.frames[number] - at) for at in near)
 
     reaches = {w.frames[n]: reach(w, n) for w, _ in parts for n in range(len(w.frames))}
     return max(reaches, key=reaches.__getitem__)
@@ -110,8 +110,8 @@ def links(
         colours = (taken[..., None] * places[indices % len(places)]).sum(dim=1)
         colours = colours / taken.sum(dim=1, keepdim=True).clamp(min=1e-6)
         at = window.keyframes[k]
-        result.append((f"keyframe {at + 1}", tinted(source[at], places, window)))
-        caption = f"frame {frame + 1}, from {at + 1}"
+        result.append((f"keyframe {at}", tinted(source[at], places, window)))
+        caption = f"frame {frame}, from {at}"
         result.append((caption, tinted(source[frame], colours, window)))
     return result[:2] + result[2:][::-1]  # keyframe, frame, frame, keyframe
 
@@ -126,10 +126,12 @@ def place_colours(height: int, width: int) -> Float[Tensor, "tokens 3"]:
 def tinted(
     image: Float[Tensor, "3 height width"], colours: Float[Tensor, "tokens 3"], window: Window
 ) -> Float[Tensor, "3 height width"]:
-    """A picture's brightness under its tokens' colours."""
+    """Its tokens' colours over a picture, of which the brightness is left."""
     tokens = colours.T.reshape(1, 3, window.height, window.width)
     over = interpolate(tokens, (image.shape[1], image.shape[2]), mode="nearest")[0]
-    return over * (0.35 + 0.65 * image.mean(dim=0))
+    grey = image.mean(dim=0)
+    grey = (grey - grey.min()) / (grey.max() - grey.min()).clamp(min=1e-6)
+    return over * (0.6 + 0.4 * grey)
 
 
 def principal(

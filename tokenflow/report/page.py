@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from base64 import b64encode
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -70,8 +71,8 @@ def write_report(run: Run, output: Path | None = None, features: Features | None
         times=[float(time) for time in source.times],
         sheet=picture(contact_sheet([source.frames, edited.frames])),
         plots=[
-            Plot("Change from frame to frame", "an edit that flickers is above its source", steps),
-            Plot("Change by the edit", "a level line is an edit that is the same in time", apart),
+            Plot("From frame to frame", "motion, and flicker on top of it", steps),
+            Plot("From source to edit", "how much of each frame is new", apart),
         ],
         features=features,
         main=[(name, run.settings[name]) for name in MAIN if name in run.settings],
@@ -85,9 +86,7 @@ def write_comparison(runs: Sequence[Run], output: Path) -> Path:
     Raises:
         InputError: A run's files cannot be read.
     """
-    named = [run.name for run in runs]
-    unique = len(set(named)) == len(named)
-    names = named if unique else [str(run.folder) for run in runs]
+    names, prompts = names_of(runs), {run.settings.get("prompt") for run in runs}
     space = Space()
     tiles = [
         (name, space.file(run.folder / EDITED, sound=run.edited().audio is not None))
@@ -98,15 +97,25 @@ def write_comparison(runs: Sequence[Run], output: Path) -> Path:
     metrics = unite([run.metrics for run in runs])
     settings = {name: row for name, row in unite([r.settings for r in runs]).items() if differ(row)}
     seconds = [round(sum(run.seconds.values()), 1) or None for run in runs]
+    cells = zip(*metrics.values(), seconds, *settings.values(), strict=True)
     return write_page(
         "comparison.html",
         output,
-        title=f"{len(runs)} runs",
+        title=(prompts.pop() if len(prompts) == 1 else None) or ", ".join(names),
         sources=[("source" if len(clips) == 1 else f"source of {n}", v) for n, v in clips],
         tiles=tiles,
         columns=[*metrics, "seconds", *settings],
-        table=list(zip(names, *metrics.values(), seconds, *settings.values(), strict=True)),
+        table=list(zip(names, cells, strict=True)),
     )
+
+
+def names_of(runs: Sequence[Run]) -> list[str]:
+    """The folders' names; where two have the same, as much of their paths as tells them apart."""
+    folders = [run.folder.resolve() for run in runs]
+    if len({folder.name for folder in folders}) == len(folders):
+        return [folder.name for folder in folders]
+    common = os.path.commonpath([folder.parent for folder in folders])
+    return [str(folder.relative_to(common)) for folder in folders]
 
 
 def source_of(run: Run) -> tuple[Any, ...]:
@@ -149,8 +158,8 @@ def write_page(template: str, output: Path, **values: Any) -> Path:
     script, style = ((here / name).read_text() for name in ("page.js", "style.css"))
     digest = b64encode(hashlib.sha256(script.encode()).digest()).decode()
     text = environment.get_template(template).render(
-        script=Markup(script),  # noqa: S704 (our own)
-        style=Markup(style),  # noqa: S704
+        script=Markup(script),
+        style=Markup(style),
         digest=digest,
         version=version("tokenflow"),
         **values,

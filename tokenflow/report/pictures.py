@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
 from einops import rearrange
 from jaxtyping import Float
 from PIL import Image

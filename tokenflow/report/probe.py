@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
@@ -75,7 +76,7 @@ class Probe(Callback):
         if not asked:
             return
         job.where = None  # an error ends the command, and is no note in the run's folder
-        _, settings = module.options(job)
+        settings = module.options(job)[1]
         if settings.consistency != "tokenflow":
             raise InputError(
                 f"{self.run.folder} has no correspondences: its consistency is "
@@ -91,7 +92,7 @@ class Probe(Callback):
         layer.register_forward_pre_hook(lambda *_: watching.during(True))
         layer.register_forward_hook(lambda *_: watching.during(False))
         module.propagation = watching
-        module.described = (module.described[0], None)  # inversions are recalled, samplings not
+        module.described = (None, None)  # inversions are recalled, samplings are not
         before = module.progress
 
         def progress(stage: str, done: int, steps: int) -> None:
@@ -142,10 +143,8 @@ def observe(
     """
     probe = Probe(run, site, step)
     options = ["--config", str(run.folder / RECORD), *ALONE, *(words or [])]
-    try:
+    with suppress(Enough):
         predict(options, [probe])
-    except Enough:
-        pass
     if probe.seen is None:
         raise InputError(
             f"{run.folder / RECORD} lists no clip {run.name!r} any more; expected the folder to "

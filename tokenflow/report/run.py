@@ -62,7 +62,9 @@ class Run:
             for value in found.values()
         )
         if not numbers:
-            raise InputError(f"{file}: expected a mapping from names to numbers, got {found!r:.200}")
+            raise InputError(
+                f"{file}: expected a mapping from names to numbers, got {found!r:.200}"
+            )
         return known | found
 
     @cached_property

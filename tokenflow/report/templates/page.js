@@ -48,13 +48,13 @@ function player(root) {
     if (document.activeElement !== seek || playing)
       seek.value = whole ? (1000 * time) / whole : 0;
     if (times.length === 0) {
-      clock.textContent = `${time.toFixed(1)} / ${whole.toFixed(1)} s`;
+      clock.textContent = `${time.toFixed(2)} s`;
       root.style.setProperty("--now", whole ? time / whole : 0);
       return;
     }
     let frame = times.length - 1;
     while (frame > 0 && times[frame] > time + 1e-3) frame -= 1;
-    clock.textContent = `${frame + 1} / ${times.length}`;
+    clock.textContent = `frame ${frame} · ${times[frame].toFixed(2)} s`;
     root.style.setProperty("--now", frame / Math.max(times.length - 1, 1));
     for (const { output, values } of curves)
       output.textContent = values[frame] === null ? "–" : values[frame].toFixed(1);
