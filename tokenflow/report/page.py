@@ -20,6 +20,7 @@ from tokenflow.engine.folder import EDITED, REPORT
 from tokenflow.errors import InputError
 from tokenflow.report.features import Features
 from tokenflow.report.pictures import (
+    SPACE,
     Curve,
     Plot,
     Space,
@@ -47,7 +48,7 @@ def write_report(run: Run, output: Path | None = None, features: Features | None
         InputError: One of the run's files cannot be read.
     """
     source, edited = run.source(), run.edited()
-    rows, space = slice_rows(source.frames.shape[2]), Space()
+    rows, space = slice_rows(source.frames.shape[2]), Space(SPACE)
     video = space.file(run.folder / EDITED, sound=edited.audio is not None)
     steps = [
         Curve("source", "source", change(source.frames)),
@@ -87,7 +88,7 @@ def write_comparison(runs: Sequence[Run], output: Path) -> Path:
         InputError: A run's files cannot be read.
     """
     names, prompts = names_of(runs), {run.settings.get("prompt") for run in runs}
-    space = Space()
+    space = Space(SPACE)
     tiles = [
         (name, space.file(run.folder / EDITED, sound=run.edited().audio is not None))
         for name, run in zip(names, runs, strict=True)

@@ -37,7 +37,10 @@ def picture(image: Float[Tensor, "3 height width"]) -> str:
     levels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous()
     file = io.BytesIO()
     lossless = levels.shape[0] * levels.shape[1] <= LOSSLESS
-    Image.fromarray(levels.numpy()).save(file, "WEBP", quality=90, lossless=lossless)
+    # where nothing is lost, quality is the effort to make the file small
+    quality, method = (20, 1) if lossless else (90, 2)
+    image_file = Image.fromarray(levels.numpy())
+    image_file.save(file, "WEBP", lossless=lossless, quality=quality, method=method)
     return data_uri(file.getvalue(), "image/webp")
 
 
@@ -51,10 +54,10 @@ class Embedded:
 
 
 class Space:
-    """What room a page has for videos; who comes first is served."""
+    """What room a page has for videos, in bytes; who comes first is served."""
 
-    def __init__(self, left: int = SPACE) -> None:
-        self.left = left
+    def __init__(self, whole: int) -> None:
+        self.whole = self.left = whole
 
     def file(self, path: Path, sound: bool = False) -> Embedded:
         """A video file as it is."""
@@ -63,7 +66,7 @@ class Space:
             return Embedded(
                 None,
                 f"{path.name} is left out: it has {len(data) / 1e6:.1f} MB, and the page has room "
-                f"for {SPACE / 1e6:.0f} MB of videos.",
+                f"for {self.whole / 1e6:.0f} MB of videos.",
             )
         self.left -= len(data)
         return Embedded(data_uri(data, "video/mp4"), sound=sound)

@@ -65,7 +65,7 @@ class Run:
             raise InputError(
                 f"{file}: expected a mapping from names to numbers, got {found!r:.200}"
             )
-        return known | found
+        return known | {k: None if v is None else float(v) for k, v in found.items()}
 
     @cached_property
     def settings(self) -> dict[str, Any]:
