@@ -25,7 +25,7 @@ def test_the_videos_are_those_of_the_run(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="expected a finished run's folder, with a run.yaml$"):
+    with pytest.raises(InputError, match=r"expected a finished run's folder, with a run\.yaml$"):
         read_run(tmp_path / "nowhere")
     make_run(tmp_path / "runs" / "one")
     with pytest.raises(InputError, match="it holds runs in one"):

@@ -63,6 +63,9 @@ def run(words: list[str]) -> None:
     words, allowed = split_allowed(words)
     options = parser().parse_args(words)
     output = check_output(options.output)
+    chosen = (options.site, options.step, options.frame)
+    if not options.features and any(value is not None for value in chosen):
+        raise InputError("--site, --step and --frame are of --features; give that, too")
     runs = [read_run(folder) for folder in options.runs]
     if len(runs) > 1:
         if options.features:
