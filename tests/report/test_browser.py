@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from tests.report.conftest import look
 from tests.report.making import make_run
+from tests.video.making import beeps, make_video, noise
 from tokenflow.report import read_run, write_comparison
 
 PROMPT = "<script>alert(1)</script>" + "a_very_long_word_" * 12
@@ -89,6 +91,20 @@ def test_a_frame_can_be_chosen(browser: Chrome, page: str) -> None:
     shown = [o.text for o in browser.find_elements(By.CSS_SELECTOR, ".legend output")]
     assert len(shown) == 3
     assert all(float(text) > 0 for text in shown)
+
+
+def test_sound_can_be_heard(browser: Chrome, page: str, tmp_path: Path) -> None:
+    beeping = make_video(tmp_path / "beeps.mp4", noise(30), sound=beeps([1], 3))
+    browser.get((make_run(tmp_path / "bar", sound=beeping) / "report.html").as_uri())
+    muted = "return [...document.querySelectorAll('video')].map(v => v.muted)"
+    button = browser.find_element(By.CSS_SELECTOR, "[data-sound-switch]")
+    assert browser.execute_script(muted) == [True, True]
+    button.click()
+    assert browser.execute_script(muted) == [True, False]  # the edit's
+    button.click()
+    assert browser.execute_script(muted) == [True, True]
+    browser.get(page)
+    assert not browser.find_element(By.CSS_SELECTOR, "[data-sound-switch]").is_displayed()
 
 
 def test_the_row_can_be_chosen(browser: Chrome, page: str) -> None:
