@@ -1,4 +1,4 @@
-"""Checks what `make demo` leaves: decodable, complete, of the source's size, and edited."""
+"""Checks what `make demo` leaves: decodable, complete, of the source's size, edited, on a page."""
 
 from pathlib import Path
 
@@ -21,6 +21,9 @@ assert len(compare) == len(source), (len(compare), len(source))
 assert compare.display_size[0] == height, compare.display_size
 assert compare.display_size[1] >= 2 * width, compare.display_size
 assert sheet.height >= 2 * height, sheet.size
+page = (run / "report.html").read_text()
+assert page.count('src="data:video/mp4;base64,') == 2
+assert len(page) < 20e6, f"the demo's page has {len(page) / 1e6:.1f} MB"
 difference = (edited.frames - source.frames).abs().mean().item()
 assert difference > 0.05, f"the edit hardly differs from the source: {difference:.3f}"
 seconds = sum(summary["run"]["seconds"].values())

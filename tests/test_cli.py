@@ -69,13 +69,14 @@ def test_predict_help_starts_with_what_a_user_needs() -> None:
     assert len(text.splitlines()) < 200
 
 
-def test_a_run_leaves_its_four_files(words: list[str], video: Path, tmp_path: Path) -> None:
+def test_a_run_leaves_its_files(words: list[str], video: Path, tmp_path: Path) -> None:
     main(words)
     run = tmp_path / "runs" / "ramp"
     assert sorted(p.name for p in run.iterdir()) == [
         "compare.mp4",
         "contact_sheet.png",
         "edited.mp4",
+        "report.html",
         "run.yaml",
     ]
     source, edited = read_clip(video), read_clip(run / "edited.mp4")
@@ -311,7 +312,7 @@ def test_an_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         main(["edit"])
     err = capsys.readouterr().err
-    assert "there is no command 'edit'; expected predict, plugins, doctor" in err
+    assert "there is no command 'edit'; expected predict, report, plugins, doctor" in err
 
 
 def test_doctor_finds_this_installation_well(capsys: pytest.CaptureFixture[str]) -> None:

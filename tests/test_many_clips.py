@@ -16,7 +16,7 @@ from tokenflow.cli import main
 from tokenflow.video import Clip, read_clip, write_clip
 
 NAMES = ("one", "two", "three")
-FILES = ["compare.mp4", "contact_sheet.png", "edited.mp4", "run.yaml"]
+FILES = ["compare.mp4", "contact_sheet.png", "edited.mp4", "report.html", "run.yaml"]
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ Edits videos by text with a frozen image model, consistently over time.
 
 commands:
   predict   edit a video: tokenflow predict --data.video in.mp4 --model.prompt "a blue ball"
+  report    make a run's page again, or compare runs: tokenflow report RUN… --output page.html
   cache     list what is kept between runs; tokenflow cache prune --leave 5 makes it less
   plugins   list editors and kernels; tokenflow plugins check NAME says whether one is sound
   doctor    show versions, accelerator and codecs, and what is wrong with them
@@ -89,6 +90,13 @@ def predict(words: list[str]) -> None:
     run(words)
 
 
+def report(words: list[str]) -> None:
+    """Writes the page of a run, or of several."""
+    from tokenflow.report.command import run
+
+    run(words)
+
+
 def plugins(words: list[str]) -> None:
     """Lists editors and kernels, or checks one."""
     if words[:1] and words[0] in HELP:
@@ -121,6 +129,7 @@ def doctor(words: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "predict": predict,
     "cache": cache,
+    "report": report,
     "plugins": plugins,
     "doctor": doctor,
 }

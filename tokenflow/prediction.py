@@ -7,11 +7,13 @@ import os
 import sys
 import warnings
 from argparse import SUPPRESS, HelpFormatter
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch.distributed as dist
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
@@ -168,8 +170,8 @@ class PredictCLI(LightningCLI):
         )
 
 
-def run(words: list[str]) -> None:
-    """Parses the words after `tokenflow predict` and edits."""
+def run(words: list[str], callbacks: Sequence[Callback] = ()) -> None:
+    """Parses the words after `tokenflow predict` and edits; further callbacks may look on."""
     words, allowed = split_allowed(words)
     restrict(allowed)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -197,7 +199,7 @@ def run(words: list[str]) -> None:
                 seed_everything_default=False,
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
-                trainer_defaults={"callbacks": [StageProgress(), StopSignals()]},
+                trainer_defaults={"callbacks": [StageProgress(), StopSignals(), *callbacks]},
             )
     except Preempted as stopped:
         if dist.is_initialized():

@@ -119,6 +119,23 @@ def test_two_runs_into_one_folder(tmp_path: Path, source: Job, prediction: Predi
     first.write_on_batch_end(TRAINER, MODULE, prediction, [0], source, 0, 0)
     assert second.admit(listed) == "finished before"
     assert sorted(p.name for p in (tmp_path / "in").iterdir()) == [
+        "compare.mp4", "contact_sheet.png", "edited.mp4", "report.html", "run.yaml",
+    ]  # fmt: skip
+
+
+def test_a_run_is_whole_without_its_page(
+    tmp_path: Path, source: Job, prediction: Prediction, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyError("width")
+
+    write(RunWriter(str(tmp_path)), source, prediction)
+    (tmp_path / "in" / "metrics.json").write_text("{}")
+    monkeypatch.setattr("tokenflow.engine.writer.write_report", fail)
+    with pytest.warns(match=r"report\.html is not written \(KeyError: 'width'\); tokenflow report"):
+        write(RunWriter(str(tmp_path), overwrite=True), source, prediction)
+    # nothing of the run before is left beside it
+    assert sorted(p.name for p in (tmp_path / "in").iterdir()) == [
         "compare.mp4", "contact_sheet.png", "edited.mp4", "run.yaml",
     ]  # fmt: skip
 

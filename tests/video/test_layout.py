@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tokenflow.video import VideoError, contact_sheet, side_by_side
+from tokenflow.video import VideoError, contact_sheet, halves, side_by_side
 
 
 def numbered(count: int, height: int = 2, width: int = 3) -> torch.Tensor:
@@ -37,3 +37,10 @@ def test_contact_sheet_of_few_frames_has_few_columns():
 def test_contact_sheet_of_nothing_is_refused(rows, columns):
     with pytest.raises(VideoError, match="at least one column and rows with frames"):
         contact_sheet([numbered(count) for count in rows], columns=columns)
+
+
+def test_halves_undo_side_by_side():
+    a, b = numbered(3), numbered(3) + 1
+    back = halves(side_by_side(a, b))
+    assert torch.equal(back[0], a)
+    assert torch.equal(back[1], b)

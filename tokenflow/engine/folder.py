@@ -10,9 +10,11 @@ from filelock import FileLock, Timeout
 from tokenflow.video import remove_leftovers
 
 EDITED, COMPARE, SHEET = "edited.mp4", "compare.mp4", "contact_sheet.png"
+REPORT = "report.html"
 RECORD = "run.yaml"
 FAILED = "failed.yaml"
-FILES = (EDITED, COMPARE, SHEET, RECORD)
+METRICS = "metrics.json"
+FILES = (EDITED, COMPARE, SHEET, REPORT, RECORD)
 LOCK = ".lock"
 
 

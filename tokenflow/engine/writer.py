@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
@@ -22,7 +23,9 @@ from tokenflow.engine.folder import (
     EDITED,
     FAILED,
     FILES,
+    METRICS,
     RECORD,
+    REPORT,
     SHEET,
     FolderLock,
     finished,
@@ -31,6 +34,7 @@ from tokenflow.engine.frame_group import StopRequested
 from tokenflow.engine.job import ClipSource, Job, Outcome
 from tokenflow.engine.module import Prediction, TokenFlow
 from tokenflow.errors import InputError
+from tokenflow.report import Run, write_report
 from tokenflow.video import (
     Clip,
     atomic,
@@ -45,7 +49,7 @@ PACKAGES = ("tokenflow", "torch", "lightning", "diffusers", "transformers", "av"
 
 
 class RunWriter(BasePredictionWriter):
-    """Writes `edited.mp4`, `compare.mp4`, `contact_sheet.png` and, last, `run.yaml`.
+    """Writes `edited.mp4`, `compare.mp4`, `contact_sheet.png`, `report.html`, last `run.yaml`.
 
     Args:
         folder: The run's files go to a folder of the clip's name in this one.
@@ -163,7 +167,8 @@ class RunWriter(BasePredictionWriter):
         result = prediction.result
         source, edited = result.source, result.clip
         try:
-            (folder / RECORD).unlink(missing_ok=True)
+            for name in (RECORD, REPORT, METRICS):  # of a run that is overwritten
+                (folder / name).unlink(missing_ok=True)
             write_video(
                 folder / EDITED, self.unless_asked(edited.frames), edited.times, edited.rate,
                 size=edited.display_size, audio=edited.audio, crf=self.crf,
@@ -174,15 +179,31 @@ class RunWriter(BasePredictionWriter):
             )
             rows = source.frames, edited.frames
             write_image(folder / SHEET, contact_sheet(rows, size=source.display_size))
+            record = self.summary(prediction)
+            self.show(folder, record)
             with atomic(folder / RECORD) as file:
-                file.write_text(yaml.safe_dump(self.summary(prediction), sort_keys=False))
+                file.write_text(yaml.safe_dump(record, sort_keys=False))
             (folder / FAILED).unlink(missing_ok=True)
         except OSError as error:
             again = "free some space or choose another --output.folder, and start again"
             keeps = "" if result.kept is None else "; the edit is kept and only written then"
             raise InputError(f"{folder} cannot be written ({error}): {again}{keeps}") from error
         for name in FILES:
-            print(folder / name)
+            if (folder / name).exists():
+                print(folder / name)
+
+    def show(self, folder: Path, record: dict[str, Any]) -> None:
+        """Writes the run's page; the run is whole without it."""
+        if self.asked():
+            raise StopRequested
+        try:
+            write_report(Run(folder, record))
+        except Exception as error:  # whatever it is, the videos are there
+            warnings.warn(
+                f"{folder / REPORT} is not written ({type(error).__name__}: {error}); tokenflow "
+                f"report {folder} tries again",
+                stacklevel=2,
+            )
 
     def unless_asked(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:
         """The frames, until the run is asked to stop."""

@@ -4,7 +4,7 @@ from tokenflow.video.alpha import transparent
 from tokenflow.video.atomic import atomic, remove_leftovers
 from tokenflow.video.clip import AudioSpan, Clip, VideoError
 from tokenflow.video.frames import Frames, Spool, levels
-from tokenflow.video.layout import contact_sheet, side_by_side
+from tokenflow.video.layout import contact_sheet, halves, side_by_side
 from tokenflow.video.reader import clip_name, read_clip
 from tokenflow.video.sizing import resized
 from tokenflow.video.writer import write_clip, write_image, write_video
@@ -18,6 +18,7 @@ __all__ = [
     "atomic",
     "clip_name",
     "contact_sheet",
+    "halves",
     "levels",
     "read_clip",
     "remove_leftovers",

@@ -24,6 +24,14 @@ def side_by_side(
     return torch.cat([pad(a, (0, gap), value=WHITE), b], dim=-1)
 
 
+def halves(
+    both: Float[Tensor, "frames 3 height both_widths"], *, gap: int = 4
+) -> tuple[Float[Tensor, "frames 3 height width"], Float[Tensor, "frames 3 height width"]]:
+    """The two clips of one width that `side_by_side` has put next to each other."""
+    width = (both.shape[-1] - gap) // 2
+    return both[..., :width], both[..., -width:]
+
+
 def contact_sheet(
     rows: Sequence[Float[Tensor, "_ 3 height width"] | Frames],
     columns: int = 8,

@@ -1,0 +1,43 @@
+"""Runs' folders, as the writer leaves them, without a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenflow.engine import Result
+from tokenflow.engine.module import Prediction
+from tokenflow.engine.writer import RunWriter
+from tokenflow.video import AudioSpan, Clip
+
+
+def bar(frames: int = 24, colour: tuple[float, float, float] = (0.2, 0.4, 0.9)) -> Clip:
+    """A bar that moves by a pixel a frame, over grey; 8 frames a second, of 48×64 pixels."""
+    pictures = torch.full((frames, 3, 48, 64), 0.5)
+    for number in range(frames):
+        pictures[number, :, :, number : number + 12] = torch.tensor(colour)[:, None, None]
+    return Clip.from_frames(pictures)
+
+
+def make_run(
+    folder: Path,
+    prompt: str = "a red bar",
+    configuration: dict[str, Any] | None = None,
+    sound: Path | None = None,
+    **resolved: Any,
+) -> Path:
+    """A finished run in a folder, with its page, and with the sound of another video."""
+    source, edited = bar(), bar(colour=(0.9, 0.1, 0.1))
+    if sound is not None:
+        span = AudioSpan(sound, Fraction(0), Fraction(3))
+        edited = dataclasses.replace(edited, audio=span)
+    resolved = {"prompt": prompt, "inversion_prompt": "a blue bar", "steps": 4} | resolved
+    result = Result(source, edited, torch.zeros(24, 4, 6, 8), 0, {"invert": 1.5, "edit": 2.5})
+    writer = RunWriter()
+    writer.configuration = configuration or {"data": {"video": "bar.mp4"}}
+    writer.write(Prediction(result, resolved), folder)
+    return folder

@@ -1,0 +1,174 @@
+"""The pages in a real browser: they play, they sort, they fit, they can be read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from selenium.webdriver import Chrome
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
+
+from tests.report.conftest import look
+from tests.report.making import make_run
+from tests.video.making import beeps, make_video, noise
+from tokenflow.report import read_run, write_comparison
+
+PROMPT = "<script>alert(1)</script>" + "a_very_long_word_" * 12
+TIMES = "return [...document.querySelectorAll('video')].map(v => v.currentTime)"
+WIDTH = "return [document.documentElement.scrollWidth, innerWidth]"
+CONTRAST = """
+const light = (rgb) => {
+  const [r, g, b] = rgb.match(/[\\d.]+/g).slice(0, 3)
+    .map(v => v / 255).map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+};
+const page = light(getComputedStyle(document.documentElement).backgroundColor);
+return [...document.querySelectorAll("h1, h2, p, dt, dd, figcaption, td, th, output, footer")]
+  .map(element => light(getComputedStyle(element).color))
+  .map(text => (Math.max(text, page) + 0.05) / (Math.min(text, page) + 0.05));
+"""
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A run's page."""
+    folder = make_run(tmp_path_factory.mktemp("one") / "bar", PROMPT)
+    return (folder / "report.html").as_uri()
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A page of three runs, of which the last has no metrics."""
+    where = tmp_path_factory.mktemp("many")
+    folders = [make_run(where / f"run{n}", steps=n, backbone=PROMPT + str(n)) for n in (9, 10, 11)]
+    for folder, error in zip(folders, (0.3, 0.04), strict=False):
+        (folder / "metrics.json").write_text(f'{{"warp_error": {error}}}')
+    return write_comparison([read_run(f) for f in folders], where / "page.html").as_uri()
+
+
+def until(browser: Chrome, condition: Any) -> Any:
+    return WebDriverWait(browser, 20, poll_frequency=0.05).until(lambda _: condition())
+
+
+def times(browser: Chrome) -> list[float]:
+    return [float(time) for time in browser.execute_script(TIMES)]
+
+
+def test_the_videos_play_in_sync(browser: Chrome, page: str) -> None:
+    browser.get(page)
+    assert browser.find_element(By.TAG_NAME, "h1").text == PROMPT
+    until(browser, lambda: min(times(browser)) > 0.5)
+    source, edit = times(browser)
+    assert abs(source - edit) < 0.125  # a frame
+    assert browser.find_element(By.CSS_SELECTOR, "[data-clock]").text.startswith("frame ")
+
+
+def test_the_videos_start_again_at_their_end(browser: Chrome, page: str) -> None:
+    browser.get(page)
+    until(browser, lambda: min(times(browser)) > 0)
+    seek = "document.querySelectorAll('video').forEach(v => { v.currentTime = 2.9 })"
+    browser.execute_script(seek)
+    until(browser, lambda: min(times(browser)) > 2.5)
+    until(browser, lambda: 0 < max(times(browser)) < 1)
+
+
+def test_a_frame_can_be_chosen(browser: Chrome, page: str) -> None:
+    browser.get(page)
+    until(browser, lambda: min(times(browser)) > 0)
+    button = browser.find_element(By.CSS_SELECTOR, "[data-play]")
+    button.click()
+    assert button.accessible_name == "play"
+    clock = browser.find_element(By.CSS_SELECTOR, "[data-clock]")
+    plot = browser.find_element(By.CSS_SELECTOR, ".axes")
+    plot.click()  # in its middle
+    until(browser, lambda: clock.text == "frame 12 · 1.50 s")
+    browser.find_element(By.TAG_NAME, "body").send_keys(Keys.ARROW_RIGHT)
+    until(browser, lambda: clock.text == "frame 13 · 1.63 s")
+    assert times(browser) == pytest.approx([13 / 8, 13 / 8], abs=0.01)
+    shown = [o.text for o in browser.find_elements(By.CSS_SELECTOR, ".legend output")]
+    assert len(shown) == 3
+    assert all(float(text) > 0 for text in shown)
+
+
+def test_sound_can_be_heard(browser: Chrome, page: str, tmp_path: Path) -> None:
+    beeping = make_video(tmp_path / "beeps.mp4", noise(30), sound=beeps([1], 3))
+    browser.get((make_run(tmp_path / "bar", sound=beeping) / "report.html").as_uri())
+    muted = "return [...document.querySelectorAll('video')].map(v => v.muted)"
+    button = browser.find_element(By.CSS_SELECTOR, "[data-sound-switch]")
+    assert browser.execute_script(muted) == [True, True]
+    button.click()
+    assert browser.execute_script(muted) == [True, False]  # the edit's
+    button.click()
+    assert browser.execute_script(muted) == [True, True]
+    browser.get(page)
+    assert not browser.find_element(By.CSS_SELECTOR, "[data-sound-switch]").is_displayed()
+
+
+def test_the_row_can_be_chosen(browser: Chrome, page: str) -> None:
+    browser.get(page)
+    slider = browser.find_element(By.CSS_SELECTOR, "[data-row]")
+    image = browser.find_element(By.CSS_SELECTOR, ".slice img")
+    box = browser.find_element(By.CSS_SELECTOR, ".slice")
+    slider.send_keys(Keys.HOME)
+    assert image.rect["y"] == pytest.approx(box.rect["y"], abs=1)
+    slider.send_keys(Keys.ARROW_RIGHT)
+    assert image.rect["y"] == pytest.approx(box.rect["y"] - box.rect["height"], abs=1)
+    assert image.rect["height"] == pytest.approx(24 * box.rect["height"], abs=1)
+
+
+def test_a_comparison_plays_and_sorts(browser: Chrome, comparison: str) -> None:
+    browser.get(comparison)
+    until(browser, lambda: min(times(browser)) > 0.3)
+    assert len(times(browser)) == 4
+    assert max(times(browser)) - min(times(browser)) < 0.125
+
+    def order() -> list[str]:
+        return [e.text for e in browser.find_elements(By.CSS_SELECTOR, "tbody th")]
+
+    def click(name: str) -> str | None:
+        buttons = browser.find_elements(By.CSS_SELECTOR, "thead button")
+        (button,) = [b for b in buttons if b.text.split(" ")[0] == name]
+        button.click()
+        return button.find_element(By.XPATH, "..").get_attribute("aria-sort")
+
+    assert order() == ["run9", "run10", "run11"]
+    assert click("warp_error") == "ascending"
+    assert order() == ["run10", "run9", "run11"]  # what is missing stays last
+    assert click("warp_error") == "descending"
+    assert order() == ["run9", "run10", "run11"]
+    click("steps")
+    assert order() == ["run9", "run10", "run11"]
+    click("steps")
+    assert order() == ["run11", "run10", "run9"]
+    click("run")
+    assert order() == ["run9", "run10", "run11"]
+
+
+@pytest.mark.parametrize("name", ["page", "comparison"])
+def test_a_page_fits_and_can_be_read(
+    name: str, browser: Chrome, request: pytest.FixtureRequest
+) -> None:
+    browser.get(request.getfixturevalue(name))
+    for width in (1200, 320):
+        for scheme in ("light", "dark"):
+            look(browser, width, scheme)
+            scroll, inner = browser.execute_script(WIDTH)
+            assert inner == width
+            assert scroll <= width
+            contrasts = browser.execute_script(CONTRAST)
+            assert len(contrasts) > 10
+            assert min(contrasts) >= 4.5  # WCAG 2.2, 1.4.3, for text of this size
+
+
+def test_a_page_shows_its_videos_without_scripts(browser: Chrome, page: str) -> None:
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        browser.get(page)
+        videos = browser.find_elements(By.TAG_NAME, "video")
+        assert [video.get_attribute("controls") for video in videos] == ["true", "true"]
+        assert not browser.find_element(By.CSS_SELECTOR, ".controls").is_displayed()
+    finally:
+        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})

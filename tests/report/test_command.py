@@ -1,0 +1,48 @@
+"""`tokenflow report` as users meet it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.report.making import make_run
+from tokenflow.cli import main
+
+
+def refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command ends with code 2 and says why."""
+    with pytest.raises(SystemExit) as exit:
+        main(["report", *words])
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_page_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run(tmp_path / "bar")
+    page = folder / "report.html"
+    before = page.read_text()
+    page.unlink()
+    capsys.readouterr()
+    main(["report", str(folder)])
+    assert capsys.readouterr().out == f"{page}\n"
+    assert page.read_text() == before
+    main(["report", str(folder), "--output", str(tmp_path / "there" / "page.html")])
+    assert (tmp_path / "there" / "page.html").read_text() == before
+
+
+def test_what_is_wrong_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = str(make_run(tmp_path / "one")), str(make_run(tmp_path / "two"))
+    refused([str(tmp_path)], "expected a finished run's folder", capsys)
+    refused([one, two], "expected --output PAGE.html for the page of several runs", capsys)
+    refused([one, two, "--features", "--output=a.html"], "--features is for one run, got 2", capsys)
+    refused([one, "--output=edited.mp4"], "expected a name that ends in .html", capsys)
+    refused([one, "--site=x"], "--site, --step and --frame are of --features", capsys)
+    refused([one, "--step", "x"], "see tokenflow report --help", capsys)
+    refused([], "see tokenflow report --help", capsys)
+
+
+def test_several_runs_on_one_page(tmp_path: Path) -> None:
+    folders = [str(make_run(tmp_path / name)) for name in ("one", "two")]
+    main(["report", *folders, "--output", str(tmp_path / "page.html")])
+    assert "2 runs" in (tmp_path / "page.html").read_text()

@@ -1,0 +1,79 @@
+"""Slices, curves and embedded files, by hand."""
+
+from __future__ import annotations
+
+import io
+from base64 import b64decode
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.report.making import bar
+from tokenflow.report import pictures
+from tokenflow.report.pictures import Curve, Plot, Space, change, distance, slice_rows, slices
+
+
+def test_a_slice_is_one_row_over_time() -> None:
+    frames = torch.rand(5, 3, 8, 6)
+    sheet = slices(frames, [1, 6])
+    assert sheet.shape == (3, 10, 6)
+    for number in range(5):
+        assert torch.equal(sheet[:, number], frames[number, :, 1])
+        assert torch.equal(sheet[:, 5 + number], frames[number, :, 6])
+
+
+def test_slices_of_long_and_wide_clips_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "TALLEST", 4)
+    monkeypatch.setattr(pictures, "WIDEST", 30)
+    frames = torch.rand(9, 3, 8, 20)
+    assert slices(frames, [0, 3]).shape == (3, 2 * 3, 10)  # frames 0, 3 and 6
+
+
+def test_rows_are_spread_over_the_height() -> None:
+    assert slice_rows(4) == [0, 1, 2, 3]
+    rows = slice_rows(480)
+    assert (len(rows), rows[0], rows[-1]) == (24, 10, 470)
+
+
+def test_curves_are_mean_absolute_differences() -> None:
+    frames = torch.zeros(3, 3, 2, 2)
+    frames[1] += 0.2
+    assert change(frames) == [None, pytest.approx(51), pytest.approx(51)]
+    assert distance(frames, frames + 0.1) == pytest.approx([25.5] * 3)
+
+
+@pytest.mark.parametrize(
+    ("largest", "top"), [(0.0, 0.1), (0.07, 0.1), (1.0, 1), (1.1, 2), (4.9, 5), (77.0, 100)]
+)
+def test_the_upper_edge_of_a_plot_is_round(largest: float, top: float) -> None:
+    assert Plot("", "", [Curve("", "", [None, largest])]).top == pytest.approx(top)
+
+
+def test_points_of_a_curve() -> None:
+    assert Curve("", "", [None, 5.0, 10.0]).points(10.0) == "500.0,50.00 1000.0,0.00"
+    assert Curve("", "", [1.0]).points(1.0) == "0.0,0.00"
+
+
+def test_a_picture_is_embedded_whole() -> None:
+    image = torch.rand(3, 5, 7)
+    uri = pictures.picture(image)
+    kind, data = uri.split(";base64,")
+    assert kind == "data:image/webp"
+    levels = torch.frombuffer(
+        bytearray(Image.open(io.BytesIO(b64decode(data))).convert("RGB").tobytes()),
+        dtype=torch.uint8,
+    ).reshape(5, 7, 3)
+    assert torch.equal(levels.permute(2, 0, 1), (image * 255).round().byte())
+
+
+def test_videos_have_room_until_it_is_used_up(tmp_path: Path) -> None:
+    small, large = tmp_path / "small.mp4", tmp_path / "large.mp4"
+    small.write_bytes(b"x" * 600)
+    large.write_bytes(b"x" * 1001)
+    space = Space(1000)
+    assert "large.mp4 is left out: it has" in space.file(large).left_out
+    assert space.file(small).uri == "data:video/mp4;base64," + "eHh4" * 200
+    assert space.file(small).uri is None
+    assert space.source(bar(3)).uri is None

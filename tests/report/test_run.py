@@ -1,0 +1,77 @@
+"""What is read from a run's folder, and what is none."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.report.making import bar, make_run
+from tokenflow.errors import InputError
+from tokenflow.report import read_run
+from tokenflow.report.run import flat
+
+
+def test_the_videos_are_those_of_the_run(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "bar"))
+    source, edited = run.source(), run.edited()
+    assert source.times == edited.times == bar().times
+    # x264 at the writer's quality; the colours of source and edit are 0.4 apart on average
+    assert (source.frames - bar().frames).abs().mean() < 0.02
+    assert (edited.frames - bar(colour=(0.9, 0.1, 0.1)).frames).abs().mean() < 0.02
+    assert torch.equal(source.frames[..., -1], run.source().frames[..., 63])
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"expected a finished run's folder, with a run\.yaml$"):
+        read_run(tmp_path / "nowhere")
+    make_run(tmp_path / "runs" / "one")
+    with pytest.raises(InputError, match="it holds runs in one"):
+        read_run(tmp_path / "runs")
+    (tmp_path / "run.yaml").write_text("a: b: c")
+    with pytest.raises(InputError, match=r"run\.yaml is no YAML"):
+        read_run(tmp_path)
+    (tmp_path / "run.yaml").write_text("- 1")
+    with pytest.raises(InputError, match=r"expected a run's record, got \[1\]"):
+        read_run(tmp_path)
+
+
+def test_metrics_are_the_records_and_those_measured_later(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "bar", round_trip_psnr=30.25)
+    assert read_run(folder).metrics == {"round_trip_psnr": 30.25}
+    (folder / "metrics.json").write_text('{"warp_error": 0.25, "clip": null}')
+    assert read_run(folder).metrics == {"round_trip_psnr": 30.25, "warp_error": 0.25, "clip": None}
+
+
+@pytest.mark.parametrize("text", ["no json", "[1]", '{"a": "b"}', '{"a": {"b": 1}}', '{"a": true}'])
+def test_metrics_that_are_none(text: str, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "bar")
+    (folder / "metrics.json").write_text(text)
+    with pytest.raises(InputError, match=r"metrics\.json"):
+        _ = read_run(folder).metrics
+
+
+def test_settings_have_dotted_names() -> None:
+    model = {"editor": {"class_path": "PnP", "init_args": {"features": 0.3}}, "steps": 5}
+    assert flat("", model) == {"editor": "PnP", "editor.features": 0.3, "steps": 5}
+    assert flat("data", {"video": "in.mp4", "stop": None}) == {"data.video": "in.mp4"}
+
+
+def test_what_the_defaults_came_to_overrules_the_configuration(tmp_path: Path) -> None:
+    configuration = {"model": {"editor": {"class_path": "PnP"}, "steps": 5, "seed": 0}}
+    came = {"steps": 7, "editor": "tokenflow 1"}
+    run = read_run(make_run(tmp_path / "bar", configuration=configuration, **came))
+    assert run.settings["steps"] == 7
+    assert run.settings["editor"] == "PnP"
+    assert run.settings["editor.package"] == "tokenflow 1"
+    assert "seconds" not in " ".join(run.settings)
+
+
+def test_the_line_that_repeats_a_run_survives_any_folder(tmp_path: Path) -> None:
+    words = shlex.split(read_run(make_run(tmp_path / "a b$" / "bar")).repeat)
+    assert words == [
+        "tokenflow", "predict", "--config", str(tmp_path / "a b$" / "bar" / "run.yaml"),
+        "--output.folder", str(tmp_path / "a b$-again"),
+    ]  # fmt: skip

@@ -1,0 +1,6 @@
+"""The page that a run leaves: to look at, offline, in any browser."""
+
+from tokenflow.report.page import write_comparison, write_report
+from tokenflow.report.run import Run, read_run
+
+__all__ = ["Run", "read_run", "write_comparison", "write_report"]

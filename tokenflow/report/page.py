@@ -1,0 +1,175 @@
+"""Pages from templates: one run's, and several runs' side by side."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from base64 import b64encode
+from collections.abc import Sequence
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from tokenflow.engine.folder import EDITED, REPORT
+from tokenflow.errors import InputError
+from tokenflow.report.features import Features
+from tokenflow.report.pictures import (
+    SPACE,
+    Curve,
+    Plot,
+    Space,
+    change,
+    distance,
+    picture,
+    slice_rows,
+    slices,
+)
+from tokenflow.report.run import Run
+from tokenflow.video import atomic, contact_sheet
+
+MAIN = (
+    "editor", "propagation", "consistency", "backbone", "steps", "inversion_steps", "guidance",
+    "keyframe_every", "keyframes", "neighbours", "blend", "seed", "negative_prompt", "dtype",
+    "device",
+)  # fmt: skip
+"""The settings that a run's page shows before all others."""
+
+
+def write_report(run: Run, output: Path | None = None, features: Features | None = None) -> Path:
+    """Writes one run's page, into its folder if not told otherwise.
+
+    Raises:
+        InputError: One of the run's files cannot be read.
+    """
+    source, edited = run.source(), run.edited()
+    rows, space = slice_rows(source.frames.shape[2]), Space(SPACE)
+    video = space.file(run.folder / EDITED, sound=edited.audio is not None)
+    steps = [
+        Curve("source", "source", change(source.frames)),
+        Curve("edit", "edit", change(edited.frames)),
+    ]
+    apart = [Curve("edit − source", "edit", distance(source.frames, edited.frames))]
+    return write_page(
+        "run.html",
+        output or run.folder / REPORT,
+        title=run.settings.get("prompt") or run.name,
+        run=run,
+        videos={"source": space.source(source), "edit": video},
+        slices={
+            "source": picture(slices(source.frames, rows)),
+            "edit": picture(slices(edited.frames, rows)),
+        },
+        rows=[row / source.frames.shape[2] for row in rows],
+        height=source.frames.shape[2],
+        width=source.frames.shape[3],
+        rate=float(source.rate),
+        times=[float(time) for time in source.times],
+        sheet=picture(contact_sheet([source.frames, edited.frames])),
+        plots=[
+            Plot("From frame to frame", "motion, and flicker on top of it", steps),
+            Plot("From source to edit", "how much of each frame is new", apart),
+        ],
+        features=features,
+        main=[(name, run.settings[name]) for name in MAIN if name in run.settings],
+        configuration=yaml.safe_dump(run.record, sort_keys=False, allow_unicode=True),
+    )
+
+
+def write_comparison(runs: Sequence[Run], output: Path) -> Path:
+    """Writes the page of several runs: their videos, metrics, and the settings that differ.
+
+    Raises:
+        InputError: A run's files cannot be read.
+    """
+    names, prompts = names_of(runs), {run.settings.get("prompt") for run in runs}
+    space = Space(SPACE)
+    tiles = [
+        (name, space.file(run.folder / EDITED, sound=run.edited().audio is not None))
+        for name, run in zip(names, runs, strict=True)
+    ]
+    sources = {str(source_of(run)): run for run in reversed(runs)}
+    clips = [(run.name, space.source(run.source())) for run in reversed(sources.values())]
+    metrics = unite([run.metrics for run in runs])
+    settings = {name: row for name, row in unite([r.settings for r in runs]).items() if differ(row)}
+    seconds = [round(sum(run.seconds.values()), 1) or None for run in runs]
+    cells = zip(*metrics.values(), seconds, *settings.values(), strict=True)
+    return write_page(
+        "comparison.html",
+        output,
+        title=(prompts.pop() if len(prompts) == 1 else None) or ", ".join(names),
+        sources=[("source" if len(clips) == 1 else f"source of {n}", v) for n, v in clips],
+        tiles=tiles,
+        columns=[*metrics, "seconds", *settings],
+        table=list(zip(names, cells, strict=True)),
+    )
+
+
+def names_of(runs: Sequence[Run]) -> list[str]:
+    """The folders' names; where two have the same, as much of their paths as tells them apart."""
+    folders = [run.folder.resolve() for run in runs]
+    if len({folder.name for folder in folders}) == len(folders):
+        return [folder.name for folder in folders]
+    common = os.path.commonpath([folder.parent for folder in folders])
+    return [str(folder.relative_to(common)) for folder in folders]
+
+
+def source_of(run: Run) -> tuple[Any, ...]:
+    """What tells one source from another."""
+    return tuple((k, v) for k, v in run.settings.items() if k.startswith("data."))
+
+
+def unite(mappings: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """For every name that any has, in their order, all values; None where one lacks it."""
+    names = dict.fromkeys(name for mapping in mappings for name in mapping)
+    return {name: [mapping.get(name) for mapping in mappings] for name in names}
+
+
+def differ(values: Sequence[Any]) -> bool:
+    """Whether not all are the same."""
+    return any(value != values[0] for value in values)
+
+
+def number(value: Any) -> str:
+    """A number with four significant digits, anything else as its text, nothing as a dash."""
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def write_page(template: str, output: Path, **values: Any) -> Path:
+    """Fills in a template; whatever text comes in is escaped.
+
+    The page allows no script but its own, and loads nothing.
+    """
+    environment = Environment(
+        loader=PackageLoader("tokenflow.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = number
+    here = files("tokenflow.report") / "templates"
+    script, style = ((here / name).read_text() for name in ("page.js", "style.css"))
+    digest = b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    text = environment.get_template(template).render(
+        script=Markup(script),
+        style=Markup(style),
+        digest=digest,
+        version=version("tokenflow"),
+        **values,
+    )
+    try:
+        with atomic(output) as file:
+            file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"{output} cannot be written ({error}); choose another --output"
+        ) from error
+    return output

@@ -1,0 +1,144 @@
+"""Frames as the page shows them: embedded videos and pictures, slices over time, curves."""
+
+from __future__ import annotations
+
+import io
+import math
+from base64 import b64encode
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from einops import rearrange
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from tokenflow.video import Clip, resized, write_video
+
+SPACE = 14_000_000
+"""Bytes of videos on one page; in base64 they take a third more."""
+SOURCE_CRF = 23
+LOSSLESS = 500_000  # pixels; larger pictures may lose a little
+WIDEST = 2000  # pixels of a picture; of a slice a third
+ROWS, TALLEST = 24, 500  # of the slices over time, and frames in each
+
+
+def data_uri(data: bytes, kind: str) -> str:
+    """Bytes as the address of themselves."""
+    return f"data:{kind};base64,{b64encode(data).decode()}"
+
+
+def picture(image: Float[Tensor, "3 height width"]) -> str:
+    """A picture in 0..1 as WebP, made smaller where it is wider than `WIDEST`."""
+    height, width = image.shape[1:]
+    if width > WIDEST:
+        image = resized(image, (round(height * WIDEST / width), WIDEST))
+    levels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous()
+    file = io.BytesIO()
+    lossless = levels.shape[0] * levels.shape[1] <= LOSSLESS
+    # where nothing is lost, quality is the effort to make the file small
+    quality, method = (20, 1) if lossless else (90, 2)
+    image_file = Image.fromarray(levels.numpy())
+    image_file.save(file, "WEBP", lossless=lossless, quality=quality, method=method)
+    return data_uri(file.getvalue(), "image/webp")
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A video on the page, or the reason that it is not."""
+
+    uri: str | None
+    left_out: str = ""
+    sound: bool = False
+
+
+class Space:
+    """What room a page has for videos, in bytes; who comes first is served."""
+
+    def __init__(self, whole: int) -> None:
+        self.whole = self.left = whole
+
+    def file(self, path: Path, sound: bool = False) -> Embedded:
+        """A video file as it is."""
+        data = path.read_bytes()
+        if len(data) > self.left:
+            return Embedded(
+                None,
+                f"{path.name} is left out: it has {len(data) / 1e6:.1f} MB, and the page has room "
+                f"for {self.whole / 1e6:.0f} MB of videos.",
+            )
+        self.left -= len(data)
+        return Embedded(data_uri(data, "video/mp4"), sound=sound)
+
+    def source(self, clip: Clip) -> Embedded:
+        """A source's frames as a small video."""
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "source.mp4"
+            write_video(path, clip.frames, clip.times, clip.rate, crf=SOURCE_CRF)
+            return self.file(path)
+
+
+def slice_rows(height: int) -> list[int]:
+    """The pixel rows that can be looked at over time, spaced evenly."""
+    count = min(ROWS, height)
+    return [int((i + 0.5) * height / count) for i in range(count)]
+
+
+def slices(
+    frames: Float[Tensor, "frames 3 height width"], rows: list[int]
+) -> Float[Tensor, "3 rows_frames narrowed"]:
+    """Each row over time, x to the right and time downwards, one slice below the other.
+
+    Of long clips every so manieth frame.
+    """
+    stride = math.ceil(len(frames) / TALLEST)
+    stacked = rearrange(frames[::stride][:, :, rows], "f c r w -> c (r f) w")
+    return resized(stacked, (stacked.shape[1], min(stacked.shape[2], WIDEST // 3)))
+
+
+def change(frames: Float[Tensor, "frames 3 height width"]) -> list[float | None]:
+    """Mean absolute difference of each frame from the one before, in levels of 255."""
+    pairs = zip(frames[1:], frames[:-1], strict=True)
+    return [None, *(255 * float((b - a).abs().mean()) for b, a in pairs)]
+
+
+def distance(
+    a: Float[Tensor, "frames 3 height width"], b: Float[Tensor, "frames 3 height width"]
+) -> list[float | None]:
+    """Mean absolute difference of each frame from its counterpart, in levels of 255."""
+    return [255 * float((x - y).abs().mean()) for x, y in zip(a, b, strict=True)]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A number for each frame; None where there is none."""
+
+    name: str
+    kind: str
+    values: list[float | None]
+
+    def points(self, top: float) -> str:
+        """Its SVG polyline in a box of 1000 × 100, `top` being the upper edge."""
+        last = max(len(self.values) - 1, 1)
+        return " ".join(
+            f"{1000 * i / last:.1f},{100 - 100 * value / top:.2f}"
+            for i, value in enumerate(self.values)
+            if value is not None
+        )
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Curves over the same frames, from 0 to a round number at the top."""
+
+    title: str
+    about: str
+    curves: list[Curve]
+
+    @property
+    def top(self) -> float:
+        """The least of 1, 2, 5, 10, … tenths that no value exceeds."""
+        largest = max((v for c in self.curves for v in c.values if v is not None), default=0.0)
+        exponent = math.floor(math.log10(max(largest, 0.1)))
+        return next(m * 10.0**exponent for m in (1, 2, 5, 10) if largest <= m * 10.0**exponent)

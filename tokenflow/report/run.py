@@ -1,0 +1,127 @@
+"""A run's folder, as its page needs it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tokenflow.engine.folder import COMPARE, EDITED, METRICS, RECORD, finished
+from tokenflow.errors import InputError
+from tokenflow.video import Clip, halves, read_clip
+
+QUALITY = ("reconstruction_psnr", "round_trip_psnr")
+PACKAGES = {"editor": "editor.package", "propagation": "propagation.package"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a folder holds: the record is that of `run.yaml`, videos are read when asked for."""
+
+    folder: Path
+    record: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.folder.resolve().name
+
+    @property
+    def came(self) -> dict[str, Any]:
+        """What the record says of the run itself."""
+        return self.record.get("run") or {}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """How long each stage took."""
+        return self.came.get("seconds") or {}
+
+    @cached_property
+    def metrics(self) -> dict[str, float | None]:
+        """Numbers that tell how good the edit is: the record's, and those of `metrics.json`.
+
+        Raises:
+            InputError: That file is no mapping from names to numbers.
+        """
+        known = {name: self.came[name] for name in QUALITY if name in self.came}
+        file = self.folder / METRICS
+        if not file.exists():
+            return known
+        try:
+            found = json.loads(file.read_text())
+        except ValueError as error:
+            raise InputError(f"{file} is no JSON ({error}); measure the run again") from error
+        numbers = isinstance(found, dict) and all(
+            value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+            for value in found.values()
+        )
+        if not numbers:
+            raise InputError(
+                f"{file}: expected a mapping from names to numbers, got {found!r:.200}"
+            )
+        return known | {k: None if v is None else float(v) for k, v in found.items()}
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Every option of data and model by its name, with what its default came to."""
+        chosen = flat("data", self.record.get("data")) | flat("", self.record.get("model"))
+        left_out = {"seconds", *QUALITY}
+        came = {PACKAGES.get(k, k): v for k, v in self.came.items() if k not in left_out}
+        return chosen | flat("", came)
+
+    @property
+    def repeat(self) -> str:
+        """The command that makes this run again, in another folder."""
+        again = self.folder.parent.with_name(f"{self.folder.parent.resolve().name}-again")
+        words = ["--config", str(self.folder / RECORD), "--output.folder", str(again)]
+        return shlex.join(["tokenflow", "predict", *words])
+
+    def source(self) -> Clip:
+        """The source's frames, as `compare.mp4` shows them."""
+        both = self.video(COMPARE)
+        return dataclasses.replace(both, frames=halves(both.frames)[0])
+
+    def edited(self) -> Clip:
+        """The edited frames, and whether they have sound."""
+        return self.video(EDITED)
+
+    def video(self, name: str) -> Clip:
+        """One of the folder's videos."""
+        return read_clip(self.folder / name)
+
+
+def flat(name: str, value: Any) -> dict[str, Any]:
+    """A nested mapping with dotted names; a class's name stands for itself, before its options."""
+    if not isinstance(value, dict):
+        return {name: value} if value is not None and name else {}
+    result: dict[str, Any] = {}
+    for key, inner in value.items():
+        own = name if key in ("class_path", "init_args") else f"{name}.{key}".strip(".")
+        result |= flat(own, inner)
+    return result
+
+
+def read_run(folder: str | Path) -> Run:
+    """The run that a folder holds.
+
+    Raises:
+        InputError: It holds no finished run.
+    """
+    folder = Path(folder)
+    if not finished(folder):
+        inside = sorted(file.parent.name for file in folder.glob(f"*/{RECORD}"))
+        hint = f"; it holds runs in {', '.join(inside)}" if inside else ""
+        raise InputError(f"{folder}: expected a finished run's folder, with a {RECORD}{hint}")
+    try:
+        record = yaml.safe_load((folder / RECORD).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{folder / RECORD} is no YAML: {error}") from error
+    if not isinstance(record, dict):
+        raise InputError(f"{folder / RECORD}: expected a run's record, got {record!r:.200}")
+    return Run(folder, record)

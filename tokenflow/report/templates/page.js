@@ -1,0 +1,148 @@
+"use strict";
+
+// Plays all videos of a page as one: the longest leads, the others follow its time.
+function player(root) {
+  const videos = [...root.querySelectorAll("video")];
+  const find = (name) => root.querySelector(`[data-${name}]`);
+  const [play, seek, clock, speed, sound] =
+    ["play", "seek", "clock", "speed", "sound-switch"].map(find);
+  if (videos.length === 0) return;
+  const times = root.dataset.times ? JSON.parse(root.dataset.times) : [];
+  const curves = [...root.querySelectorAll("[data-values]")]
+    .map((output) => ({ output, values: JSON.parse(output.dataset.values) }));
+  const length = (video) => video.duration || 0;
+  const lead = () => videos.reduce((a, b) => (length(b) > length(a) ? b : a));
+  let playing = false;
+
+  function go(time) {
+    for (const video of videos) video.currentTime = Math.min(time, length(video));
+    show();
+  }
+  function set(on) {
+    playing = on;
+    if (on && lead().ended) go(0);
+    for (const video of videos) on ? video.play().catch(() => {}) : video.pause();
+    play.textContent = on ? "❚❚" : "▶";
+    play.setAttribute("aria-label", on ? "pause" : "play");
+    if (on) requestAnimationFrame(follow);
+  }
+  function follow() {
+    if (!playing) return;
+    const first = lead();
+    if (first.ended) {
+      go(0);
+      set(true);
+      return;
+    }
+    for (const video of videos) {
+      const apart = Math.abs(video.currentTime - first.currentTime);
+      if (apart > 0.08 && !first.seeking && !video.seeking && first.currentTime < length(video))
+        video.currentTime = first.currentTime;
+    }
+    show();
+    requestAnimationFrame(follow);
+  }
+  function show() {
+    const time = lead().currentTime;
+    const whole = length(lead());
+    if (document.activeElement !== seek || playing)
+      seek.value = whole ? (1000 * time) / whole : 0;
+    if (times.length === 0) {
+      clock.textContent = `${time.toFixed(2)} s`;
+      root.style.setProperty("--now", whole ? time / whole : 0);
+      return;
+    }
+    let frame = times.length - 1;
+    while (frame > 0 && times[frame] > time + 1e-3) frame -= 1;
+    clock.textContent = `frame ${frame} · ${times[frame].toFixed(2)} s`;
+    root.style.setProperty("--now", frame / Math.max(times.length - 1, 1));
+    for (const { output, values } of curves)
+      output.textContent = values[frame] === null ? "–" : values[frame].toFixed(1);
+  }
+  function step(by) {
+    set(false);
+    let frame = times.length - 1;
+    while (frame > 0 && times[frame] > lead().currentTime + 1e-3) frame -= 1;
+    const next = Math.max(0, Math.min(times.length - 1, frame + by));
+    go(times.length ? times[next] + 1e-4 : Math.max(0, lead().currentTime + by / 8));
+  }
+
+  root.querySelector(".controls").hidden = false;
+  for (const video of videos) {
+    video.controls = false;
+    video.muted = true;
+    video.addEventListener("loadeddata", show);
+    video.addEventListener("seeked", show);
+    // some browsers play and seek in blobs only
+    fetch(video.src).then((found) => found.blob()).then((blob) => {
+      video.src = URL.createObjectURL(blob);
+      if (playing) video.play().catch(() => {});
+    }).catch(() => {});
+  }
+  play.addEventListener("click", () => set(!playing));
+  seek.addEventListener("input", () => { set(false); go((seek.value / 1000) * length(lead())); });
+  speed.addEventListener("change", () => {
+    for (const video of videos) video.defaultPlaybackRate = video.playbackRate = +speed.value;
+  });
+  const heard = root.querySelector("video[data-sound]");
+  if (heard) {
+    sound.hidden = false;
+    sound.addEventListener("click", () => {
+      heard.muted = !heard.muted;
+      sound.setAttribute("aria-pressed", String(!heard.muted));
+    });
+  }
+  for (const line of root.querySelectorAll("[data-timeline]")) {
+    line.addEventListener("click", (event) => {
+      const box = line.getBoundingClientRect();
+      const share = line.dataset.timeline === "down"
+        ? (event.clientY - box.top) / box.height : (event.clientX - box.left) / box.width;
+      const frame = Math.round(Math.max(0, Math.min(1, share)) * (times.length - 1));
+      set(false);
+      go(times[frame] + 1e-4);
+    });
+  }
+  document.addEventListener("keydown", (event) => {
+    if (event.target.closest("input, select, button, summary")) return;
+    if (event.key === " ") set(!playing);
+    else if (event.key === "ArrowRight") step(1);
+    else if (event.key === "ArrowLeft") step(-1);
+    else return;
+    event.preventDefault();
+  });
+  const row = find("row");
+  if (row) {
+    const places = JSON.parse(row.dataset.places);
+    row.addEventListener("input", () => {
+      root.style.setProperty("--row", row.value);
+      root.style.setProperty("--at", places[row.value]);
+    });
+  }
+  show();
+  if (!matchMedia("(prefers-reduced-motion: reduce)").matches) set(true);
+}
+
+// A click on a column's header sorts by it, another one the other way; what is missing stays last.
+function sortable(table) {
+  const headers = [...table.tHead.rows[0].cells];
+  headers.forEach((header, column) => header.addEventListener("click", () => {
+    const up = header.getAttribute("aria-sort") !== "ascending";
+    for (const other of headers) other.setAttribute("aria-sort", "none");
+    header.setAttribute("aria-sort", up ? "ascending" : "descending");
+    const key = (row) => {
+      const cell = row.cells[column];
+      return cell.dataset.number === undefined ? cell.textContent : +cell.dataset.number;
+    };
+    const rank = (value) => (value === "–" ? 2 : typeof value === "number" ? 0 : 1);
+    const order = (a, b) => {
+      const [x, y] = [key(a), key(b)];
+      if (rank(x) !== rank(y)) return rank(x) === 2 || rank(y) === 2 ? rank(x) - rank(y) : 0;
+      const by = typeof x === "number" ? x - y : x.localeCompare(y, undefined, { numeric: true });
+      return up ? by : -by;
+    };
+    table.tBodies[0].append(...[...table.tBodies[0].rows].sort(order));
+  }));
+}
+
+document.querySelectorAll("[data-player]").forEach(player);
+document.querySelectorAll("[data-sortable]").forEach(sortable);
