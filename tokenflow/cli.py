@@ -17,6 +17,7 @@ Edits videos by text with a frozen image model, consistently over time.
 
 commands:
   predict   edit a video: tokenflow predict --data.video in.mp4 --model.prompt "a blue ball"
+  evaluate  measure runs, or a video beside its source: tokenflow evaluate runs/in
   plugins   list editors and kernels; tokenflow plugins check NAME says whether one is sound
   doctor    show versions, accelerator and codecs, and what is wrong with them
 
@@ -88,6 +89,13 @@ def predict(words: list[str]) -> None:
     run(words)
 
 
+def evaluate(words: list[str]) -> None:
+    """Measures finished runs, or a pair of videos."""
+    from tokenflow.evaluation import run
+
+    run(words)
+
+
 def plugins(words: list[str]) -> None:
     """Lists editors and kernels, or checks one."""
     if words[:1] and words[0] in HELP:
@@ -112,6 +120,7 @@ def doctor(words: list[str]) -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "predict": predict,
+    "evaluate": evaluate,
     "plugins": plugins,
     "doctor": doctor,
 }

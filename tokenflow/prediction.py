@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from tokenflow.cli import stop
 from tokenflow.engine.data import Video
 from tokenflow.engine.frame_group import FrameGroup
+from tokenflow.engine.measuring import Measuring
 from tokenflow.engine.module import TokenFlow
 from tokenflow.engine.preemption import StopSignals
 from tokenflow.engine.progress import StageProgress
@@ -86,6 +87,7 @@ class PredictCLI(LightningCLI):
         parser.add_lightning_class_args(Video, "data")
         parser.add_lightning_class_args(TokenFlow, "model")
         parser.add_lightning_class_args(RunWriter, "output")
+        parser.add_lightning_class_args(Measuring, "metrics")  # after what it measures
         parser.add_argument(
             "--run", type=dict | None, help="What a run.yaml records of its run; not an option."
         )

@@ -12,6 +12,7 @@ from tokenflow.video import remove_leftovers
 EDITED, COMPARE, SHEET = "edited.mp4", "compare.mp4", "contact_sheet.png"
 RECORD = "run.yaml"
 FAILED = "failed.yaml"
+METRICS = "metrics.json"
 FILES = (EDITED, COMPARE, SHEET, RECORD)
 LOCK = ".lock"
 
@@ -36,7 +37,7 @@ class FolderLock:
             self.lock.acquire()
         except Timeout:
             return False
-        for name in (*FILES, FAILED):
+        for name in (*FILES, FAILED, METRICS):
             remove_leftovers(self.folder / name)
         return True
 

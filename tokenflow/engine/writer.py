@@ -22,6 +22,7 @@ from tokenflow.engine.folder import (
     EDITED,
     FAILED,
     FILES,
+    METRICS,
     RECORD,
     SHEET,
     FolderLock,
@@ -163,7 +164,8 @@ class RunWriter(BasePredictionWriter):
         result = prediction.result
         source, edited = result.source, result.clip
         try:
-            (folder / RECORD).unlink(missing_ok=True)
+            for name in (RECORD, METRICS):  # no longer true of what will be there
+                (folder / name).unlink(missing_ok=True)
             write_video(
                 folder / EDITED, self.unless_asked(edited.frames), edited.times, edited.rate,
                 size=edited.display_size, audio=edited.audio, crf=self.crf,
