@@ -13,6 +13,9 @@ from torchmetrics.functional.image import (
 
 from tokenflow.metrics.average import Average
 
+EDGE = 5
+"""Pixels from the middle of SSIM's window to its edge."""
+
 
 def psnr(a: Float[Tensor, "*shape"], b: Float[Tensor, "*shape"]) -> float:
     """Peak signal-to-noise ratio of images in 0..1: -10 log10 of the mean squared difference.
@@ -31,7 +34,7 @@ def decibels(error: float) -> float:
 def ssim(
     a: Float[Tensor, "frames 3 height width"], b: Float[Tensor, "frames 3 height width"]
 ) -> Float[Tensor, " frames"]:
-    """Structural similarity of each frame: the mean over pixels and channels of
+    """Structural similarity of each frame: the mean over windows and channels of
 
         (2 μa μb + C1) (2 σab + C2) / ((μa² + μb² + C1) (σa² + σb² + C2)),
 
@@ -40,7 +43,11 @@ def ssim(
     what lies beyond its window, and to colour, whose channels it takes one by one.
     Source: Wang et al. 2004, Image quality assessment, equation 13.
     """
-    return structural_similarity_index_measure(a, b, data_range=1.0, reduction="none")  # type: ignore[return-value]
+    _, everywhere = structural_similarity_index_measure(
+        a, b, data_range=1.0, reduction="none", return_full_image=True
+    )
+    # windows that lie inside, as in the paper; torchmetrics' own mean also has mirrored ones
+    return everywhere[..., EDGE:-EDGE, EDGE:-EDGE].mean(dim=(1, 2, 3))
 
 
 class SSIM(Average):

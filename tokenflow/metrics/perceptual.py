@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tokenflow.errors import InputError
 from tokenflow.metrics.average import Average
-from tokenflow.propagation.raft import read_weights
+from tokenflow.propagation.raft import loading, read_weights
 
 SMALLEST = 35
 """Pixels of a side, of which AlexNet's last pooling leaves one."""
@@ -42,16 +42,12 @@ def load_lpips(weights: str, device: str = "cpu") -> nn.Module:
             f"LPIPS needs torchvision, which does not import ({error}); install it with: "
             f"pip install 'tokenflow[lpips]'"
         ) from error
-    layers = {name.split(".", 1)[1]: p for name, p in network.net.named_parameters()}
-    given = read_weights(file)
-    for name, layer in layers.items():
-        found = given.get(f"features.{name}")
-        if not isinstance(found, Tensor) or found.shape != layer.shape:
-            raise InputError(
-                f"{file} has no features.{name} of shape {tuple(layer.shape)}; expected the "
-                f"weights of torchvision's alexnet"
-            )
-        layer.data = found.float()
+    with loading(file, "alexnet"):
+        given = read_weights(file)
+        names = {name: f"features.{name.split('.', 1)[1]}" for name in network.net.state_dict()}
+        network.net.load_state_dict(
+            {n: given[there] for n, there in names.items() if there in given}
+        )
     return network.to(device)
 
 
