@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import sys
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,12 +25,13 @@ from tokenflow.imports import restrict
 from tokenflow.metrics import Measures
 from tokenflow.video import atomic, read_clip
 
+USAGE = """\
+tokenflow evaluate RUN... [OPTIONS]
+       tokenflow evaluate --source a.mp4 --edited b.mp4 [OPTIONS]"""
 DESCRIPTION = """\
 Measures runs of tokenflow predict, each against its own source, and writes metrics.json into their
-folders:  tokenflow evaluate RUN...
-or any video against the one that it was made from:
-  tokenflow evaluate --source a.mp4 --edited b.mp4
-What each metric means, and what it is blind to, is in docs/metrics.md."""
+folders; or any video against the one that it was made from. What each metric means, and what it is
+blind to, is in docs/metrics.md."""
 
 
 class Column(NamedTuple):
@@ -63,9 +63,8 @@ def parser() -> ArgumentParser:
     """What may follow `tokenflow evaluate`."""
     words = ArgumentParser(
         prog="tokenflow evaluate",
-        usage="tokenflow evaluate RUN... [OPTIONS]",
+        usage=USAGE,
         description=DESCRIPTION,
-        formatter_class=RawDescriptionHelpFormatter,
         exit_on_error=False,
     )
     words.add_argument("runs", nargs="*", type=str, help="Folders of finished runs.")

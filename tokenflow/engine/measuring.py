@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 
 from tokenflow.diffusion import Backbone
 from tokenflow.engine.editing import in_batches
@@ -60,7 +62,9 @@ class Sources:
         return self.last[1], self.last[2]
 
 
-def measure_run(run: FinishedRun, sources: Sources, mask: Any = None) -> dict[str, Any]:
+def measure_run(
+    run: FinishedRun, sources: Sources, mask: Bool[Tensor, "frames height width"] | None = None
+) -> dict[str, Any]:
     """Measures a run and writes `metrics.json` into its folder; returns what that holds.
 
     Raises:
@@ -87,7 +91,7 @@ def measure_run(run: FinishedRun, sources: Sources, mask: Any = None) -> dict[st
 
 
 class Measuring(Callback):
-    """Leaves `metrics.json` in a run's folder, as `tokenflow evaluate` does.
+    """Leaves `metrics.json` in a run's folder, as `tokenflow evaluate` does, whose options it has.
 
     A run that cannot be measured stays as it is, with a warning.
 
@@ -98,13 +102,19 @@ class Measuring(Callback):
     """
 
     def __init__(self, measure: bool = False, round_trip: bool = False, **options: Any) -> None:
-        self.measures = Measures(**options) if measure else None
-        self.round_trip = round_trip
+        self.measure, self.round_trip = measure, round_trip
+        self.options = options  # on a line of its own, where jsonargparse finds it
+        self.measures: Measures | None = None
+
+    def on_predict_start(self, trainer: Trainer, module: TokenFlow) -> None:  # type: ignore[override]
+        with module.everyone.together():
+            if self.measure and module.group.rank == 0:
+                self.measures = Measures(**self.options)
 
     def on_predict_batch_end(  # type: ignore[override]
         self, trainer: Trainer, module: TokenFlow, prediction: Any, job: Job, *_: Any
     ) -> None:
-        if self.measures is None or not isinstance(prediction, Prediction):
+        if not self.measure or not isinstance(prediction, Prediction):
             return
         with module.group.together():
             if module.group.rank == 0:

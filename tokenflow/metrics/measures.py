@@ -35,7 +35,8 @@ class Measures:
     """Measures edits against their source; networks are loaded at once.
 
     Args:
-        flow: What finds optical flow, for the warp errors; `DIS` when not given.
+        flow: What finds optical flow, for the warp errors: `DIS`, `RAFT` or `FlowFiles` with their
+            options; `DIS` when not given.
         motion: Whose flow that is: the "source"'s, as in the paper, or the "edit"'s own.
         distances: How many frames apart the two of a warp error are.
         clip: A folder with a CLIP model in transformers' layout, for text alignment and frame
@@ -151,7 +152,9 @@ class Measures:
         if mask is not None and mask.shape != edited.frames[:, 0].shape:
             raise InputError(f"expected a mask of {size} like the edit, got {described(mask)}")
         if mask is not None and mask.flatten(1).all(dim=1).any():
-            raise InputError("expected a mask that leaves some of every frame, got one of all")
+            raise InputError(
+                "expected a mask that leaves some of every frame, got one that hides a whole frame"
+            )
         least = SSIM_NEEDS if self.lpips is None else LPIPS_NEEDS
         if min(edited.frames.shape[-2:]) < least:
             raise InputError(f"expected frames of {least}x{least} pixels or more, got {size}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import max_pool2d
 
 from tokenflow.metrics.average import Average
 from tokenflow.propagation.optical_flow import luma
@@ -15,8 +16,8 @@ def structure(
     source: Float[Tensor, "frames 3 height width"],
     mask: Bool[Tensor, "frames height width"] | None = None,
 ) -> Float[Tensor, " frames"]:
-    """Pearson's correlation over pixels, outside of the mask, of each frame's edge strengths in
-    edit and source: of |∇Y|, Y the luma and ∇ its central differences.
+    """Pearson's correlation over pixels of each frame's edge strengths in edit and source: of |∇Y|,
+    Y the luma and ∇ its central differences. Left out are the mask and the pixels beside it.
 
     No unit, -1..1: 1 for edges of the same places and relative strengths, whatever their colours,
     their brightness or which side is the brighter; 0 for unrelated ones, and where the frame has
@@ -24,6 +25,8 @@ def structure(
     Source: our own, in place of the self-similarity of a network that would be needed for it.
     """
     scores = []
+    if mask is not None:
+        mask = max_pool2d(mask.float(), 3, stride=1, padding=1) > 0
     for frame, pair in enumerate(zip(edited, source, strict=True)):
         outside = slice(None) if mask is None else ~mask[frame]
         strengths = torch.stack([edges(luma(image))[outside].flatten().double() for image in pair])
