@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torchmetrics.functional.image import (
@@ -43,20 +44,22 @@ def ssim(
     what lies beyond its window, and to colour, whose channels it takes one by one.
     Source: Wang et al. 2004, Image quality assessment, equation 13.
     """
-    _, everywhere = structural_similarity_index_measure(
-        a, b, data_range=1.0, reduction="none", return_full_image=True
-    )
-    # windows that lie inside, as in the paper; torchmetrics' own mean also has mirrored ones
-    return everywhere[..., EDGE:-EDGE, EDGE:-EDGE].mean(dim=(1, 2, 3))
+    scores = []
+    for some, others in zip(a.split(8), b.split(8), strict=True):  # for memory
+        _, everywhere = structural_similarity_index_measure(
+            some, others, data_range=1.0, reduction="none", return_full_image=True
+        )
+        # windows that lie inside, as in the paper; torchmetrics' own mean also has mirrored ones
+        scores.append(everywhere[..., EDGE:-EDGE, EDGE:-EDGE].mean(dim=(1, 2, 3)))
+    return torch.cat(scores)
 
 
 class SSIM(Average):
-    """Mean over frames of `ssim`, a few frames at a time."""
+    """Mean over frames of `ssim`."""
 
     def update(
         self,
         a: Float[Tensor, "frames 3 height width"],
         b: Float[Tensor, "frames 3 height width"],
     ) -> None:
-        for some, others in zip(a.split(8), b.split(8), strict=True):
-            self.add(ssim(some, others))
+        self.add(ssim(a, b))

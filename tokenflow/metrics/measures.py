@@ -10,14 +10,13 @@ from torch import Tensor
 
 from tokenflow.diffusion.backbone import default_device
 from tokenflow.errors import InputError
+from tokenflow.metrics import perceptual
 from tokenflow.metrics.clip_score import ClipEmbedder, frame_consistency, text_alignment
-from tokenflow.metrics.fidelity import SSIM, psnr
+from tokenflow.metrics.fidelity import psnr, ssim
 from tokenflow.metrics.flicker import flicker
 from tokenflow.metrics.judge import changed, shown
 from tokenflow.metrics.long_range import long_range
 from tokenflow.metrics.motion import Motions
-from tokenflow.metrics.perceptual import LPIPS, load_lpips
-from tokenflow.metrics.perceptual import SMALLEST as LPIPS_NEEDS
 from tokenflow.metrics.preservation import preservation
 from tokenflow.metrics.structure import structure
 from tokenflow.miniature.judge import Judge
@@ -67,7 +66,7 @@ class Measures:
         self.flow, self.motion = flow or DIS(), motion
         self.distances = tuple(sorted(set(distances)))
         self.clip = None if clip is None else ClipEmbedder(clip, where)
-        self.lpips = None if lpips is None else load_lpips(lpips, where)
+        self.lpips = None if lpips is None else perceptual.load_lpips(lpips, where)
         self.judge = Judge.load() if judge else None
         self.described = {
             "flow": type(self.flow).__name__,
@@ -106,6 +105,7 @@ class Measures:
         Raises:
             InputError: Edit, source and mask do not belong together, or are too small.
         """
+        # functions only: a `Metric` would wait for processes that measure nothing
         new, old = edited.frames, source.clip.frames
         self.check(edited, source.clip, mask)
         found: dict[str, float] = {}
@@ -116,17 +116,13 @@ class Measures:
                 found[f"visible_{distance}"] = consistency.visible
         if len(new) >= FLICKER_NEEDS:
             found |= {"flicker": flicker(new), "flicker_source": flicker(old)}
-        similarity = SSIM()
-        similarity.update(new, old)
-        found |= {"psnr": psnr(new, old), "ssim": float(similarity.compute())}
+        found |= {"psnr": psnr(new, old), "ssim": float(ssim(new, old).mean())}
         found["structure"] = float(structure(new, old).mean())
         if mask is not None:
             found["structure_outside"] = float(structure(new, old, mask).mean())
             found["psnr_outside"] = preservation(new, old, mask)
         if self.lpips is not None:
-            distance_of = LPIPS(self.lpips)
-            distance_of.update(new, old)
-            found["lpips"] = float(distance_of.compute())
+            found["lpips"] = float(perceptual.lpips(self.lpips, new, old).mean())
         if self.clip is not None:
             images, text = self.clip(new, prompt)
             if prompt:
@@ -155,7 +151,7 @@ class Measures:
             raise InputError(
                 "expected a mask that leaves some of every frame, got one that hides a whole frame"
             )
-        least = SSIM_NEEDS if self.lpips is None else LPIPS_NEEDS
+        least = SSIM_NEEDS if self.lpips is None else perceptual.SMALLEST
         if min(edited.frames.shape[-2:]) < least:
             raise InputError(f"expected frames of {least}x{least} pixels or more, got {size}")
 

@@ -64,11 +64,12 @@ def lpips(
     Source: Zhang et al. 2018 (arXiv 1801.03924), equation 1.
     """
     device = next(network.parameters()).device
-    return network(a.to(device), b.to(device), normalize=True).flatten().cpu()
+    pairs = zip(a.to(device).split(8), b.to(device).split(8), strict=True)  # for memory
+    return torch.cat([network(*pair, normalize=True).flatten() for pair in pairs]).cpu()
 
 
 class LPIPS(Average):
-    """Mean over frames of `lpips`, a few at a time."""
+    """Mean over frames of `lpips`."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -79,5 +80,4 @@ class LPIPS(Average):
         a: Float[Tensor, "frames 3 height width"],
         b: Float[Tensor, "frames 3 height width"],
     ) -> None:
-        for some, others in zip(a.split(8), b.split(8), strict=True):
-            self.add(lpips(self.network, some, others))
+        self.add(lpips(self.network, a, b))
