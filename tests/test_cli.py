@@ -312,7 +312,7 @@ def test_an_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         main(["edit"])
     err = capsys.readouterr().err
-    assert "there is no command 'edit'; expected predict, report, plugins, doctor" in err
+    assert "no command 'edit'; expected predict, evaluate, report, cache, plugins, doctor" in err
 
 
 def test_doctor_finds_this_installation_well(capsys: pytest.CaptureFixture[str]) -> None:

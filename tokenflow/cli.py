@@ -17,6 +17,7 @@ Edits videos by text with a frozen image model, consistently over time.
 
 commands:
   predict   edit a video: tokenflow predict --data.video in.mp4 --model.prompt "a blue ball"
+  evaluate  measure runs, or a video beside its source: tokenflow evaluate runs/in
   report    make a run's page again, or compare runs: tokenflow report RUN… --output page.html
   cache     list what is kept between runs; tokenflow cache prune --leave 5 makes it less
   plugins   list editors and kernels; tokenflow plugins check NAME says whether one is sound
@@ -90,6 +91,13 @@ def predict(words: list[str]) -> None:
     run(words)
 
 
+def evaluate(words: list[str]) -> None:
+    """Measures finished runs, or a pair of videos."""
+    from tokenflow.evaluation import run
+
+    run(words)
+
+
 def report(words: list[str]) -> None:
     """Writes the page of a run, or of several."""
     from tokenflow.report.command import run
@@ -128,8 +136,9 @@ def doctor(words: list[str]) -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "predict": predict,
-    "cache": cache,
+    "evaluate": evaluate,
     "report": report,
+    "cache": cache,
     "plugins": plugins,
     "doctor": doctor,
 }

@@ -25,7 +25,7 @@ LIGHTNING = (
     profilers.AdvancedProfiler,
     profilers.SimpleProfiler,
 )
-TOKENFLOW = ("tokenflow.editors", "tokenflow.metrics", "tokenflow.propagation")
+TOKENFLOW = ("tokenflow.editors", "tokenflow.propagation")
 
 
 def split_allowed(words: Sequence[str]) -> tuple[list[str], list[str]]:

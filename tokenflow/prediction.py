@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from tokenflow.cli import stop
 from tokenflow.engine.data import Video
 from tokenflow.engine.frame_group import FrameGroup
+from tokenflow.engine.measuring import Measuring
 from tokenflow.engine.module import TokenFlow
 from tokenflow.engine.preemption import StopSignals
 from tokenflow.engine.progress import StageProgress
@@ -39,7 +40,7 @@ its code. Options are also read from the environment, --model.prompt from
 TOKENFLOW_PREDICT__MODEL__PROMPT, and all of Lightning's Trainer are accepted, of which a few are
 shown here."""
 GROUPS = {"editor": "tokenflow.editors", "propagation": "tokenflow.propagation"}
-SHOWN = ("trainer.accelerator", "trainer.devices")
+SHOWN = ("trainer.accelerator", "trainer.devices", "metrics.measure", "metrics.round_trip")
 
 TRAINER = {
     "devices": 1,
@@ -56,9 +57,9 @@ class Parser(LightningArgumentParser):
     """Says in an error what is installed; its help leaves out what few people look for."""
 
     def format_help(self, formatter: HelpFormatter | None = None) -> str:
-        """Without the names of environment variables, and with those of `SHOWN` of the trainer."""
+        """Without the names of environment variables; of trainer and metrics what is in `SHOWN`."""
         for action in self._actions:
-            if action.dest.startswith("trainer.") and action.dest not in SHOWN:
+            if action.dest.startswith(("trainer.", "metrics.")) and action.dest not in SHOWN:
                 action.help = SUPPRESS
         by_environment, self.default_env = self.default_env, False
         try:
@@ -90,6 +91,7 @@ class PredictCLI(LightningCLI):
         parser.add_lightning_class_args(Video, "data")
         parser.add_lightning_class_args(TokenFlow, "model")
         parser.add_lightning_class_args(RunWriter, "output")
+        parser.add_lightning_class_args(Measuring, "metrics")  # after what it measures
         parser.add_argument(
             "--run", type=dict | None, help="What a run.yaml records of its run; not an option."
         )

@@ -38,7 +38,7 @@ class FolderLock:
             self.lock.acquire()
         except Timeout:
             return False
-        for name in (*FILES, FAILED):
+        for name in (*FILES, FAILED, METRICS):
             remove_leftovers(self.folder / name)
         return True
 

@@ -187,6 +187,7 @@ class TokenFlow(LightningModule):
         """What stands in a configuration as a default, a name or for many clips."""
         return {
             "device": str(backbone.device),
+            "multiple": backbone.multiple,
             "dtype": str(backbone.dtype).removeprefix("torch."),
             **prompts,
             **dataclasses.asdict(settings),

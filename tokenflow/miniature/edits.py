@@ -9,9 +9,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tokenflow.editors import PnP
-from tokenflow.metrics import warp_error
-from tokenflow.miniature.judge import Judge, answers
-from tokenflow.miniature.scenes import Attributes, Scene, random_scene
+from tokenflow.metrics import shown, warp_error
+from tokenflow.metrics.judge import changed
+from tokenflow.miniature.judge import Judge
+from tokenflow.miniature.scenes import VOCABULARY, Attributes, Scene, random_scene
 from tokenflow.propagation import OpticalFlow
 from tokenflow.video import Clip
 
@@ -28,8 +29,7 @@ class SceneEdit:
 
     @property
     def changed(self) -> tuple[str, ...]:
-        source = self.scene.attributes
-        return tuple(n for n in vars(source) if getattr(source, n) != getattr(self.target, n))
+        return changed(self.scene.attributes, self.target)
 
     @property
     def clip(self) -> Clip:
@@ -60,18 +60,12 @@ class Verdict:
 
 def judge_edit(edit: SceneEdit, frames: Float[Tensor, "frames 3 128 128"], judge: Judge) -> Verdict:
     """How well `frames` show the edit."""
-    right = answers(judge, frames, edit.target)
-    kept = [name for name in right if name not in edit.changed]
+    kept = [name for name in VOCABULARY if name not in edit.changed]
     return Verdict(
-        edited=share_of_all([right[name] for name in edit.changed]),
-        kept=share_of_all([right[name] for name in kept]),
+        edited=float(shown(judge, frames, edit.target, edit.changed).float().mean()),
+        kept=float(shown(judge, frames, edit.target, kept).float().mean()),
         warp_error=warp_error(frames, *edit.motion),
     )
-
-
-def share_of_all(right: list[Bool[Tensor, " n"]]) -> float:
-    """The share of frames in which every one of some answers is right."""
-    return float(torch.stack(right).all(dim=0).float().mean())
 
 
 def suite(frames: int = 24) -> list[SceneEdit]:

@@ -73,9 +73,14 @@ class DIS(OpticalFlow):
 
 
 def grey(frame: Float[Tensor, "3 height width"]) -> UInt8[ndarray, "height width"]:
-    """The luma (BT.601) of a frame, 0 to 255."""
-    luma = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
-    return (255 * (frame * luma).sum(dim=0)).round().to(torch.uint8).numpy()
+    """The luma of a frame, 0 to 255."""
+    return (255 * luma(frame)).round().to(torch.uint8).numpy()
+
+
+def luma(frames: Float[Tensor, "*frames 3 height width"]) -> Float[Tensor, "*frames height width"]:
+    """The brightness (BT.601) of colours in 0..1, in 0..1."""
+    weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
+    return (frames * weights.to(frames)).sum(dim=-3)
 
 
 def warp(
@@ -83,11 +88,17 @@ def warp(
 ) -> Float[Tensor, "channels height width"]:
     """`values` sampled bilinearly at p + flow(p); outside, the border's repeat."""
     height, width = flow.shape[-2:]
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    there = torch.stack((x, y)).to(flow) + flow
+    there = targets(flow)
     size = torch.tensor([max(width - 1, 1), max(height - 1, 1)]).to(flow)
     grid = 2 * there.movedim(0, -1)[None] / size - 1
     return grid_sample(values[None], grid, padding_mode="border", align_corners=True)[0]
+
+
+def targets(flow: Float[Tensor, "2 height width"]) -> Float[Tensor, "2 height width"]:
+    """Where flow takes each pixel: p + flow(p), (x, y)."""
+    height, width = flow.shape[-2:]
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack((x, y)).to(flow) + flow
 
 
 def require_flow(flow: object, clip: Clip, what: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,17 +86,24 @@ def load_network(size: str, weights: Path) -> nn.Module:
             f"raft_{size} as .pth or .safetensors"
         )
     network: nn.Module = getattr(optical_flow, f"raft_{size}")(weights=None, progress=False)
-    try:
+    with loading(weights, f"raft_{size}"):
         network.load_state_dict(read_weights(weights))
+    return network.requires_grad_(False).eval()
+
+
+@contextmanager
+def loading(file: Path, network: str) -> Iterator[None]:
+    """A block that loads weights; `InputError` for those that are not this network's."""
+    try:
+        yield
     except (RuntimeError, OSError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         # torch's own words advise to load pickles that may run code
         tensors_only = isinstance(error, pickle.UnpicklingError)
         reason = "it holds more than tensors, or is damaged" if tensors_only else error
         raise InputError(
-            f"{weights} does not load as torchvision's raft_{size}: {reason}; give the size that "
-            f"the weights are of, and the file as it was published"
+            f"{file} does not load as torchvision's {network}: {reason}; give the file of this "
+            f"very network, as it was published"
         ) from error
-    return network.requires_grad_(False).eval()
 
 
 def read_weights(file: Path) -> dict[str, Any]:

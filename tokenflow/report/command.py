@@ -85,7 +85,7 @@ def observed(run: Run, options: Namespace, allowed: list[str]) -> Features:
 
     words = [word for name in allowed for word in (OPTION, name)]
     seen = observe(run, options.site, options.step, words)
-    return draw(seen, run.source().frames, options.frame)
+    return draw(seen, run.source().frames[:], options.frame)
 
 
 def check_output(output: str | None) -> Path | None:

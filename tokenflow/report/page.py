@@ -60,7 +60,8 @@ def write_report(run: Run, output: Path | None = None, features: Features | None
         output or run.folder / REPORT,
         title=run.settings.get("prompt") or run.name,
         run=run,
-        videos={"source": space.source(source), "edit": video},
+        # a long clip's edit is too big, and its source not worth the time of writing it
+        videos={"source": space.source(source) if video.uri else video, "edit": video},
         slices={
             "source": picture(slices(source.frames, rows)),
             "edit": picture(slices(edited.frames, rows)),

@@ -6,6 +6,7 @@ import io
 import math
 from base64 import b64encode
 from dataclasses import dataclass
+from itertools import islice, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,7 +15,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from tokenflow.video import Clip, resized, write_video
+from tokenflow.video import Clip, Frames, resized, write_video
 
 SPACE = 14_000_000
 """Bytes of videos on one page; in base64 they take a third more."""
@@ -86,25 +87,26 @@ def slice_rows(height: int) -> list[int]:
 
 
 def slices(
-    frames: Float[Tensor, "frames 3 height width"], rows: list[int]
+    frames: Float[Tensor, "frames 3 height width"] | Frames, rows: list[int]
 ) -> Float[Tensor, "3 rows_frames narrowed"]:
     """Each row over time, x to the right and time downwards, one slice below the other.
 
     Of long clips every so manieth frame.
     """
     stride = math.ceil(len(frames) / TALLEST)
-    stacked = rearrange(frames[::stride][:, :, rows], "f c r w -> c (r f) w")
+    shown = [frame[:, rows] for frame in islice(frames, 0, None, stride)]
+    stacked = rearrange(shown, "f c r w -> c (r f) w")
     return resized(stacked, (stacked.shape[1], min(stacked.shape[2], WIDEST // 3)))
 
 
-def change(frames: Float[Tensor, "frames 3 height width"]) -> list[float | None]:
+def change(frames: Float[Tensor, "frames 3 height width"] | Frames) -> list[float | None]:
     """Mean absolute difference of each frame from the one before, in levels of 255."""
-    pairs = zip(frames[1:], frames[:-1], strict=True)
-    return [None, *(255 * float((b - a).abs().mean()) for b, a in pairs)]
+    return [None, *(255 * float((b - a).abs().mean()) for a, b in pairwise(frames))]
 
 
 def distance(
-    a: Float[Tensor, "frames 3 height width"], b: Float[Tensor, "frames 3 height width"]
+    a: Float[Tensor, "frames 3 height width"] | Frames,
+    b: Float[Tensor, "frames 3 height width"] | Frames,
 ) -> list[float | None]:
     """Mean absolute difference of each frame from its counterpart, in levels of 255."""
     return [255 * float((x - y).abs().mean()) for x, y in zip(a, b, strict=True)]

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jaxtyping import Float
+from torch import Tensor
 
 from tokenflow.engine.folder import COMPARE, EDITED, METRICS, RECORD, finished
 from tokenflow.errors import InputError
-from tokenflow.video import Clip, halves, read_clip
+from tokenflow.video import Clip, Frames, halves, read_clip
 
 QUALITY = ("reconstruction_psnr", "round_trip_psnr")
 PACKAGES = {"editor": "editor.package", "propagation": "propagation.package"}
@@ -85,7 +87,12 @@ class Run:
     def source(self) -> Clip:
         """The source's frames, as `compare.mp4` shows them."""
         both = self.video(COMPARE)
-        return dataclasses.replace(both, frames=halves(both.frames)[0])
+
+        def left(number: int) -> Float[Tensor, "3 height width"]:
+            return halves(both.frames[number])[0]
+
+        height, width = left(0).shape[1:]
+        return dataclasses.replace(both, frames=Frames(left, both.positions, (height, width)))
 
     def edited(self) -> Clip:
         """The edited frames, and whether they have sound."""
@@ -93,7 +100,7 @@ class Run:
 
     def video(self, name: str) -> Clip:
         """One of the folder's videos."""
-        return read_clip(self.folder / name)
+        return read_clip(self.folder / name, in_memory=False)
 
 
 def flat(name: str, value: Any) -> dict[str, Any]:

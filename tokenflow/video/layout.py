@@ -25,9 +25,9 @@ def side_by_side(
 
 
 def halves(
-    both: Float[Tensor, "frames 3 height both_widths"], *, gap: int = 4
-) -> tuple[Float[Tensor, "frames 3 height width"], Float[Tensor, "frames 3 height width"]]:
-    """The two clips of one width that `side_by_side` has put next to each other."""
+    both: Float[Tensor, "*frames 3 height both_widths"], *, gap: int = 4
+) -> tuple[Float[Tensor, "*frames 3 height width"], Float[Tensor, "*frames 3 height width"]]:
+    """The two frames or clips of one width that `side_by_side` has put next to each other."""
     width = (both.shape[-1] - gap) // 2
     return both[..., :width], both[..., -width:]
 

@@ -1,0 +1,75 @@
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+
+from tests.metrics.making import noise, still
+from tokenflow.diffusion.loading import ModelError
+from tokenflow.metrics import ClipEmbedder, frame_consistency, text_alignment
+from tokenflow.miniature.tokenizer import MAX_LENGTH, save_tokenizer
+
+
+def write_tiny_clip(folder: Path) -> Path:
+    """A CLIP of the right shape, with few channels and random weights."""
+    words = len(save_tokenizer(folder))
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+             "num_attention_heads": 2}  # fmt: skip
+    text = {**small, "vocab_size": words, "max_position_embeddings": MAX_LENGTH,
+            "bos_token_id": words - 2, "eos_token_id": words - 1}  # fmt: skip
+    vision = {**small, "image_size": 16, "patch_size": 8}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+        CLIPModel(config).save_pretrained(folder)
+    size = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    CLIPImageProcessorPil(**size).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_clip(tmp_path_factory.mktemp("clip"))
+
+
+def test_vectors_have_length_1_and_scores_are_cosines(folder: Path) -> None:
+    frames = torch.cat([still(2, 16, 24), noise(18, 3, 16, 24, seed=1)])
+    images, text = ClipEmbedder(str(folder))(frames, "a blue ball on sand")
+    assert images.shape == (20, 8)
+    assert images.norm(dim=1).tolist() == pytest.approx([1] * 20, abs=1e-5)
+    assert float(text.norm()) == pytest.approx(1, abs=1e-5)
+    aligned, consistent = text_alignment(images, text), frame_consistency(images)
+    assert aligned.shape == (20,)
+    assert consistent.shape == (19,)
+    assert aligned.abs().max() <= 1 + 1e-5
+    assert float(consistent[0]) == pytest.approx(1, abs=1e-5)  # the same picture twice
+    assert float(consistent[1]) < 1 - 1e-5
+
+
+def test_texts_differ_and_long_ones_are_cut(folder: Path) -> None:
+    embed = ClipEmbedder(str(folder))
+    texts = [embed(still(1), text)[1] for text in ("a red box", "a blue ball")]
+    assert not torch.allclose(*texts, atol=1e-3)
+    assert embed(still(1), "a red box " * 100)[1].isfinite().all()
+
+
+def test_scores_of_known_vectors() -> None:
+    angle = torch.tensor([0.0, math.pi / 3, math.pi])
+    images = torch.stack([angle.cos(), angle.sin()], dim=1)
+    assert text_alignment(images, images[0]).tolist() == pytest.approx([1, 0.5, -1], abs=1e-6)
+    assert frame_consistency(images).tolist() == pytest.approx([0.5, -0.5], abs=1e-6)
+
+
+def test_pickles_and_folders_without_a_model_are_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"has no config\.json; download one"):
+        ClipEmbedder("openai/clip-vit-base-patch32")
+    bad = Path(shutil.copytree(folder, tmp_path / "pickled"))
+    (bad / "model.safetensors").rename(bad / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="pickled weights are not read"):
+        ClipEmbedder(str(bad))
+    worse = Path(shutil.copytree(folder, tmp_path / "blind"))
+    (worse / "preprocessor_config.json").unlink()
+    with pytest.raises(ModelError, match="the image processor"):
+        ClipEmbedder(str(worse))

@@ -1,0 +1,96 @@
+from typing import Any
+
+import pytest
+import torch
+
+from tests.metrics.making import noise, still, translation
+from tokenflow.errors import InputError
+from tokenflow.metrics import Measures, long_range, psnr, structure
+from tokenflow.miniature.edits import SceneFlow
+from tokenflow.miniature.scenes import Attributes, random_scene
+from tokenflow.video import Clip
+
+SCENE = random_scene(7, 10, Attributes.parse("a plain blue ball on sand"))
+SOURCE, EDIT = (
+    Clip.from_frames(scene.render(), name="scene")
+    for scene in (SCENE, SCENE.with_attributes(color="red"))
+)
+MASK = torch.stack([SCENE.mask(i) > 0 for i in range(len(SCENE))])
+CAPTIONS = "a plain red ball on sand", "a plain blue ball on sand"
+
+
+def test_a_true_edit_does_well_by_all() -> None:
+    measures = Measures(SceneFlow(SCENE), judge=True)
+    motions = measures.motions(SOURCE)
+    found = measures.of(EDIT, motions, *CAPTIONS, MASK)
+    assert list(found) == [
+        "warp_error_1", "visible_1", "warp_error_8", "visible_8", "flicker", "flicker_source",
+        "psnr", "ssim", "structure", "structure_outside", "psnr_outside", "judge_edited",
+        "judge_kept",
+    ]  # fmt: skip
+    assert found["warp_error_8"] == long_range(EDIT.frames, motions, 8).error  # type: ignore[union-attr]
+    assert found["psnr"] == psnr(EDIT.frames, SOURCE.frames)
+    assert found["structure"] == float(structure(EDIT.frames, SOURCE.frames).mean())
+    assert found["psnr_outside"] == 100  # equal, and JSON has no infinity
+    assert found["structure_outside"] == pytest.approx(1, abs=1e-6)
+    assert found["structure"] < 1 - 1e-4
+    assert found["judge_edited"] == found["judge_kept"] == 1
+    noisy = Clip.from_frames((EDIT.frames + 0.1 * noise(10, 3, 128, 128)).clamp(0, 1))
+    worse = measures.of(noisy, motions, *CAPTIONS, MASK)
+    for name in ("warp_error_1", "warp_error_8"):
+        assert worse[name] > 2 * found[name], name
+    assert worse["flicker"] > found["flicker"] + 0.1
+    for name in ("ssim", "structure", "psnr_outside"):
+        assert worse[name] < found[name] - 0.05, name
+
+
+def test_the_flow_of_the_edit_itself() -> None:
+    """Noise that stands still in the source and moves in the edit."""
+    source, edited = (Clip.from_frames(make(3, 64, 64)) for make in (still, translation))
+    errors = []
+    for motion in ("source", "edit"):
+        measures = Measures(motion=motion, distances=(1,))  # type: ignore[arg-type]
+        errors.append(measures.of(edited, measures.motions(source))["warp_error_1"])
+    assert errors[1] < 0.1 * errors[0]
+
+
+def test_what_a_clip_is_too_short_for_is_left_out() -> None:
+    measures, frame = Measures(judge=False), Clip.from_frames(still(1))
+    assert set(measures.of(frame, measures.motions(frame))) == {"psnr", "ssim", "structure"}
+
+
+SMALL = Clip.from_frames(still(2))
+BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "another number of frames": (
+        {}, {"edited": Clip.from_frames(still(3))},
+        "3 frames of 20x16 for the edit 'clip' and 2 frames of 20x16 for the source",
+    ),
+    "another size": ({}, {"edited": Clip.from_frames(still(2, 20, 20))}, "2 frames of 20x20"),
+    "another mask": ({}, {"mask": MASK}, "expected a mask of 2 frames of 20x16"),
+    "a mask of all": ({}, {"mask": torch.ones(2, 16, 20).bool()}, "leaves some of every"),
+    "no caption": ({"judge": True}, {"prompt": "a robot"}, "needs captions"),
+    "no distance": ({"distances": ()}, {}, "1 frame or more"),
+    "a distance of nothing": ({"distances": (0,)}, {}, "1 frame or more"),
+    "no CLIP": ({"clip": "gone"}, {}, "'gone' has no config.json"),
+    "no LPIPS": ({"lpips": "gone.pth"}, {}, "no AlexNet weights at gone.pth"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_says_what_to_do(case: str) -> None:
+    options, arguments, message = BAD[case]
+
+    def measure() -> None:
+        measures = Measures(**options)
+        measures.of(**{"edited": SMALL, "source": measures.motions(SMALL)} | arguments)
+
+    with pytest.raises(InputError) as error:
+        measure()
+    assert message in str(error.value)
+
+
+def test_frames_too_small_for_ssim_are_refused() -> None:
+    tiny = Clip.from_frames(still(2, 8, 8))
+    measures = Measures(SceneFlow(SCENE))
+    with pytest.raises(InputError, match="11x11 pixels or more"):
+        measures.of(tiny, measures.motions(tiny))

@@ -1,0 +1,39 @@
+import numpy as np
+import pytest
+import torch
+
+from tests.metrics.making import noise
+from tokenflow.metrics import structure
+
+
+def naive(a: np.ndarray, b: np.ndarray) -> float:
+    """For one frame, with NumPy's gradient and correlation."""
+    strengths = []
+    for image in (a, b):
+        luma = 0.299 * image[0] + 0.587 * image[1] + 0.114 * image[2]
+        strengths.append(np.hypot(*np.gradient(luma)).ravel())
+    return float(np.corrcoef(strengths)[0, 1])
+
+
+def test_against_numpy() -> None:
+    a, b = noise(2, 3, 9, 11), noise(2, 3, 9, 11) ** 2
+    expected = [naive(*pair) for pair in zip(a.numpy(), b.numpy(), strict=True)]
+    assert structure(a, b).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_other_colours_and_inverted_ones_keep_it_and_other_places_do_not() -> None:
+    a = noise(1, 3, 40, 40)
+    assert float(structure(0.2 + 0.5 * a, a)) == pytest.approx(1, abs=1e-5)
+    assert float(structure(1 - a, a)) == pytest.approx(1, abs=1e-5)
+    # of 1600 pixels, whose neighbours share a pixel: within four times 1 / 40
+    assert abs(float(structure(noise(1, 3, 40, 40, seed=1), a))) < 0.1
+    assert float(structure(torch.zeros(1, 3, 40, 40), a)) == 0
+
+
+def test_a_mask_leaves_out_what_is_edited() -> None:
+    a = noise(1, 3, 20, 20)
+    b, mask = a.clone(), torch.zeros(1, 20, 20, dtype=torch.bool)
+    b[..., 5:10, 5:10] = 0
+    mask[:, 5:10, 5:10] = True
+    assert float(structure(b, a)) < 0.95
+    assert float(structure(b, a, mask)) == pytest.approx(1, abs=1e-6)

@@ -1,0 +1,205 @@
+"""`tokenflow evaluate`, as users meet it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.conftest import ROOT
+from tokenflow.cli import main
+from tokenflow.video import Clip, read_clip, write_clip, write_image
+
+DEMO = ROOT / "tokenflow" / "miniature" / "demo" / "blue_ball.mp4"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
+    """A small run of odd proportions, with its metrics measured on the way."""
+    folder = tmp_path_factory.mktemp("runs")
+    frames = torch.rand(6, 3, 30, 50, generator=torch.Generator().manual_seed(0))
+    video = write_clip(folder / "in.mp4", Clip.from_frames(frames))
+    main([
+        "predict", f"--data.video={video}", "--data.start=1", f"--model.backbone={model_folder}",
+        "--model.prompt=a plain red ball on sand", "--model.steps=1", "--model.cache=null",
+        "--model.inversion_prompt=a plain blue ball on sand", f"--output.folder={folder / 'out'}",
+        "--trainer.accelerator=cpu", "--metrics.measure=true", "--metrics.round_trip=true",
+        "--metrics.judge=true", "--metrics.distances=[1,2]",
+    ])  # fmt: skip
+    return folder / "out" / "in"
+
+
+def test_predict_leaves_what_evaluate_says(
+    run: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left = json.loads((run / "metrics.json").read_text())
+    assert left["frames"] == 5
+    assert left["size"] == [30, 50]  # of the videos, not of the frames that the model saw
+    assert set(left["metrics"]) == set(left["round_trip"]) | {"judge_edited"}
+    assert left["options"]["distances"] == [1, 2]
+    (run / "metrics.json").unlink()
+    table = tmp_path / "table.csv"
+    main([
+        "evaluate", str(run), f"--round_trip={model_folder}", "--judge=true",
+        "--distances=[1,2]", f"--csv={table}", "--device=cpu",
+    ])  # fmt: skip
+    assert json.loads((run / "metrics.json").read_text()) == left
+    out = capsys.readouterr().out
+    for words in ("warp error", "x 1000 ↓", "PSNR", "VAE round trip of", f"{run} "):
+        assert words in out
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["video"] for row in rows] == [
+        f"VAE round trip of {run.parents[1] / 'in.mp4'}",
+        str(run),
+    ]
+    assert float(rows[1]["ssim"]) == left["metrics"]["ssim"]
+    assert float(rows[0]["psnr"]) == left["round_trip"]["psnr"]
+
+
+def test_several_runs_of_one_source(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Path(shutil.copytree(run, tmp_path / "other"))
+    record = yaml.safe_load((other / "run.yaml").read_text())
+    record["run"]["consistency"] = "none"
+    (other / "run.yaml").write_text(yaml.safe_dump(record))
+    main(["evaluate", str(run), str(other)])
+    assert f"{other} (per frame)" in capsys.readouterr().out
+    values = [
+        json.loads((folder / "metrics.json").read_text())["metrics"] for folder in (run, other)
+    ]
+    assert values[0] == values[1]
+
+
+def test_a_run_of_a_manifest_knows_its_source(run: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(run, tmp_path / "second"))
+    rows = [
+        {"video": "gone.mp4", "name": "first"},
+        {"video": "in.mp4", "name": "second", "start": 1},
+    ]
+    (tmp_path / "clips.yaml").write_text(yaml.safe_dump(rows))
+    shutil.copy(run.parents[1] / "in.mp4", tmp_path)
+    record = yaml.safe_load((other / "run.yaml").read_text())
+    record["data"] |= {"video": None, "start": 0, "manifest": str(tmp_path / "clips.yaml")}
+    (other / "run.yaml").write_text(yaml.safe_dump(record))
+    main(["evaluate", str(other)])
+    main(["evaluate", str(run)])
+    values = [
+        json.loads((folder / "metrics.json").read_text())["metrics"] for folder in (run, other)
+    ]
+    assert values[0] == values[1]
+
+
+def test_a_pair_of_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = read_clip(DEMO, max_frames=5)
+    old, new = (
+        write_clip(tmp_path / f"{name}.mp4", Clip.from_frames(frames), crf=0)
+        for name, frames in (("old", source.frames), ("new", source.frames * 0.9))
+    )
+    for i in range(5):
+        write_image(
+            tmp_path / "mask" / f"{i}.png", (source.frames[i, 2:] > 0.5).float().expand(3, -1, -1)
+        )
+    main([
+        "evaluate", f"--source={old}", f"--edited={new}", f"--mask={tmp_path / 'mask'}",
+        "--flow=DIS", "--flow.preset=fast", f"--csv={tmp_path / 'table.csv'}",
+    ])  # fmt: skip
+    assert "new.mp4" in capsys.readouterr().out
+    (row,) = csv.DictReader((tmp_path / "table.csv").open())
+    expected = -10 * (0.1 * source.frames).square().mean().log10()
+    assert float(row["psnr"]) == pytest.approx(float(expected), abs=0.2)  # of 8 bits, in YUV
+    assert float(row["structure"]) > 0.98
+    assert float(row["psnr_outside"]) != float(row["psnr"])
+
+
+def test_an_overwritten_run_loses_its_metrics(run: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(run, tmp_path / "in"))
+    (other / "metrics.json").write_text("{}")
+    main([
+        "predict", f"--config={other / 'run.yaml'}", f"--output.folder={tmp_path}",
+        "--output.overwrite=true", "--metrics.measure=false",
+    ])  # fmt: skip
+    assert not (other / "metrics.json").exists()
+
+
+def test_a_run_that_cannot_be_measured_stays(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([
+        "predict", f"--config={run / 'run.yaml'}", f"--output.folder={tmp_path}",
+        "--model.prompt=a robot",
+    ])  # fmt: skip
+    assert sorted(p.name for p in (tmp_path / "in").iterdir()) == [
+        "compare.mp4", "contact_sheet.png", "edited.mp4", "run.yaml",
+    ]  # fmt: skip
+    assert "in is not measured: the judge knows" in capsys.readouterr().err
+
+
+def refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["evaluate", *words])
+    err = capsys.readouterr().err
+    assert (exit.value.code, message in err, "Traceback" in err) == (2, True, False), err
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ([], "expected folders of runs, or --source and --edited"),
+    (["gone"], "gone holds no finished run"),
+    ([f"--source={DEMO}"], "expected folders of runs, or --source and --edited"),
+    (["RUN", f"--edited={DEMO}"], "expected folders of runs, or --source and --edited"),
+    ([f"--source={DEMO}", "--edited=gone.mp4"], "gone.mp4: expected a video file"),
+    ([f"--source={DEMO}", "--edited=EDITED"], "of one size, got 5 frames of 50x30"),
+    (["RUN", "--distances=[0]"], "distances of 1 frame or more"),
+    (["RUN", "--distances=far"], "distances"),
+    (["RUN", "--flow=Raft"], "flow"),
+    (["RUN", "--flow=subprocess.Popen", "--flow.args=ls"], "flow"),
+    (["RUN", f"--mask={DEMO}"], "expected a mask of 5 frames of 50x30"),
+    (["RUN", "--round_trip=./gone"], "'./gone' does not exist"),
+    (["RUN", "--csv=/dev/null/table.csv"], "choose another --csv"),
+    (["RUN", "--judges=true"], "judges"),
+])  # fmt: skip
+def test_bad_input_says_what_to_do(
+    words: list[str], message: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {"RUN": str(run), "EDITED": str(run / "edited.mp4")}
+    for short, long in names.items():
+        words = [word.replace(short, long) for word in words]
+    refused(words, message, capsys)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"data": {"video": "gone.mp4"}}, "the source gone.mp4 of"),
+    ({"data": {"video": None, "manifest": "gone.yaml"}}, "gone.yaml cannot be read"),
+    ({"data": {"colour": 1}}, "is no record of a run of this version"),
+    ({"run": {"multiple": "x"}}, "was changed by hand"),
+    ({"run": None}, "is no record of a run of this version"),
+    (None, "is no record of a run of this version"),
+])  # fmt: skip
+def test_a_record_that_cannot_be_used(
+    change: dict[str, dict[str, object] | None] | None,
+    message: str,
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = Path(shutil.copytree(run, tmp_path / "in"))
+    record = yaml.safe_load((other / "run.yaml").read_text())
+    for group, values in (change or {}).items():
+        record[group] = None if values is None else record[group] | values
+    (other / "run.yaml").write_text(yaml.safe_dump(record if change else "nothing"))
+    refused([str(other)], message, capsys)
+
+
+def test_help_tells_of_the_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["evaluate", "--help"])
+    assert exit.value.code == 0
+    out = capsys.readouterr().out
+    for words in ("tokenflow evaluate RUN", "--flow", "--distances", "--round_trip", "DIS", "RAFT"):
+        assert words in out

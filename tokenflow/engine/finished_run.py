@@ -1,0 +1,84 @@
+"""A finished run, read back: where its source is, what was asked for, and the two clips."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from tokenflow.engine.data import Video
+from tokenflow.engine.folder import EDITED, RECORD, finished
+from tokenflow.engine.job import ClipSource
+from tokenflow.engine.writer import shown
+from tokenflow.errors import InputError
+from tokenflow.video import Clip, read_clip
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run's folder and what its `run.yaml` says.
+
+    `source` is where the frames came from and which; `record` what came of the configuration:
+    prompts, settings, `multiple`.
+    """
+
+    folder: Path
+    source: ClipSource
+    record: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> FinishedRun:
+        """Reads `run.yaml`; paths in it are relative to where the run was started.
+
+        Raises:
+            InputError: The folder holds no finished run, or its record cannot be used.
+        """
+        if not finished(folder):
+            raise InputError(
+                f"{folder} holds no finished run; expected a folder with {EDITED} and {RECORD}, as "
+                f"tokenflow predict leaves it"
+            )
+        try:
+            configuration = yaml.safe_load((folder / RECORD).read_text())
+            data, record = configuration["data"], configuration["run"]
+            jobs = Video(**data).jobs
+            prompts = [record[name] for name in ("prompt", "inversion_prompt")]
+            usable = isinstance(record["multiple"], int) and all(
+                isinstance(p, str) for p in prompts
+            )
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{folder / RECORD} is no record of a run of this version "
+                f"({type(error).__name__}: {error}); compare the videos themselves by --source and "
+                f"--edited, or edit again"
+            ) from error
+        if not usable:
+            raise InputError(
+                f"{folder / RECORD} was changed by hand and cannot be used; edit again"
+            )
+        named = [job for job in jobs if len(jobs) == 1 or job.name == folder.resolve().name]
+        if not named:
+            raise InputError(
+                f"the manifest {data['manifest']} of {folder} has no clip {folder.resolve().name!r}"
+                f" any more; compare the videos themselves by --source and --edited"
+            )
+        return cls(folder, named[0].source, record)
+
+    def clips(self) -> tuple[Clip, Clip]:
+        """Source and edit, both as the run's videos show them.
+
+        Raises:
+            InputError: A video cannot be read.
+        """
+        if not self.source.path.exists():
+            raise InputError(
+                f"the source {self.source.path} of {self.folder} does not exist; start from the "
+                f"folder that the run was started from, or give the videos by --source and --edited"
+            )
+        source = self.source.read(self.record["multiple"])
+        edited = read_clip(self.folder / EDITED)
+        return dataclasses.replace(source, frames=torch.stack(list(shown(source)))), edited

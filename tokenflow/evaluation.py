@@ -1,0 +1,211 @@
+"""`tokenflow evaluate`: runs, or a video beside its source, in numbers."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxtyping import Bool
+from jsonargparse import ArgumentError, ArgumentParser
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
+
+from tokenflow.diffusion import Backbone
+from tokenflow.engine.finished_run import FinishedRun
+from tokenflow.engine.job import ClipSource
+from tokenflow.engine.measuring import Sources, Values, measure_run, round_trip
+from tokenflow.errors import InputError
+from tokenflow.imports import restrict
+from tokenflow.metrics import Measures
+from tokenflow.video import atomic, read_clip
+
+USAGE = """\
+tokenflow evaluate RUN... [OPTIONS]
+       tokenflow evaluate --source a.mp4 --edited b.mp4 [OPTIONS]"""
+DESCRIPTION = """\
+Measures runs of tokenflow predict, each against its own source, and writes metrics.json into their
+folders; or any video against the one that it was made from. What each metric means, and what it is
+blind to, is in docs/metrics.md."""
+
+
+class Column(NamedTuple):
+    """How a metric is shown: a heading, its unit, what it is multiplied by, digits."""
+
+    heading: str
+    unit: str
+    factor: float = 1
+    digits: int = 3
+
+
+COLUMNS = {
+    "flicker": Column("flicker", "share ↓"),
+    "flicker_source": Column("source's flicker", "share"),
+    "psnr": Column("PSNR", "dB ↑", digits=2),
+    "ssim": Column("SSIM", "↑"),
+    "structure": Column("structure", "↑"),
+    "structure_outside": Column("structure outside", "↑"),
+    "psnr_outside": Column("PSNR outside", "dB ↑", digits=2),
+    "lpips": Column("LPIPS", "↓"),
+    "clip_text": Column("CLIP text", "↑"),
+    "clip_frames": Column("CLIP frames", "↑"),
+    "judge_edited": Column("edited", "share ↑"),
+    "judge_kept": Column("kept", "share ↑"),
+}
+
+
+def parser() -> ArgumentParser:
+    """What may follow `tokenflow evaluate`."""
+    words = ArgumentParser(
+        prog="tokenflow evaluate",
+        usage=USAGE,
+        description=DESCRIPTION,
+        exit_on_error=False,
+    )
+    words.add_argument("runs", nargs="*", type=str, help="Folders of finished runs.")
+    words.add_argument("--source", type=str | None, help="A video or folder of images, as it was.")
+    words.add_argument("--edited", type=str | None, help="Its edit, frame by frame.")
+    words.add_argument("--prompt", type=str, default="", help="What the edit shows; a run knows.")
+    words.add_argument(
+        "--source_prompt", type=str, default="", help="What the source shows; a run knows."
+    )
+    words.add_argument(
+        "--mask",
+        type=str | None,
+        help="A video or folder of images, white where the object is that was to be edited.",
+    )
+    words.add_argument(
+        "--round_trip",
+        type=str | None,
+        help="A model, as for --model.backbone: its VAE's round trip of each source is measured, "
+        "too, which is the best that an edit with it can do.",
+    )
+    words.add_argument("--csv", type=str | None, help="A file for the table, in full.")
+    words.add_class_arguments(Measures, None)
+    return words
+
+
+def run(words: list[str]) -> None:
+    """Runs the words after `tokenflow evaluate`.
+
+    Raises:
+        InputError: The words, a run or a video cannot be used.
+    """
+    restrict()
+    try:
+        options = parser().parse_args(words)
+        given = vars(parser().instantiate(options))
+    except ArgumentError as error:
+        raise InputError(f"{error}\nsee tokenflow evaluate --help") from error
+    runs, source, edited, prompt, source_prompt, mask, model, table = (
+        given.pop(name)
+        for name in (
+            "runs", "source", "edited", "prompt", "source_prompt", "mask", "round_trip", "csv"
+        )
+    )  # fmt: skip
+    pair = [source, edited]
+    if bool(runs) == any(pair) or (any(pair) and not all(pair)):
+        raise InputError(
+            "expected folders of runs, or --source and --edited; see tokenflow evaluate --help"
+        )
+    disable_progress_bar()
+    finished = [FinishedRun.read(Path(folder)) for folder in runs]
+    measures = Measures(**given)
+    backbone = None if model is None else Backbone.load(model)
+    hidden = None if mask is None else read_mask(mask)
+    if finished:
+        rows = of_runs(finished, Sources(measures, backbone), hidden)
+    else:
+        rows = of_pair(source, edited, measures, backbone, (prompt, source_prompt), hidden)
+    if table is not None:
+        write_csv(Path(table), rows)
+    show(rows)
+
+
+def read_mask(path: str) -> Bool[Tensor, "frames height width"]:
+    """White and brighter greys of a video or a folder of images."""
+    return read_clip(path).frames[:].mean(dim=1) > 0.5
+
+
+def of_runs(
+    runs: Sequence[FinishedRun], sources: Sources, mask: Tensor | None
+) -> dict[str, Values]:
+    """A row for each run, and one for each source's round trip before its first."""
+    rows: dict[str, Values] = {}
+    silent = not sys.stderr.isatty() or len(runs) == 1
+    for one in track(runs, "measuring", console=Console(stderr=True), disable=silent):
+        found = measure_run(one, sources, mask)
+        if found["round_trip"] is not None:
+            rows.setdefault(f"VAE round trip of {one.source.path}", found["round_trip"])
+        way = one.record.get("consistency", "tokenflow")
+        also = {"none": " (per frame)", "joint": " (joint)"}.get(way, "")
+        rows[f"{one.folder}{also}"] = found["metrics"]
+    return rows
+
+
+def of_pair(
+    source: str,
+    edited: str,
+    measures: Measures,
+    backbone: Backbone | None,
+    prompts: tuple[str, str],
+    mask: Tensor | None,
+) -> dict[str, Values]:
+    """A row for an edit, after one for its source's round trip."""
+    old, new = read_clip(source), read_clip(edited)
+    motions = measures.motions(old)
+    measures.check(new, old, mask)
+    rows: dict[str, Values] = {}
+    if backbone is not None:
+        back = round_trip(backbone, ClipSource(Path(source)))
+        rows[f"VAE round trip of {source}"] = measures.of(back, motions, prompts[1], prompts[1])
+    rows[edited] = measures.of(new, motions, *prompts, mask)
+    return rows
+
+
+def column(name: str) -> Column | None:
+    """How a metric is shown; none for those that only files have."""
+    kind, _, distance = name.rpartition("_")
+    if kind == "warp_error":
+        return Column(f"warp error, {distance} apart", "x 1000 ↓", 1000, 2)
+    return COLUMNS.get(name)
+
+
+def show(rows: Mapping[str, Values]) -> None:
+    """Prints the table; ↑ is better when higher, ↓ when lower."""
+    table = Table()
+    table.add_column("", overflow="fold")
+    names = [name for name in every_name(rows) if column(name)]
+    shown = [(name, c) for name in names if (c := column(name))]
+    for _, c in shown:
+        table.add_column(f"{c.heading}\n{c.unit}", justify="right")
+    for row, values in rows.items():
+        cells = [
+            f"{values[name] * c.factor:.{c.digits}f}" if name in values else "–"
+            for name, c in shown
+        ]
+        table.add_row(row, *cells)
+    console = Console()
+    # a file or pipe has no width; whoever reads it wants the table whole
+    (console if console.is_terminal else Console(width=200)).print(table)
+
+
+def every_name(rows: Mapping[str, Values]) -> list[str]:
+    """The metrics that any row has, in their order."""
+    return list(dict.fromkeys(name for values in rows.values() for name in values))
+
+
+def write_csv(file: Path, rows: Mapping[str, Values]) -> None:
+    """A line for each row, with every metric as it is in `metrics.json`."""
+    try:
+        with atomic(file) as temporary, temporary.open("w", newline="") as opened:
+            writer: Any = csv.DictWriter(opened, ["video", *every_name(rows)])
+            writer.writeheader()
+            writer.writerows({"video": video, **values} for video, values in rows.items())
+    except OSError as error:
+        raise InputError(f"{file} cannot be written: {error}; choose another --csv") from error

@@ -1,0 +1,96 @@
+"""CLIP: whether frames show what the text says, and the same from frame to frame."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+from tokenflow.diffusion.loading import (
+    ModelError,
+    load_network,
+    load_pretrained,
+    require_safetensors,
+)
+from tokenflow.metrics.average import Average
+
+HOLDS = "config.json"
+
+
+class ClipEmbedder:
+    """A CLIP model (Radford et al. 2021): texts and images as vectors of length 1.
+
+    Args:
+        model: A folder in transformers' layout, with safetensors.
+        device: Where the network runs.
+
+    Raises:
+        ModelError: There is no such folder, or it lacks a part.
+    """
+
+    def __init__(self, model: str, device: str = "cpu") -> None:
+        folder = Path(model)
+        if not (folder / HOLDS).is_file():
+            raise ModelError(
+                f"expected a folder with a CLIP model in transformers' layout, but {model!r} has "
+                f"no {HOLDS}; download one, like openai/clip-vit-large-patch14, and give its folder"
+            )
+        require_safetensors(folder)
+        self.network = load_network(CLIPModel, model, "CLIP", HOLDS).to(device).eval()
+        self.processor = load_pretrained(
+            CLIPImageProcessorPil, model, "the image processor", "preprocessor_config.json"
+        )
+        self.tokenizer = load_pretrained(CLIPTokenizer, model, "the tokenizer", "tokenizer.json")
+
+    @torch.no_grad()
+    def __call__(
+        self, frames: Float[Tensor, "frames 3 height width"], text: str
+    ) -> tuple[Float[Tensor, "frames dim"], Float[Tensor, " dim"]]:
+        """The vectors of each frame, and of the text, of which CLIP reads its first 77 tokens."""
+        levels = (frames.clamp(0, 1) * 255).round().byte().movedim(1, -1)
+        words = self.tokenizer(text, truncation=True, return_tensors="pt")
+        images = []
+        for some in levels.split(16):
+            pixels = self.processor(list(some.numpy()), return_tensors="pt")
+            said = self.network(**pixels.to(self.network.device), **words.to(self.network.device))
+            images.append(said.image_embeds.float().cpu())
+        return torch.cat(images), said.text_embeds[0].float().cpu()
+
+
+def text_alignment(
+    images: Float[Tensor, "frames dim"], text: Float[Tensor, " dim"]
+) -> Float[Tensor, " frames"]:
+    """Cosine of each frame's and the text's CLIP vector, which have length 1.
+
+    No unit, -1..1; real pairs have about 0.2 to 0.35. Blind to motion, to count and place, and to
+    fine detail; what a text-to-image model makes has an easy time with it.
+    Source: Hessel et al. 2021 (arXiv 2104.08718), there clipped at 0 and times 2.5.
+    """
+    return images @ text
+
+
+def frame_consistency(images: Float[Tensor, "frames dim"]) -> Float[Tensor, " pairs"]:
+    """Cosine of the CLIP vectors of neighbouring frames, which have length 1.
+
+    No unit, -1..1, 1 for equal frames. Blind to flicker of fine texture and to motion: a shuffled
+    video does nearly as well, a still one best.
+    Source: Esser et al. 2023 (arXiv 2302.03011), section 4.
+    """
+    return (images[1:] * images[:-1]).sum(dim=1)
+
+
+class TextAlignment(Average):
+    """Mean over frames of `text_alignment`."""
+
+    def update(self, images: Float[Tensor, "frames dim"], text: Float[Tensor, " dim"]) -> None:
+        self.add(text_alignment(images, text))
+
+
+class FrameConsistency(Average):
+    """Mean over pairs of neighbouring frames of `frame_consistency`."""
+
+    def update(self, images: Float[Tensor, "frames dim"]) -> None:
+        self.add(frame_consistency(images))

@@ -1,0 +1,179 @@
+"""Everything that is measured of one edit, by choice."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from jaxtyping import Bool
+from torch import Tensor
+
+from tokenflow.diffusion.backbone import default_device
+from tokenflow.errors import InputError
+from tokenflow.metrics import perceptual
+from tokenflow.metrics.clip_score import ClipEmbedder, frame_consistency, text_alignment
+from tokenflow.metrics.fidelity import psnr, ssim
+from tokenflow.metrics.flicker import flicker
+from tokenflow.metrics.judge import changed, shown
+from tokenflow.metrics.long_range import long_range
+from tokenflow.metrics.motion import Motions
+from tokenflow.metrics.preservation import preservation
+from tokenflow.metrics.structure import structure
+from tokenflow.miniature.judge import Judge
+from tokenflow.miniature.scenes import VOCABULARY, Attributes
+from tokenflow.propagation import DIS, OpticalFlow
+from tokenflow.video import Clip, Frames
+
+MOST_DECIBELS = 100.0
+"""What stands for an infinite PSNR."""
+SSIM_NEEDS, FLICKER_NEEDS = 11, 4
+"""Pixels of a side, and frames."""
+
+
+class Measures:
+    """Measures edits against their source; networks are loaded at once.
+
+    Args:
+        flow: What finds optical flow, for the warp errors: `DIS`, `RAFT` or `FlowFiles` with their
+            options; `DIS` when not given.
+        motion: Whose flow that is: the "source"'s, as in the paper, or the "edit"'s own.
+        distances: How many frames apart the two of a warp error are.
+        clip: A folder with a CLIP model in transformers' layout, for text alignment and frame
+            consistency.
+        lpips: A file with torchvision's weights of AlexNet, for LPIPS.
+        judge: Whether the miniature's judge is asked; both prompts must then be its captions.
+        device: Where CLIP and LPIPS run: "auto" takes an accelerator if there is one, else the CPU.
+
+    Raises:
+        InputError: An option is out of its range, or a network does not load.
+    """
+
+    def __init__(
+        self,
+        flow: OpticalFlow | None = None,
+        motion: Literal["source", "edit"] = "source",
+        distances: tuple[int, ...] = (1, 8, 32),
+        clip: str | None = None,
+        lpips: str | None = None,
+        judge: bool = False,
+        device: str = "auto",
+    ) -> None:
+        if not distances or min(distances) < 1:
+            raise InputError(f"expected distances of 1 frame or more, got {list(distances)}")
+        if motion not in ("source", "edit"):
+            raise InputError(f"motion must be 'source' or 'edit', got {motion!r}")
+        where = default_device() if device == "auto" else device
+        self.flow, self.motion = flow or DIS(), motion
+        self.distances = tuple(sorted(set(distances)))
+        self.clip = None if clip is None else ClipEmbedder(clip, where)
+        self.lpips = None if lpips is None else perceptual.load_lpips(lpips, where)
+        self.judge = Judge.load() if judge else None
+        self.described = {
+            "flow": type(self.flow).__name__,
+            "motion": motion,
+            "distances": list(self.distances),
+            "clip": clip,
+            "lpips": lpips,
+            "judge": judge,
+        }
+
+    def motions(self, source: Clip) -> Motions:
+        """The source with its flow, for all edits of it.
+
+        Raises:
+            InputError: The clip is too small for the flow.
+        """
+        return Motions(source, self.flow)
+
+    def of(
+        self,
+        edited: Clip,
+        source: Motions,
+        prompt: str = "",
+        source_prompt: str = "",
+        mask: Bool[Tensor, "frames height width"] | None = None,
+    ) -> dict[str, float]:
+        """Every measure by its name; what is not chosen, or has too few frames, is not there.
+
+        Args:
+            edited: The edit.
+            source: What it was made from, of the same size and number of frames.
+            prompt: What the edit shows, for CLIP and the judge.
+            source_prompt: What the source shows, for the judge.
+            mask: Where the object is that was to be edited, for what is kept outside of it.
+
+        Raises:
+            InputError: Edit, source and mask do not belong together, or are too small.
+        """
+        # functions only: a `Metric` would wait for processes that measure nothing
+        new, old = edited.frames[:], source.clip.frames[:]
+        self.check(edited, source.clip, mask)
+        found: dict[str, float] = {}
+        motions = source if self.motion == "source" else self.motions(edited)
+        for distance in self.distances:
+            if consistency := long_range(new, motions, distance):
+                found[f"warp_error_{distance}"] = consistency.error
+                found[f"visible_{distance}"] = consistency.visible
+        if len(new) >= FLICKER_NEEDS:
+            found |= {"flicker": flicker(new), "flicker_source": flicker(old)}
+        found |= {"psnr": psnr(new, old), "ssim": float(ssim(new, old).mean())}
+        found["structure"] = float(structure(new, old).mean())
+        if mask is not None:
+            found["structure_outside"] = float(structure(new, old, mask).mean())
+            found["psnr_outside"] = preservation(new, old, mask)
+        if self.lpips is not None:
+            found["lpips"] = float(perceptual.lpips(self.lpips, new, old).mean())
+        if self.clip is not None:
+            images, text = self.clip(new, prompt)
+            if prompt:
+                found["clip_text"] = float(text_alignment(images, text).mean())
+            if len(new) > 1:
+                found["clip_frames"] = float(frame_consistency(images).mean())
+        if self.judge is not None:
+            found |= judged(self.judge, new, prompt, source_prompt)
+        # JSON has no infinity, and no NaN
+        return {k: min(v, MOST_DECIBELS) for k, v in found.items() if not math.isnan(v)}
+
+    def check(
+        self, edited: Clip, source: Clip, mask: Bool[Tensor, "frames height width"] | None
+    ) -> None:
+        """Raises `InputError` unless the three can be compared."""
+        size = described(edited.frames)
+        if described(source.frames) != size:
+            raise InputError(
+                f"expected edit and source of one size, got {size} for the edit {edited.name!r} "
+                f"and {described(source.frames)} for the source {source.name!r}; give the source "
+                f"that it was made from, cut and scaled alike"
+            )
+        if mask is not None and mask.shape != (len(edited), *edited.frames.shape[2:]):
+            raise InputError(f"expected a mask of {size} like the edit, got {described(mask)}")
+        if mask is not None and mask.flatten(1).all(dim=1).any():
+            raise InputError(
+                "expected a mask that leaves some of every frame, got one that hides a whole frame"
+            )
+        least = SSIM_NEEDS if self.lpips is None else perceptual.SMALLEST
+        if min(edited.frames.shape[-2:]) < least:
+            raise InputError(f"expected frames of {least}x{least} pixels or more, got {size}")
+
+
+def described(frames: Tensor | Frames) -> str:
+    """The number of frames and their size."""
+    return f"{len(frames)} frames of {frames.shape[-1]}x{frames.shape[-2]}"
+
+
+def judged(judge: Judge, frames: Tensor, prompt: str, source_prompt: str) -> dict[str, float]:
+    """The shares of frames that show what was to change, and what was to stay."""
+    try:
+        source, target = Attributes.parse(source_prompt), Attributes.parse(prompt)
+    except ValueError as error:
+        raise InputError(
+            f"the judge knows the miniature's scenes only, and needs captions of what source and "
+            f"edit show: {error}"
+        ) from error
+    new = changed(source, target)
+    names = {"judge_edited": new, "judge_kept": [name for name in VOCABULARY if name not in new]}
+    return {
+        key: float(shown(judge, frames, target, those).float().mean())
+        for key, those in names.items()
+        if those
+    }

@@ -1,0 +1,83 @@
+"""LPIPS: how different frames look to a network's features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tokenflow.errors import InputError
+from tokenflow.metrics.average import Average
+from tokenflow.propagation.raft import loading, read_weights
+
+SMALLEST = 35
+"""Pixels of a side, of which AlexNet's last pooling leaves one."""
+
+
+def load_lpips(weights: str, device: str = "cpu") -> nn.Module:
+    """LPIPS on AlexNet, as torchmetrics has it, whose file of linear layers comes with it.
+
+    Args:
+        weights: torchvision's weights of AlexNet, as it publishes them (.pth) or as .safetensors.
+        device: Where it runs.
+
+    Raises:
+        InputError: torchvision is missing, or the file is, or does not fit.
+    """
+    # not the public class: that one fetches AlexNet's weights, without asking
+    from torchmetrics.functional.image.lpips import _NoTrainLpips
+
+    file = Path(weights)
+    if not file.is_file():
+        raise InputError(
+            f"there are no AlexNet weights at {file}; expected a file of torchvision's alexnet as "
+            f".pth or .safetensors"
+        )
+    try:
+        network = _NoTrainLpips(net="alex", pnet_rand=True)
+    except (ImportError, RuntimeError) as error:  # built for another torch, it is a RuntimeError
+        raise InputError(
+            f"LPIPS needs torchvision, which does not import ({error}); install it with: "
+            f"pip install 'tokenflow[lpips]'"
+        ) from error
+    with loading(file, "alexnet"):
+        given = read_weights(file)
+        names = {name: f"features.{name.split('.', 1)[1]}" for name in network.net.state_dict()}
+        network.net.load_state_dict(
+            {n: given[there] for n, there in names.items() if there in given}
+        )
+    return network.to(device)
+
+
+@torch.no_grad()
+def lpips(
+    network: nn.Module,
+    a: Float[Tensor, "frames 3 height width"],
+    b: Float[Tensor, "frames 3 height width"],
+) -> Float[Tensor, " frames"]:
+    """Distance of each frame's normalised AlexNet features, weighted as people were found to.
+
+    No unit, from 0 (equal), seldom above 1. Sides of 35 pixels or more. Blind to motion, and, for
+    an edit, to whether a difference from the source was asked for.
+    Source: Zhang et al. 2018 (arXiv 1801.03924), equation 1.
+    """
+    device = next(network.parameters()).device
+    pairs = zip(a.to(device).split(8), b.to(device).split(8), strict=True)  # for memory
+    return torch.cat([network(*pair, normalize=True).flatten() for pair in pairs]).cpu()
+
+
+class LPIPS(Average):
+    """Mean over frames of `lpips`."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def update(
+        self,
+        a: Float[Tensor, "frames 3 height width"],
+        b: Float[Tensor, "frames 3 height width"],
+    ) -> None:
+        self.add(lpips(self.network, a, b))
