@@ -67,7 +67,7 @@ def parser() -> ArgumentParser:
         description=DESCRIPTION,
         exit_on_error=False,
     )
-    words.add_argument("runs", nargs="*", type=str, help="Folders of finished runs.")
+    words.add_argument("runs", nargs="*", type=str, default=[], help="Folders of finished runs.")
     words.add_argument("--source", type=str | None, help="A video or folder of images, as it was.")
     words.add_argument("--edited", type=str | None, help="Its edit, frame by frame.")
     words.add_argument("--prompt", type=str, default="", help="What the edit shows; a run knows.")
