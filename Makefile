@@ -13,7 +13,7 @@ test: .venv/test .venv/example
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests $(EXAMPLE)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile tests $(EXAMPLE)
 	$(BIN)/tokenflow plugins check LocalPnP
 	$(BIN)/tokenflow plugins check LocalField
 	$(BIN)/tokenflow predict --config $(EXAMPLE)/local.yaml --model.steps 2 --data.max_frames 9 \
