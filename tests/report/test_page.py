@@ -122,6 +122,22 @@ def test_runs_of_two_sources_show_both(tmp_path: Path) -> None:
     assert "source of two" in text
 
 
+def test_clips_of_one_manifest_are_different_sources(tmp_path: Path) -> None:
+    made = {"configuration": {"data": {"manifest": "clips.yaml"}}}
+    runs = [read_run(make_run(tmp_path / name, **made)) for name in ("one", "two")]
+    text = write_comparison(runs, tmp_path / "page.html").read_text()
+    assert text.count("<video") == 4
+
+
+def test_infinite_metrics_can_be_sorted(tmp_path: Path) -> None:
+    runs = [read_run(make_run(tmp_path / name)) for name in ("one", "two")]
+    (tmp_path / "one" / "metrics.json").write_text('{"psnr": Infinity}')
+    (tmp_path / "two" / "metrics.json").write_text('{"psnr": NaN}')
+    text = write_comparison(runs, tmp_path / "page.html").read_text()
+    assert '<td data-number="Infinity">inf</td>' in text
+    assert "<td>–</td>" in text
+
+
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     runs = [read_run(make_run(tmp_path / where / "bar")) for where in ("a", "b")]
     assert names_of(runs) == ["a/bar", "b/bar"]

@@ -84,16 +84,17 @@ class Run:
 
     def source(self) -> Clip:
         """The source's frames, as `compare.mp4` shows them."""
-        both = self.video(COMPARE)
+        both = read_clip(self.folder / COMPARE)
         return dataclasses.replace(both, frames=halves(both.frames)[0])
 
     def edited(self) -> Clip:
-        """The edited frames, and whether they have sound."""
-        return self.video(EDITED)
+        """The edited frames."""
+        return read_clip(self.folder / EDITED)
 
-    def video(self, name: str) -> Clip:
-        """One of the folder's videos."""
-        return read_clip(self.folder / name)
+    @property
+    def sound(self) -> bool:
+        """Whether the edited video has sound."""
+        return read_clip(self.folder / EDITED, max_frames=1).audio is not None
 
 
 def flat(name: str, value: Any) -> dict[str, Any]:
