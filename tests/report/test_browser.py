@@ -45,7 +45,7 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> str:
     where = tmp_path_factory.mktemp("many")
     folders = [make_run(where / f"run{n}", steps=n, backbone=PROMPT + str(n)) for n in (9, 10, 11)]
     for folder, error in zip(folders, (0.3, 0.04), strict=False):
-        (folder / "metrics.json").write_text(f'{{"warp_error": {error}}}')
+        (folder / "metrics.json").write_text(f'{{"metrics": {{"warp_error": {error}}}}}')
     return write_comparison([read_run(f) for f in folders], where / "page.html").as_uri()
 
 

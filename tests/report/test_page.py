@@ -51,7 +51,7 @@ def test_text_is_escaped_wherever_it_comes_from(tmp_path: Path) -> None:
     name = EVIL.replace("/", "%")
     resolved = {"inversion_prompt": EVIL, "device": EVIL}
     folder = make_run(tmp_path / name, EVIL, configuration, **resolved)
-    (folder / "metrics.json").write_text('{"<script>alert(1)</script>": 1}')
+    (folder / "metrics.json").write_text('{"metrics": {"<script>alert(1)</script>": 1}}')
     other = make_run(tmp_path / f"{name}2", EVIL + "2", {"data": {"video": EVIL + "2"}})
     runs = [read_run(folder), read_run(other)]
     pages = [write_report(runs[0]), write_comparison(runs, tmp_path / "page.html")]
@@ -63,7 +63,7 @@ def test_text_is_escaped_wherever_it_comes_from(tmp_path: Path) -> None:
 
 def test_a_page_has_what_is_known_of_the_run(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "bar", seed=3)
-    (folder / "metrics.json").write_text('{"warp_error": 0.012345678, "clip": null}')
+    (folder / "metrics.json").write_text('{"metrics": {"warp_error": 0.012345678, "clip": null}}')
     text = write_report(read_run(folder)).read_text()
     for said in (
         "a red bar", "a blue bar", "24 frames of 64×48, 8 a second", "2.5 s", "4.0 s",
@@ -103,7 +103,7 @@ def rows(text: str) -> list[list[str]]:
 def test_a_comparison_shows_what_differs(tmp_path: Path) -> None:
     one = make_run(tmp_path / "one", steps=4, guidance=3.0)
     two = make_run(tmp_path / "two", steps=10, guidance=3.0)
-    (two / "metrics.json").write_text('{"warp_error": 0.5}')
+    (two / "metrics.json").write_text('{"metrics": {"warp_error": 0.5}}')
     runs = [read_run(one), read_run(two)]
     text = write_comparison(runs, tmp_path / "page.html").read_text()
     columns = re.findall(r"<button type=\"button\">([^<]*)</button>", text)
@@ -120,6 +120,22 @@ def test_runs_of_two_sources_show_both(tmp_path: Path) -> None:
     assert text.count("<video") == 4
     assert "source of one" in text
     assert "source of two" in text
+
+
+def test_clips_of_one_manifest_are_different_sources(tmp_path: Path) -> None:
+    made = {"configuration": {"data": {"manifest": "clips.yaml"}}}
+    runs = [read_run(make_run(tmp_path / name, **made)) for name in ("one", "two")]
+    text = write_comparison(runs, tmp_path / "page.html").read_text()
+    assert text.count("<video") == 4
+
+
+def test_infinite_metrics_can_be_sorted(tmp_path: Path) -> None:
+    runs = [read_run(make_run(tmp_path / name)) for name in ("one", "two")]
+    (tmp_path / "one" / "metrics.json").write_text('{"metrics": {"psnr": Infinity}}')
+    (tmp_path / "two" / "metrics.json").write_text('{"metrics": {"psnr": NaN}}')
+    text = write_comparison(runs, tmp_path / "page.html").read_text()
+    assert '<td data-number="Infinity">inf</td>' in text
+    assert "<td>–</td>" in text
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:

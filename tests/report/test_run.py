@@ -41,11 +41,13 @@ def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
 def test_metrics_are_the_records_and_those_measured_later(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "bar", round_trip_psnr=30.25)
     assert read_run(folder).metrics == {"round_trip_psnr": 30.25}
-    (folder / "metrics.json").write_text('{"warp_error": 0.25, "clip": null}')
+    (folder / "metrics.json").write_text('{"metrics": {"warp_error": 0.25, "clip": null}}')
     assert read_run(folder).metrics == {"round_trip_psnr": 30.25, "warp_error": 0.25, "clip": None}
 
 
-@pytest.mark.parametrize("text", ["no json", "[1]", '{"a": "b"}', '{"a": {"b": 1}}', '{"a": true}'])
+@pytest.mark.parametrize(
+    "text", ["no json", "[1]", "{}", '{"metrics": {"a": {"b": 1}}}', '{"metrics": {"a": true}}']
+)
 def test_metrics_that_are_none(text: str, tmp_path: Path) -> None:
     folder = make_run(tmp_path / "bar")
     (folder / "metrics.json").write_text(text)

@@ -49,7 +49,7 @@ def write_report(run: Run, output: Path | None = None, features: Features | None
     """
     source, edited = run.source(), run.edited()
     rows, space = slice_rows(source.frames.shape[2]), Space(SPACE)
-    video = space.file(run.folder / EDITED, sound=edited.audio is not None)
+    video = space.file(run.folder / EDITED, sound=run.sound)
     steps = [
         Curve("source", "source", change(source.frames)),
         Curve("edit", "edit", change(edited.frames)),
@@ -90,12 +90,10 @@ def write_comparison(runs: Sequence[Run], output: Path) -> Path:
     """
     names, prompts = names_of(runs), {run.settings.get("prompt") for run in runs}
     space = Space(SPACE)
-    tiles = [
-        (name, space.file(run.folder / EDITED, sound=run.edited().audio is not None))
-        for name, run in zip(names, runs, strict=True)
-    ]
-    sources = {str(source_of(run)): run for run in reversed(runs)}
-    clips = [(run.name, space.source(run.source())) for run in reversed(sources.values())]
+    named = list(zip(names, runs, strict=True))
+    tiles = [(name, space.file(run.folder / EDITED, sound=run.sound)) for name, run in named]
+    sources = {str(source_of(run)): (name, run) for name, run in reversed(named)}
+    clips = [(name, space.source(run.source())) for name, run in reversed(sources.values())]
     metrics = unite([run.metrics for run in runs])
     settings = {name: row for name, row in unite([r.settings for r in runs]).items() if differ(row)}
     seconds = [round(sum(run.seconds.values()), 1) or None for run in runs]
@@ -121,8 +119,9 @@ def names_of(runs: Sequence[Run]) -> list[str]:
 
 
 def source_of(run: Run) -> tuple[Any, ...]:
-    """What tells one source from another."""
-    return tuple((k, v) for k, v in run.settings.items() if k.startswith("data."))
+    """What tells one source from another; of a manifest's clips, the name."""
+    chosen = {k: v for k, v in run.settings.items() if k.startswith("data.")}
+    return (chosen, run.name if "data.manifest" in chosen else None)
 
 
 def unite(mappings: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
@@ -157,7 +156,7 @@ def write_page(template: str, output: Path, **values: Any) -> Path:
     )
     environment.filters["number"] = number
     here = files("tokenflow.report") / "templates"
-    script, style = ((here / name).read_text() for name in ("page.js", "style.css"))
+    script, style = ((here / name).read_text("utf-8") for name in ("page.js", "style.css"))
     digest = b64encode(hashlib.sha256(script.encode()).digest()).decode()
     text = environment.get_template(template).render(
         script=Markup(script),

@@ -49,24 +49,23 @@ class Run:
         """Numbers that tell how good the edit is: the record's, and those of `metrics.json`.
 
         Raises:
-            InputError: That file is no mapping from names to numbers.
+            InputError: That file has no mapping from names to numbers.
         """
         known = {name: self.came[name] for name in QUALITY if name in self.came}
         file = self.folder / METRICS
         if not file.exists():
             return known
         try:
-            found = json.loads(file.read_text())
+            found: Any = json.loads(file.read_text())
         except ValueError as error:
             raise InputError(f"{file} is no JSON ({error}); measure the run again") from error
+        found = found.get("metrics") if isinstance(found, dict) else found
         numbers = isinstance(found, dict) and all(
             value is None or (isinstance(value, int | float) and not isinstance(value, bool))
             for value in found.values()
         )
         if not numbers:
-            raise InputError(
-                f"{file}: expected a mapping from names to numbers, got {found!r:.200}"
-            )
+            raise InputError(f"{file}: expected metrics, names with numbers, got {found!r:.200}")
         return known | {k: None if v is None else float(v) for k, v in found.items()}
 
     @cached_property
@@ -95,11 +94,16 @@ class Run:
         return dataclasses.replace(both, frames=Frames(left, both.positions, (height, width)))
 
     def edited(self) -> Clip:
-        """The edited frames, and whether they have sound."""
+        """The edited frames."""
         return self.video(EDITED)
 
+    @property
+    def sound(self) -> bool:
+        """Whether the edited video has sound."""
+        return read_clip(self.folder / EDITED, max_frames=1).audio is not None
+
     def video(self, name: str) -> Clip:
-        """One of the folder's videos."""
+        """One of the folder's videos, not in memory."""
         return read_clip(self.folder / name, in_memory=False)
 
 
