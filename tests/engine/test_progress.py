@@ -49,6 +49,35 @@ def test_on_a_terminal_bars_tell_stage_step_and_time_left(monkeypatch: pytest.Mo
     assert "left" in last
 
 
+def test_many_clips_are_counted_and_their_time_left_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter(range(0, 10_000, 60))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(now)))
+    shown = StageProgress(interval=0.0)
+    shown.begin("walk", 1, 30)
+    shown.update("edit", 2, 2)
+    shown.durations.append(100.0)
+    shown.begin("jump", 3, 30, at_once=2)
+    shown.update("edit", 1, 2)  # the time of the clip before does not count
+    assert capsys.readouterr().err.splitlines() == [
+        "clip 1/30, walk",
+        "edit: 2/2, 0 s left",
+        "clip 3/30, jump, 0:23:20 left",
+        "edit: 1/2",
+    ]
+
+
+def test_on_a_terminal_each_clip_has_its_own_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = StageProgress()
+    shown.bars = progress.Progress()
+    for number, name in enumerate(("walk", "jump"), start=1):
+        shown.begin(name, number, 2)
+        shown.update("edit", number, 3)
+    tasks = {task.description: (task.completed, task.total) for task in shown.bars.tasks}
+    assert tasks == {"clips": (1, 2), "edit": (2, 3)}
+
+
 def test_only_the_first_rank_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "is_global_zero", False)
     module = LightningModule()

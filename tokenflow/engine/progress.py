@@ -1,9 +1,10 @@
-"""Progress of a run: which stage, which step, how long still."""
+"""Progress of a run: which clip, which stage, which step, how long still."""
 
 from __future__ import annotations
 
 import sys
 import time
+from datetime import timedelta
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -19,12 +20,20 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from tokenflow.engine.job import Job
+from tokenflow.engine.module import Prediction, TokenFlow
+
 
 class StageProgress(Callback):
-    """A bar for each stage on a terminal; elsewhere a line at most every `interval` seconds."""
+    """A bar for each stage on a terminal; elsewhere a line at most every `interval` seconds.
+
+    Of many clips another bar counts the clips, or a line tells that one begins.
+    """
 
     def __init__(self, interval: float = 15.0) -> None:
         self.interval = interval
+        self.durations: list[float] = []  # of clips that were edited
+        self.clip_began = 0.0
         self.began: dict[str, float] = {}
         self.said = 0.0
         self.bars: Progress | None = None
@@ -45,6 +54,38 @@ class StageProgress(Callback):
                 console=Console(stderr=True),
             )
             self.bars.start()
+
+    def on_predict_batch_start(  # type: ignore[override]
+        self, trainer: Trainer, module: TokenFlow, job: Job, index: int, *_: Any
+    ) -> None:
+        if not trainer.is_global_zero or index % module.groups != module.number:
+            return
+        if job.where is not None:
+            clips = len(trainer.datamodule.jobs)  # type: ignore[attr-defined]
+            self.begin(job.name, index + 1, clips, module.groups)
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, *_: Any
+    ) -> None:
+        if isinstance(outputs, Prediction) and trainer.is_global_zero:
+            self.durations.append(time.monotonic() - self.clip_began)
+
+    def begin(self, name: str, number: int, clips: int, at_once: int = 1) -> None:
+        """A clip among many begins; so many are edited at the same time."""
+        self.clip_began, self.began = time.monotonic(), {}
+        if self.bars is not None:
+            every = self.tasks.pop("clips", None)
+            for task in self.tasks.values():
+                self.bars.remove_task(task)
+            if every is None:
+                every = self.bars.add_task("clips", total=clips)
+            self.tasks = {"clips": every}
+            self.bars.update(every, completed=number - 1)
+        else:
+            mean = sum(self.durations) / max(len(self.durations), 1)
+            left = timedelta(seconds=round(mean * (clips - number + 1) / at_once))
+            known = f", {left} left" if self.durations else ""
+            print(f"clip {number}/{clips}, {name}{known}", file=sys.stderr, flush=True)
 
     def on_predict_end(self, trainer: Trainer, module: LightningModule) -> None:
         self.stop()
