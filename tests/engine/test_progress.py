@@ -1,6 +1,8 @@
 import os
 import pty
 import sys
+from contextlib import suppress
+from threading import Thread
 
 import pytest
 from lightning.pytorch import LightningModule, Trainer
@@ -28,6 +30,15 @@ def test_without_a_terminal_lines_tell_stage_step_and_time_left(
 
 def test_on_a_terminal_bars_tell_stage_step_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = pty.openpty()
+    parts: list[bytes] = []
+
+    def read() -> None:
+        with suppress(OSError):  # how a terminal ends
+            while part := os.read(ours, 1 << 16):
+                parts.append(part)
+
+    reader = Thread(target=read)
+    reader.start()
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("TERM", "xterm")
     module = LightningModule()
@@ -40,8 +51,9 @@ def test_on_a_terminal_bars_tell_stage_step_and_time_left(monkeypatch: pytest.Mo
             for step in range(1, 4):
                 module.progress(stage, step, 4 if stage == "edit" else 3)
         shown.on_predict_end(trainer, module)
-        drawn = os.read(ours, 1 << 16).decode()
+    reader.join()
     os.close(ours)
+    drawn = b"".join(parts).decode()
     last = drawn[drawn.rindex("invert") :]
     assert "3/3" in last
     assert "edit" in last
