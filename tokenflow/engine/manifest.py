@@ -12,8 +12,8 @@ from typing import Any, get_type_hints
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from tokenflow.engine.editing import Settings
 from tokenflow.engine.job import CHOICE, PROMPTS, ClipSource, Job
+from tokenflow.engine.settings import Settings
 from tokenflow.errors import InputError
 from tokenflow.video import VideoError, read_clip
 

@@ -12,10 +12,11 @@ from lightning.pytorch import LightningModule
 from tokenflow.diffusion import Backbone
 from tokenflow.editors import Editor
 from tokenflow.engine.cache import FOLDER, Cache
-from tokenflow.engine.editing import Result, Settings, check_prompt, edit_clip
+from tokenflow.engine.editing import Result, check_prompt, edit_clip
 from tokenflow.engine.frame_group import FrameGroup
 from tokenflow.engine.job import Job, Outcome
 from tokenflow.engine.recall import Recall
+from tokenflow.engine.settings import Settings
 from tokenflow.engine.source import Progress
 from tokenflow.engine.windows import split_windows
 from tokenflow.errors import InputError

@@ -1,0 +1,76 @@
+"""How a clip is edited."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from tokenflow.engine.windows import Blend, Keyframes, Neighbours, draw_keyframes
+from tokenflow.errors import InputError
+
+Consistency = Literal["tokenflow", "joint", "none"]
+KeyframeAttention = Literal["full", "windowed"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a clip is edited; the defaults are the paper's, but for `keyframe_attention`.
+
+    Args:
+        steps: Sampling steps.
+        inversion_steps: Inversion steps, at least as many; as many as sampling when not given.
+        guidance: Scale of classifier-free guidance.
+        keyframe_every: Frames in a window; one keyframe is drawn from each.
+        keyframes: How it is drawn: "random", "center", "first", or a fixed offset.
+        neighbours: Which keyframes a frame takes its features from: "bracketing" (paper) or
+            "previous" (published code).
+        blend: Their weights over time: "sigmoid" (paper) or "linear".
+        consistency: "tokenflow"; "joint" lets all frames attend to each other and propagates
+            nothing; "none" edits every frame on its own.
+        keyframe_attention: Which keyframes attend to each other: "full" (paper) lets all of a
+            clip's; "windowed" those of `span` consecutive windows, of the ones beside them, and the
+            anchors, so that time grows as the number of frames and memory on the device not at
+            all.
+        span: How many windows; where the clip has no more, both are the same.
+        anchors: How many keyframes, spread over the whole clip, attend in every span.
+        seed: Of everything random.
+        batch: Frames in one forward pass; changes memory and speed, not the result. The keyframes
+            of a joint pass, and all frames where consistency is "joint", go through at once.
+    """
+
+    steps: int = 50
+    inversion_steps: int | None = None
+    guidance: float = 7.5
+    keyframe_every: int = 8
+    keyframes: Keyframes = "random"
+    neighbours: Neighbours = "bracketing"
+    blend: Blend = "sigmoid"
+    consistency: Consistency = "tokenflow"
+    keyframe_attention: KeyframeAttention = "windowed"
+    span: int = 8
+    anchors: int = 2
+    seed: int = 0
+    batch: int = 8
+
+    def __post_init__(self) -> None:
+        names = {
+            "neighbours": Neighbours,
+            "blend": Blend,
+            "consistency": Consistency,
+            "keyframe_attention": KeyframeAttention,
+        }
+        for name, kind in names.items():
+            if getattr(self, name) not in get_args(kind):
+                raise InputError(
+                    f"{name} must be one of {get_args(kind)}, got {getattr(self, name)!r}"
+                )
+        draw_keyframes([range(1)], self.keyframes, self.seed, "", 0)  # refuses unknown policies
+        least = {"steps": 1, "keyframe_every": 1, "span": 1, "anchors": 0, "batch": 1}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise InputError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        if self.inversion_steps is not None and self.inversion_steps < self.steps:
+            raise InputError(
+                f"inversion needs at least as many steps as sampling: got inversion_steps "
+                f"{self.inversion_steps} for steps {self.steps}; raise the one or lower the other"
+            )
