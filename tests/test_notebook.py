@@ -1,0 +1,35 @@
+"""The notebook runs from top to bottom, and what it says about consistency is so."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from tests.conftest import ROOT
+
+NOTEBOOK = ROOT / "examples/first_edit.ipynb"
+
+
+def printed(notebook: nbformat.NotebookNode) -> list[str]:
+    """All lines that its cells print."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    return "".join(o.text for o in outputs if o.get("name") == "stdout").splitlines()
+
+
+def test_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells), "commit it without outputs"
+    NotebookClient(notebook, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    pictures = [
+        c
+        for c in notebook.cells
+        if any("image/png" in o.get("data", {}) for o in c.get("outputs", ()))
+    ]
+    assert len(pictures) == 5
+    errors = {line.split()[0]: float(line.split()[1]) for line in printed(notebook)[-3:]}
+    assert errors["source"] < errors["tokenflow"] < errors["none"]
