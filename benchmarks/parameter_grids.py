@@ -24,7 +24,7 @@ from tokenflow.miniature.edits import EDITOR, suite
 from tokenflow.propagation import NNField
 from tokenflow.video import atomic, contact_sheet, levels
 
-CELL, LABEL, COLORS = 96, 150, 96  # pixels, pixels, and of a picture's palette
+CELL, LABEL, COLORS = 96, 150, 96  # pixels, pixels, and of the palette without the labels
 BASE = Settings(guidance=3.0, keyframe_every=4)
 
 
@@ -51,7 +51,7 @@ def with_pnp(features: float, attention: float) -> Row:
 
 
 GRIDS = {
-    "pnp": Grid(3, tuple(with_pnp(*x) for x in ((0, 0), (0, 0.5), (0.3, 0.5), (0.8, 0.8)))),
+    "pnp": Grid(0, tuple(with_pnp(*x) for x in ((0, 0), (0.3, 0), (0.3, 0.5), (0.8, 0.8)))),
     "strength": Grid(0, tuple(Row(f"strength {x}", SDEdit(x)) for x in (0.3, 0.5, 0.7, 0.9))),
     "guidance": Grid(
         2, tuple(Row(f"guidance {x}", settings=replace(BASE, guidance=x)) for x in (1, 3, 7.5, 15))
@@ -104,15 +104,15 @@ def main(
             error = 1e3 * warp_error(shown[-1][1], *edit.motion)
             print(f"  {' '.join(row.label.split())}: warp error {error:.2f}e-3", flush=True)
         with atomic(folder / f"parameters-{name}.png") as file:
-            labelled(shown).quantize(COLORS).save(file, optimize=True)
+            labelled(shown).quantize().save(file, optimize=True)
 
 
 def labelled(rows: list[tuple[str, Float[Tensor, "frames 3 h w"]]]) -> Image.Image:
     """Rows of four frames and the slice through time, with their labels at the left."""
     sheet = contact_sheet([with_slice(frames) for _, frames in rows], size=(CELL, CELL))
-    pictures = Image.fromarray(levels(sheet).movedim(0, -1).numpy())
+    pictures = Image.fromarray(levels(sheet).movedim(0, -1).numpy()).quantize(COLORS)
     page = Image.new("RGB", (LABEL + pictures.width, pictures.height), "white")
-    page.paste(pictures, (LABEL, 0))
+    page.paste(pictures.convert("RGB"), (LABEL, 0))
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(15)
     for number, (label, _) in enumerate(rows):
         middle = number * pictures.height // len(rows) + CELL // 2

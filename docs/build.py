@@ -37,7 +37,7 @@ def build(folder: Path, root: Path = ROOT) -> None:
         command = [sys.executable, "-m", "zensical", "build", "--strict"]
         done = subprocess.run(command, cwd=stage, capture_output=True, text=True)
         if done.returncode:
-            raise SystemExit(done.stdout + done.stderr)
+            raise SystemExit(re.sub(r"\x1b\[[\d;]*m", "", done.stdout + done.stderr))
         if wrong := [*outside_navigation(stage), *bad_references(stage / "site")]:
             raise SystemExit("\n".join(wrong))
         shutil.rmtree(folder, ignore_errors=True)
