@@ -34,14 +34,20 @@ def build(folder: Path, root: Path = ROOT) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, target)
         shutil.copy(root / "docs/zensical.toml", stage)
+        stop_if(outside_navigation(stage))
         command = [sys.executable, "-m", "zensical", "build", "--strict"]
         done = subprocess.run(command, cwd=stage, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(re.sub(r"\x1b\[[\d;]*m", "", done.stdout + done.stderr))
-        if wrong := [*outside_navigation(stage), *bad_references(stage / "site")]:
-            raise SystemExit("\n".join(wrong))
+        stop_if(bad_references(stage / "site"))
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(stage / "site", folder)
+
+
+def stop_if(wrong: list[str]) -> None:
+    """Stops with what is wrong, if anything is."""
+    if wrong:
+        raise SystemExit("\n".join(wrong))
 
 
 def outside_navigation(stage: Path) -> list[str]:
