@@ -2,7 +2,8 @@
 
 Pages are laid out as in the repository, so that one link serves both. Warnings are errors; so are
 pages that the navigation lacks, links to files that are not there, and anything that a page would
-load from another host.
+load from another host. The pages open from their folder; searching them needs a server, as
+`python -m http.server --directory site`.
 """
 
 from __future__ import annotations
