@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXAMPLE := examples/tokenflow-local
 
-.PHONY: demo test setup
+.PHONY: demo test docs setup
 .DELETE_ON_ERROR:
 
 demo: .venv/demo
@@ -19,6 +19,10 @@ test: .venv/test .venv/example
 	$(BIN)/tokenflow predict --config $(EXAMPLE)/local.yaml --model.steps 2 --data.max_frames 9 \
 	  --output.folder runs/example --output.overwrite true
 
+# The documentation as static pages in site/; tests build it as well.
+docs: .venv/docs
+	$(BIN)/python docs/build.py
+
 setup: .venv/test .venv/example
 
 .venv/bin/python:
@@ -26,6 +30,10 @@ setup: .venv/test .venv/example
 
 .venv/demo: setup.cfg pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+.venv/docs: .venv/demo
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
 .venv/test: .venv/demo

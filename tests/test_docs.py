@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import inspect
 import os
 import re
 import shlex
@@ -14,6 +15,10 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.installing import install
+from tokenflow.engine.data import Video
+from tokenflow.engine.editing import Settings
+from tokenflow.engine.module import TokenFlow
+from tokenflow.engine.writer import RunWriter
 
 PAGES = ["docs/write-an-editor.md", "docs/write-a-kernel.md"]
 QUICK = ["--model.steps=1", "--data.max_frames=2", "--data.resolution=64"]
@@ -71,7 +76,7 @@ def test_no_block_is_left_out() -> None:
 
 PROSE = [
     file
-    for pattern in ("*.md", "docs/*.md", "examples/*/*.md", "tokenflow/*/*.md")
+    for pattern in ("*.md", "docs/*.md", "examples/*.ipynb", "examples/*/*.md", "tokenflow/*/*.md")
     for file in ROOT.glob(pattern)
 ]
 
@@ -80,3 +85,10 @@ PROSE = [
 def test_links_exist(file: Path) -> None:
     for link in re.findall(r"\]\((?!https?://)([^)#]+)", file.read_text()):
         assert (file.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("file", PROSE, ids=lambda p: str(p.relative_to(ROOT)))
+def test_options_exist(file: Path) -> None:
+    groups = {"model": (TokenFlow, Settings), "data": (Video,), "output": (RunWriter,)}
+    for group, option in re.findall(r"--(model|data|output)\.(\w+)", file.read_text()):
+        assert any(option in inspect.signature(c).parameters for c in groups[group]), option
