@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from tokenflow.cli import stop
 from tokenflow.engine.data import Video
 from tokenflow.engine.frame_group import FrameGroup
+from tokenflow.engine.logged import Logged
 from tokenflow.engine.measuring import Measuring
 from tokenflow.engine.module import TokenFlow
 from tokenflow.engine.preemption import StopSignals
@@ -201,7 +202,9 @@ def run(words: list[str], callbacks: Sequence[Callback] = ()) -> None:
                 seed_everything_default=False,
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
-                trainer_defaults={"callbacks": [StageProgress(), StopSignals(), *callbacks]},
+                trainer_defaults={
+                    "callbacks": [StageProgress(), StopSignals(), Logged(), *callbacks]
+                },
             )
     except Preempted as stopped:
         if dist.is_initialized():
