@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks.scenes.measure import Truth
-from benchmarks.scenes.results import Record, Results
+from benchmarks.scenes.results import Record, Results, commit
 from benchmarks.scenes.rows import FLOOR, REFERENCE, ROWS, TRUTH, Plan, Workbench
 from benchmarks.scenes.sheet import write_sheet
 from benchmarks.scenes.suite import Case, cases
@@ -53,7 +53,7 @@ def main(
     if quick:
         plan, rows, clips = QUICK, QUICK_ROWS, (0, 22)
     chosen = [cases()[i] for i in clips] if clips else cases()
-    results, console = Results(folder / "results.jsonl"), Console(width=160)
+    results, console = Results(folder / "results.jsonl", commit()), Console(width=160)
     measure(results, chosen, rows, plan, folder, console)
     seeds = {case.seed for case in chosen}
     records = [r for r in results.records(plan) if r["case"]["seed"] in seeds]

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from benchmarks.scenes.suite import true_edit
 from tokenflow.metrics import Motions, long_range, preservation, psnr, shown
 from tokenflow.metrics.measures import MOST_DECIBELS
 from tokenflow.miniature.edits import SceneEdit, SceneFlow
@@ -26,8 +27,7 @@ class Truth:
 
     def __init__(self, edit: SceneEdit) -> None:
         self.edit, self.source = edit, edit.clip
-        changes = {name: getattr(edit.target, name) for name in edit.changed}
-        scene = edit.scene.with_attributes(**changes)
+        scene = true_edit(edit)
         self.frames = scene.render()
         numbers = range(len(scene))
         masks = torch.stack([scene.mask(i) for i in numbers])

@@ -22,9 +22,10 @@ def key_of(case: Case, row: str, plan: Plan) -> Record:
 
 @dataclass(frozen=True)
 class Results:
-    """The records of a file, which need not exist yet."""
+    """The records of a file, which need not exist yet; new ones are `by` this version."""
 
     file: Path
+    by: str
 
     def records(self, plan: Plan) -> list[Record]:
         """All of a plan's; a line that a killed process has not finished counts for nothing."""
@@ -42,7 +43,7 @@ class Results:
     def add(self, case: Case, row: str, plan: Plan, measured: Record) -> None:
         """Appends one record."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        record = {**key_of(case, row, plan), "commit": commit(), **measured}
+        record = {**key_of(case, row, plan), "commit": self.by, **measured}
         with self.file.open("a") as file:
             # on a line of its own, whatever is left of a killed process's
             file.write("\n" + json.dumps(record) + "\n")

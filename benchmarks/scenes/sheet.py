@@ -8,17 +8,17 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from benchmarks.scenes.suite import EDITS, MOTIONS, Case
+from benchmarks.scenes.suite import EDITS, MOTIONS, Case, true_edit
 from tokenflow.video import contact_sheet
 from tokenflow.video.atomic import atomic
 from tokenflow.video.frames import levels
 
-CELL, GAP, LEFT, TOP = 40, 8, 72, 16
+CELL, BETWEEN, GAP, LEFT, TOP = 48, 2, 10, 72, 16
 
 
 def write_sheet(path: Path, suite: list[Case], frames: int = 16) -> None:
     """Writes a PNG of 256 colours: motions downwards, edits to the right."""
-    across, down = 3 * CELL + GAP, 2 * CELL + GAP
+    across, down = (n * (CELL + BETWEEN) - BETWEEN + GAP for n in (3, 2))
     size = LEFT + across * len(EDITS) - GAP, TOP + down * len(MOTIONS) - GAP
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
@@ -37,9 +37,7 @@ def write_sheet(path: Path, suite: list[Case], frames: int = 16) -> None:
 def picture(case: Case, frames: int) -> Tensor:
     """First, middle and last frame of a clip, and the same of its true edit."""
     edit = case.of(frames)
-    truth = edit.scene.with_attributes(
-        **{name: getattr(edit.target, name) for name in edit.changed}
-    )
+    scenes = edit.scene, true_edit(edit)
     numbers = (0, frames // 2, frames - 1)
-    rows = [torch.stack([scene.frame(i) for i in numbers]) for scene in (edit.scene, truth)]
-    return contact_sheet(rows, size=(CELL, CELL), gap=0)
+    rows = [torch.stack([scene.frame(i) for i in numbers]) for scene in scenes]
+    return contact_sheet(rows, size=(CELL, CELL), gap=BETWEEN)

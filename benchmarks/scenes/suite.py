@@ -36,6 +36,11 @@ class Case:
         return SceneEdit(moved(scene, self.motion), Attributes.parse(self.target))
 
 
+def true_edit(edit: SceneEdit) -> Scene:
+    """The same scene with the edited attributes: what an edit of the clip should be."""
+    return edit.scene.with_attributes(**{name: getattr(edit.target, name) for name in edit.changed})
+
+
 def cases() -> list[Case]:
     """All of the suite, in the file's order."""
     with FILE.open(newline="") as file:

@@ -116,7 +116,7 @@ def test_nothing_is_measured_twice(run: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_another_plan_is_measured_anew(run: Path) -> None:
-    missing = command.Results(run / "results.jsonl").missing
+    missing = command.Results(run / "results.jsonl", "").missing
     assert missing(cases()[0], command.QUICK_ROWS, command.QUICK) == []
     assert missing(cases()[0], command.QUICK_ROWS, Plan()) == list(command.QUICK_ROWS)
 
