@@ -37,8 +37,8 @@ class Plan:
     """
 
     frames: int = 16
-    steps: int = 15
-    reference_inversion: int = 60
+    steps: int = 10
+    reference_inversion: int = 40
     guidance: float = 4.0
     keyframe_every: int = 8
 
