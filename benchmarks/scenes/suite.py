@@ -77,13 +77,13 @@ def moved(scene: Scene, motion: str) -> Scene:
             obj = dataclasses.replace(obj, angle=angle + 0.1 * t)
         case "scaling":
             obj = dataclasses.replace(obj, scale=size * torch.exp(0.04 * t))
-        case "leaving":  # by half, to the right, and back
-            obj = dataclasses.replace(obj, x=84 + 44 * torch.sin(math.pi * share))
+        case "leaving":  # by a third, to the right, and back
+            obj = dataclasses.replace(obj, x=84 + 36 * torch.sin(math.pi * share))
         case "pan":
             obj, behind = along(resting, 3.0), along(still, 3.0)
         case "fast":
             obj = along(resting, 6.0)
-        case "bar":  # 20 pixels wide, from the object's one side to its other
-            bar = Motion(x - 50 + 100 * share, 64 * one, 10 * one, 0 * one)
+        case "bar":  # 14 pixels wide, from the object's one side to its other
+            bar = Motion(x - 50 + 100 * share, 64 * one, 7 * one, 0 * one)
             return BarScene(scene.attributes, obj, behind, scene.texture, scene.phase, bar)
     return dataclasses.replace(scene, object=obj, background=behind)
