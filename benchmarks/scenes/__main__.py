@@ -1,0 +1,123 @@
+"""The benchmark with ground truth: `python -m benchmarks.scenes`, from the project's root.
+
+Edits every clip of the suite in every way, and prints means over clips. What is measured is kept
+in the folder: started again, it goes on where it stopped. docs/benchmark.md has the metrics.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jsonargparse import auto_cli
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from benchmarks.scenes.measure import Truth
+from benchmarks.scenes.results import Record, Results, commit
+from benchmarks.scenes.rows import FLOOR, REFERENCE, ROWS, TRUTH, Plan, Workbench
+from benchmarks.scenes.sheet import write_sheet
+from benchmarks.scenes.suite import Case, cases
+from benchmarks.scenes.tables import complete, page_of, tables
+from tokenflow.diffusion import Backbone
+from tokenflow.miniature.judge import Judge
+from tokenflow.video import contact_sheet, write_image
+from tokenflow.video.atomic import atomic
+
+QUICK = Plan(frames=8, steps=4, reference_inversion=4, keyframe_every=4)
+QUICK_ROWS = (TRUTH, FLOOR, "per-frame PnP", "TokenFlow")
+
+
+def main(
+    folder: Path = Path("runs/scenes"),
+    plan: Plan = Plan(),  # noqa: B008 (it is frozen)
+    rows: tuple[str, ...] = ROWS,
+    clips: tuple[int, ...] = (),
+    quick: bool = False,
+    page: Path | None = None,
+    sheet: Path | None = None,
+) -> None:
+    """Measures what is not measured yet, prints the tables, and writes them to a page.
+
+    Args:
+        folder: Where results.jsonl, tables.md and pictures of all edits go.
+        plan: What all rows have in common.
+        rows: Which rows.
+        clips: Which clips, numbers from 0 in the suite; all when not given.
+        quick: Two clips of 8 frames, 4 rows and 4 steps instead, to see that it works.
+        page: A Markdown page that gets the tables, between its two marks.
+        sheet: Only write a picture of the suite's clips and their true edits to this PNG.
+    """
+    if sheet is not None:
+        write_sheet(sheet, cases())
+        return
+    if quick:
+        plan, rows, clips = QUICK, QUICK_ROWS, (0, 22)
+    chosen = [cases()[i] for i in clips] if clips else cases()
+    results, console = Results(folder / "results.jsonl", commit()), Console(width=160)
+    measure(results, chosen, rows, plan, folder, console)
+    seeds = {case.seed for case in chosen}
+    records = [r for r in results.records(plan) if r["case"]["seed"] in seeds]
+    text = write_up(complete(records, rows), rows, plan, console)
+    for file, old in ((folder / "tables.md", None), (page, page and page.read_text())):
+        if file is not None:
+            with atomic(file) as temporary:
+                temporary.write_text(text + "\n" if old is None else page_of(old, text))
+
+
+def measure(
+    results: Results,
+    chosen: list[Case],
+    rows: tuple[str, ...],
+    plan: Plan,
+    folder: Path,
+    console: Console,
+) -> None:
+    """Adds the records that are missing, clip by clip."""
+    work = [(case, results.missing(case, rows, plan)) for case in chosen]
+    total = sum(len(missing) for _, missing in work)
+    if not total:
+        return
+    backbone, judge = Backbone.load("miniature", "cpu"), Judge.load()
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, speed_estimate_period=3600
+    ) as progress:
+        task = progress.add_task("clips × rows", total=total)
+        for case, missing in work:
+            if not missing:
+                continue
+            truth = Truth(case.of(plan.frames))
+            bench = Workbench(backbone, truth, plan)
+            for row in missing:
+                frames, cost = bench.make(row)
+                found = truth.measure(frames, judge)
+                record = {"seconds": cost.seconds, "evaluations": cost.evaluations, **found}
+                results.add(case, row, plan, record)
+                write_image(folder / f"{case.seed} {row}.png", contact_sheet([frames]))
+                progress.advance(task)
+                left = progress.tasks[task].time_remaining or 0
+                progress.console.print(
+                    f"{case.motion}, {case.edit}, {row}: edited {found['edited']:.0%}, kept "
+                    f"{found['kept']:.0%}, {cost.seconds:.0f} s; {left / 60:.0f} min left"
+                )
+
+
+def write_up(records: list[Record], rows: tuple[str, ...], plan: Plan, console: Console) -> str:
+    """Prints the tables; returns them as Markdown, with where they come from."""
+    seeds = sorted({r["case"]["seed"] for r in records})
+    if not seeds:
+        return "No clip has all rows yet."
+    commits = ", ".join(sorted({r["commit"] for r in records}))
+    about = (
+        f"{len(seeds)} of the suite's {len(cases())} clips, {plan.frames} frames, {plan.steps} "
+        f"steps ({plan.reference_inversion} of inversion in “{REFERENCE}”), guidance "
+        f"{plan.guidance:g}, windows of {plan.keyframe_every}. Commit {commits}; seeds "
+        f"{', '.join(map(str, seeds))}."
+    )
+    found = tables(records, rows)
+    console.print(about, *(table.rich() for table in found))
+    return "\n\n".join([about, *(table.markdown() for table in found)])
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

@@ -1,0 +1,135 @@
+"""The benchmark with ground truth: its suite, and its quick part from start to end."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.scenes import __main__ as command
+from benchmarks.scenes.rows import FLOOR, TRUTH, Plan
+from benchmarks.scenes.suite import EDITS, MOTIONS, cases
+
+METRICS = ("warp_error_1", "edited", "kept", "psnr_inside", "psnr", "seconds")
+CHANGED = {
+    "colour": ("color",),
+    "pattern": ("pattern",),
+    "background": ("background",),
+    "shape": ("shape",),
+}
+
+
+def test_the_suite_has_every_motion_with_every_edit_once() -> None:
+    suite = cases()
+    assert Counter((c.motion, c.edit) for c in suite) == Counter(product(MOTIONS, EDITS))
+    assert len({c.seed for c in suite}) == len(suite) >= 24
+    for case in suite:
+        changed = case.of(1).changed
+        assert changed == CHANGED.get(case.edit, changed)
+        assert len(changed) == (2 if case.edit == "two" else 1), case
+
+
+def test_clips_move_as_their_kind_says() -> None:
+    first = {c.motion: c.of(16).scene for c in reversed(cases())}
+    speed = {
+        name: torch.stack([scene.object.x.diff(), scene.object.y.diff()]).norm(dim=0)
+        for name, scene in first.items()
+    }
+    torch.testing.assert_close(speed["translation"], torch.full((15,), 2.5))
+    torch.testing.assert_close(speed["fast"], torch.full((15,), 6.0))
+    assert first["rotation"].object.angle.diff().mean() == pytest.approx(0.1)
+    assert first["scaling"].object.scale[-1] / first["scaling"].object.scale[0] > 1.5
+    leaving = first["leaving"].object
+    assert leaving.x.max() > 119
+    assert [float(leaving.x[i]) for i in (0, -1)] == pytest.approx([84, 84])
+    assert first["pan"].background.x.diff().abs().sum() > 0
+    hidden = [first["bar"].mask(i).sum() for i in (0, 8)]
+    assert hidden[1] < 0.85 * hidden[0]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes")
+    (folder / "page.md").write_text(
+        "before\n<!-- measured: begin -->old<!-- measured: end -->\nafter\n"
+    )
+    command.main(folder, quick=True, page=folder / "page.md")
+    return folder
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "results.jsonl").read_text().split("\n")
+    return [json.loads(line) for line in lines if line]
+
+
+def test_every_row_of_every_clip_is_measured(run: Path) -> None:
+    found = records(run)
+    rows = Counter(r["row"] for r in found)
+    assert rows == dict.fromkeys(command.QUICK_ROWS, 2)
+    for record in found:
+        assert all(math.isfinite(record[name]) for name in METRICS), record
+        background = "background" in record["case"]["edit"]
+        assert (record["psnr_outside"] is None) == background
+        assert (run / f"{record['case']['seed']} {record['row']}.png").exists()
+
+
+def test_the_true_edit_is_the_best_there_is(run: Path) -> None:
+    found = records(run)
+    for truth in (r for r in found if r["row"] == TRUTH):
+        assert truth["psnr_inside"] == truth["psnr"] == 100
+        assert truth["edited"] >= 0.8
+        assert truth["kept"] >= 0.8
+        for other in found:
+            if other["case"] == truth["case"] and other is not truth:
+                assert other["psnr"] < 50
+                assert other["warp_error_1"] > truth["warp_error_1"]
+
+
+def test_evaluations_are_counted(run: Path) -> None:
+    """8 frames, 4 steps: inversion, then 3 branches of frames, and of a keyframe per window."""
+    found = {r["row"]: r["evaluations"] for r in records(run)}
+    assert found[FLOOR] == 0
+    assert found["per-frame PnP"] == 4 * 8 + 4 * 3 * 8
+    assert found["TokenFlow"] == 4 * 8 + 4 * 3 * (8 + 2)
+
+
+def test_nothing_is_measured_twice(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, *rest = (run / "results.jsonl").read_text().split("\n\n")
+    torn = first[:-20]  # a killed process's last line
+    (tmp_path / "results.jsonl").write_text("\n\n".join([*rest, torn]))
+    made: list[str] = []
+    make = command.Workbench.make
+    monkeypatch.setattr(
+        command.Workbench, "make", lambda self, row: made.append(row) or make(self, row)
+    )
+    command.main(tmp_path, quick=True)
+    assert made == [TRUTH]
+    command.main(tmp_path, quick=True)
+    assert made == [TRUTH]
+    measured = command.Results(tmp_path / "results.jsonl", "").records(command.QUICK)
+    assert len(measured) == len(records(run))
+
+
+def test_another_plan_is_measured_anew(run: Path) -> None:
+    missing = command.Results(run / "results.jsonl", "").missing
+    assert missing(cases()[0], command.QUICK_ROWS, command.QUICK) == []
+    assert missing(cases()[0], command.QUICK_ROWS, Plan()) == list(command.QUICK_ROWS)
+
+
+def test_the_page_gets_tables_with_commit_and_seeds(run: Path) -> None:
+    page = (run / "page.md").read_text()
+    assert page.startswith("before\n<!-- measured: begin -->")
+    assert page.endswith("<!-- measured: end -->\nafter\n")
+    assert "old" not in page
+    first = records(run)[0]
+    assert f"Commit {first['commit']}; seeds {cases()[0].seed}, {cases()[22].seed}" in page
+    for row in command.QUICK_ROWS:
+        assert page.count(f"| {row} |") == 3
