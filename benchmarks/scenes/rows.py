@@ -21,7 +21,7 @@ from tokenflow.propagation import ClipFlow, FlowWeighted, NNField, Propagation
 
 Frames = Float[Tensor, "frames 3 height width"]
 TRUTH, FLOOR, SOURCE = "true edit", "round trip of the true edit", "round trip of the source"
-REFERENCE = "TokenFlow, reference"
+JOINT, REFERENCE = "joint attention only", "reference"
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,19 @@ class Way:
 
 WAYS = {
     "per-frame PnP": Way(settings={"consistency": "none"}),
-    "joint attention only": Way(settings={"consistency": "joint"}),
+    JOINT: Way(settings={"consistency": "joint"}),
     REFERENCE: Way(
         lambda: PnP(EDITOR.attention, EDITOR.features, EDITOR.feature_layers, "renoised"),
         settings={"neighbours": "previous", "keyframe_attention": "full"},
     ),
     "TokenFlow": Way(),
-    "TokenFlow, flow-weighted": Way(kernel=FlowWeighted),
-    "TokenFlow, SDEdit": Way(SDEdit),
-    "TokenFlow, ControlNet": Way(ControlNet),
+    "flow-weighted": Way(kernel=FlowWeighted),
+    "SDEdit": Way(SDEdit),
+    "ControlNet": Way(ControlNet),
 }
 ROWS = (TRUTH, FLOOR, SOURCE, *WAYS)
+EFFORT = {TRUTH: 0.02, FLOOR: 0.05, SOURCE: 0.05, JOINT: 2.0, REFERENCE: 2.0}
+"""About how long a row takes where it is not as long as TokenFlow, to tell the time left."""
 
 
 @dataclass
