@@ -115,7 +115,7 @@ class Workbench:
         if row == TRUTH:
             return self.truth.frames, Cost()
         if row in (FLOOR, SOURCE):
-            frames = self.truth.frames if row == FLOOR else self.truth.source.frames
+            frames = self.truth.frames if row == FLOOR else self.truth.source.frames[:]
             with counted(self.backbone) as cost:
                 back = self.decoded(self.encoded(frames))
             return back, cost
@@ -132,13 +132,12 @@ class Workbench:
         )  # fmt: skip
         with counted(self.backbone) as cost:
             editor.prepare(self.backbone, self.truth.source)
-            flow = kernel.flow and ClipFlow(
-                self.truth.source, kernel.flow, self.backbone.latent_scale
-            )
+            source, provider = self.truth.source, kernel.flow
+            flow = provider and ClipFlow(source, provider, self.backbone.latent_scale)
             latents = edit_latents(
                 self.backbone, trajectory, self.schedule, editor, kernel, str(edit.target),
                 inversion_prompt=str(edit.scene.attributes), settings=settings,
-                name=self.truth.source.name, flow=flow,
+                name=source.name, flow=flow,
             )  # fmt: skip
             frames = self.decoded(latents)
         return frames, before + cost
@@ -147,7 +146,7 @@ class Workbench:
         """The source's trajectory by so many steps, and what it cost."""
         if steps not in self.inverted:
             with counted(self.backbone) as cost:
-                latents = self.encoded(self.truth.source.frames)
+                latents = self.encoded(self.truth.source.frames[:])
                 prompt = str(self.truth.edit.scene.attributes)
                 trajectory = invert(self.backbone, latents, prompt, self.schedule, steps)
             self.inverted[steps] = trajectory, cost
