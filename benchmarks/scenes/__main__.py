@@ -10,15 +10,16 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from benchmarks.scenes.measure import Truth
 from benchmarks.scenes.results import Record, Results, commit
-from benchmarks.scenes.rows import FLOOR, REFERENCE, ROWS, TRUTH, Plan, Workbench
+from benchmarks.scenes.rows import EFFORT, FLOOR, REFERENCE, ROWS, TRUTH, Plan, Workbench
 from benchmarks.scenes.sheet import write_sheet
 from benchmarks.scenes.suite import Case, cases
 from benchmarks.scenes.tables import complete, page_of, tables
 from tokenflow.diffusion import Backbone
+from tokenflow.errors import InputError
 from tokenflow.miniature.judge import Judge
 from tokenflow.video import contact_sheet, write_image
 from tokenflow.video.atomic import atomic
@@ -50,6 +51,10 @@ def main(
     if sheet is not None:
         write_sheet(sheet, cases())
         return
+    if unknown := [row for row in rows if row not in ROWS]:
+        raise InputError(f"expected rows from {', '.join(ROWS)}, got {', '.join(unknown)}")
+    if page is not None and not page.exists():
+        raise InputError(f"the page {page} does not exist; the tables are also in {folder}")
     if quick:
         plan, rows, clips = QUICK, QUICK_ROWS, (0, 22)
     chosen = [cases()[i] for i in clips] if clips else cases()
@@ -58,10 +63,9 @@ def main(
     seeds = {case.seed for case in chosen}
     records = [r for r in results.records(plan) if r["case"]["seed"] in seeds]
     text = write_up(complete(records, rows), rows, plan, console)
-    for file, old in ((folder / "tables.md", None), (page, page and page.read_text())):
-        if file is not None:
-            with atomic(file) as temporary:
-                temporary.write_text(text + "\n" if old is None else page_of(old, text))
+    write(folder / "tables.md", text + "\n")
+    if page is not None:
+        write(page, page_of(page.read_text(), text))
 
 
 def measure(
@@ -74,15 +78,13 @@ def measure(
 ) -> None:
     """Adds the records that are missing, clip by clip."""
     work = [(case, results.missing(case, rows, plan)) for case in chosen]
-    total = sum(len(missing) for _, missing in work)
+    total = sum(EFFORT.get(row, 1.0) for _, missing in work for row in missing)
     if not total:
         return
     backbone, judge = Backbone.load("miniature", "cpu"), Judge.load()
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, speed_estimate_period=3600
-    ) as progress:
-        task = progress.add_task("clips × rows", total=total)
+    columns = BarColumn(), TaskProgressColumn(), TextColumn("left"), TimeRemainingColumn()
+    with Progress(*columns, console=console, speed_estimate_period=3600) as progress:
+        task = progress.add_task("", total=total)
         for case, missing in work:
             if not missing:
                 continue
@@ -94,11 +96,12 @@ def measure(
                 record = {"seconds": cost.seconds, "evaluations": cost.evaluations, **found}
                 results.add(case, row, plan, record)
                 write_image(folder / f"{case.seed} {row}.png", contact_sheet([frames]))
-                progress.advance(task)
-                left = progress.tasks[task].time_remaining or 0
+                progress.advance(task, EFFORT.get(row, 1.0))
+                left = progress.tasks[task].time_remaining
                 progress.console.print(
                     f"{case.motion}, {case.edit}, {row}: edited {found['edited']:.0%}, kept "
-                    f"{found['kept']:.0%}, {cost.seconds:.0f} s; {left / 60:.0f} min left"
+                    f"{found['kept']:.0%}, {cost.seconds:.0f} s"
+                    + (f"; {left / 60:.0f} min left" if left is not None else "")
                 )
 
 
@@ -117,6 +120,11 @@ def write_up(records: list[Record], rows: tuple[str, ...], plan: Plan, console: 
     found = tables(records, rows)
     console.print(about, *(table.rich() for table in found))
     return "\n\n".join([about, *(table.markdown() for table in found)])
+
+
+def write(file: Path, text: str) -> None:
+    with atomic(file) as temporary:
+        temporary.write_text(text)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class Truth:
         found["psnr_inside"] = preservation(frames, self.frames, ~self.inside)
         of_object = "background" not in self.edit.changed
         found["psnr_outside"] = (
-            preservation(frames, self.source.frames, ~self.outside) if of_object else None
+            preservation(frames, self.source.frames[:], ~self.outside) if of_object else None
         )
         found["psnr"] = psnr(frames, self.frames)
         # JSON has no infinity, and no NaN, which an error of nothing visible is

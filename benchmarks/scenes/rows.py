@@ -21,7 +21,7 @@ from tokenflow.propagation import ClipFlow, FlowWeighted, NNField, Propagation
 
 Frames = Float[Tensor, "frames 3 height width"]
 TRUTH, FLOOR, SOURCE = "true edit", "round trip of the true edit", "round trip of the source"
-REFERENCE = "TokenFlow, reference"
+JOINT, REFERENCE = "joint attention only", "reference"
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,19 @@ class Way:
 
 WAYS = {
     "per-frame PnP": Way(settings={"consistency": "none"}),
-    "joint attention only": Way(settings={"consistency": "joint"}),
+    JOINT: Way(settings={"consistency": "joint"}),
     REFERENCE: Way(
         lambda: PnP(EDITOR.attention, EDITOR.features, EDITOR.feature_layers, "renoised"),
         settings={"neighbours": "previous", "keyframe_attention": "full"},
     ),
     "TokenFlow": Way(),
-    "TokenFlow, flow-weighted": Way(kernel=FlowWeighted),
-    "TokenFlow, SDEdit": Way(SDEdit),
-    "TokenFlow, ControlNet": Way(ControlNet),
+    "flow-weighted": Way(kernel=FlowWeighted),
+    "SDEdit": Way(SDEdit),
+    "ControlNet": Way(ControlNet),
 }
 ROWS = (TRUTH, FLOOR, SOURCE, *WAYS)
+EFFORT = {TRUTH: 0.02, FLOOR: 0.05, SOURCE: 0.05, JOINT: 2.0, REFERENCE: 2.0}
+"""About how long a row takes where it is not as long as TokenFlow, to tell the time left."""
 
 
 @dataclass
@@ -113,7 +115,7 @@ class Workbench:
         if row == TRUTH:
             return self.truth.frames, Cost()
         if row in (FLOOR, SOURCE):
-            frames = self.truth.frames if row == FLOOR else self.truth.source.frames
+            frames = self.truth.frames if row == FLOOR else self.truth.source.frames[:]
             with counted(self.backbone) as cost:
                 back = self.decoded(self.encoded(frames))
             return back, cost
@@ -130,13 +132,12 @@ class Workbench:
         )  # fmt: skip
         with counted(self.backbone) as cost:
             editor.prepare(self.backbone, self.truth.source)
-            flow = kernel.flow and ClipFlow(
-                self.truth.source, kernel.flow, self.backbone.latent_scale
-            )
+            source, provider = self.truth.source, kernel.flow
+            flow = provider and ClipFlow(source, provider, self.backbone.latent_scale)
             latents = edit_latents(
                 self.backbone, trajectory, self.schedule, editor, kernel, str(edit.target),
                 inversion_prompt=str(edit.scene.attributes), settings=settings,
-                name=self.truth.source.name, flow=flow,
+                name=source.name, flow=flow,
             )  # fmt: skip
             frames = self.decoded(latents)
         return frames, before + cost
@@ -145,7 +146,7 @@ class Workbench:
         """The source's trajectory by so many steps, and what it cost."""
         if steps not in self.inverted:
             with counted(self.backbone) as cost:
-                latents = self.encoded(self.truth.source.frames)
+                latents = self.encoded(self.truth.source.frames[:])
                 prompt = str(self.truth.edit.scene.attributes)
                 trajectory = invert(self.backbone, latents, prompt, self.schedule, steps)
             self.inverted[steps] = trajectory, cost

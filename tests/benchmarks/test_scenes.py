@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from benchmarks.scenes import __main__ as command
-from benchmarks.scenes.rows import FLOOR, TRUTH, Plan
+from benchmarks.scenes.measure import Truth
+from benchmarks.scenes.rows import FLOOR, ROWS, TRUTH, WAYS, Plan, Workbench
 from benchmarks.scenes.suite import EDITS, MOTIONS, cases
+from tokenflow.diffusion import Backbone
 
 METRICS = ("warp_error_1", "edited", "kept", "psnr_inside", "psnr", "seconds")
 CHANGED = {
@@ -116,6 +118,15 @@ def test_nothing_is_measured_twice(
     assert made == [TRUTH]
     measured = command.Results(tmp_path / "results.jsonl", "").records(command.QUICK)
     assert len(measured) == len(records(run))
+
+
+def test_every_row_can_be_made() -> None:
+    plan = Plan(frames=2, steps=1, reference_inversion=2, keyframe_every=1)
+    bench = Workbench(Backbone.load("miniature", "cpu"), Truth(cases()[20].of(2)), plan)
+    for row in ROWS:
+        frames, cost = bench.make(row)
+        assert frames.shape == (2, 3, 128, 128)
+        assert (cost.evaluations > 0) == (row in WAYS), row
 
 
 def test_another_plan_is_measured_anew(run: Path) -> None:
