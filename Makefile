@@ -2,6 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 EXAMPLE := examples/tokenflow-local
+# begun first, so that no core waits for another at the end
+LONGEST := $(addprefix tests/,miniature/test_edits.py miniature/test_structure.py \
+  engine/test_frame_group.py test_interruption.py test_docs.py)
 
 .PHONY: demo test docs setup
 .DELETE_ON_ERROR:
@@ -13,7 +16,8 @@ test: .venv/test .venv/example
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile tests $(EXAMPLE)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder \
+	  $(LONGEST) tests $(EXAMPLE)
 	$(BIN)/tokenflow plugins check LocalPnP
 	$(BIN)/tokenflow plugins check LocalField
 	$(BIN)/tokenflow predict --config $(EXAMPLE)/local.yaml --model.steps 2 --data.max_frames 9 \

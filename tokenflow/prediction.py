@@ -41,6 +41,7 @@ its code. Options are also read from the environment, --model.prompt from
 TOKENFLOW_PREDICT__MODEL__PROMPT, and all of Lightning's Trainer are accepted, of which a few are
 shown here."""
 GROUPS = {"editor": "tokenflow.editors", "propagation": "tokenflow.propagation"}
+HIDDEN = ("trainer.", "metrics.", "run", "seed_everything")
 SHOWN = ("trainer.accelerator", "trainer.devices", "metrics.measure", "metrics.round_trip")
 
 TRAINER = {
@@ -58,9 +59,9 @@ class Parser(LightningArgumentParser):
     """Says in an error what is installed; its help leaves out what few people look for."""
 
     def format_help(self, formatter: HelpFormatter | None = None) -> str:
-        """Without the names of environment variables; of trainer and metrics what is in `SHOWN`."""
+        """Without the names of environment variables, and what is `HIDDEN` and not `SHOWN`."""
         for action in self._actions:
-            if action.dest.startswith(("trainer.", "metrics.")) and action.dest not in SHOWN:
+            if action.dest.startswith(HIDDEN) and action.dest not in SHOWN:
                 action.help = SUPPRESS
         by_environment, self.default_env = self.default_env, False
         try:

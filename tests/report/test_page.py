@@ -43,7 +43,7 @@ def test_the_embedded_videos_are_the_runs(tmp_path: Path) -> None:
     (tmp_path / "source.mp4").write_bytes(base64.b64decode(source))
     shown, true = read_clip(tmp_path / "source.mp4"), read_run(folder).source()
     assert shown.times == true.times
-    assert (shown.frames - true.frames).abs().mean() < 0.03  # of another encoding
+    assert (shown.frames - true.frames[:]).abs().mean() < 0.03  # of another encoding
 
 
 def test_text_is_escaped_wherever_it_comes_from(tmp_path: Path) -> None:

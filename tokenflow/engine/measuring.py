@@ -23,6 +23,7 @@ from tokenflow.engine.module import Prediction, TokenFlow
 from tokenflow.engine.writer import RunWriter, shown
 from tokenflow.errors import InputError
 from tokenflow.metrics import Measures, Motions
+from tokenflow.report import read_run, write_report
 from tokenflow.video import Clip, atomic
 
 Values = dict[str, float]
@@ -128,6 +129,7 @@ class Measuring(Callback):
         try:
             sources = Sources(self.measures, backbone if self.round_trip else None)
             measure_run(FinishedRun.read(folder), sources)
+            write_report(read_run(folder))  # once more, with the metrics
             print(folder / METRICS)
         except InputError as error:
             print(f"{folder} is not measured: {error}", file=sys.stderr)
