@@ -13,6 +13,8 @@ from tokenflow.miniature.edits import EDITOR, Verdict, judge_edit, suite
 from tokenflow.miniature.judge import Judge
 from tokenflow.propagation import NNField
 
+pytestmark = pytest.mark.timeout(3000)  # minutes of edits, on one thread
+
 STEPS = 15  # docs/miniature.md has the table with more
 
 Verdicts = dict[str, list[Verdict]]
