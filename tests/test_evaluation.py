@@ -150,7 +150,7 @@ def refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) 
 
 @pytest.mark.parametrize(("words", "message"), [
     ([], "expected folders of runs, or --source and --edited"),
-    (["gone"], "gone holds no finished run"),
+    (["gone"], "gone: expected a finished run's folder"),
     ([f"--source={DEMO}"], "expected folders of runs, or --source and --edited"),
     (["RUN", f"--edited={DEMO}"], "expected folders of runs, or --source and --edited"),
     ([f"--source={DEMO}", "--edited=gone.mp4"], "gone.mp4: expected a video file"),
@@ -179,7 +179,7 @@ def test_bad_input_says_what_to_do(
     ({"data": {"colour": 1}}, "is no record of a run of this version"),
     ({"run": {"multiple": "x"}}, "was changed by hand"),
     ({"run": None}, "is no record of a run of this version"),
-    (None, "is no record of a run of this version"),
+    (None, "expected a run's record"),
 ])  # fmt: skip
 def test_a_record_that_cannot_be_used(
     change: dict[str, dict[str, object] | None] | None,

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from tokenflow.engine.data import Video
-from tokenflow.engine.folder import EDITED, RECORD, finished
+from tokenflow.engine.folder import EDITED, RECORD
 from tokenflow.engine.job import ClipSource
 from tokenflow.engine.writer import shown
 from tokenflow.errors import InputError
+from tokenflow.report import read_run
 from tokenflow.video import Clip, read_clip
 
 
@@ -37,20 +37,15 @@ class FinishedRun:
         Raises:
             InputError: The folder holds no finished run, or its record cannot be used.
         """
-        if not finished(folder):
-            raise InputError(
-                f"{folder} holds no finished run; expected a folder with {EDITED} and {RECORD}, as "
-                f"tokenflow predict leaves it"
-            )
+        configuration = read_run(folder).record
         try:
-            configuration = yaml.safe_load((folder / RECORD).read_text())
             data, record = configuration["data"], configuration["run"]
             jobs = Video(**data).jobs
             prompts = [record[name] for name in ("prompt", "inversion_prompt")]
             usable = isinstance(record["multiple"], int) and all(
                 isinstance(p, str) for p in prompts
             )
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
+        except (KeyError, TypeError) as error:
             raise InputError(
                 f"{folder / RECORD} is no record of a run of this version "
                 f"({type(error).__name__}: {error}); compare the videos themselves by --source and "

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from jaxtyping import Float
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
@@ -16,10 +14,11 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 from PIL import Image
 from torch import Tensor
 
-from tokenflow.engine.folder import EDITED, METRICS, RECORD, SHEET
+from tokenflow.engine.folder import EDITED, SHEET
 from tokenflow.engine.job import Job
 from tokenflow.engine.module import Prediction, TokenFlow
 from tokenflow.engine.writer import RunWriter
+from tokenflow.report import read_run
 from tokenflow.video import Frames, levels, read_clip
 
 SHOWN = 64
@@ -62,11 +61,9 @@ def log_run(logger: Logger, name: str, folder: Path) -> None:
 
 def numbers(folder: Path) -> dict[str, float]:
     """A run's metrics, where they have been measured, and the seconds of its stages."""
-    record = yaml.safe_load((folder / RECORD).read_text())["run"]
-    found = {f"seconds/{stage}": float(value) for stage, value in record["seconds"].items()}
-    if (folder / METRICS).exists():
-        found |= json.loads((folder / METRICS).read_text())["metrics"]
-    return found
+    run = read_run(folder)
+    known = {name: value for name, value in run.metrics.items() if value is not None}
+    return {f"seconds/{stage}": float(value) for stage, value in run.seconds.items()} | known
 
 
 def add_animation(writer: Any, tag: str, path: Path) -> None:

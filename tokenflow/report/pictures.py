@@ -15,7 +15,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from tokenflow.video import Clip, Frames, resized, write_video
+from tokenflow.video import Clip, Frames, levels, resized, write_video
 
 SPACE = 14_000_000
 """Bytes of videos on one page; in base64 they take a third more."""
@@ -35,12 +35,12 @@ def picture(image: Float[Tensor, "3 height width"]) -> str:
     height, width = image.shape[1:]
     if width > WIDEST:
         image = resized(image, (round(height * WIDEST / width), WIDEST))
-    levels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous()
+    pixels = levels(image).permute(1, 2, 0).contiguous()
     file = io.BytesIO()
-    lossless = levels.shape[0] * levels.shape[1] <= LOSSLESS
+    lossless = pixels.shape[0] * pixels.shape[1] <= LOSSLESS
     # where nothing is lost, quality is the effort to make the file small
     quality, method = (20, 1) if lossless else (90, 2)
-    image_file = Image.fromarray(levels.numpy())
+    image_file = Image.fromarray(pixels.numpy())
     image_file.save(file, "WEBP", lossless=lossless, quality=quality, method=method)
     return data_uri(file.getvalue(), "image/webp")
 
