@@ -27,7 +27,7 @@ from tokenflow.engine.measuring import Measuring
 from tokenflow.engine.module import TokenFlow
 from tokenflow.engine.preemption import StopSignals
 from tokenflow.engine.progress import StageProgress
-from tokenflow.engine.writer import RunWriter
+from tokenflow.engine.writer import RunWriter, writer_of
 from tokenflow.errors import InputError, Preempted
 from tokenflow.imports import OPTION, names_by_entry_point, restrict, split_allowed
 from tokenflow.plugins import describe, installed_plugins, origin, require_usable
@@ -161,8 +161,7 @@ class PredictCLI(LightningCLI):
         self._dump_config()
         self.config_dump.pop("run", None)
         self.config_dump["output"]["overwrite"] = False  # a repetition destroys nothing unasked
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        self.writer = next(c for c in callbacks if isinstance(c, RunWriter))
+        self.writer = writer_of(self.trainer)
         self.writer.configuration = self.config_dump
         model = self.config_dump["model"]
         self.model.described = tuple(

@@ -37,7 +37,15 @@ class FinishedRun:
         Raises:
             InputError: The folder holds no finished run, or its record cannot be used.
         """
-        configuration = read_run(folder).record
+        return cls.of(folder, read_run(folder).record)
+
+    @classmethod
+    def of(cls, folder: Path, configuration: dict[str, Any]) -> FinishedRun:
+        """A run by what its `run.yaml` holds, or is to hold.
+
+        Raises:
+            InputError: The record cannot be used.
+        """
         try:
             data, record = configuration["data"], configuration["run"]
             jobs = Video(**data).jobs

@@ -14,7 +14,7 @@ REPORT = "report.html"
 RECORD = "run.yaml"
 FAILED = "failed.yaml"
 METRICS = "metrics.json"
-FILES = (EDITED, COMPARE, SHEET, REPORT, RECORD)
+FILES = (EDITED, COMPARE, SHEET, METRICS, REPORT, RECORD)
 LOCK = ".lock"
 
 
@@ -38,7 +38,7 @@ class FolderLock:
             self.lock.acquire()
         except Timeout:
             return False
-        for name in (*FILES, FAILED, METRICS):
+        for name in (*FILES, FAILED):
             remove_leftovers(self.folder / name)
         return True
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from tokenflow.engine.folder import EDITED, SHEET
 from tokenflow.engine.job import Job
 from tokenflow.engine.module import Prediction, TokenFlow
-from tokenflow.engine.writer import RunWriter
+from tokenflow.engine.writer import writer_of
 from tokenflow.report import read_run
 from tokenflow.video import Frames, levels, read_clip
 
@@ -35,10 +35,8 @@ class Logged(Callback):
         self, trainer: Trainer, module: TokenFlow, prediction: Any, job: Job, *_: Any
     ) -> None:
         if isinstance(prediction, Prediction) and trainer.is_global_zero:
-            callbacks = trainer.callbacks  # type: ignore[attr-defined]
-            writer = next(c for c in callbacks if isinstance(c, RunWriter))
             for logger in trainer.loggers:
-                log_run(logger, job.name, writer.folder / job.name)
+                log_run(logger, job.name, writer_of(trainer).folder / job.name)
 
 
 def log_run(logger: Logger, name: str, folder: Path) -> None:

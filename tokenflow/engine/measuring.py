@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,11 @@ from torch import Tensor
 from tokenflow.diffusion import Backbone
 from tokenflow.engine.finished_run import FinishedRun
 from tokenflow.engine.folder import METRICS
-from tokenflow.engine.job import ClipSource, Job
-from tokenflow.engine.module import Prediction, TokenFlow
-from tokenflow.engine.writer import RunWriter, shown
+from tokenflow.engine.job import ClipSource
+from tokenflow.engine.module import TokenFlow
+from tokenflow.engine.writer import shown, writer_of
 from tokenflow.errors import InputError
 from tokenflow.metrics import Measures, Motions
-from tokenflow.report import read_run, write_report
 from tokenflow.video import Clip, atomic
 
 Values = dict[str, float]
@@ -105,31 +105,18 @@ class Measuring(Callback):
     def __init__(self, measure: bool = False, round_trip: bool = False, **options: Any) -> None:
         self.measure, self.round_trip = measure, round_trip
         self.options = options  # on a line of its own, where jsonargparse finds it
-        self.measures: Measures | None = None
 
     def on_predict_start(self, trainer: Trainer, module: TokenFlow) -> None:  # type: ignore[override]
         with module.everyone.together():
             if self.measure and module.group.rank == 0:
-                self.measures = Measures(**self.options)
+                measures = Measures(**self.options)
+                sources = Sources(measures, module.backbone if self.round_trip else None)
+                writer_of(trainer).measure = partial(leave, sources)
 
-    def on_predict_batch_end(  # type: ignore[override]
-        self, trainer: Trainer, module: TokenFlow, prediction: Any, job: Job, *_: Any
-    ) -> None:
-        if not self.measure or not isinstance(prediction, Prediction):
-            return
-        with module.group.together():
-            if module.group.rank == 0:
-                callbacks = trainer.callbacks  # type: ignore[attr-defined]
-                writer = next(c for c in callbacks if isinstance(c, RunWriter))
-                self.leave(writer.folder / job.name, module.backbone)
 
-    def leave(self, folder: Path, backbone: Backbone | None) -> None:
-        """Measures the run that was just written."""
-        assert self.measures is not None, "asked only where there is something to measure"
-        try:
-            sources = Sources(self.measures, backbone if self.round_trip else None)
-            measure_run(FinishedRun.read(folder), sources)
-            write_report(read_run(folder))  # once more, with the metrics
-            print(folder / METRICS)
-        except InputError as error:
-            print(f"{folder} is not measured: {error}", file=sys.stderr)
+def leave(sources: Sources, folder: Path, record: dict[str, Any]) -> None:
+    """Measures a run whose videos are written."""
+    try:
+        measure_run(FinishedRun.of(folder, record), sources)
+    except InputError as error:
+        print(f"{folder} is not measured: {error}", file=sys.stderr)

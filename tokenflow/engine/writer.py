@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from jaxtyping import Float
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from torch import Tensor
 
 from tokenflow.engine.folder import (
@@ -67,6 +67,7 @@ class RunWriter(BasePredictionWriter):
         self.failed = 0
         self.lock: FolderLock | None = None
         self.asked: Callable[[], bool] = lambda: False
+        self.measure: Callable[[Path, dict[str, Any]], None] = lambda folder, record: None
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         module.admit = self.admit  # type: ignore[assignment]
@@ -180,6 +181,7 @@ class RunWriter(BasePredictionWriter):
             rows = source.frames, edited.frames
             write_image(folder / SHEET, contact_sheet(rows, size=source.display_size))
             record = self.summary(prediction)
+            self.measure(folder, record)
             self.show(folder, record)
             with atomic(folder / RECORD) as file:
                 file.write_text(yaml.safe_dump(record, sort_keys=False))
@@ -230,6 +232,12 @@ class RunWriter(BasePredictionWriter):
             | {name: version(name) for name in PACKAGES},
         }
         return {**self.configuration, "run": record}
+
+
+def writer_of(trainer: Trainer) -> RunWriter:
+    """The run's writer, among the callbacks."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next(callback for callback in callbacks if isinstance(callback, RunWriter))
 
 
 def shown(clip: Clip) -> Iterator[Float[Tensor, "3 height width"]]:

@@ -16,6 +16,7 @@ from tokenflow.diffusion.loading import (
     require_safetensors,
 )
 from tokenflow.metrics.average import Average
+from tokenflow.video import levels
 
 HOLDS = "config.json"
 
@@ -50,12 +51,12 @@ class ClipEmbedder:
         self, frames: Float[Tensor, "frames 3 height width"], text: str
     ) -> tuple[Float[Tensor, "frames dim"], Float[Tensor, " dim"]]:
         """The vectors of each frame, and of the text, of which CLIP reads its first 77 tokens."""
-        levels = (frames.clamp(0, 1) * 255).round().byte().movedim(1, -1)
+        pixels = levels(frames).movedim(1, -1)
         words = self.tokenizer(text, truncation=True, return_tensors="pt")
         images = []
-        for some in levels.split(16):
-            pixels = self.processor(list(some.numpy()), return_tensors="pt")
-            said = self.network(**pixels.to(self.network.device), **words.to(self.network.device))
+        for some in pixels.split(16):
+            inputs = self.processor(list(some.numpy()), return_tensors="pt")
+            said = self.network(**inputs.to(self.network.device), **words.to(self.network.device))
             images.append(said.image_embeds.float().cpu())
         return torch.cat(images), said.text_embeds[0].float().cpu()
 
