@@ -14,7 +14,16 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from benchmarks.scenes.measure import Truth
 from benchmarks.scenes.results import Record, Results, commit
-from benchmarks.scenes.rows import EFFORT, FLOOR, REFERENCE, ROWS, TRUTH, Plan, Workbench
+from benchmarks.scenes.rows import (
+    CHOSEN_AMONG,
+    EFFORT,
+    FLOOR,
+    REFERENCE,
+    ROWS,
+    TRUTH,
+    Plan,
+    Workbench,
+)
 from benchmarks.scenes.sheet import write_sheet
 from benchmarks.scenes.suite import Case, cases
 from benchmarks.scenes.tables import complete, page_of, tables
@@ -26,6 +35,8 @@ from tokenflow.video.atomic import atomic
 
 QUICK = Plan(frames=8, steps=4, reference_inversion=4, keyframe_every=4)
 QUICK_ROWS = (TRUTH, FLOOR, "per-frame PnP", "TokenFlow")
+SOME = (0, 6, 12, 18, 24, 25, 31)
+"""A clip of each kind of motion, in which every kind of edit is."""
 
 
 def main(
@@ -33,6 +44,7 @@ def main(
     plan: Plan = Plan(),  # noqa: B008 (it is frozen)
     rows: tuple[str, ...] = ROWS,
     clips: tuple[int, ...] = (),
+    choices: bool = False,
     quick: bool = False,
     page: Path | None = None,
     sheet: Path | None = None,
@@ -44,19 +56,23 @@ def main(
         plan: What all rows have in common.
         rows: Which rows.
         clips: Which clips, numbers from 0 in the suite; all when not given.
+        choices: Compare settings of TokenFlow instead, on one clip of each motion if none is given.
         quick: Two clips of 8 frames, 4 rows and 4 steps instead, to see that it works.
-        page: A Markdown page that gets the tables, between its two marks.
+        page: A Markdown page that gets the tables, between its two marks for them.
         sheet: Only write a picture of the suite's clips and their true edits to this PNG.
     """
     if sheet is not None:
         write_sheet(sheet, cases())
         return
-    if unknown := [row for row in rows if row not in ROWS]:
-        raise InputError(f"expected rows from {', '.join(ROWS)}, got {', '.join(unknown)}")
+    known = dict.fromkeys((*ROWS, *CHOSEN_AMONG))
+    if unknown := [row for row in rows if row not in known]:
+        raise InputError(f"expected rows from {', '.join(known)}, got {', '.join(unknown)}")
     if page is not None and not page.exists():
         raise InputError(f"the page {page} does not exist; the tables are also in {folder}")
     if quick:
         plan, rows, clips = QUICK, QUICK_ROWS, (0, 22)
+    elif choices:
+        rows, clips = CHOSEN_AMONG, clips or SOME
     chosen = [cases()[i] for i in clips] if clips else cases()
     results, console = Results(folder / "results.jsonl", commit()), Console(width=160)
     measure(results, chosen, rows, plan, folder, console)
@@ -65,7 +81,7 @@ def main(
     text = write_up(complete(records, rows), rows, plan, console)
     write(folder / "tables.md", text + "\n")
     if page is not None:
-        write(page, page_of(page.read_text(), text))
+        write(page, page_of(page.read_text(), "choices" if choices else "measured", text))
 
 
 def measure(

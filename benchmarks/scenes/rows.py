@@ -64,7 +64,19 @@ WAYS = {
     "SDEdit": Way(SDEdit),
     "ControlNet": Way(ControlNet),
 }
+CHOICES = {
+    "a keyframe in 4": Way(settings={"keyframe_every": 4}),
+    "a keyframe in 16": Way(settings={"keyframe_every": 16}),
+    "previous neighbours": Way(settings={"neighbours": "previous"}),
+    "linear blend": Way(settings={"blend": "linear"}),
+    "features 0.5": Way(lambda: PnP(0.5, 0.5, 5)),
+    "features 0.8": Way(lambda: PnP(0.5, 0.8, 5)),
+    "attention 0.3": Way(lambda: PnP(0.3, 0.3, 5)),
+    "the paper's PnP": Way(lambda: PnP(0.5, 0.8, 1)),
+}
+"""TokenFlow with one choice made otherwise; `EDITOR` has attention 0.5 and features 0.3 in 5."""
 ROWS = (TRUTH, FLOOR, SOURCE, *WAYS)
+CHOSEN_AMONG = (TRUTH, FLOOR, REFERENCE, "TokenFlow", "flow-weighted", *CHOICES)
 EFFORT = {TRUTH: 0.02, FLOOR: 0.05, SOURCE: 0.05, JOINT: 2.0, REFERENCE: 2.0}
 """About how long a row takes where it is not as long as TokenFlow, to tell the time left."""
 
@@ -122,13 +134,13 @@ class Workbench:
         return self.edited(row)
 
     def edited(self, row: str) -> tuple[Frames, Cost]:
-        plan, way, edit = self.plan, WAYS[row], self.truth.edit
+        plan, way, edit = self.plan, {**WAYS, **CHOICES}[row], self.truth.edit
         steps = plan.reference_inversion if row == REFERENCE else plan.steps
         trajectory, before = self.inversion(max(steps, plan.steps))
         editor, kernel = way.editor(), way.kernel()
         settings = Settings(
-            steps=plan.steps, guidance=plan.guidance, keyframe_every=plan.keyframe_every,
-            **way.settings,
+            steps=plan.steps, guidance=plan.guidance,
+            **{"keyframe_every": plan.keyframe_every, **way.settings},
         )  # fmt: skip
         with counted(self.backbone) as cost:
             editor.prepare(self.backbone, self.truth.source)

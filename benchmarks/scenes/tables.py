@@ -11,8 +11,7 @@ from rich.table import Table
 from benchmarks.scenes.results import Record
 from benchmarks.scenes.rows import FLOOR
 from benchmarks.scenes.suite import EDITS, MOTIONS
-
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+from tokenflow.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -107,8 +106,15 @@ def share(value: float | None) -> str:
     return "–" if value is None else f"{value:.0%}"
 
 
-def page_of(text: str, measured: str) -> str:
-    """A page with what was measured between its two marks."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{measured}\n\n{END}{after}"
+def page_of(text: str, part: str, measured: str) -> str:
+    """A page with what was measured between a part's two marks.
+
+    Raises:
+        InputError: The page has no such marks.
+    """
+    begin, end = (f"<!-- {part}: {word} -->" for word in ("begin", "end"))
+    before, first, rest = text.partition(begin)
+    _, last, after = rest.partition(end)
+    if not (first and last):
+        raise InputError(f"expected a page with {begin} and {end}, which this one has not")
+    return f"{before}{begin}\n\n{measured}\n\n{end}{after}"
