@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ EFFORT = {TRUTH: 0.02, FLOOR: 0.05, SOURCE: 0.05, JOINT: 2.0, REFERENCE: 2.0}
 
 @dataclass
 class Cost:
-    """Seconds by the clock, and the UNet's evaluations: forward calls times their batch."""
+    """Seconds of processor time, and the UNet's evaluations: forward calls times their batch."""
 
     seconds: float = 0.0
     evaluations: int = 0
@@ -95,7 +95,7 @@ class Cost:
 @contextmanager
 def counted(backbone: Backbone) -> Iterator[Cost]:
     """What the block costs."""
-    cost, begin = Cost(), perf_counter()
+    cost, begin = Cost(), process_time()
 
     def count(_: Any, arguments: tuple[Tensor, ...]) -> None:
         cost.evaluations += len(arguments[0])
@@ -105,7 +105,7 @@ def counted(backbone: Backbone) -> Iterator[Cost]:
         yield cost
     finally:
         hook.remove()
-        cost.seconds = perf_counter() - begin
+        cost.seconds = process_time() - begin
 
 
 class Workbench:
