@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from tests.conftest import ROOT
 from tests.installing import install
 from tests.video.making import beeps, make_video, noise
 from tokenflow import doctor
-from tokenflow.cli import main
+from tokenflow.cli import COMMANDS, main
 from tokenflow.video import Clip, read_clip, write_clip, write_image
 
 
@@ -356,3 +357,15 @@ def test_doctor_refuses_words_that_it_does_not_know(capsys: pytest.CaptureFixtur
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--version"])
     assert capsys.readouterr().out == f"tokenflow {version('tokenflow')}\n"
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_the_work_says_try_again(
+    sent: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(sent)
+    monkeypatch.setitem(COMMANDS, "predict", lambda words: os.kill(os.getpid(), sent))
+    with pytest.raises(SystemExit) as exit:
+        main(["predict"])
+    assert exit.value.code == 75
+    assert signal.getsignal(sent) is before

@@ -141,6 +141,18 @@ def test_a_run_that_cannot_be_measured_stays(
     assert "in is not measured: the judge knows" in capsys.readouterr().err
 
 
+def test_a_metric_that_breaks_costs_no_run(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("tokenflow.engine.measuring.measure_run", broken)
+    main(["predict", f"--config={run / 'run.yaml'}", f"--output.folder={tmp_path}"])
+    assert (tmp_path / "in" / "run.yaml").exists()
+    assert "in is not measured: RuntimeError: out of memory" in capsys.readouterr().err
+
+
 def refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         main(["evaluate", *words])

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ import yaml
 
 from tests.conftest import ROOT
 from tokenflow.cli import main
-from tokenflow.video import Clip, read_clip, write_clip
+from tokenflow.engine import denoising
+from tokenflow.video import Clip, read_clip, write_clip, write_video
 
 NAMES = ("one", "two", "three")
 FILES = ["compare.mp4", "contact_sheet.png", "edited.mp4", "report.html", "run.yaml"]
@@ -79,6 +81,47 @@ def test_a_clip_that_fails_does_not_stop_the_rest(
     assert files(runs)["broken"] == FILES
     assert (runs / "one" / "run.yaml").stat().st_mtime_ns == before
     assert capsys.readouterr().out.splitlines()[-1] == "4 clips: 1 done, 3 skipped, 0 failed"
+
+
+def test_a_clip_that_cannot_be_written_does_not_stop_the_rest(
+    words: list[str], manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    runs, stages = tmp_path / "runs", []
+    rows = yaml.safe_load(manifest.read_text())
+    manifest.write_text(yaml.safe_dump([row for row in rows if row["video"] != "broken.mp4"]))
+    runs.mkdir()
+    (runs / "third").write_text("a file, where a folder is to be")
+
+    def failing(path: Path, *args: Any, **options: Any) -> None:
+        if path.parent.name == "one":
+            raise ValueError("no such pixel format")
+        write_video(path, *args, **options)
+
+    monkeypatch.setattr("tokenflow.engine.writer.write_video", failing)
+    with pytest.raises(SystemExit) as exit:
+        main([*words, f"--model.cache={tmp_path / 'cache'}"])
+    assert exit.value.code == 1
+    assert [p.name for p in (runs / "one").iterdir()] == ["failed.yaml"]
+    lines = capsys.readouterr().out.splitlines()[-4:]
+    assert "one    failed" in lines[0]
+    assert "no such pixel format" in lines[0]
+    assert "third cannot be written" in lines[2]
+    assert lines[3] == "3 clips: 1 done, 0 skipped, 2 failed"
+
+    # mended, the one is only written, and the other edited
+    (runs / "third").unlink()
+    monkeypatch.undo()
+    edit = denoising.Denoiser.propagated
+
+    def counting(self: Any, *args: Any, **options: Any) -> torch.Tensor:
+        stages.append(self.trajectory.clean.shape[0])
+        return edit(self, *args, **options)
+
+    monkeypatch.setattr(denoising.Denoiser, "propagated", counting)
+    main([*words, f"--model.cache={tmp_path / 'cache'}"])
+    assert files(runs) == {"one": FILES, "two": FILES, "third": FILES}
+    assert stages == [5, 5]  # two steps of the third's five frames
 
 
 def test_parts_of_a_manifest(words: list[str], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any, NoReturn
 
-from tokenflow.errors import InputError, Interrupted
+from tokenflow.errors import InputError, Interrupted, Preempted
 
 USAGE = """\
 usage: tokenflow COMMAND [OPTIONS]
@@ -44,21 +44,34 @@ HELP = ("-h", "--help")
 def main(args: Sequence[str] | None = None) -> None:
     """Runs one command; what a user can mend is printed without a traceback, exit code 2.
 
-    Ctrl-C ends it, cleaning up, with exit code 130.
+    Ctrl-C ends it, cleaning up, with exit code 130; SIGTERM and SIGUSR1 with 75, "try again".
     """
-    before = signal.signal(signal.SIGINT, interrupt)
+    before = {number: signal.signal(number, does) for number, does in SIGNALS.items()}
     try:
         dispatch(list(sys.argv[1:] if args is None else args))
     except Interrupted:
         print("tokenflow: interrupted", file=sys.stderr)
         raise
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def interrupt(*_: Any) -> NoReturn:
     """What Ctrl-C does."""
     raise Interrupted(128 + signal.SIGINT)
+
+
+def stop_at_once(*_: Any) -> NoReturn:
+    """What a scheduler's signal does while there is nothing to keep."""
+    raise Preempted
+
+
+SIGNALS = {
+    signal.SIGINT: interrupt,
+    signal.SIGTERM: stop_at_once,
+    signal.SIGUSR1: stop_at_once,
+}
 
 
 def dispatch(words: list[str]) -> None:

@@ -11,7 +11,8 @@ from lightning.pytorch import Trainer
 
 from tokenflow.editors import PnP
 from tokenflow.engine import Result
-from tokenflow.engine.job import ClipSource, Job
+from tokenflow.engine.folder import FolderLock
+from tokenflow.engine.job import ClipSource, Job, Outcome
 from tokenflow.engine.module import Prediction, TokenFlow
 from tokenflow.engine.writer import RunWriter
 from tokenflow.errors import InputError, Preempted
@@ -121,6 +122,35 @@ def test_two_runs_into_one_folder(tmp_path: Path, source: Job, prediction: Predi
     assert sorted(p.name for p in (tmp_path / "in").iterdir()) == [
         "compare.mp4", "contact_sheet.png", "edited.mp4", "report.html", "run.yaml",
     ]  # fmt: skip
+
+
+def test_a_run_that_another_has_just_finished(
+    tmp_path: Path, source: Job, prediction: Prediction, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the question whether it is finished and the lock."""
+    taken, listed = FolderLock.taken, Job(source.source, where="clips.yaml, clip 1")
+
+    def late(lock: FolderLock) -> bool:
+        (lock.folder).mkdir(parents=True, exist_ok=True)
+        (lock.folder / "run.yaml").write_text("theirs")
+        return taken(lock)
+
+    monkeypatch.setattr(FolderLock, "taken", late)
+    writer = RunWriter(str(tmp_path))
+    assert writer.admit(listed) == "finished before"
+    writer.write_on_batch_end(TRAINER, MODULE, Outcome(listed, "skipped"), [0], listed, 0, 0)
+    assert [p.name for p in (tmp_path / "in").iterdir()] == ["run.yaml"]
+
+
+def test_a_folder_that_is_not_the_runs_gets_no_note(tmp_path: Path) -> None:
+    """As where the output would lie in its source."""
+    (tmp_path / "in").mkdir()
+    job = Job(ClipSource(tmp_path / "in"), where="clips.yaml, clip 1")
+    writer = RunWriter(str(tmp_path))
+    with pytest.raises(InputError, match="beside or in its source"):
+        writer.admit(job)
+    writer.write_on_batch_end(TRAINER, MODULE, Outcome(job, "failed", "it"), [0], job, 0, 0)
+    assert not list((tmp_path / "in").iterdir())
 
 
 def test_a_run_is_whole_without_its_page(

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from tests.report.making import bar
+from tokenflow.engine.observer import Observed
 from tokenflow.errors import InputError
 from tokenflow.propagation import Correspondence, NNField, Window
 from tokenflow.report.features import (
-    Observed,
     draw,
     links,
     most_between,

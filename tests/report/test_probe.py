@@ -13,6 +13,7 @@ from tests.report.test_command import refused
 from tokenflow.cli import main
 from tokenflow.diffusion import Backbone
 from tokenflow.engine.attention import self_attention_sites
+from tokenflow.engine.observer import Observer
 from tokenflow.report import read_run
 from tokenflow.report.probe import observe
 from tokenflow.testing import tiny_clip
@@ -45,7 +46,7 @@ def change(folder: Path, section: str, **values: str) -> None:
 def test_what_a_site_sees_at_a_step(runs: Path, backbone: Backbone) -> None:
     files = {file.name: file.read_bytes() for file in (runs / "mine").iterdir()}
     site = self_attention_sites(backbone.unet)[0]
-    seen = observe(read_run(runs / "mine"), site.removesuffix(".processor"), 1)
+    seen = observe(read_run(runs / "mine"), Observer(site.removesuffix(".processor"), 1))
     assert (seen.site, seen.step, seen.steps) == (site, 1, 3)
     assert seen.frames == list(range(6))
     width = backbone.unet.get_submodule(site.removesuffix(".processor")).to_q.in_features
@@ -65,14 +66,20 @@ def test_what_a_site_sees_at_a_step(runs: Path, backbone: Backbone) -> None:
     assert [folder.name for folder in runs.iterdir()] == ["mine"]
 
 
-def test_the_page_shows_features_where_asked(
+def test_a_runs_own_page_shows_features(runs: Path) -> None:
+    text = (runs / "mine" / "report.html").read_text()
+    assert "step 1 of 3" in text
+    assert "from 0" in text or "from 1" in text or "from 2" in text
+    assert text.count("principal components") == 2
+
+
+def test_the_page_shows_other_features_where_asked(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mine, page = str(runs / "mine"), tmp_path / "page.html"
-    assert "Features" not in (runs / "mine" / "report.html").read_text()
-    main(["report", mine, "--features", "--frame=4", f"--output={page}"])
+    main(["report", mine, "--features", "--frame=4", "--step=2", f"--output={page}"])
     text = page.read_text()
-    assert "step 1 of 3" in text
+    assert "step 2 of 3" in text
     assert "frame 4, from" in text
     refused([mine, "--features", "--site=up"], "there is no site 'up'; expected", capsys)
     refused([mine, "--features", "--step=3"], "a step from 0 to 2, got 3", capsys)

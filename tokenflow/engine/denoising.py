@@ -28,6 +28,7 @@ from tokenflow.engine.attention import (
 from tokenflow.engine.frame_group import FrameGroup, Share
 from tokenflow.engine.guard import guarded, named
 from tokenflow.engine.joint import JointPass, full, windowed
+from tokenflow.engine.observer import Look
 from tokenflow.engine.spans import Span
 from tokenflow.propagation import (
     ClipFlow,
@@ -103,7 +104,7 @@ class Denoiser:
 
     def per_frame(self, x: Float[Tensor, "frames c h w"], t: int) -> Tensor:
         """Every frame on its own: image editing, frame by frame."""
-        with self.edited(t):
+        with self.group.together(), self.edited(t):
             return torch.cat(
                 [self.guided(part, self.latents(x, t, part), t) for part in self.parts()]
             )
@@ -124,12 +125,14 @@ class Denoiser:
         kernel: Propagation,
         neighbourhood: Neighbourhood,
         check: bool = False,
+        look: Look | None = None,
     ) -> Tensor:
         """TokenFlow: keyframes jointly, then all frames with the keyframes' features.
 
         `keyframes` are the whole clip's. They attend to each other in `spans`, of which no more
         than one is on the device at a time; all of them where there are none. Where told to
         `check`, it raises `InputError` for a kernel whose answer is no correspondence.
+        All that kernels are asked and answer is shown to whoever may `look`.
         """
         unet, bank, noise = self.backbone.unet, Bank(), torch.zeros_like(x)
         about = keyframes, partial(self.latents, x, t), self.group, self.share
@@ -147,7 +150,7 @@ class Denoiser:
                 held = slice(joint.held.start, joint.held.stop)
                 for part in self.parts(self.share.positions(joint.windows)):
                     window, used = neighbourhood(part, self.share.windows[held], keyframes[held])
-                    propagation = partial(self.propagation, bank, kernel, window, used, check)
+                    propagation = partial(self.propagation, bank, kernel, window, used, check, look)
                     with processors(unet, propagation):
                         here = rows(self.trajectory.positions, part)
                         noise[here] = self.guided(part, self.latents(x, t, part), t)
@@ -161,6 +164,7 @@ class Denoiser:
         window: Window,
         used: list[int],
         check: bool,
+        look: Look | None,
         site: str,
     ) -> PropagatedAttention:
         """At a site, what a window's tokens take from those keyframes in the bank that it uses."""
@@ -171,6 +175,8 @@ class Denoiser:
             found = guarded(kernel, kernel.correspond)(source, keys, here)
             if check:
                 check_correspondence(found, source, keys, f"{named(kernel)} at {site}")
+            if look is not None:
+                look(site, source, here, found)
             return found
 
         return PropagatedAttention(BRANCHES, bank.outputs[site][:, used], correspond)

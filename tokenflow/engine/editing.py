@@ -21,6 +21,7 @@ from tokenflow.editors import Editor, contract
 from tokenflow.engine.denoising import Denoiser
 from tokenflow.engine.frame_group import FrameGroup, Share
 from tokenflow.engine.guard import guarded, named
+from tokenflow.engine.observer import Observer
 from tokenflow.engine.recall import KeptSampling, Recall, sampling_of
 from tokenflow.engine.settings import Settings
 from tokenflow.engine.source import Progress, invert_clip, kept_inversion, of_source, timed
@@ -66,6 +67,7 @@ def edit_clip(
     progress: Progress = lambda stage, step, steps: None,
     group: FrameGroup | None = None,
     recall: Recall | None = None,
+    observer: Observer | None = None,
 ) -> Result:
     """Edits every frame of a clip: encode, invert, sample with TokenFlow, decode.
 
@@ -87,6 +89,7 @@ def edit_clip(
         group: The ranks that share the clip; this process alone when not given.
         recall: Where inversions and interrupted samplings are kept and found; nowhere when not
             given.
+        observer: Sees what one site does at one step.
 
     Raises:
         InputError: An argument is out of its range; the message says which and what to do.
@@ -113,9 +116,12 @@ def edit_clip(
         if provider is not None:
             near = seen.part(share.positions(share.held))
             flow = guarded(provider, ClipFlow)(near, provider, backbone.latent_scale)
-    embedding = backbone.embed([inversion_prompt])
-    conditioning = of_source(editor, backbone, embedding, schedule)
-    known = kept_inversion(backbone, clip, editor, inversion_prompt, schedule, timesteps, recall)
+        embedding = backbone.embed([inversion_prompt])
+        conditioning = of_source(editor, backbone, embedding, schedule)
+        known = kept_inversion(
+            backbone, clip, editor, inversion_prompt, schedule, timesteps, recall
+        )
+    group.leave()
     trajectory = invert_clip(
         backbone, clip, embedding, schedule, timesteps, settings.batch, conditioning, known,
         group, seconds, progress,
@@ -146,7 +152,7 @@ def edit_clip(
     with timed(seconds, "edit"):
         edited = edit_latents(
             backbone, trajectory, schedule, editor, propagation, prompt, negative_prompt,
-            inversion_prompt, settings, clip.name, progress, flow, group, kept,
+            inversion_prompt, settings, clip.name, progress, flow, group, kept, observer,
         )  # fmt: skip
     with timed(seconds, "decode"):
         done = decoded(backbone, edited, clip, settings.batch, group, progress)
@@ -169,6 +175,7 @@ def edit_latents(
     flow: ClipFlow | None = None,
     group: FrameGroup | None = None,
     kept: KeptSampling | None = None,
+    observer: Observer | None = None,
 ) -> Float[Tensor, "frames c h w"]:
     """Algorithm 1 of the paper: the edited latents of a trajectory's frames.
 
@@ -205,8 +212,12 @@ def edit_latents(
             drawn = draw_keyframes(windows, s.keyframes, s.seed, name, step)
             bounded = s.keyframe_attention == "windowed"
             runs = spans(len(windows), s.span, s.anchors, step) if bounded else None
+            look = None
+            if observer is not None:
+                look = observer.during(done - 1, steps, trajectory.positions, backbone.unet)
+            first = done == before + 1
             epsilon = denoiser.propagated(
-                x, t, drawn, runs, propagation, around, check=done == before + 1
+                x, t, drawn, runs, propagation, around, check=first, look=look
             )
         t_next = schedule.following(t)
         x = ddim_step(x, epsilon, schedule.alpha(t), schedule.alpha(t_next))

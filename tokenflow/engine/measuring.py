@@ -118,5 +118,6 @@ def leave(sources: Sources, folder: Path, record: dict[str, Any]) -> None:
     """Measures a run whose videos are written."""
     try:
         measure_run(FinishedRun.of(folder, record), sources)
-    except InputError as error:
-        print(f"{folder} is not measured: {error}", file=sys.stderr)
+    except Exception as error:  # whatever it is, the videos are there
+        why = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+        print(f"{folder} is not measured: {why}{error}", file=sys.stderr)

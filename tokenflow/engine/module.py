@@ -15,6 +15,7 @@ from tokenflow.engine.cache import FOLDER, Cache
 from tokenflow.engine.editing import Result, check_prompt, edit_clip
 from tokenflow.engine.frame_group import FrameGroup
 from tokenflow.engine.job import Job, Outcome
+from tokenflow.engine.observer import Observed, Observer
 from tokenflow.engine.recall import Recall
 from tokenflow.engine.settings import Settings
 from tokenflow.engine.source import Progress
@@ -26,13 +27,15 @@ from tokenflow.video import Clip, Spool, levels
 
 
 class Prediction:
-    """A result on its way to the writer, and what the run's defaults came to.
+    """A result on its way to the writer, what the run's defaults came to, and what a site saw.
 
     No dataclass, as Lightning would take that apart.
     """
 
-    def __init__(self, result: Result, resolved: dict[str, Any]) -> None:
-        self.result, self.resolved = result, resolved
+    def __init__(
+        self, result: Result, resolved: dict[str, Any], seen: Observed | None = None
+    ) -> None:
+        self.result, self.resolved, self.seen = result, resolved, seen
 
 
 class TokenFlow(LightningModule):
@@ -96,6 +99,8 @@ class TokenFlow(LightningModule):
         self.progress: Progress = lambda stage, step, steps: None
         self.asked: Callable[[], bool] = lambda: False
         """Whether this process was asked to stop."""
+        self.observer: Callable[[], Observer] = Observer
+        """Makes the one who looks on while a clip is edited."""
         self.admit: Callable[[Job], str | None] = lambda job: None
         """Why a job is not to be done, if there is a reason; asked on the first rank of its group.
 
@@ -135,6 +140,7 @@ class TokenFlow(LightningModule):
                 reason = self.admit(job) if self.group.rank == 0 else None
             if reason := self.group.tell(reason)[0]:
                 return Outcome(job, "skipped", reason)
+            self.group.leave()
             return self.edited(job)
         except Exception as error:  # whatever is wrong with one clip, the others are edited
             if job.where is None or not self.group.knows(error):
@@ -151,8 +157,10 @@ class TokenFlow(LightningModule):
         if self.cache is not None:
             editor, propagation = self.described
             recall = Recall(self.cache, editor, propagation, self.save_every)
+        observer = self.observer()
         with self.group.together():
             clip = job.source.read(backbone.multiple)
+        self.group.leave()
         result = edit_clip(
             backbone,
             clip,
@@ -164,13 +172,14 @@ class TokenFlow(LightningModule):
             progress=self.progress,
             group=self.group,
             recall=recall,
+            observer=observer,
         )
         if self.group.size > 1:
             share = self.group.share(split_windows(clip.total, settings.keyframe_every))
             result = self.gathered(result, clip, share.frame_counts)
         if self.cache is not None and self.group.rank == 0:
             self.cache.prune()
-        return Prediction(result, self.resolved(backbone, settings, prompts))
+        return Prediction(result, self.resolved(backbone, settings, prompts), observer.seen)
 
     def gathered(self, result: Result, source: Clip, counts: Sequence[int]) -> Result:
         """On rank 0 the result for the whole clip, elsewhere this rank's as it is."""

@@ -6,6 +6,7 @@ import platform
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from itertools import starmap
 from pathlib import Path
@@ -34,7 +35,7 @@ from tokenflow.engine.frame_group import StopRequested
 from tokenflow.engine.job import ClipSource, Job, Outcome
 from tokenflow.engine.module import Prediction, TokenFlow
 from tokenflow.errors import InputError
-from tokenflow.report import Run, write_report
+from tokenflow.report import Run, draw, write_report
 from tokenflow.video import (
     Clip,
     atomic,
@@ -79,21 +80,32 @@ class RunWriter(BasePredictionWriter):
             InputError: The job's files may not or cannot be written.
         """
         folder = self.folder / job.name
-        if finished(folder) and not self.overwrite:
-            if job.where is not None:
-                return "finished before"
-            raise InputError(
-                f"{folder} holds a finished run; choose another --output.folder, or give "
-                f"--output.overwrite true to replace it"
-            )
+        if reason := self.finished(job, folder):
+            return reason
         self.check(job.source, folder)
-        self.lock = FolderLock(folder)
-        if self.lock.taken():
-            return None
+        lock = FolderLock(folder)
+        if lock.taken():
+            self.lock = lock
+            return self.finished(job, folder)  # by another run, just before this one had the lock
         if job.where is not None:
             return "another run has it now"
         raise InputError(
             f"another run writes to {folder} now; wait for it, or choose another --output.folder"
+        )
+
+    def finished(self, job: Job, folder: Path) -> str | None:
+        """Why a clip among many is not edited again, if it is finished.
+
+        Raises:
+            InputError: The only clip is.
+        """
+        if self.overwrite or not finished(folder):
+            return None
+        if job.where is not None:
+            return "finished before"
+        raise InputError(
+            f"{folder} holds a finished run; choose another --output.folder, or give "
+            f"--output.overwrite true to replace it"
         )
 
     def check(self, source: ClipSource, folder: Path) -> None:
@@ -125,22 +137,35 @@ class RunWriter(BasePredictionWriter):
         if prediction is None:
             return
         folder = self.folder / job.name
-        if isinstance(prediction, Outcome):
-            outcome = prediction
-            if outcome.what == "failed" and module.group.rank == 0:
-                with atomic(folder / FAILED) as file:
-                    file.write_text(yaml.safe_dump({"failed": outcome.why}))
+        if isinstance(prediction, Prediction):
+            outcome = self.written(module, job, prediction)
         else:
-            self.asked = module.asked
-            with module.group.together():
-                if module.group.rank == 0:
-                    self.write(prediction, folder)
-            if prediction.result.kept is not None:
-                prediction.result.kept.forget()
-            outcome = Outcome(job, "done", "", sum(prediction.result.seconds.values()))
+            outcome = prediction
+        if outcome.what == "failed" and self.lock is not None:  # else the folder is not this run's
+            with suppress(OSError), atomic(folder / FAILED) as file:
+                file.write_text(yaml.safe_dump({"failed": outcome.why}))
         self.release()
         if module.group.rank == 0:
             self.outcomes.append(outcome)
+
+    def written(self, module: TokenFlow, job: Job, prediction: Prediction) -> Outcome:
+        """What became of a job that was edited, once its files are there.
+
+        Raises:
+            InputError: The files of a clip that is not one of many cannot be written.
+        """
+        self.asked = module.asked
+        try:
+            with module.group.together():
+                if module.group.rank == 0:
+                    self.write(prediction, self.folder / job.name)
+        except Exception as error:  # whatever is wrong with one clip, the others are edited
+            if job.where is None or not module.group.knows(error):
+                raise
+            return Outcome(job, "failed", f"{type(error).__name__}: {error}")
+        if prediction.result.kept is not None:
+            prediction.result.kept.forget()
+        return Outcome(job, "done", "", sum(prediction.result.seconds.values()))
 
     def on_exception(self, *_: Any) -> None:
         self.release()
@@ -182,24 +207,27 @@ class RunWriter(BasePredictionWriter):
             write_image(folder / SHEET, contact_sheet(rows, size=source.display_size))
             record = self.summary(prediction)
             self.measure(folder, record)
-            self.show(folder, record)
+            self.show(folder, record, prediction)
             with atomic(folder / RECORD) as file:
                 file.write_text(yaml.safe_dump(record, sort_keys=False))
             (folder / FAILED).unlink(missing_ok=True)
         except OSError as error:
             again = "free some space or choose another --output.folder, and start again"
-            keeps = "" if result.kept is None else "; the edit is kept and only written then"
+            safe = result.kept is not None and not result.kept.cache.full
+            keeps = "; the edit is kept and only written then" if safe else ""
             raise InputError(f"{folder} cannot be written ({error}): {again}{keeps}") from error
         for name in FILES:
             if (folder / name).exists():
                 print(folder / name)
 
-    def show(self, folder: Path, record: dict[str, Any]) -> None:
+    def show(self, folder: Path, record: dict[str, Any], prediction: Prediction) -> None:
         """Writes the run's page; the run is whole without it."""
         if self.asked():
             raise StopRequested
         try:
-            write_report(Run(folder, record))
+            seen, source = prediction.seen, prediction.result.source.frames
+            features = None if seen is None else draw(seen, source)
+            write_report(Run(folder, record), features=features)
         except Exception as error:  # whatever it is, the videos are there
             warnings.warn(
                 f"{folder / REPORT} is not written ({type(error).__name__}: {error}); tokenflow "

@@ -1,6 +1,7 @@
 """The page that a run leaves: to look at, offline, in any browser."""
 
+from tokenflow.report.features import draw
 from tokenflow.report.page import write_comparison, write_report
 from tokenflow.report.run import Run, read_run
 
-__all__ = ["Run", "read_run", "write_comparison", "write_report"]
+__all__ = ["Run", "draw", "read_run", "write_comparison", "write_report"]

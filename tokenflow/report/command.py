@@ -81,10 +81,11 @@ def run(words: list[str]) -> None:
 
 def observed(run: Run, options: Namespace, allowed: list[str]) -> Features:
     """The pictures of the run's features that the options ask for."""
+    from tokenflow.engine.observer import Observer
     from tokenflow.report.probe import observe
 
     words = [word for name in allowed for word in (OPTION, name)]
-    seen = observe(run, options.site, options.step, words)
+    seen = observe(run, Observer(options.site, options.step, options.frame), words)
     return draw(seen, run.source().frames[:], options.frame)
 
 

@@ -9,34 +9,14 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from tokenflow.engine.observer import Observed
 from tokenflow.errors import InputError
 from tokenflow.propagation import Correspondence, Window
 from tokenflow.report.pictures import picture
-from tokenflow.video import contact_sheet
+from tokenflow.video import Frames, contact_sheet
 
 CORNERS = ((1.0, 0.35, 0.2), (1.0, 0.9, 0.2), (0.35, 0.25, 1.0), (0.1, 0.9, 0.7))
 """Colours of a picture's upper left, upper right, lower left and lower right corner."""
-
-
-@dataclass(frozen=True)
-class Observed:
-    """What a site saw at one step of sampling.
-
-    Attributes:
-        site: The self-attention layer.
-        step: Of sampling, from 0.
-        steps: How many there are.
-        frames: Positions in the clip of some frames, evenly spaced.
-        tokens: Their source tokens, as they entered the self-attention.
-        parts: The windows of all frames, and the correspondence of each.
-    """
-
-    site: str
-    step: int
-    steps: int
-    frames: list[int]
-    tokens: Float[Tensor, "frames height width channels"]
-    parts: list[tuple[Window, Correspondence]]
 
 
 @dataclass(frozen=True)
@@ -53,7 +33,9 @@ class Features:
 
 
 def draw(
-    seen: Observed, source: Float[Tensor, "frames 3 height width"], frame: int | None = None
+    seen: Observed,
+    source: Float[Tensor, "frames 3 height width"] | Frames,
+    frame: int | None = None,
 ) -> Features:
     """The pictures of the page.
 
@@ -69,7 +51,7 @@ def draw(
     if not 0 <= chosen < len(source):
         raise InputError(f"expected a frame from 0 to {len(source) - 1}, got {chosen}")
     size = (source.shape[2], source.shape[3])
-    shown = source[seen.frames]
+    shown = torch.stack([source[number] for number in seen.frames])
     maps = interpolate(principal(seen.tokens), size, mode="nearest")
     height, width = seen.tokens.shape[1:3]
     return Features(
@@ -96,7 +78,7 @@ def most_between(parts: list[tuple[Window, Correspondence]]) -> int:
 
 def links(
     parts: list[tuple[Window, Correspondence]],
-    source: Float[Tensor, "frames 3 height width"],
+    source: Float[Tensor, "frames 3 height width"] | Frames,
     frame: int,
 ) -> list[tuple[str, Float[Tensor, "3 height width"]]]:
     """Each keyframe of a frame in colours that tell places, and the frame with those it takes."""
