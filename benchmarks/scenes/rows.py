@@ -37,8 +37,8 @@ class Plan:
     """
 
     frames: int = 16
-    steps: int = 10
-    reference_inversion: int = 40
+    steps: int = 7
+    reference_inversion: int = 28
     guidance: float = 4.0
     keyframe_every: int = 8
 
