@@ -77,6 +77,7 @@ def test_a_run_leaves_its_files(words: list[str], video: Path, tmp_path: Path) -
         "compare.mp4",
         "contact_sheet.png",
         "edited.mp4",
+        "features.json",
         "report.html",
         "run.yaml",
     ]

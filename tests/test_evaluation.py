@@ -136,7 +136,8 @@ def test_a_run_that_cannot_be_measured_stays(
         "--model.prompt=a robot",
     ])  # fmt: skip
     assert sorted(p.name for p in (tmp_path / "in").iterdir()) == [
-        "compare.mp4", "contact_sheet.png", "edited.mp4", "report.html", "run.yaml",
+        "compare.mp4", "contact_sheet.png", "edited.mp4", "features.json", "report.html",
+        "run.yaml",
     ]  # fmt: skip
     assert "in is not measured: the judge knows" in capsys.readouterr().err
 

@@ -18,7 +18,9 @@ from tests.conftest import ROOT
 from tokenflow.testing import tiny_clip
 from tokenflow.video import Clip, read_clip, write_clip
 
-FILES = ["compare.mp4", "contact_sheet.png", "edited.mp4", "report.html", "run.yaml"]
+FILES = [
+    "compare.mp4", "contact_sheet.png", "edited.mp4", "features.json", "report.html", "run.yaml",
+]  # fmt: skip
 PATIENCE = 60.0  # seconds in which all ranks must end when one is killed
 LOADING = 60.0  # and what starting takes where other work goes on
 

@@ -18,7 +18,9 @@ from tokenflow.engine import denoising
 from tokenflow.video import Clip, read_clip, write_clip, write_video
 
 NAMES = ("one", "two", "three")
-FILES = ["compare.mp4", "contact_sheet.png", "edited.mp4", "report.html", "run.yaml"]
+FILES = [
+    "compare.mp4", "contact_sheet.png", "edited.mp4", "features.json", "report.html", "run.yaml",
+]  # fmt: skip
 
 
 @pytest.fixture

@@ -71,6 +71,10 @@ def test_a_runs_own_page_shows_features(runs: Path) -> None:
     assert "step 1 of 3" in text
     assert "from 0" in text or "from 1" in text or "from 2" in text
     assert text.count("principal components") == 2
+    main(["report", str(runs / "mine")])
+    again = (runs / "mine" / "report.html").read_text()
+    seen = slice(text.index("Where tokens come from"), text.index("</section>", text.index("Feat")))
+    assert text[seen] in again  # from the file that the run has left
 
 
 def test_the_page_shows_other_features_where_asked(

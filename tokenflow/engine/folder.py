@@ -14,7 +14,8 @@ REPORT = "report.html"
 RECORD = "run.yaml"
 FAILED = "failed.yaml"
 METRICS = "metrics.json"
-FILES = (EDITED, COMPARE, SHEET, METRICS, REPORT, RECORD)
+FEATURES = "features.json"
+FILES = (EDITED, COMPARE, SHEET, METRICS, FEATURES, REPORT, RECORD)
 LOCK = ".lock"
 
 

@@ -23,6 +23,7 @@ from tokenflow.engine.folder import (
     COMPARE,
     EDITED,
     FAILED,
+    FEATURES,
     FILES,
     METRICS,
     RECORD,
@@ -193,7 +194,7 @@ class RunWriter(BasePredictionWriter):
         result = prediction.result
         source, edited = result.source, result.clip
         try:
-            for name in (RECORD, REPORT, METRICS):  # of a run that is overwritten
+            for name in (RECORD, REPORT, METRICS, FEATURES):  # of a run that is overwritten
                 (folder / name).unlink(missing_ok=True)
             write_video(
                 folder / EDITED, self.unless_asked(edited.frames), edited.times, edited.rate,
@@ -226,8 +227,9 @@ class RunWriter(BasePredictionWriter):
             raise StopRequested
         try:
             seen, source = prediction.seen, prediction.result.source.frames
-            features = None if seen is None else draw(seen, source)
-            write_report(Run(folder, record), features=features)
+            if seen is not None:
+                draw(seen, source).save(folder / FEATURES)
+            write_report(Run(folder, record))
         except Exception as error:  # whatever it is, the videos are there
             warnings.warn(
                 f"{folder / REPORT} is not written ({type(error).__name__}: {error}); tokenflow "

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -13,7 +16,7 @@ from tokenflow.engine.observer import Observed
 from tokenflow.errors import InputError
 from tokenflow.propagation import Correspondence, Window
 from tokenflow.report.pictures import picture
-from tokenflow.video import Frames, contact_sheet
+from tokenflow.video import Frames, atomic, contact_sheet
 
 CORNERS = ((1.0, 0.35, 0.2), (1.0, 0.9, 0.2), (0.35, 0.25, 1.0), (0.1, 0.9, 0.7))
 """Colours of a picture's upper left, upper right, lower left and lower right corner."""
@@ -30,6 +33,28 @@ class Features:
     frame: int
     links: list[tuple[str, str]]
     components: str
+
+    def save(self, file: Path) -> None:
+        """Writes them to a file, for pages that are made later on."""
+        with atomic(file) as temporary:
+            temporary.write_text(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def load(cls, file: Path) -> Features:
+        """Reads them again.
+
+        Raises:
+            InputError: The file holds something else.
+        """
+        try:
+            found = json.loads(file.read_text())
+            links = [(caption, uri) for caption, uri in found.pop("links")]
+            return cls(**found, links=links)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(
+                f"{file} holds no features ({error}); remove it, and see tokenflow report "
+                f"--features"
+            ) from error
 
 
 def draw(

@@ -16,7 +16,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from tokenflow.engine.folder import EDITED, REPORT
+from tokenflow.engine.folder import EDITED, FEATURES, REPORT
 from tokenflow.errors import InputError
 from tokenflow.report.features import Features
 from tokenflow.report.pictures import (
@@ -44,10 +44,15 @@ MAIN = (
 def write_report(run: Run, output: Path | None = None, features: Features | None = None) -> Path:
     """Writes one run's page, into its folder if not told otherwise.
 
+    Its features are those that the run has left, where no others are given.
+
     Raises:
         InputError: One of the run's files cannot be read.
     """
     source, edited = run.source(), run.edited()
+    kept = run.folder / FEATURES
+    if features is None and kept.exists():
+        features = Features.load(kept)
     rows, space = slice_rows(source.frames.shape[2]), Space(SPACE)
     video = space.file(run.folder / EDITED, sound=run.sound)
     steps = [
