@@ -44,6 +44,13 @@ def test_a_true_edit_does_well_by_all() -> None:
         assert worse[name] < found[name] - 0.05, name
 
 
+def test_what_broken_pixels_make_of_a_metric_is_left_out() -> None:
+    measures = Measures(SceneFlow(SCENE), distances=(1,))
+    broken = Clip.from_frames(torch.full_like(SOURCE.frames[:], torch.nan))
+    found = measures.of(broken, measures.motions(SOURCE), mask=MASK)
+    assert list(found) == ["visible_1", "flicker_source"]
+
+
 def test_the_flow_of_the_edit_itself() -> None:
     """Noise that stands still in the source and moves in the edit."""
     source, edited = (Clip.from_frames(make(3, 64, 64)) for make in (still, translation))

@@ -28,8 +28,8 @@ def psnr(a: Float[Tensor, "*shape"], b: Float[Tensor, "*shape"]) -> float:
 
 
 def decibels(error: float) -> float:
-    """The PSNR in dB of a mean squared error of images in 0..1; infinite for none."""
-    return -10 * math.log10(error) if error > 0 else math.inf
+    """The PSNR in dB of a mean squared error of images in 0..1; infinite for 0, NaN for NaN."""
+    return math.inf if error == 0 else -10 * math.log10(error)
 
 
 def ssim(
