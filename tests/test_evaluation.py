@@ -216,6 +216,14 @@ def test_names_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None
         assert name in out
 
 
+def test_flicker_has_no_better_way(capsys: pytest.CaptureFixture[str]) -> None:
+    """A blurred edit has less than its source, and is not the better for it."""
+    show({"a": {"flicker": 0.5, "lpips": 0.5}})
+    out = capsys.readouterr().out
+    assert "share" in out
+    assert out.count("↓") == 1
+
+
 def test_an_overwritten_run_loses_its_metrics(run: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(run, tmp_path / "in"))
     (other / "metrics.json").write_text("{}")

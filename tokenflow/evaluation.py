@@ -43,7 +43,7 @@ class Column(NamedTuple):
 
 
 COLUMNS = {
-    "flicker": Column("flicker", "share ↓"),
+    "flicker": Column("flicker", "share"),
     "flicker_source": Column("source's flicker", "share"),
     "psnr": Column("PSNR", "dB ↑", digits=2),
     "ssim": Column("SSIM", "↑"),
@@ -181,7 +181,7 @@ def column(name: str) -> Column | None:
 
 
 def show(rows: Mapping[str, Values]) -> None:
-    """Prints the table; ↑ is better when higher, ↓ when lower."""
+    """Prints the table; ↑ is better when higher, ↓ when lower, flicker when near the source's."""
     table = Table()
     table.add_column("", overflow="fold")
     names = [name for name in every_name(rows) if column(name)]

@@ -1,6 +1,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -128,6 +129,13 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "no CLIP": ({"clip": "gone"}, {}, "'gone' has no config.json"),
     "no LPIPS": ({"lpips": "gone.pth"}, {}, "no AlexNet weights at gone.pth"),
 }  # fmt: skip
+
+
+def test_files_of_flow_of_another_size_say_which_is_needed(tmp_path: Path) -> None:
+    for name in ("0_1", "1_0"):
+        np.save(tmp_path / f"{name}.npy", np.zeros((2, 64, 64), dtype=np.float32))
+    with pytest.raises(InputError, match=r"expected \(2, 16, 20\).*evaluate at that of the run's"):
+        Measures(FlowFiles(str(tmp_path))).motions(SMALL)
 
 
 @pytest.mark.parametrize("case", BAD)
