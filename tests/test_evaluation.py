@@ -12,7 +12,13 @@ import torch
 import yaml
 
 from tests.conftest import ROOT
+from tests.metrics.making import write_tiny_clip
 from tokenflow.cli import main
+from tokenflow.diffusion import Backbone
+from tokenflow.engine.finished_run import FinishedRun
+from tokenflow.engine.measuring import Sources, measure_run
+from tokenflow.evaluation import show
+from tokenflow.metrics import Measures
 from tokenflow.video import Clip, read_clip, write_clip, write_image
 
 DEMO = ROOT / "tokenflow" / "miniature" / "demo" / "blue_ball.mp4"
@@ -116,6 +122,106 @@ def test_a_pair_of_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert float(row["psnr"]) == pytest.approx(float(expected), abs=0.2)  # of 8 bits, in YUV
     assert float(row["structure"]) > 0.98
     assert float(row["psnr_outside"]) != float(row["psnr"])
+
+
+def test_the_round_trip_of_a_video_of_odd_size(model_folder: Path, tmp_path: Path) -> None:
+    frames = torch.rand(3, 3, 97, 65, generator=torch.Generator().manual_seed(0))
+    hidden = torch.zeros(3, 97, 65)
+    hidden[:, 20:50, 20:40] = 1
+    for i in range(3):
+        write_image(tmp_path / "old" / f"{i}.png", frames[i])
+        write_image(tmp_path / "new" / f"{i}.png", 0.9 * frames[i])
+        write_image(tmp_path / "mask" / f"{i}.png", hidden[i].expand(3, -1, -1))
+    main([
+        "evaluate", f"--source={tmp_path / 'old'}", f"--edited={tmp_path / 'new'}",
+        f"--round_trip={model_folder}", f"--mask={tmp_path / 'mask'}", "--distances=1",
+        f"--csv={tmp_path / 'table.csv'}",
+    ])  # fmt: skip
+    floor, row = csv.DictReader((tmp_path / "table.csv").open())
+    assert floor["video"] == f"VAE round trip of {tmp_path / 'old'}"
+    assert all(floor.values())
+    assert floor.keys() == row.keys()
+    assert floor["psnr_outside"] != floor["psnr"]
+
+
+def altered(original: Path, folder: Path, **groups: dict[str, object]) -> Path:
+    """A copy of a run whose record says something else."""
+    shutil.copytree(original, folder)
+    record = yaml.safe_load((folder / "run.yaml").read_text())
+    for name, values in groups.items():
+        record[name] |= values
+    (folder / "run.yaml").write_text(yaml.safe_dump(record))
+    return folder
+
+
+def test_each_source_has_the_floor_of_its_own(
+    run: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    same = altered(run, tmp_path / "same")
+    earlier = altered(run, tmp_path / "earlier", data={"start": 0, "max_frames": 5})
+    hidden = torch.zeros(5, 30, 50)
+    hidden[:, 5:20, 10:30] = 1
+    for i in range(5):
+        write_image(tmp_path / "mask" / f"{i}.png", hidden[i].expand(3, -1, -1))
+    main([
+        "evaluate", str(run), str(same), str(earlier), f"--round_trip={model_folder}",
+        f"--mask={tmp_path / 'mask'}", f"--csv={tmp_path / 'table.csv'}", "--flow=DIS",
+        "--flow.preset=fast",
+    ])  # fmt: skip
+    rows = {row["video"]: row for row in csv.DictReader((tmp_path / "table.csv").open())}
+    floor = f"VAE round trip of {run.parents[1] / 'in.mp4'}"
+    assert list(rows) == [
+        floor, str(run), str(same), f"{floor}, as in {earlier}", str(earlier)
+    ]  # fmt: skip
+    found = [json.loads((f / "metrics.json").read_text()) for f in (run, same, earlier)]
+    for left, name in zip(found, (floor, floor, f"{floor}, as in {earlier}"), strict=True):
+        assert left["round_trip"]["psnr_outside"] == float(rows[name]["psnr_outside"])
+    options = found[0]["options"]
+    assert options["mask"] == str(tmp_path / "mask")
+    assert (options["flow"], options["flow.preset"]) == ("DIS", "fast")
+
+
+def test_the_floor_is_that_of_the_sources_own_prompt(
+    run: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    other = altered(run, tmp_path / "other", run={"inversion_prompt": "a red box on water"})
+    measures = Measures(clip=str(write_tiny_clip(tmp_path / "clip")), device="cpu")
+    sources = Sources(measures, Backbone.load(str(model_folder), "cpu"))
+    floors = [
+        measure_run(FinishedRun.read(folder), sources)["round_trip"] for folder in (run, other)
+    ]
+    assert floors[0]["clip_text"] != floors[1]["clip_text"]
+    assert floors[0]["psnr"] == floors[1]["psnr"]
+
+
+def test_one_run_that_fails_costs_no_other_its_row(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = altered(run, tmp_path / "bad", data={"video": "gone.mp4"})
+    last = altered(run, tmp_path / "last")
+    table = tmp_path / "table.csv"
+    with pytest.raises(SystemExit) as exit:
+        main(["evaluate", str(run), str(bad), str(last), f"--csv={table}"])
+    assert exit.value.code == 2
+    out, err = capsys.readouterr()
+    assert [row["video"] for row in csv.DictReader(table.open())] == [str(run), str(last)]
+    assert str(last) in out.replace("\n", "")
+    assert f"{bad} is not measured: the source gone.mp4 of" in err
+
+
+def test_names_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    show({name: {"psnr": 20.0} for name in ("Title [dQw4w9WgXcQ]", "a[/x]", ":smile:")})
+    out = capsys.readouterr().out
+    for name in ("Title [dQw4w9WgXcQ]", "a[/x]", ":smile:"):
+        assert name in out
+
+
+def test_flicker_has_no_better_way(capsys: pytest.CaptureFixture[str]) -> None:
+    """A blurred edit has less than its source, and is not the better for it."""
+    show({"a": {"flicker": 0.5, "lpips": 0.5}})
+    out = capsys.readouterr().out
+    assert "share" in out
+    assert out.count("↓") == 1
 
 
 def test_an_overwritten_run_loses_its_metrics(run: Path, tmp_path: Path) -> None:

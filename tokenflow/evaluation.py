@@ -8,18 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxtyping import Bool
 from jsonargparse import ArgumentError, ArgumentParser
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor
+from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
 from tokenflow.diffusion import Backbone
 from tokenflow.engine.finished_run import FinishedRun
 from tokenflow.engine.job import ClipSource
-from tokenflow.engine.measuring import Sources, Values, measure_run, round_trip
+from tokenflow.engine.measuring import Sources, Values, measure_run, read_mask, round_trip
 from tokenflow.errors import InputError
 from tokenflow.imports import restrict
 from tokenflow.metrics import Measures
@@ -44,7 +43,7 @@ class Column(NamedTuple):
 
 
 COLUMNS = {
-    "flicker": Column("flicker", "share ↓"),
+    "flicker": Column("flicker", "share"),
     "flicker_source": Column("source's flicker", "share"),
     "psnr": Column("PSNR", "dB ↑", digits=2),
     "ssim": Column("SSIM", "↑"),
@@ -117,35 +116,38 @@ def run(words: list[str]) -> None:
     finished = [FinishedRun.read(Path(folder)) for folder in runs]
     measures = Measures(**given)
     backbone = None if model is None else Backbone.load(model)
-    hidden = None if mask is None else read_mask(mask)
+    failed: list[str] = []
     if finished:
-        rows = of_runs(finished, Sources(measures, backbone), hidden)
+        rows, failed = of_runs(finished, Sources(measures, backbone, mask))
     else:
-        rows = of_pair(source, edited, measures, backbone, (prompt, source_prompt), hidden)
-    if table is not None:
+        rows = of_pair(source, edited, measures, backbone, (prompt, source_prompt), mask)
+    if rows:
+        show(rows)
+    if rows and table is not None:
         write_csv(Path(table), rows)
-    show(rows)
+    if failed:
+        raise InputError("\n".join(failed))
 
 
-def read_mask(path: str) -> Bool[Tensor, "frames height width"]:
-    """White and brighter greys of a video or a folder of images."""
-    return read_clip(path).frames[:].mean(dim=1) > 0.5
-
-
-def of_runs(
-    runs: Sequence[FinishedRun], sources: Sources, mask: Tensor | None
-) -> dict[str, Values]:
-    """A row for each run, and one for each source's round trip before its first."""
+def of_runs(runs: Sequence[FinishedRun], sources: Sources) -> tuple[dict[str, Values], list[str]]:
+    """A row for each run, after its source's round trip if that is new; and why others failed."""
     rows: dict[str, Values] = {}
+    failed: list[str] = []
     silent = not sys.stderr.isatty() or len(runs) == 1
     for one in track(runs, "measuring", console=Console(stderr=True), disable=silent):
-        found = measure_run(one, sources, mask)
-        if found["round_trip"] is not None:
-            rows.setdefault(f"VAE round trip of {one.source.path}", found["round_trip"])
+        try:
+            found = measure_run(one, sources)
+        except InputError as error:
+            failed.append(f"{one.folder} is not measured: {error}")
+            continue
+        name, floor = f"VAE round trip of {one.source.path}", found["round_trip"]
+        # one source has several where its frames, their size or the prompt are others
+        if floor is not None and rows.setdefault(name, floor) != floor:
+            rows[f"{name}, as in {one.folder}"] = floor
         way = one.record.get("consistency", "tokenflow")
         also = {"none": " (per frame)", "joint": " (joint)"}.get(way, "")
         rows[f"{one.folder}{also}"] = found["metrics"]
-    return rows
+    return rows, failed
 
 
 def of_pair(
@@ -154,17 +156,19 @@ def of_pair(
     measures: Measures,
     backbone: Backbone | None,
     prompts: tuple[str, str],
-    mask: Tensor | None,
+    mask: str | None,
 ) -> dict[str, Values]:
     """A row for an edit, after one for its source's round trip."""
     old, new = read_clip(source), read_clip(edited)
+    hidden = None if mask is None else read_mask(mask)
     motions = measures.motions(old)
-    measures.check(new, old, mask)
+    measures.check(new, old, hidden)
     rows: dict[str, Values] = {}
     if backbone is not None:
-        back = round_trip(backbone, ClipSource(Path(source)))
-        rows[f"VAE round trip of {source}"] = measures.of(back, motions, prompts[1], prompts[1])
-    rows[edited] = measures.of(new, motions, *prompts, mask)
+        back = round_trip(backbone, ClipSource(Path(source)), like=old)
+        floor = measures.of(back, motions, prompts[1], prompts[1], hidden)
+        rows[f"VAE round trip of {source}"] = floor
+    rows[edited] = measures.of(new, motions, *prompts, hidden)
     return rows
 
 
@@ -177,7 +181,7 @@ def column(name: str) -> Column | None:
 
 
 def show(rows: Mapping[str, Values]) -> None:
-    """Prints the table; ↑ is better when higher, ↓ when lower."""
+    """Prints the table; ↑ is better when higher, ↓ when lower, flicker when near the source's."""
     table = Table()
     table.add_column("", overflow="fold")
     names = [name for name in every_name(rows) if column(name)]
@@ -189,7 +193,7 @@ def show(rows: Mapping[str, Values]) -> None:
             f"{values[name] * c.factor:.{c.digits}f}" if name in values else "–"
             for name, c in shown
         ]
-        table.add_row(row, *cells)
+        table.add_row(Text(row), *cells)  # no markup: a folder may be named a[/b]
     console = Console()
     # a file or pipe has no width; whoever reads it wants the table whole
     (console if console.is_terminal else Console(width=200)).print(table)

@@ -26,6 +26,7 @@ from benchmarks.scenes.rows import (
 )
 from benchmarks.scenes.suite import EDITS, MOTIONS, cases
 from tokenflow.diffusion import Backbone
+from tokenflow.miniature.judge import Judge
 
 METRICS = ("warp_error_1", "edited", "kept", "psnr_inside", "psnr", "seconds")
 CHANGED = {
@@ -127,6 +128,13 @@ def test_nothing_is_measured_twice(
     assert made == [TRUTH]
     measured = command.Results(tmp_path / "results.jsonl", "").records(command.QUICK)
     assert len(measured) == len(records(run))
+
+
+def test_what_nothing_is_outside_of_has_no_metric() -> None:
+    truth = Truth(cases()[20].of(2))
+    assert truth.measure(truth.frames, Judge.load())["psnr_outside"] == 100
+    truth.outside[:] = False
+    assert truth.measure(truth.frames, Judge.load())["psnr_outside"] is None
 
 
 def test_every_row_can_be_made() -> None:

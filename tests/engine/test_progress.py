@@ -6,9 +6,10 @@ from threading import Thread
 
 import pytest
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from tokenflow.engine import progress
-from tokenflow.engine.progress import StageProgress
+from tokenflow.engine.progress import StageProgress, pace
 
 
 def test_without_a_terminal_lines_tell_stage_step_and_time_left(
@@ -23,12 +24,55 @@ def test_without_a_terminal_lines_tell_stage_step_and_time_left(
         module.progress("edit", step, 5)
     shown.on_predict_end(trainer, module)
     assert capsys.readouterr().err.splitlines() == [
-        "edit: 3/5, 20 s left",
-        "edit: 5/5, 0 s left",
+        "edit: 3/5, 10.0 s each, 0:00:20 left",
+        "edit: 5/5, 10.0 s each, 0:00:00 left",
     ]
 
 
+def test_a_stage_that_goes_on_where_it_stopped_tells_its_own_pace(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter(range(0, 1000, 10))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(now)))
+    shown = StageProgress(interval=0.0)
+    for step in (31, 32, 33):
+        shown.update("edit", step, 50)
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        "edit: 32/50, 10.0 s each, 0:03:00 left",
+        "edit: 33/50, 10.0 s each, 0:02:50 left",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("each", "left", "words"),
+    [
+        (0.0, 3, ""),
+        (0.25, 8, "4.0 a second, 0:00:02 left"),
+        (90.0, 100, "90.0 s each, 2:30:00 left"),
+    ],
+)
+def test_a_pace_is_a_rate_and_the_time_left(each: float, left: int, words: str) -> None:
+    assert pace(each, left) == words
+
+
+def test_in_a_slurm_job_a_terminal_is_none(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    # Lightning would look for the rest of SLURM
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False,
+        plugins=[LightningEnvironment()],
+    )  # fmt: skip
+    module = LightningModule()
+    StageProgress().on_predict_start(trainer, module)
+    module.progress("edit", 2, 2)
+    assert capsys.readouterr().err == "edit: 2/2\n"
+
+
 def test_on_a_terminal_bars_tell_stage_step_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     ours, theirs = pty.openpty()
     parts: list[bytes] = []
 
@@ -74,8 +118,8 @@ def test_many_clips_are_counted_and_their_time_left_told(
     shown.update("edit", 1, 2)  # the time of the clip before does not count
     assert capsys.readouterr().err.splitlines() == [
         "clip 1/30, walk",
-        "edit: 2/2, 0 s left",
-        "clip 3/30, jump, 0:23:20 left",
+        "edit: 2/2",
+        "clip 3/30, jump, 50.0 s each, 0:23:20 left",
         "edit: 1/2",
     ]
 
@@ -88,6 +132,9 @@ def test_on_a_terminal_each_clip_has_its_own_bars(monkeypatch: pytest.MonkeyPatc
         shown.update("edit", number, 3)
     tasks = {task.description: (task.completed, task.total) for task in shown.bars.tasks}
     assert tasks == {"clips": (1, 2), "edit": (2, 3)}
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    shown.on_predict_end(trainer, LightningModule())
+    assert [task.completed for task in shown.bars.tasks if task.description == "clips"] == [2]
 
 
 def test_only_the_first_rank_speaks(monkeypatch: pytest.MonkeyPatch) -> None:

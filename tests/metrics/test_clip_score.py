@@ -4,29 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from tests.metrics.making import noise, still
+from tests.metrics.making import noise, still, write_tiny_clip
 from tokenflow.diffusion.loading import ModelError
 from tokenflow.metrics import ClipEmbedder, frame_consistency, text_alignment
-from tokenflow.miniature.tokenizer import MAX_LENGTH, save_tokenizer
-
-
-def write_tiny_clip(folder: Path) -> Path:
-    """A CLIP of the right shape, with few channels and random weights."""
-    words = len(save_tokenizer(folder))
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
-             "num_attention_heads": 2}  # fmt: skip
-    text = {**small, "vocab_size": words, "max_position_embeddings": MAX_LENGTH,
-            "bos_token_id": words - 2, "eos_token_id": words - 1}  # fmt: skip
-    vision = {**small, "image_size": 16, "patch_size": 8}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
-        CLIPModel(config).save_pretrained(folder)
-    size = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
-    CLIPImageProcessorPil(**size).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +34,16 @@ def test_texts_differ_and_long_ones_are_cut(folder: Path) -> None:
     texts = [embed(still(1), text)[1] for text in ("a red box", "a blue ball")]
     assert not torch.allclose(*texts, atol=1e-3)
     assert embed(still(1), "a red box " * 100)[1].isfinite().all()
+
+
+def test_long_texts_are_cut_where_the_tokenizer_knows_no_limit(
+    folder: Path, tmp_path: Path
+) -> None:
+    bare = Path(shutil.copytree(folder, tmp_path / "bare"))
+    (bare / "tokenizer_config.json").unlink()
+    long = "a red box " * 100
+    texts = [ClipEmbedder(str(f))(still(1), long)[1] for f in (folder, bare)]
+    torch.testing.assert_close(*texts)
 
 
 def test_scores_of_known_vectors() -> None:

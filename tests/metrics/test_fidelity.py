@@ -18,6 +18,7 @@ def test_psnr_of_known_errors() -> None:
     assert math.isinf(psnr(zeros, zeros))
     assert math.isinf(decibels(0.0))
     assert decibels(0.01) == pytest.approx(20)
+    assert math.isnan(decibels(math.nan))  # of no pixels, or of broken ones
 
 
 def test_psnr_is_scikit_images() -> None:

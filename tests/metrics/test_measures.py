@@ -1,13 +1,32 @@
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from tests.metrics.making import noise, still, translation
+from tests.metrics.making import (
+    noise,
+    still,
+    translation,
+    write_random_alexnet,
+    write_tiny_clip,
+)
 from tokenflow.errors import InputError
-from tokenflow.metrics import Measures, long_range, psnr, structure
+from tokenflow.metrics import (
+    ClipEmbedder,
+    Measures,
+    frame_consistency,
+    load_lpips,
+    long_range,
+    lpips,
+    psnr,
+    structure,
+    text_alignment,
+)
 from tokenflow.miniature.edits import SceneFlow
 from tokenflow.miniature.scenes import Attributes, random_scene
+from tokenflow.propagation import FlowFiles
 from tokenflow.video import Clip
 
 SCENE = random_scene(7, 10, Attributes.parse("a plain blue ball on sand"))
@@ -44,6 +63,42 @@ def test_a_true_edit_does_well_by_all() -> None:
         assert worse[name] < found[name] - 0.05, name
 
 
+def test_what_broken_pixels_make_of_a_metric_is_left_out() -> None:
+    measures = Measures(SceneFlow(SCENE), distances=(1,))
+    broken = Clip.from_frames(torch.full_like(SOURCE.frames[:], torch.nan))
+    found = measures.of(broken, measures.motions(SOURCE), mask=MASK)
+    assert list(found) == ["visible_1", "flicker_source"]
+
+
+def test_clip_and_lpips_are_of_the_edit_and_its_prompt(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision", reason="torchvision is LPIPS's extra")
+    clip, alexnet = str(write_tiny_clip(tmp_path)), str(write_random_alexnet(tmp_path))
+    measures = Measures(SceneFlow(SCENE), distances=1, clip=clip, lpips=alexnet, device="cpu")
+    motions = measures.motions(SOURCE)
+    found = measures.of(EDIT, motions, *CAPTIONS)
+    images, text = ClipEmbedder(clip)(EDIT.frames[:], CAPTIONS[0])
+    assert found["clip_text"] == float(text_alignment(images, text).mean())
+    assert found["clip_frames"] == float(frame_consistency(images).mean())
+    distances = lpips(load_lpips(alexnet), EDIT.frames[:], SOURCE.frames[:])
+    assert found["lpips"] == float(distances.mean()) > 0
+    assert "clip_text" not in measures.of(EDIT, motions)  # no prompt, nothing to agree with
+    first = Clip.from_frames(EDIT.frames[:1]), Clip.from_frames(SOURCE.frames[:1])
+    assert "clip_frames" not in measures.of(first[0], measures.motions(first[1]), *CAPTIONS)
+    with pytest.raises(InputError, match="frames of 35x35 pixels or more"):
+        measures.of(SMALL, measures.motions(SMALL), *CAPTIONS)
+
+
+def test_one_distance_needs_no_list() -> None:
+    assert Measures(distances=8).described["distances"] == [8]
+
+
+def test_the_flows_options_are_told() -> None:
+    assert Measures().described | {"flow.preset": "medium"} == Measures().described
+    told = Measures(FlowFiles("some/flow", first=1)).described
+    assert (told["flow"], told["flow.folder"], told["flow.first"]) == ("FlowFiles", "some/flow", 1)
+    assert [k for k in Measures(SceneFlow(SCENE)).described if k.startswith("flow")] == ["flow"]
+
+
 def test_the_flow_of_the_edit_itself() -> None:
     """Noise that stands still in the source and moves in the edit."""
     source, edited = (Clip.from_frames(make(3, 64, 64)) for make in (still, translation))
@@ -74,6 +129,13 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "no CLIP": ({"clip": "gone"}, {}, "'gone' has no config.json"),
     "no LPIPS": ({"lpips": "gone.pth"}, {}, "no AlexNet weights at gone.pth"),
 }  # fmt: skip
+
+
+def test_files_of_flow_of_another_size_say_which_is_needed(tmp_path: Path) -> None:
+    for name in ("0_1", "1_0"):
+        np.save(tmp_path / f"{name}.npy", np.zeros((2, 64, 64), dtype=np.float32))
+    with pytest.raises(InputError, match=r"expected \(2, 16, 20\).*evaluate at that of the run's"):
+        Measures(FlowFiles(str(tmp_path))).motions(SMALL)
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -4,21 +4,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.metrics.making import noise
+from tests.metrics.making import noise, write_random_alexnet
 from tokenflow.errors import InputError
 from tokenflow.metrics import load_lpips, lpips
 
-models = pytest.importorskip("torchvision.models", reason="torchvision is LPIPS's extra")
+pytest.importorskip("torchvision.models", reason="torchvision is LPIPS's extra")
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights of AlexNet's features."""
-    torch.manual_seed(0)
-    features = models.alexnet(weights=None).features.state_dict()
-    file = tmp_path_factory.mktemp("lpips") / "alexnet.safetensors"
-    save_file({f"features.{name}": value for name, value in features.items()}, file)
-    return file
+    return write_random_alexnet(tmp_path_factory.mktemp("lpips"))
 
 
 def test_distances(weights: Path) -> None:

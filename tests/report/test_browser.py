@@ -14,6 +14,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 from tests.report.conftest import look
 from tests.report.making import make_run
 from tests.video.making import beeps, make_video, noise
+from tokenflow.report import page as report_page
 from tokenflow.report import read_run, write_comparison
 
 PROMPT = "<script>alert(1)</script>" + "a_very_long_word_" * 12
@@ -93,6 +94,47 @@ def test_a_frame_can_be_chosen(browser: Chrome, page: str) -> None:
     assert all(float(text) > 0 for text in shown)
 
 
+def test_arrow_keys_go_by_a_frame_after_a_click_on_a_button(browser: Chrome, page: str) -> None:
+    browser.get(page)
+    until(browser, lambda: min(times(browser)) > 0)
+    button = browser.find_element(By.CSS_SELECTOR, "[data-play]")
+    clock = browser.find_element(By.CSS_SELECTOR, "[data-clock]")
+    browser.find_element(By.CSS_SELECTOR, ".axes").click()
+    until(browser, lambda: clock.text == "frame 12 · 1.50 s")
+    button.click()
+    button.click()
+    before = int(clock.text.split()[1])
+    button.send_keys(Keys.ARROW_LEFT)
+    until(browser, lambda: int(clock.text.split()[1]) == before - 1)
+    button.send_keys(Keys.SPACE)  # its own key, once
+    assert button.accessible_name == "pause"
+
+
+def test_frames_and_rows_can_be_chosen_where_videos_were_left_out(
+    browser: Chrome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report_page, "SPACE", 100)
+    browser.get((make_run(tmp_path / "bar") / "report.html").as_uri())
+    assert times(browser) == []
+    assert len(browser.find_elements(By.CSS_SELECTOR, ".missing")) == 2
+    slider = browser.find_element(By.CSS_SELECTOR, "[data-row]")
+    image = browser.find_element(By.CSS_SELECTOR, ".slice img")
+    box = browser.find_element(By.CSS_SELECTOR, ".slice")
+    slider.send_keys(Keys.HOME)
+    assert image.rect["y"] == pytest.approx(box.rect["y"], abs=1)
+    clock = browser.find_element(By.CSS_SELECTOR, "[data-clock]")
+    assert clock.text == "frame 0 · 0.00 s"
+    browser.find_element(By.CSS_SELECTOR, ".axes").click()
+    assert clock.text == "frame 12 · 1.50 s"
+    browser.find_element(By.TAG_NAME, "body").send_keys(Keys.ARROW_RIGHT)
+    assert clock.text == "frame 13 · 1.63 s"
+    shown = [o.text for o in browser.find_elements(By.CSS_SELECTOR, ".legend output")]
+    assert all(float(text) > 0 for text in shown)
+    browser.find_element(By.CSS_SELECTOR, "[data-seek]").send_keys(Keys.END)
+    assert clock.text.startswith("frame 23")
+    assert not browser.find_element(By.CSS_SELECTOR, "[data-play]").is_displayed()
+
+
 def test_sound_can_be_heard(browser: Chrome, page: str, tmp_path: Path) -> None:
     beeping = make_video(tmp_path / "beeps.mp4", noise(30), sound=beeps([1], 3))
     browser.get((make_run(tmp_path / "bar", sound=beeping) / "report.html").as_uri())
@@ -145,6 +187,28 @@ def test_a_comparison_plays_and_sorts(browser: Chrome, comparison: str) -> None:
     assert order() == ["run11", "run10", "run9"]
     click("run")
     assert order() == ["run9", "run10", "run11"]
+
+
+def test_words_are_sorted_after_numbers(browser: Chrome, tmp_path: Path) -> None:
+    """Numbers and words in one column, so placed that no comparison may call two alike."""
+    values = [3, "auto", 1, None, 2, "all"]
+    folders = [make_run(tmp_path / f"run{i}", neighbours=v) for i, v in enumerate(values)]
+    page = write_comparison([read_run(f) for f in folders], tmp_path / "page.html")
+    browser.get(page.as_uri())
+    (button,) = [
+        b
+        for b in browser.find_elements(By.CSS_SELECTOR, "thead button")
+        if b.text.split(" ")[0] == "neighbours"
+    ]
+
+    def order() -> list[int]:
+        rows = browser.find_elements(By.CSS_SELECTOR, "tbody th")
+        return [int(row.text.removeprefix("run")) for row in rows]
+
+    button.click()
+    assert order() == [2, 4, 0, 5, 1, 3]
+    button.click()
+    assert order() == [0, 4, 2, 1, 5, 3]
 
 
 @pytest.mark.parametrize("name", ["page", "comparison"])

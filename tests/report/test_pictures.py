@@ -68,6 +68,13 @@ def test_a_picture_is_embedded_whole() -> None:
     assert torch.equal(levels.permute(2, 0, 1), (image * 255).round().byte())
 
 
+def test_a_video_without_room_is_not_read(tmp_path: Path) -> None:
+    """A file of 1 TB, of which the disk has none."""
+    with (tmp_path / "huge.mp4").open("wb") as file:
+        file.truncate(10**12)
+    assert "it has 1000000.0 MB" in Space(1000).file(tmp_path / "huge.mp4").left_out
+
+
 def test_videos_have_room_until_it_is_used_up(tmp_path: Path) -> None:
     small, large = tmp_path / "small.mp4", tmp_path / "large.mp4"
     small.write_bytes(b"x" * 600)

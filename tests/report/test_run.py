@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.report.making import bar, make_run
+from tokenflow.cli import main
 from tokenflow.errors import InputError
 from tokenflow.report import read_run
 from tokenflow.report.run import flat
@@ -77,3 +78,24 @@ def test_the_line_that_repeats_a_run_survives_any_folder(tmp_path: Path) -> None
         "tokenflow", "predict", "--config", str(tmp_path / "a b$" / "bar" / "run.yaml"),
         "--output.folder", str(tmp_path / "a b$-again"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("here", "folder", "again"),
+    [
+        ("runs", "bar", "../runs-again"),
+        ("runs", "./bar", "../runs-again"),
+        ("runs/bar", ".", "../../runs-again"),
+        ("runs/other", "../bar", "../../runs-again"),
+        (".", "runs/bar", "runs-again"),
+    ],
+)
+def test_the_line_that_repeats_a_run_from_anywhere(
+    here: str, folder: str, again: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run(tmp_path / "runs" / "bar")
+    (tmp_path / "runs" / "other").mkdir()
+    monkeypatch.chdir(tmp_path / here)
+    assert shlex.split(read_run(folder).repeat)[-1] == again
+    main(["report", folder])
+    assert again in (tmp_path / "runs" / "bar" / "report.html").read_text()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,51 +20,74 @@ from tokenflow.engine.finished_run import FinishedRun
 from tokenflow.engine.folder import METRICS
 from tokenflow.engine.job import ClipSource
 from tokenflow.engine.module import TokenFlow
-from tokenflow.engine.writer import shown, writer_of
+from tokenflow.engine.writer import writer_of
 from tokenflow.errors import InputError
 from tokenflow.metrics import Measures, Motions
-from tokenflow.video import Clip, atomic
+from tokenflow.video import Clip, atomic, read_clip, resized
 
 Values = dict[str, float]
 
 
 @torch.no_grad()
-def round_trip(backbone: Backbone, source: ClipSource, batch: int = 4) -> Clip:
-    """The source after the VAE alone, at the size of the run's videos: what no edit is better than.
+def round_trip(backbone: Backbone, source: ClipSource, like: Clip, batch: int = 4) -> Clip:
+    """The source after the VAE alone, at the size of `like`: what no edit is better than.
 
     Raises:
         InputError: The source cannot be read.
     """
     clip = source.read(backbone.multiple)
-    places = torch.arange(len(clip)).split(batch)
-    frames = [backbone.decode(backbone.encode(clip.frames[some])).cpu() for some in places]
-    back = dataclasses.replace(clip, frames=torch.cat(frames).clamp(0, 1), name="VAE round trip")
-    return dataclasses.replace(back, frames=torch.stack(list(shown(back))))
+    height, width = like.frames.shape[-2:]
+    images = [
+        resized(image, (height, width))
+        for some in torch.arange(len(clip)).split(batch)
+        for image in backbone.decode(backbone.encode(clip.frames[some])).cpu().clamp(0, 1)
+    ]
+    return dataclasses.replace(clip, frames=torch.stack(images), name="VAE round trip")
+
+
+def read_mask(path: str) -> Bool[Tensor, "frames height width"]:
+    """White and brighter greys of a video or a folder of images.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    return read_clip(path).frames[:].mean(dim=1) > 0.5
 
 
 class Sources:
-    """The source of one run after the other; what was found out of the last one is kept."""
+    """The source of one run after the other; what was found out of the last one is kept.
 
-    def __init__(self, measures: Measures, backbone: Backbone | None = None) -> None:
+    Args:
+        measures: What is measured.
+        backbone: A model whose VAE's round trip of each source is measured, too.
+        mask: A video or folder of images, white where the object is that was to be edited.
+
+    Raises:
+        InputError: The mask cannot be read.
+    """
+
+    def __init__(
+        self, measures: Measures, backbone: Backbone | None = None, mask: str | None = None
+    ) -> None:
         self.measures, self.backbone = measures, backbone
+        self.hidden = None if mask is None else read_mask(mask)
+        self.options = measures.described | {"mask": mask}
         self.last: tuple[Any, Motions, Values | None] | None = None
 
     def of(self, run: FinishedRun, clip: Clip) -> tuple[Motions, Values | None]:
         """A run's source with its flow, and the metrics of its round trip if there is a model."""
-        key = run.source.path.resolve(), run.source.choice, clip.frames.shape
+        prompt = run.record["inversion_prompt"]
+        key = run.source.path.resolve(), run.source.choice, clip.frames.shape, prompt
         if self.last is None or self.last[0] != key:
             motions, floor = self.measures.motions(clip), None
             if self.backbone is not None:
-                back = round_trip(self.backbone, run.source)
-                prompt = run.record["inversion_prompt"]
-                floor = self.measures.of(back, motions, prompt, prompt)
+                back = round_trip(self.backbone, run.source, like=clip)
+                floor = self.measures.of(back, motions, prompt, prompt, self.hidden)
             self.last = key, motions, floor
         return self.last[1], self.last[2]
 
 
-def measure_run(
-    run: FinishedRun, sources: Sources, mask: Bool[Tensor, "frames height width"] | None = None
-) -> dict[str, Any]:
+def measure_run(run: FinishedRun, sources: Sources) -> dict[str, Any]:
     """Measures a run and writes `metrics.json` into its folder; returns what that holds.
 
     Raises:
@@ -75,12 +97,12 @@ def measure_run(
     measures, prompts = sources.measures, (run.record["prompt"], run.record["inversion_prompt"])
     motions, floor = sources.of(run, source)
     found = {
-        "metrics": measures.of(edited, motions, *prompts, mask),
+        "metrics": measures.of(edited, motions, *prompts, sources.hidden),
         "round_trip": floor,
         "source": str(run.source.path),
         "frames": len(edited),
         "size": list(edited.frames.shape[-2:]),
-        "options": measures.described,
+        "options": sources.options,
         "tokenflow": version("tokenflow"),
     }
     try:
@@ -110,8 +132,13 @@ class Measuring(Callback):
         with module.everyone.together():
             if self.measure and module.group.rank == 0:
                 measures = Measures(**self.options)
-                sources = Sources(measures, module.backbone if self.round_trip else None)
-                writer_of(trainer).measure = partial(leave, sources)
+                backbone = module.backbone if self.round_trip else None
+
+                def measure(folder: Path, record: dict[str, Any]) -> None:
+                    # anew: a clip's frames and flow are not kept while the next one is edited
+                    leave(Sources(measures, backbone), folder, record)
+
+                writer_of(trainer).measure = measure
 
 
 def leave(sources: Sources, folder: Path, record: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
-"""Progress of a run: which clip, which stage, which step, how long still."""
+"""Progress of a run: which clip, which stage, which step, how fast, how long still."""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from datetime import timedelta
@@ -17,7 +18,6 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 
 from tokenflow.engine.job import Job
@@ -25,7 +25,8 @@ from tokenflow.engine.module import Prediction, TokenFlow
 
 
 class StageProgress(Callback):
-    """A bar for each stage on a terminal; elsewhere a line at most every `interval` seconds.
+    """A bar for each stage on a terminal; elsewhere, and in a SLURM job, a line at most every
+    `interval` seconds.
 
     Of many clips another bar counts the clips, or a line tells that one begins.
     """
@@ -34,7 +35,7 @@ class StageProgress(Callback):
         self.interval = interval
         self.durations: list[float] = []  # of clips that were edited
         self.clip_began = 0.0
-        self.began: dict[str, float] = {}
+        self.began: dict[str, tuple[float, int]] = {}  # first step of a stage, and when it ended
         self.said = 0.0
         self.bars: Progress | None = None
         self.tasks: dict[str, TaskID] = {}
@@ -43,14 +44,13 @@ class StageProgress(Callback):
         if not trainer.is_global_zero:
             return
         module.progress = self.update  # type: ignore[assignment]
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and "SLURM_JOB_ID" not in os.environ:
             self.bars = Progress(
                 TextColumn("{task.description:>11}"),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
+                TextColumn("{task.fields[pace]}"),
                 console=Console(stderr=True),
             )
             self.bars.start()
@@ -73,21 +73,23 @@ class StageProgress(Callback):
     def begin(self, name: str, number: int, clips: int, at_once: int = 1) -> None:
         """A clip among many begins; so many are edited at the same time."""
         self.clip_began, self.began = time.monotonic(), {}
+        each = sum(self.durations) / len(self.durations) / at_once if self.durations else 0.0
+        how_fast = pace(each, clips - number + 1)
         if self.bars is not None:
             every = self.tasks.pop("clips", None)
             for task in self.tasks.values():
                 self.bars.remove_task(task)
             if every is None:
-                every = self.bars.add_task("clips", total=clips)
+                every = self.bars.add_task("clips", total=clips, pace="")
             self.tasks = {"clips": every}
-            self.bars.update(every, completed=number - 1)
+            self.bars.update(every, completed=number - 1, pace=how_fast)
         else:
-            mean = sum(self.durations) / max(len(self.durations), 1)
-            left = timedelta(seconds=round(mean * (clips - number + 1) / at_once))
-            known = f", {left} left" if self.durations else ""
-            print(f"clip {number}/{clips}, {name}{known}", file=sys.stderr, flush=True)
+            say(f"clip {number}/{clips}, {name}", how_fast)
 
     def on_predict_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.bars is not None and "clips" in self.tasks:
+            task = self.bars.tasks[self.tasks["clips"]]
+            self.bars.update(task.id, completed=task.total, pace="")
         self.stop()
 
     def on_exception(self, *_: Any) -> None:
@@ -101,14 +103,29 @@ class StageProgress(Callback):
     def update(self, stage: str, step: int, steps: int) -> None:
         """What `edit_clip` calls after every step."""
         now = time.monotonic()
-        began = self.began.setdefault(stage, now)
+        # how long the first step took is not known; after an interruption it is not number 1
+        began, first = self.began.setdefault(stage, (now, step))
+        how_fast = pace((now - began) / max(step - first, 1), steps - step)
         if self.bars is not None:
             if stage not in self.tasks:
-                self.tasks[stage] = self.bars.add_task(stage, total=steps)
-            self.bars.update(self.tasks[stage], completed=step)
+                self.tasks[stage] = self.bars.add_task(stage, total=steps, pace="")
+            self.bars.update(self.tasks[stage], completed=step, pace=how_fast)
         elif step == steps or now - self.said >= self.interval:
             self.said = now
-            # the first step's own duration is not known
-            left = (now - began) / (step - 1) * (steps - step) if step > 1 else float("nan")
-            known = f", {left:.0f} s left" if step > 1 else ""
-            print(f"{stage}: {step}/{steps}{known}", file=sys.stderr, flush=True)
+            say(f"{stage}: {step}/{steps}", how_fast)
+
+
+def pace(each: float, left: int) -> str:
+    """How fast things go that take so many seconds each, and the time for those that are left.
+
+    Nothing where it is not known, which is 0.
+    """
+    if not each:
+        return ""
+    rate = f"{each:.1f} s each" if each >= 1 else f"{1 / each:.1f} a second"
+    return f"{rate}, {timedelta(seconds=round(each * left))} left"
+
+
+def say(*parts: str) -> None:
+    """A line of the parts that are not empty."""
+    print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)

@@ -52,7 +52,9 @@ class ClipEmbedder:
     ) -> tuple[Float[Tensor, "frames dim"], Float[Tensor, " dim"]]:
         """The vectors of each frame, and of the text, of which CLIP reads its first 77 tokens."""
         pixels = levels(frames).movedim(1, -1)
-        words = self.tokenizer(text, truncation=True, return_tensors="pt")
+        # the tokenizer's own limit is in a file that may be missing
+        most = self.network.config.text_config.max_position_embeddings
+        words = self.tokenizer(text, truncation=True, max_length=most, return_tensors="pt")
         images = []
         for some in pixels.split(16):
             inputs = self.processor(list(some.numpy()), return_tensors="pt")

@@ -19,17 +19,21 @@ EDGE = 5
 
 
 def psnr(a: Float[Tensor, "*shape"], b: Float[Tensor, "*shape"]) -> float:
-    """Peak signal-to-noise ratio of images in 0..1: -10 log10 of the mean squared difference.
+    """Peak signal-to-noise ratio of images in 0..1:
+
+        -10 log10 (mean over all frames, channels and pixels of (a - b)²).
 
     Unit dB; 0 (black against white) to infinity (equal). Blind to where an error is: a shift of one
     pixel may cost more than an object that is missing.
+    Source: the usual one, 10 log10 (MAX² / MSE) with MAX = 1 (Huynh-Thu and Ghanbari 2008), of a
+    whole clip: not the mean over frames of each one's PSNR, which some papers report.
     """
     return float(peak_signal_noise_ratio(a, b, data_range=1.0))
 
 
 def decibels(error: float) -> float:
-    """The PSNR in dB of a mean squared error of images in 0..1; infinite for none."""
-    return -10 * math.log10(error) if error > 0 else math.inf
+    """The PSNR in dB of a mean squared error of images in 0..1; infinite for 0, NaN for NaN."""
+    return math.inf if error == 0 else -10 * math.log10(error)
 
 
 def ssim(

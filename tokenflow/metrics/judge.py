@@ -19,11 +19,15 @@ def shown(
     target: Attributes,
     names: Iterable[str] = tuple(VOCABULARY),
 ) -> Bool[Tensor, " frames"]:
-    """Whether in each frame all of the named attributes are judged to be the target's.
+    """Whether in each frame all of the named attributes are judged to be the target's:
 
-    The mean is a share, 0..1; ask for the attributes that were to change and for the others apart.
-    Chance is 1 of 4 to 6 for an attribute. Blind to everything without a name (motion, place,
-    consistency), and of use only for the scenes that the judge was trained on, at their size.
+        for all names n: argmax_v J_n(v | frame) = target_n,
+
+    J_n the judge's scores for the values v of attribute n. The mean is a share, 0..1; ask for the
+    attributes that were to change and for the others apart. Chance is 1 of 4 to 6 for an attribute.
+    Blind to everything without a name (motion, place, consistency), and of use only for the scenes
+    that the judge was trained on, at their size.
+    Source: our own, as a classifier's accuracy on what was generated.
     """
     right = answers(judge, frames, target)
     return torch.stack([right[name] for name in names]).all(dim=0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from inspect import signature
+from pathlib import Path
 from typing import Literal
 
 from jaxtyping import Bool
@@ -37,7 +39,7 @@ class Measures:
         flow: What finds optical flow, for the warp errors: `DIS`, `RAFT` or `FlowFiles` with their
             options; `DIS` when not given.
         motion: Whose flow that is: the "source"'s, as in the paper, or the "edit"'s own.
-        distances: How many frames apart the two of a warp error are.
+        distances: How many frames apart the two of a warp error are; one number, or several.
         clip: A folder with a CLIP model in transformers' layout, for text alignment and frame
             consistency.
         lpips: A file with torchvision's weights of AlexNet, for LPIPS.
@@ -52,12 +54,13 @@ class Measures:
         self,
         flow: OpticalFlow | None = None,
         motion: Literal["source", "edit"] = "source",
-        distances: tuple[int, ...] = (1, 8, 32),
+        distances: int | tuple[int, ...] = (1, 8, 32),
         clip: str | None = None,
         lpips: str | None = None,
         judge: bool = False,
         device: str = "auto",
     ) -> None:
+        distances = (distances,) if isinstance(distances, int) else distances
         if not distances or min(distances) < 1:
             raise InputError(f"expected distances of 1 frame or more, got {list(distances)}")
         if motion not in ("source", "edit"):
@@ -70,6 +73,7 @@ class Measures:
         self.judge = Judge.load() if judge else None
         self.described = {
             "flow": type(self.flow).__name__,
+            **{f"flow.{name}": value for name, value in options_of(self.flow).items()},
             "motion": motion,
             "distances": list(self.distances),
             "clip": clip,
@@ -154,6 +158,13 @@ class Measures:
         least = SSIM_NEEDS if self.lpips is None else perceptual.SMALLEST
         if min(edited.frames.shape[-2:]) < least:
             raise InputError(f"expected frames of {least}x{least} pixels or more, got {size}")
+
+
+def options_of(flow: OpticalFlow) -> dict[str, str | int | float]:
+    """A flow's options, as far as they are words and numbers; a scene, of exact flow, is not."""
+    given = {name: getattr(flow, name, None) for name in signature(type(flow)).parameters}
+    words = {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
+    return {k: v for k, v in words.items() if isinstance(v, str | int | float)}
 
 
 def described(frames: Tensor | Frames) -> str:

@@ -57,8 +57,11 @@ def lpips(
     a: Float[Tensor, "frames 3 height width"],
     b: Float[Tensor, "frames 3 height width"],
 ) -> Float[Tensor, " frames"]:
-    """Distance of each frame's normalised AlexNet features, weighted as people were found to.
+    """Distance of each frame's normalised AlexNet features, weighted as people were found to:
 
+        Σ_l mean over places p of Σ_c w_lc (â_lc(p) - b̂_lc(p))²,
+
+    â_l and b̂_l the features of layer l, of length 1 over channels c, w_lc >= 0 the learned weights.
     No unit, from 0 (equal), seldom above 1. Sides of 35 pixels or more. Blind to motion, and, for
     an edit, to whether a difference from the source was asked for.
     Source: Zhang et al. 2018 (arXiv 1801.03924), equation 1.

@@ -15,10 +15,14 @@ def preservation(
     source: Float[Tensor, "frames 3 height width"],
     mask: Bool[Tensor, "frames height width"],
 ) -> float:
-    """PSNR of edit and source over the pixels outside of a mask of what is edited.
+    """PSNR of edit x and source y over the pixels outside of a mask M of what is edited:
 
-    Unit dB, 0 to infinity (equal); the VAE's round trip is what can be had at best. Blind to the
-    object, to what it does to its surroundings inside of the mask, and to where an error is.
+        -10 log10 (mean over frames, over p not in M and over channels of (x(p) - y(p))²).
+
+    Unit dB, 0 to infinity (equal), NaN where the mask leaves nothing; the VAE's round trip is what
+    can be had at best. Blind to the object, to what it does to its surroundings inside of the mask,
+    and to where an error is.
+    Source: our own, `psnr` of the unmasked pixels only.
     """
     return decibels(float(squared_errors(edited, source, mask).mean()))
 

@@ -28,7 +28,8 @@ class FlowFiles(OpticalFlow):
     points of frame 3 are in frame 4. Needed is the flow of neighbouring frames, forwards
     (`3_4`) and backwards (`4_3`); over longer distances it is chained. A file for a distant pair
     (`3_9`) is used in place of the chain. Arrays are (height, width, 2) or (2, height, width)
-    with x, then y, in pixels, of the size at which the clip is edited.
+    with x, then y, in pixels, of the size at which the clip is edited, or, to measure it, of the
+    run's videos; these differ where a video's sides are no multiples of what the model needs.
 
     Args:
         folder: Where the files are.

@@ -110,7 +110,8 @@ def require_flow(flow: object, clip: Clip, what: str) -> None:
     if flow.shape != (2, height, width):
         raise InputError(
             f"{what} is a flow of shape {tuple(flow.shape)}, expected (2, {height}, {width}): x "
-            f"and y for every pixel of the clip's frames, at the size at which they are edited"
+            f"and y for every pixel of the clip's frames, which predict has at the size at which "
+            f"they are edited, and evaluate at that of the run's videos"
         )
     if bad := int((~flow.isfinite()).any(dim=0).sum()):
         raise InputError(

@@ -62,15 +62,15 @@ class Space:
 
     def file(self, path: Path, sound: bool = False) -> Embedded:
         """A video file as it is."""
-        data = path.read_bytes()
-        if len(data) > self.left:
+        size = path.stat().st_size
+        if size > self.left:
             return Embedded(
                 None,
-                f"{path.name} is left out: it has {len(data) / 1e6:.1f} MB, and the page has room "
+                f"{path.name} is left out: it has {size / 1e6:.1f} MB, and the page has room "
                 f"for {self.whole / 1e6:.0f} MB of videos.",
             )
-        self.left -= len(data)
-        return Embedded(data_uri(data, "video/mp4"), sound=sound)
+        self.left -= size
+        return Embedded(data_uri(path.read_bytes(), "video/mp4"), sound=sound)
 
     def source(self, clip: Clip) -> Embedded:
         """A source's frames as a small video."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shlex
 from dataclasses import dataclass
 from functools import cached_property
@@ -79,7 +80,10 @@ class Run:
     @property
     def repeat(self) -> str:
         """The command that makes this run again, in another folder."""
-        again = self.folder.parent.with_name(f"{self.folder.parent.resolve().name}-again")
+        runs = self.folder.resolve().parent  # `.` and `..` have no names
+        again = runs.parent / f"{runs.name}-again"
+        if not self.folder.is_absolute():
+            again = Path(os.path.relpath(again))
         words = ["--config", str(self.folder / RECORD), "--output.folder", str(again)]
         return shlex.join(["tokenflow", "predict", *words])
 

@@ -1,24 +1,31 @@
 "use strict";
 
-// Plays all videos of a page as one: the longest leads, the others follow its time.
+// Plays all videos of a page as one: the longest leads, the others follow its time. Where videos
+// were left out, frames can still be chosen.
 function player(root) {
   const videos = [...root.querySelectorAll("video")];
   const find = (name) => root.querySelector(`[data-${name}]`);
   const [play, seek, clock, speed, sound] =
     ["play", "seek", "clock", "speed", "sound-switch"].map(find);
-  if (videos.length === 0) return;
   const times = root.dataset.times ? JSON.parse(root.dataset.times) : [];
+  if (videos.length === 0 && times.length === 0) return;
   const curves = [...root.querySelectorAll("[data-values]")]
     .map((output) => ({ output, values: JSON.parse(output.dataset.values) }));
   const length = (video) => video.duration || 0;
   const lead = () => videos.reduce((a, b) => (length(b) > length(a) ? b : a));
+  let place = 0;
+  const now = () => (videos.length ? lead().currentTime : place);
+  const whole = () => (videos.length ? length(lead()) : times.at(-1));
+  const frameAt = (time) => Math.max(0, times.findLastIndex((begins) => begins <= time + 1e-3));
   let playing = false;
 
   function go(time) {
+    place = time;
     for (const video of videos) video.currentTime = Math.min(time, length(video));
     show();
   }
   function set(on) {
+    if (videos.length === 0) return;
     playing = on;
     if (on && lead().ended) go(0);
     for (const video of videos) on ? video.play().catch(() => {}) : video.pause();
@@ -43,17 +50,14 @@ function player(root) {
     requestAnimationFrame(follow);
   }
   function show() {
-    const time = lead().currentTime;
-    const whole = length(lead());
-    if (document.activeElement !== seek || playing)
-      seek.value = whole ? (1000 * time) / whole : 0;
+    const [time, end] = [now(), whole()];
+    if (document.activeElement !== seek || playing) seek.value = end ? (1000 * time) / end : 0;
     if (times.length === 0) {
       clock.textContent = `${time.toFixed(2)} s`;
-      root.style.setProperty("--now", whole ? time / whole : 0);
+      root.style.setProperty("--now", end ? time / end : 0);
       return;
     }
-    let frame = times.length - 1;
-    while (frame > 0 && times[frame] > time + 1e-3) frame -= 1;
+    const frame = frameAt(time);
     clock.textContent = `frame ${frame} · ${times[frame].toFixed(2)} s`;
     root.style.setProperty("--now", frame / Math.max(times.length - 1, 1));
     for (const { output, values } of curves)
@@ -61,13 +65,12 @@ function player(root) {
   }
   function step(by) {
     set(false);
-    let frame = times.length - 1;
-    while (frame > 0 && times[frame] > lead().currentTime + 1e-3) frame -= 1;
-    const next = Math.max(0, Math.min(times.length - 1, frame + by));
-    go(times.length ? times[next] + 1e-4 : Math.max(0, lead().currentTime + by / 8));
+    const next = Math.max(0, Math.min(times.length - 1, frameAt(now()) + by));
+    go(times.length ? times[next] + 1e-4 : Math.max(0, now() + by / 8));
   }
 
   root.querySelector(".controls").hidden = false;
+  play.hidden = speed.hidden = videos.length === 0;
   for (const video of videos) {
     video.controls = false;
     video.muted = true;
@@ -80,7 +83,7 @@ function player(root) {
     }).catch(() => {});
   }
   play.addEventListener("click", () => set(!playing));
-  seek.addEventListener("input", () => { set(false); go((seek.value / 1000) * length(lead())); });
+  seek.addEventListener("input", () => { set(false); go((seek.value / 1000) * whole()); });
   speed.addEventListener("change", () => {
     for (const video of videos) video.defaultPlaybackRate = video.playbackRate = +speed.value;
   });
@@ -103,7 +106,9 @@ function player(root) {
     });
   }
   document.addEventListener("keydown", (event) => {
-    if (event.target.closest("input, select, button, summary")) return;
+    // what has the focus keeps its own keys: a slider all, a button space
+    if (event.target.closest("input, select")) return;
+    if (event.key === " " && event.target.closest("button, summary")) return;
     if (event.key === " ") set(!playing);
     else if (event.key === "ArrowRight") step(1);
     else if (event.key === "ArrowLeft") step(-1);
@@ -122,7 +127,8 @@ function player(root) {
   if (!matchMedia("(prefers-reduced-motion: reduce)").matches) set(true);
 }
 
-// A click on a column's header sorts by it, another one the other way; what is missing stays last.
+// A click on a column's header sorts by it, another one the other way. Words come after numbers, and
+// what is missing last, both ways.
 function sortable(table) {
   const headers = [...table.tHead.rows[0].cells];
   headers.forEach((header, column) => header.addEventListener("click", () => {
@@ -136,7 +142,7 @@ function sortable(table) {
     const rank = (value) => (value === "–" ? 2 : typeof value === "number" ? 0 : 1);
     const order = (a, b) => {
       const [x, y] = [key(a), key(b)];
-      if (rank(x) !== rank(y)) return rank(x) === 2 || rank(y) === 2 ? rank(x) - rank(y) : 0;
+      if (rank(x) !== rank(y)) return rank(x) - rank(y);
       const by = typeof x === "number" ? x - y : x.localeCompare(y, undefined, { numeric: true });
       return up ? by : -by;
     };
