@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from argparse import SUPPRESS, HelpFormatter
@@ -16,7 +17,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.strategies.launchers import (
+    _MultiProcessingLauncher,
+    _SubprocessScriptLauncher,
+)
 from transformers.utils import logging as transformers_logging
 
 from tokenflow.cli import stop
@@ -131,6 +135,9 @@ class PredictCLI(LightningCLI):
             )
         for job in self.datamodule.jobs:
             self.model.options(job)
+        if isinstance(strategy.launcher, _SubprocessScriptLauncher):
+            # where a process that it launches cannot begin, Lightning ends this one by the signal
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def after_predict(self) -> None:
         """Exit code 1, of the first process, where some of many clips failed."""
