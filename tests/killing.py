@@ -71,8 +71,10 @@ class Noting(Callback):
     def __init__(self, file: str) -> None:
         self.file = Path(file)
 
-    def on_predict_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.global_rank > 0:
+    def on_predict_batch_start(
+        self, trainer: Trainer, module: LightningModule, batch: Any, index: int, *_: Any
+    ) -> None:
+        if trainer.global_rank > 0 or index > 0:
             return
         before: Any = module.progress
 
