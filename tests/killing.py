@@ -1,9 +1,10 @@
-"""A callback that kills its own process, as nothing can foresee."""
+"""Callbacks that kill their own process, as nothing can foresee, and that look on."""
 
 from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -58,3 +59,28 @@ class KillAt(Callback):
 
     def kill(self, *_: Any, **__: Any) -> None:
         os.kill(os.getpid(), self.sent)
+
+
+class Noting(Callback):
+    """Adds a line to a file for every step that the first rank takes, with the stage's name.
+
+    Args:
+        file: Where.
+    """
+
+    def __init__(self, file: str) -> None:
+        self.file = Path(file)
+
+    def on_predict_batch_start(
+        self, trainer: Trainer, module: LightningModule, batch: Any, index: int, *_: Any
+    ) -> None:
+        if trainer.global_rank > 0 or index > 0:
+            return
+        before: Any = module.progress
+
+        def progress(stage: str, step: int, steps: int) -> None:
+            before(stage, step, steps)
+            with self.file.open("a") as file:
+                file.write(f"{stage}\n")
+
+        module.progress = progress  # type: ignore[assignment]

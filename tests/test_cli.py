@@ -187,6 +187,7 @@ BAD = {
     "a cache that is a file": (["--model.cache=/dev/null"], "choose another --model.cache"),
     "a cache of nothing": (["--model.cache_gigabytes=0"], "more than 0 gigabytes"),
     "several ranks for one": (["--model.ranks_per_clip=2"], "expected 1 rank"),
+    "a name that leads out": (["--data.video=...mp4"], "expected the name of a folder"),
     "a missing file": (["--data.video=gone.mp4"], "gone.mp4 does not exist"),
     "a missing model": (["--model.backbone=./gone"], "gone' does not exist"),
     "an unknown hub model": (["--model.backbone=nobody/nothing"], "give its folder"),

@@ -9,11 +9,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
+from tokenflow.engine.cache import Cache
 from tokenflow.video import Clip, read_clip
 
 PREDICT = [sys.executable, "-m", "tokenflow.cli", "predict"]
@@ -120,3 +122,17 @@ def test_a_job_waits_for_its_tasks_when_it_has_the_signal_too(
         job.send_signal(signal.SIGTERM)
         assert job.wait(timeout=30) == 75
     assert (tmp_path / "told").read_text() == "requeue 7\n"
+
+
+def test_torchrun_passes_a_schedulers_signal_on(commands: Path, tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "cache")
+    options = ["--model.steps=40", "--model.save_every=1000", f"--model.cache={cache.folder}"]
+    with subprocess.Popen(
+        [*LAUNCHERS["torchrun"], *EDIT, *options, f"--output.folder={tmp_path / 'runs'}"],
+        cwd=ROOT, env=environment(commands), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    ) as job:  # fmt: skip
+        while job.poll() is None and len(cache.files()) < 9:  # until all frames are inverted
+            time.sleep(0.1)
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait(timeout=120) == 1
+    assert "sampling" in {entry.kind for entry in cache.entries()}  # kept by who was asked to stop

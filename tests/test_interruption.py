@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -104,12 +105,26 @@ def killing(moment: str, rank: int, sent: int) -> list[str]:
     ]  # fmt: skip
 
 
-MOMENTS = [("read", 1), ("invert", 1), ("edit", 0), ("write", 0), ("between", 1)]
+def goes_on(folder: Path, clips: Path, model: Path, edits: int) -> None:
+    """Starts once more: so many steps of sampling, of 12, and no inversion that is kept."""
+    file = folder / "steps"
+    noting = ["--trainer.callbacks+=tests.killing.Noting", f"--trainer.callbacks.file={file}"]
+    assert ended(start(folder, clips, model, *noting)) == [0, 0]
+    steps = Counter(file.read_text().split())
+    assert steps["edit"] == edits
+    assert steps["invert"] == (
+        6 if edits == 12 else 0
+    )  # the second clip has the first one's frames
 
 
-@pytest.mark.parametrize(("moment", "rank"), MOMENTS)
+MOMENTS = [
+    ("read", 1, 12), ("invert", 1, 12), ("edit", 0, 10), ("write", 0, 6), ("between", 1, 6)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("moment", "rank", "edits"), MOMENTS)
 def test_a_killed_rank_ends_all_and_the_next_start_goes_on(
-    moment: str, rank: int, clips: Path, model_folder: Path, tmp_path: Path,
+    moment: str, rank: int, edits: int, clips: Path, model_folder: Path, tmp_path: Path,
     expected: list[torch.Tensor],
 ) -> None:  # fmt: skip
     codes = ended(start(tmp_path, clips, model_folder, *killing(moment, rank, signal.SIGKILL)))
@@ -120,19 +135,21 @@ def test_a_killed_rank_ends_all_and_the_next_start_goes_on(
     assert finished == videos == (["one"] if moment == "between" else [])
     kinds = [p.name for p in tmp_path.glob("cache/*/*.safetensors")]
     assert bool(kinds) is (moment != "read" and moment != "invert")
-    assert ended(start(tmp_path, clips, model_folder)) == [0, 0]
+    goes_on(tmp_path, clips, model_folder, edits)
     for found, wanted in zip(frames(tmp_path), expected, strict=True):
         assert torch.equal(found, wanted)
 
 
-@pytest.mark.parametrize(("moment", "rank"), [("invert", 0), ("edit", 1), ("write", 0)])
+@pytest.mark.parametrize(
+    ("moment", "rank", "edits"), [("invert", 0, 12), ("edit", 1, 9), ("write", 0, 6)]
+)
 def test_a_signal_to_one_rank_stops_all_and_the_next_start_goes_on(
-    moment: str, rank: int, clips: Path, model_folder: Path, tmp_path: Path,
+    moment: str, rank: int, edits: int, clips: Path, model_folder: Path, tmp_path: Path,
     expected: list[torch.Tensor],
 ) -> None:  # fmt: skip
     codes = ended(start(tmp_path, clips, model_folder, *killing(moment, rank, signal.SIGTERM)))
     assert codes == [75, 75]
     assert not (tmp_path / "runs").exists()
-    assert ended(start(tmp_path, clips, model_folder)) == [0, 0]
+    goes_on(tmp_path, clips, model_folder, edits)
     for found, wanted in zip(frames(tmp_path), expected, strict=True):
         assert torch.equal(found, wanted)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
-from tokenflow.engine.cache import FOLDER, Cache, Entry
+from tokenflow.engine.cache import FOLDER, Cache, Entry, File
 from tokenflow.errors import InputError
 
 HEADER = ("clip", "what", "files", "GB", "used, days ago")
@@ -70,9 +70,9 @@ def table(entries: Iterable[Entry]) -> str:
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
-def gigabytes(entries: Iterable[Entry]) -> float:
+def gigabytes(files: Iterable[File]) -> float:
     """Their size together."""
-    return sum(entry.size for entry in entries) / 1e9
+    return sum(file.size for file in files) / 1e9
 
 
 def run(words: list[str]) -> None:

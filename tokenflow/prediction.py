@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from tokenflow.cli import stop
 from tokenflow.engine.data import Video
 from tokenflow.engine.frame_group import FrameGroup
+from tokenflow.engine.guard import guarded
 from tokenflow.engine.logged import Logged
 from tokenflow.engine.measuring import Measuring
 from tokenflow.engine.module import TokenFlow
@@ -170,14 +171,13 @@ class PredictCLI(LightningCLI):
         self.config_dump["output"]["overwrite"] = False  # a repetition destroys nothing unasked
         self.writer = writer_of(self.trainer)
         self.writer.configuration = self.config_dump
-        model = self.config_dump["model"]
-        self.model.described = tuple(
-            f"{origin(type(plugin))}\n{yaml.safe_dump(model[option])}"
-            for option, plugin in (
-                ("editor", self.model.editor),
-                ("propagation", self.model.propagation),
-            )
+        options, kernel = self.config_dump["model"], self.model.propagation
+        editor, propagation = (
+            f"{origin(type(plugin))}\n{yaml.safe_dump(options[option])}"
+            for option, plugin in (("editor", self.model.editor), ("propagation", kernel))
         )
+        content = guarded(kernel, kernel.content)()
+        self.model.described = editor, f"{propagation}{content}"
 
 
 def run(words: list[str], callbacks: Sequence[Callback] = ()) -> None:

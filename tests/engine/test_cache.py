@@ -6,11 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from tokenflow.engine.cache import Cache, checksum
+from tokenflow.engine.cache import Cache
 from tokenflow.errors import InputError
 
 TENSORS = {"latents": torch.arange(12.0).reshape(3, 4), "done": torch.tensor(7)}
@@ -55,21 +56,12 @@ def test_a_damaged_entry_is_noticed_and_removed(cache: Cache, damage: str) -> No
     assert not path.exists()
 
 
-def test_the_checksum_is_of_names_shapes_types_and_values() -> None:
-    a = torch.arange(4.0)
-    others = [
-        {"y": a}, {"x": a.reshape(2, 2)}, {"x": a.view(torch.int32)}, {"x": a + 1}, {"x": a, "y": a}
-    ]  # fmt: skip
-    assert len({checksum(tensors) for tensors in [{"x": a}, *others]}) == 6
-    assert checksum({"x": a}) == checksum({"x": a.clone()})
-
-
 def test_the_longest_unused_goes_first(cache: Cache) -> None:
     for number, key in enumerate(["aa", "bb", "cc"]):
         keep(cache, key, 1000.0 + number)
     size = cache.entries()[0].size
     assert cache.load("aa") is not None  # and so it was used just now
-    assert [entry.clip for entry in cache.prune(2 * size)] == ["bb"]
+    assert [file.path for file in cache.prune(2 * size)] == [cache.path("bb")]
     assert [entry.clip for entry in cache.entries()] == ["cc", "aa"]
     assert cache.prune() == []
     assert len(cache.prune(0)) == 2
@@ -85,6 +77,37 @@ def test_pruning_takes_what_killed_processes_left(cache: Cache) -> None:
     assert not old.exists()
     assert new.exists()  # its writer may be at it
     assert [entry.clip for entry in cache.entries()] == ["aa"]
+
+
+def test_pruning_opens_nothing(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep(cache, "aa", 1000.0)
+    monkeypatch.setattr("tokenflow.engine.cache.safe_open", None)
+    assert len(cache.prune(0)) == 1
+
+
+def test_pruning_beside_other_processes(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which one takes files away after they were seen, and one owns a file."""
+    for number, key in enumerate(["aa", "bb", "cc"]):
+        keep(cache, key, 1000.0 + number)
+    writing = cache.path("cc").with_name(".cc.new.safetensors")
+    writing.touch()
+    stat, unlink = Path.stat, Path.unlink
+
+    def vanished(path: Path, **options: Any) -> os.stat_result:
+        if path in (writing, cache.path("aa")):
+            unlink(path)
+        return stat(path, **options)
+
+    def refused(path: Path, missing_ok: bool = False) -> None:
+        if path == cache.path("bb"):
+            raise PermissionError(path)
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "stat", vanished)
+    monkeypatch.setattr(Path, "unlink", refused)
+    assert [file.path for file in cache.prune(0)] == [cache.path("cc")]
+    monkeypatch.setattr(Path, "glob", lambda *_: (_ for _ in ()).throw(FileNotFoundError))
+    assert cache.prune(0) == []
 
 
 def test_a_folder_that_vanishes_is_made_again(cache: Cache) -> None:

@@ -1,8 +1,10 @@
 """Optical flow through the engine: who asks for it, how often, and who is refused."""
 
 import math
+import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from tokenflow.cli import main
 from tokenflow.diffusion import Backbone, invert
 from tokenflow.editors import PnP
 from tokenflow.engine import Settings, edit_clip, edit_latents
+from tokenflow.engine.recall import Recall
 from tokenflow.errors import InputError
 from tokenflow.miniature.edits import SceneFlow
 from tokenflow.miniature.scenes import random_scene
@@ -232,3 +235,28 @@ def test_the_command_line_chooses_kernel_and_flow(
         assert arguments["flow"]["class_path"].endswith("FlowFiles")
     main(["predict", f"--config={run / 'run.yaml'}", f"--output.folder={tmp_path / 'again'}"])
     assert (tmp_path / "again" / "scene" / "edited.mp4").exists()
+
+
+def test_the_command_line_tells_other_flow_files_apart(
+    model_folder: Path, tmp_path: Path, flow_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str | None] = []
+
+    def looked_at(*_: Any, recall: Recall, **__: Any) -> None:
+        seen.append(recall.propagation)
+        raise InputError("seen")
+
+    monkeypatch.setattr("tokenflow.engine.module.edit_clip", looked_at)
+    words = [
+        f"--data.video={write_clip(tmp_path / 'scene.mp4', CLIP)}",
+        f"--model.backbone={model_folder}", f"--model.prompt={PROMPT}",
+        "--model.propagation=FlowWeighted", "--model.propagation.flow=FlowFiles",
+        f"--model.propagation.flow.folder={flow_folder}", "--trainer.accelerator=cpu",
+        f"--output.folder={tmp_path / 'runs'}",
+    ]  # fmt: skip
+    for changed in (False, False, True):
+        if changed:
+            os.utime(next(flow_folder.iterdir()), (1, 1))
+        with pytest.raises(SystemExit):
+            main(["predict", *words])
+    assert seen[0] == seen[1] != seen[2]

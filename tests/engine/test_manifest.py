@@ -73,6 +73,33 @@ def test_a_link_out_of_the_root(tmp_path: Path) -> None:
         read_manifest(written(root, "- video: out.mp4"), None, {})
 
 
+def test_a_link_out_of_the_root_in_a_folder_of_images(tmp_path: Path) -> None:
+    root, images = tmp_path / "root", tmp_path / "root" / "images"
+    images.mkdir(parents=True)
+    for path in (tmp_path / "secret.png", root / "1.png"):
+        path.touch()
+    (images / "1.png").symlink_to("../1.png")
+    path = written(root, "- video: images")
+    assert len(read_manifest(path, None, {})) == 1
+    (images / "2.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(InputError, match=r"clip 1: .*images/2\.png lies outside of"):
+        read_manifest(path, None, {})
+
+
+def test_an_empty_value_is_not_given(tmp_path: Path) -> None:
+    path = written(tmp_path, "- {video: a.mp4, name: , prompt: , steps: , start: , stop: null}")
+    [job] = read_manifest(path, None, CHOICE)
+    assert (job.name, job.prompts, job.settings, job.source.choice) == ("a", {}, {}, CHOICE)
+
+
+@pytest.mark.parametrize("name", ["clips.csv", "clips.yaml"])
+def test_a_byte_order_mark(tmp_path: Path, name: str) -> None:
+    text = {"clips.csv": "video,prompt\na.mp4,été\n"}.get(name, "- {video: a.mp4, prompt: été}")
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    [job] = read_manifest(tmp_path / name, None, {})
+    assert job.prompts == {"prompt": "été"}
+
+
 BAD = {
     "no list": ("video: a.mp4", "expected a list of clips"),
     "nothing": ("[]", "lists no clip"),
@@ -84,6 +111,8 @@ BAD = {
     "absolute": ("- video: /etc/passwd", "lies outside of"),
     "twice": ("- video: a.mp4\n- video: x/a.mp4", "several clips would write into .*'a'"),
     "a name that is a path": ("- {video: a.mp4, name: ../b}", "expected the name of a folder"),
+    "an empty name": ("- {video: a.mp4, name: ''}", "expected the name of a folder .*got ''"),
+    "a video's name that leads out": ("- video: ...mp4", "clip 1: expected the name of .*'..'"),
     "no YAML": ("- {video", "is no YAML"),
 }
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.diffusion.making import make_controlnet
 from tests.engine.ranks import on_ranks
 from tokenflow.diffusion import Backbone
-from tokenflow.editors import ControlNet, Editor, PnP, SDEdit
+from tokenflow.editors import ControlNet, ControlVideo, Editor, PnP, SDEdit
 from tokenflow.engine import Result, Settings, edit_clip
 from tokenflow.engine.cache import Cache
 from tokenflow.engine.frame_group import FrameGroup
@@ -23,7 +26,7 @@ from tokenflow.engine.windows import split_windows
 from tokenflow.errors import Preempted
 from tokenflow.propagation import NNField
 from tokenflow.testing import tiny_clip
-from tokenflow.video import Clip
+from tokenflow.video import Clip, write_image
 
 SETTINGS = Settings(steps=4, keyframe_every=3, batch=2)
 CLIP = tiny_clip(7)
@@ -49,12 +52,14 @@ def edit(
     settings: Settings = SETTINGS,
     counting: Counting | None = None,
     editor: Editor | None = None,
+    described: str | None = None,
     kernel: str = "NNField()",
     **options: Any,
 ) -> Result:
     counting = counting or Counting()
     editor = editor or PnP()
-    recall = cache and Recall(cache, f"{type(editor).__name__}({vars(editor)})", kernel, 2)
+    described = described or f"{type(editor).__name__}({vars(editor)})"
+    recall = cache and Recall(cache, described, kernel, 2)
     return edit_clip(
         backbone, clip, prompt, editor, NNField(), settings=settings, progress=counting,
         group=FrameGroup(asked=lambda: counting.asked), recall=recall, **options,
@@ -107,22 +112,61 @@ def test_what_inversion_depends_on_is_part_of_the_key(
     assert "recall" not in counting.steps
 
 
-def test_another_model_does_not_find_it(backbone: Backbone, cache: Cache) -> None:
-    edit(backbone, cache)
-    with torch.no_grad():
-        other = Backbone(
-            backbone.unet, backbone.vae, backbone.text_encoder, backbone.tokenizer,
-            backbone.scheduler,
-        )  # fmt: skip
-        assert other.fingerprint == backbone.fingerprint
-        weight = next(other.vae.decoder.parameters())
-        before = weight.flatten()[0].clone()
-        weight.flatten()[0] += 1
-        fresh = Backbone(
-            other.unet, other.vae, other.text_encoder, other.tokenizer, other.scheduler
-        )
-        assert fresh.fingerprint != backbone.fingerprint
-        weight.flatten()[0] = before
+def configured(part: str, **values: Any) -> Callable[[Path], None]:
+    """Changes a model folder's configuration."""
+
+    def change(folder: Path) -> None:
+        file = next((folder / part).glob("*config.json"))
+        file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+    return change
+
+
+def one_weight(folder: Path) -> None:
+    """Changes one of thousands, in the middle of a matrix."""
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    largest = max(weights.values(), key=Tensor.numel).view(-1)
+    largest[largest.numel() // 2 + 1] += 1
+    save_file(weights, file, {"format": "pt"})
+
+
+def swapped_tokens(folder: Path) -> None:
+    """A vocabulary of the same size, with two words' numbers exchanged."""
+    file = folder / "tokenizer" / "tokenizer.json"
+    known = json.loads(file.read_text())
+    words = known["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    file.write_text(json.dumps(known))
+
+
+MODELS: dict[str, Callable[[Path], None]] = {
+    "one weight": one_weight,
+    "the UNet's heads": configured("unet", attention_head_dim=[2, 2, 4, 4]),
+    "the VAE's scale": configured("vae", scaling_factor=0.5),
+    "the VAE's norm": configured("vae", norm_num_groups=2),
+    "the text encoder's activation": configured("text_encoder", hidden_act="gelu"),
+    "the schedule": configured("scheduler", beta_end=0.02),
+    "the vocabulary": swapped_tokens,
+}
+
+
+@pytest.mark.parametrize("change", MODELS)
+def test_another_model_is_told_from_it(
+    backbone: Backbone, model_folder: Path, tmp_path: Path, change: str
+) -> None:
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    assert Backbone.load(folder, "cpu").fingerprint == backbone.fingerprint
+    MODELS[change](folder)
+    assert Backbone.load(folder, "cpu").fingerprint != backbone.fingerprint
+
+
+def test_what_a_model_was_asked_does_not_change_what_it_is(model_folder: Path) -> None:
+    asked, fresh = Backbone.load(model_folder, "cpu"), Backbone.load(model_folder, "cpu")
+    asked.embed(["a ball"])
+    # diffusers notes in no fixed order what a file left out
+    asked.scheduler.register_to_config(_use_default_values=["beta_start", "clip_sample"])
+    assert asked.fingerprint == fresh.fingerprint
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone"])
@@ -150,9 +194,76 @@ def test_an_editor_with_an_influence_on_inversion_is_part_of_its_key(
             counting = Counting()
             edit(backbone, cache, editor=ControlNet(model, **options), counting=counting)
             assert counting.steps.get("recall", 0) == expected
+    for editor in (SDEdit(0.5), ControlNet(model), ControlNet(model, scale=0.5)):  # they have none
+        counting = Counting()
+        edit(backbone, cache, editor=editor, counting=counting)
+        assert counting.steps["recall"] == 1
+
+
+def show(folder: Path, images: Tensor) -> None:
+    """Writes control images over what is there."""
+    folder.mkdir(exist_ok=True)
+    for number, image in enumerate(images):
+        write_image(folder / f"{number}.png", image)
+
+
+def control(folder: Path, **options: Any) -> dict[str, Any]:
+    """An editor with the files in a folder, under one description whatever they hold."""
+    images = ControlVideo(str(folder / "images"))
+    editor = ControlNet(str(folder / "model"), images, **options)
+    return {"editor": editor, "described": "ControlNet"}
+
+
+@pytest.fixture
+def controls(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("control")
+    make_controlnet(folder / "model", backbone.unet)
+    show(folder / "images", CLIP.frames.flip(0))
+    return folder
+
+
+def other_image(folder: Path, backbone: Backbone) -> None:
+    show(folder / "images", torch.zeros(1, 3, 16, 32))
+
+
+def other_weights(folder: Path, backbone: Backbone) -> None:
+    make_controlnet(folder / "model", backbone.unet, seed=1)
+
+
+@pytest.mark.parametrize(("change", "batches"), [(other_image, 1), (other_weights, 4)])
+def test_an_inversion_under_another_control_is_not_found(
+    backbone: Backbone, cache: Cache, controls: Path, change: Callable[..., None], batches: int
+) -> None:
+    edit(backbone, cache, **control(controls, control_source=True))
+    change(controls, backbone)
+    for expected in (batches, 0):
+        counting = Counting()
+        edit(backbone, cache, counting=counting, **control(controls, control_source=True))
+        assert counting.steps.get("encode", 0) == expected
+
+
+def test_equal_frames_under_different_controls_are_kept_apart(
+    backbone: Backbone, cache: Cache, controls: Path
+) -> None:
+    still = Clip.from_frames(CLIP.frames[:1].expand(7, -1, -1, -1))
+    edit(backbone, cache, clip=still, **control(controls))
+    assert kinds(cache).count("inversion") == 1
+    edit(backbone, cache, clip=still, **control(controls, control_source=True))
+    assert kinds(cache).count("inversion") == 1 + 7
+
+
+@pytest.mark.parametrize("change", [other_image, other_weights, None])
+def test_a_sampling_under_another_control_is_not_gone_on_with(
+    backbone: Backbone, cache: Cache, controls: Path, change: Callable[..., None] | None
+) -> None:
+    with pytest.raises(Preempted):
+        edit(backbone, cache, counting=Counting(("edit", 3)), **control(controls))
+    if change is not None:
+        change(controls, backbone)
     counting = Counting()
-    edit(backbone, cache, editor=SDEdit(0.5), counting=counting)  # it has none
-    assert counting.steps["recall"] == 1
+    edit(backbone, cache, counting=counting, **control(controls))
+    assert counting.steps["edit"] == (1 if change is None else 4)
+    assert counting.steps["recall"] == 1  # inversion has seen nothing of it
 
 
 STOPS = [("encode", 2), ("invert", 5), ("edit", 1), ("edit", 2), ("edit", 3), ("decode", 2)]
@@ -210,6 +321,7 @@ SAMPLING_CHANGES: dict[str, dict[str, Any]] = {
     "guidance": {"settings": dataclasses.replace(SETTINGS, guidance=2.0)},
     "editor": {"editor": PnP(attention=0.2)},
     "kernel": {"kernel": "other"},
+    "name, by which keyframes are drawn": {"clip": dataclasses.replace(CLIP, name="other")},
 }
 
 

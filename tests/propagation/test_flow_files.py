@@ -1,3 +1,4 @@
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from tokenflow.errors import InputError
-from tokenflow.propagation import FlowFiles
+from tokenflow.propagation import DIS, FlowFiles, FlowWeighted, NNField
 from tokenflow.video import Clip
 
 FRAMES, HEIGHT, WIDTH = 4, 6, 8
@@ -56,6 +57,20 @@ def test_flow_is_read_and_chained(
     assert flow.dtype == torch.float32
     # bilinear samples of a constant, in float32
     assert torch.allclose(flow, torch.tensor(expected)[:, None, None], atol=1e-5)
+
+
+def test_other_files_are_other_content(folder: Path) -> None:
+    def content() -> str:
+        return FlowWeighted(FlowFiles(str(folder))).content()
+
+    (folder / "notes.txt").touch()
+    before, file = content(), folder / "1_0.flo"
+    os.utime(folder / "notes.txt", (1, 1))
+    assert content() == before
+    write_flo(file, constant(9, 9))
+    os.utime(file, (1, 1))
+    assert content() != before
+    assert FlowWeighted(DIS()).content() == NNField().content() == ""
 
 
 def test_a_chain_follows_the_point(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from tokenflow import digests
 from tokenflow.diffusion.loading import (
     ModelError,
     load_network,
@@ -120,16 +120,17 @@ class Backbone:
 
     @cached_property
     def fingerprint(self) -> str:
-        """What tells this model from another: a sample of every weight, schedule, type, device."""
-        digest = hashlib.sha256()
-        for network in (self.unet, self.vae, self.text_encoder):
-            for name, weight in network.state_dict().items():
-                sample = weight.flatten()[:: max(1, weight.numel() // 256)]
-                digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-                digest.update(sample.float().cpu().numpy().tobytes())
-        rest = dict(self.scheduler.config), self.vae.config.scaling_factor, self.device.type
-        digest.update(json.dumps(rest, sort_keys=True, default=str).encode())
-        return digest.hexdigest()
+        """What tells this model from another: weights, configurations, vocabulary, device.
+
+        All weights are read, once: Stable Diffusion 1.5 takes about 3 s in float32.
+        """
+        networks = [digests.of_network(part) for part in (self.unet, self.vae, self.text_encoder)]
+        tokens = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        for state in ("padding", "truncation"):  # as the last call left them
+            del tokens[state]
+        schedule = {k: v for k, v in self.scheduler.config.items() if not k.startswith("_")}
+        special = self.tokenizer.special_tokens_map
+        return digests.of_values(networks, tokens, special, schedule, self.device.type)
 
     @property
     def latent_scale(self) -> int:

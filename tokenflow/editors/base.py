@@ -69,6 +69,14 @@ class Editor(ABC):
     interface: ClassVar[int] = 1
     """The version of this interface that a plugin was written for."""
 
+    @property
+    def conditions_source(self) -> bool:
+        """Whether `conditioning` may have something for the source alone, and so in inversion.
+
+        Inversions are then kept apart by the editor's options and `content`.
+        """
+        return type(self).conditioning is not Editor.conditioning
+
     def prepare(self, backbone: Backbone, clip: Clip) -> None:  # noqa: B027 (need not be overridden)
         """Called once for every clip, before any work: load and check what the edit needs.
 
@@ -78,6 +86,14 @@ class Editor(ABC):
         Raises:
             InputError: Something does not fit the model or the clip.
         """
+
+    def content(self, frame: int) -> str:
+        """What else than options, model and source an edit of a frame depends on: nothing.
+
+        An editor that reads files returns a digest of what they say of the frame at this position,
+        or of all; after `prepare`. What runs keep is found again where it is the same.
+        """
+        return ""
 
     @abstractmethod
     def start(self, trajectory: Trajectory, schedule: Schedule, seed: int) -> Start:

@@ -11,6 +11,7 @@ from diffusers import ControlNetModel
 from jaxtyping import Float
 from torch import Tensor
 
+from tokenflow import digests
 from tokenflow.diffusion import Backbone, load_controlnet
 from tokenflow.diffusion.trajectory import rows
 from tokenflow.editors.base import Pass
@@ -95,6 +96,12 @@ class ControlNet(SDEdit):
         self.control_source = control_source
         self.backbone: Backbone | None = None
         self.shown: tuple[Shown, ...] = ()
+        self.digests: dict[str, str] = {}
+        """Of the networks, by model; made when they are asked for."""
+
+    @property
+    def conditions_source(self) -> bool:
+        return self.control_source
 
     def prepare(self, backbone: Backbone, clip: Clip) -> None:
         """Loads what is not loaded yet, and makes the clip's control images.
@@ -106,6 +113,8 @@ class ControlNet(SDEdit):
         loaded = {}
         if backbone is self.backbone:
             loaded = {shown.control.model: shown.network for shown in self.shown}
+        else:
+            self.digests = {}
         ready = []
         for control in self.controls:
             if control.model not in loaded:
@@ -113,6 +122,18 @@ class ControlNet(SDEdit):
             images = (control.condition or Canny()).of(clip)
             ready.append(Shown(control, loaded[control.model], images, clip.positions))
         self.backbone, self.shown = backbone, tuple(ready)
+
+    def content(self, frame: int) -> str:
+        """The networks' weights, and the frame's control images."""
+        for shown in self.shown:
+            if shown.control.model not in self.digests:
+                self.digests[shown.control.model] = digests.of_network(shown.network)
+        images = {
+            str(number): shown.images[shown.positions.index(frame)]
+            for number, shown in enumerate(self.shown)
+        }
+        weights = [self.digests[shown.control.model] for shown in self.shown]
+        return digests.of_values(weights, digests.of_tensors(images))
 
     @torch.no_grad()
     def conditioning(self, forward: Pass) -> dict[str, Any]:

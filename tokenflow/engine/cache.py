@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tokenflow import digests
 from tokenflow.errors import InputError
 from tokenflow.video import atomic
 
@@ -24,14 +24,20 @@ STALE = 3600.0  # seconds after which a temporary file is no writer's any more
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One file of the cache: of which kind and clip, its bytes, when it was used last."""
+class File:
+    """One file of the cache: its bytes, and when it was used last."""
 
     path: Path
-    kind: str
-    clip: str
     size: int
     used: float
+
+
+@dataclass(frozen=True)
+class Entry(File):
+    """One that was looked into: of which kind and clip it is."""
+
+    kind: str
+    clip: str
 
 
 class Cache:
@@ -75,7 +81,7 @@ class Cache:
             with safe_open(path, framework="pt") as file:
                 about = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if about.get(CHECKSUM) == checksum(tensors):
+            if about.get(CHECKSUM) == digests.of_tensors(tensors):
                 os.utime(path)
                 return tensors
         except FileNotFoundError:
@@ -89,7 +95,7 @@ class Cache:
     def save(self, key: str, tensors: Mapping[str, Tensor], kind: str, clip: str) -> None:
         """Keeps tensors; where the disk refuses, a warning says so and the run goes on."""
         own = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-        about = {CHECKSUM: checksum(own), "kind": kind, "clip": clip}
+        about = {CHECKSUM: digests.of_tensors(own), "kind": kind, "clip": clip}
         try:
             with atomic(self.path(key)) as temporary:
                 save_file(own, temporary, about)
@@ -110,46 +116,47 @@ class Cache:
     def entries(self) -> list[Entry]:
         """All that is kept, longest unused first; what cannot be read is of kind "damaged"."""
         found = []
-        for path in self.folder.glob("??/*.safetensors"):
-            if path.name.startswith("."):
-                continue
+        for file in self.files():
             about: dict[str, str] = {}
             try:
-                state = path.stat()
-                with safe_open(path, framework="pt") as file:
-                    about = file.metadata() or {}
+                with safe_open(file.path, framework="pt") as content:
+                    about = content.metadata() or {}
             except FileNotFoundError:  # another process has removed it
                 continue
             except (OSError, SafetensorError):
                 pass
             kind, clip = about.get("kind", "damaged"), about.get("clip", "")
-            found.append(Entry(path, kind, clip, state.st_size, state.st_mtime))
-        return sorted(found, key=lambda entry: entry.used)
+            found.append(Entry(file.path, file.size, file.used, kind, clip))
+        return found
 
-    def prune(self, limit: int | None = None) -> list[Entry]:
+    def files(self, left: bool = False) -> list[File]:
+        """The files of all entries, longest unused first, or those `left` by writers; unopened."""
+        found = []
+        with suppress(OSError):  # folders, as files, may go while they are looked through
+            for path in self.folder.glob("??/*.safetensors"):
+                if path.name.startswith(".") is left:
+                    with suppress(OSError):
+                        state = path.stat()
+                        found.append(File(path, state.st_size, state.st_mtime))
+        return sorted(found, key=lambda file: file.used)
+
+    def prune(self, limit: int | None = None) -> list[File]:
         """Removes what is longest unused until the rest has at most `limit` bytes, and returns it.
 
-        So do temporary files that a killed process left more than an hour ago.
+        So do temporary files that a killed process left more than an hour ago. What cannot be
+        removed stays.
         """
-        for left in self.folder.glob("??/.*.safetensors"):
-            if time.time() - left.stat().st_mtime > STALE:
-                left.unlink(missing_ok=True)
-        entries, gone = self.entries(), []
-        size, most = sum(entry.size for entry in entries), self.limit if limit is None else limit
-        for entry in entries:
+        for file in self.files(left=True):
+            if time.time() - file.used > STALE:
+                with suppress(OSError):
+                    file.path.unlink()
+        files, gone = self.files(), []
+        size, most = sum(file.size for file in files), self.limit if limit is None else limit
+        for file in files:
             if size <= most:
                 break
-            entry.path.unlink(missing_ok=True)
-            size -= entry.size
-            gone.append(entry)
+            with suppress(OSError):
+                file.path.unlink(missing_ok=True)
+                size -= file.size
+                gone.append(file)
         return gone
-
-
-def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, shapes, types and bytes."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -47,8 +47,8 @@ class FolderLock:
         """Gives it back, with the folders that were made for it if they are empty."""
         if not self.lock.is_locked:
             return
+        (self.folder / LOCK).unlink(missing_ok=True)  # first: later it may be another run's
         self.lock.release()
-        (self.folder / LOCK).unlink(missing_ok=True)
         for place in self.made:
             with suppress(OSError):
                 place.rmdir()

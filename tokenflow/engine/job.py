@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tokenflow.errors import InputError
 from tokenflow.video import Clip, clip_name, read_clip
 
 CHOICE = ("start", "stop", "stride", "max_frames", "resolution", "fit", "image_rate")
@@ -40,6 +41,9 @@ class Job:
         prompts: Those that are its own: `prompt`, `negative_prompt`, `inversion_prompt`.
         settings: Its own `Settings`.
         where: Its place in a manifest; None for a run of one clip.
+
+    Raises:
+        InputError: The name is none of a folder.
     """
 
     def __init__(
@@ -50,7 +54,13 @@ class Job:
         settings: Mapping[str, Any] | None = None,
         where: str | None = None,
     ) -> None:
-        self.source, self.name = source, name or source.name
+        self.source, self.name = source, source.name if name is None else name
+        if Path(self.name).name != self.name or self.name in ("", ".", ".."):
+            place = f"{where}: " if where else ""
+            raise InputError(
+                f"{place}expected the name of a folder for {source.path}, got {self.name!r}; "
+                f"rename the video, or give its row of a manifest another name"
+            )
         self.prompts, self.settings = dict(prompts or {}), dict(settings or {})
         self.where = where
 

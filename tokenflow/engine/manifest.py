@@ -6,6 +6,7 @@ import csv
 import inspect
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -15,7 +16,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from tokenflow.engine.job import CHOICE, PROMPTS, ClipSource, Job
 from tokenflow.engine.settings import Settings
 from tokenflow.errors import InputError
-from tokenflow.video import VideoError, read_clip
+from tokenflow.video import VideoError, image_paths, read_clip
 
 
 def read_manifest(path: Path, root: Path | None, choice: Mapping[str, Any]) -> list[Job]:
@@ -25,13 +26,13 @@ def read_manifest(path: Path, root: Path | None, choice: Mapping[str, Any]) -> l
         path: A YAML file with a list of mappings, or a CSV file with a line of names first. Each
             has `video`, and may have `prompt`, `negative_prompt`, `inversion_prompt`, `name` (of
             the folder that its files go to), options of the frames (as `start` or `resolution`)
-            and of the edit (as `seed` or `steps`). An empty cell is not given.
+            and of the edit (as `seed` or `steps`). An empty cell or value is not given.
         root: The folder that the videos are in, and relative to; the manifest's if not given.
         choice: Which frames are taken, of rows that do not say.
 
     Raises:
         InputError: The file is no manifest, a row is not understood, two would write into one
-            folder, or a video lies outside of the root.
+            folder, or a video, or an image of a folder, lies outside of the root.
     """
     root = (root or path.parent).resolve()
     parser = row_parser()
@@ -49,12 +50,12 @@ def read_manifest(path: Path, root: Path | None, choice: Mapping[str, Any]) -> l
 def rows(path: Path) -> Sequence[tuple[int, dict[str, Any]]]:
     """The rows of a manifest, counted from 1."""
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets begin with a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the manifest {path} cannot be read: {error}") from error
     if path.suffix.lower() == ".csv":
         lines = csv.DictReader(text.splitlines(), restkey="more")
-        table: Any = [{k: v for k, v in row.items() if v not in ("", None)} for row in lines]
+        table: Any = [{k: v or None for k, v in row.items()} for row in lines]
     elif path.suffix.lower() in (".yaml", ".yml"):
         try:
             table = yaml.safe_load(text)
@@ -64,7 +65,8 @@ def rows(path: Path) -> Sequence[tuple[int, dict[str, Any]]]:
         raise InputError(f"expected a manifest that ends in .yaml, .yml or .csv, got {path}")
     if not isinstance(table, list) or not all(isinstance(row, dict) for row in table):
         raise InputError(f"{path}: expected a list of clips, each with video: PATH")
-    return list(enumerate(table, start=1))
+    given = ({k: v for k, v in row.items() if v is not None} for row in table)
+    return list(enumerate(given, start=1))
 
 
 def row_parser() -> ArgumentParser:
@@ -94,19 +96,24 @@ def job(
     if not given.get("video"):
         raise InputError(f"{where}: expected video: PATH, got none")
     video = root / given["video"]
-    if not video.resolve().is_relative_to(root):
-        raise InputError(
-            f"{where}: {given['video']} lies outside of {root}; move it there, or name another "
-            f"folder by --data.root"
-        )
-    name = given.get("name")
-    if name is not None and (Path(name).name != name or name in ("", ".", "..")):
-        raise InputError(f"{where}: expected the name of a folder, got {name!r}")
+    for path in (video, *linked_images(video)):
+        if not path.resolve().is_relative_to(root):
+            raise InputError(
+                f"{where}: {path} lies outside of {root}; move it there, or name another folder by "
+                f"--data.root"
+            )
     own = {key: value for key, value in given.items() if key in CHOICE}
     source = ClipSource(video, **{**choice, **own})
     prompts = {key: value for key, value in given.items() if key in PROMPTS}
     settings = {k: v for k, v in given.items() if k in inspect.signature(Settings).parameters}
-    return Job(source, name, prompts, settings, where)
+    return Job(source, given.get("name"), prompts, settings, where)
+
+
+def linked_images(folder: Path) -> list[Path]:
+    """Those images of a folder that are links; none of what cannot be read, which fails later."""
+    with suppress(OSError):
+        return [path for path in image_paths(folder) if path.is_symlink()]
+    return []
 
 
 def part_of(jobs: Sequence[Job], part: str) -> list[Job]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from tokenflow import digests
 from tokenflow.diffusion import Backbone, Trajectory
 from tokenflow.engine.cache import Cache
 from tokenflow.engine.frame_group import FrameGroup
@@ -27,7 +26,8 @@ class Recall:
         cache: Where.
         editor: The editor with its options, as text. Not given, a sampling is not kept, nor is an
             inversion on which the editor has an influence.
-        propagation: The kernel with its options. Not given, a sampling is not kept.
+        propagation: The kernel with its options and `Propagation.content`. Not given, a sampling
+            is not kept.
         save_every: Steps after which a sampling on its way is kept.
     """
 
@@ -37,18 +37,9 @@ class Recall:
     save_every: int = 10
 
 
-def digest(*parts: Any) -> str:
-    """SHA-256 of what JSON makes of the parts; what it does not know, by its text."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
 def frame_digests(clip: Clip) -> list[str]:
-    """SHA-256 of every frame's values."""
-    shape = str(tuple(clip.frames.shape[1:])).encode()
-    return [
-        hashlib.sha256(shape + frame.contiguous().cpu().numpy().tobytes()).hexdigest()
-        for frame in clip.frames
-    ]
+    """Of every frame's values."""
+    return [digests.of_tensors({"frame": frame}) for frame in clip.frames]
 
 
 class KeptInversion:
@@ -61,15 +52,26 @@ class KeptInversion:
         cache: Where they are kept; nowhere if not given.
         clip: The frames.
         inversion: All else that they depend on.
+        content: What an editor shows the model of each frame, `Editor.content`.
+        influential: Whether inversion depends on that.
 
     Attributes:
-        frames: Digests of the frames, where they are kept.
+        frames: Digests of the frames and of that content, where they are kept.
     """
 
-    def __init__(self, cache: Cache | None, clip: Clip, inversion: Sequence[Any]) -> None:
+    def __init__(
+        self,
+        cache: Cache | None,
+        clip: Clip,
+        inversion: Sequence[Any] = (),
+        content: Sequence[str] = (),
+        influential: bool = False,
+    ) -> None:
         self.cache, self.name = cache, clip.name
-        self.frames = frame_digests(clip) if cache is not None else []
-        self.keys = [digest("inversion", 1, *inversion, frame) for frame in self.frames]
+        alone = frame_digests(clip) if cache is not None else []
+        self.frames = list(map(digests.of_values, alone, content))
+        seen = self.frames if influential else alone
+        self.keys = [digests.of_values("inversion", 2, *inversion, frame) for frame in seen]
 
     def fill(self, trajectory: Trajectory, here: Int64[Tensor, " some"]) -> bool:
         """Fills in the frames with these numbers; whether all of them were kept."""
@@ -101,7 +103,7 @@ class KeptSampling:
 
     Args:
         recall: Where, and how often.
-        clip: This rank's frames.
+        clip: This rank's frames. Its name is part of the key: keyframes are drawn by it.
         frames: Their digests.
         counts: How many frames each rank contributes.
         group: The ranks.
@@ -121,7 +123,7 @@ class KeptSampling:
         self.positions, self.counts, self.group = clip.positions, counts, group
         own = list(frames[: counts[group.rank]])
         every = [frame for part in group.tell(own) for frame in part]
-        self.key = digest("sampling", 1, *sampling, every)
+        self.key = digests.of_values("sampling", 2, clip.name, *sampling, every)
 
     def load(self) -> tuple[int, Float[Tensor, "frames c h w"]] | None:
         """How many steps are done, and this rank's latents after them; None to begin anew."""

@@ -16,6 +16,7 @@ from tokenflow.diffusion.sampling import require_finite
 from tokenflow.editors import Editor, Pass
 from tokenflow.engine.denoising import conditioned
 from tokenflow.engine.frame_group import FrameGroup
+from tokenflow.engine.guard import guarded
 from tokenflow.engine.recall import KeptInversion, Recall
 from tokenflow.video import Clip
 
@@ -92,16 +93,17 @@ def kept_inversion(
     timesteps: tuple[int, ...],
     recall: Recall | None,
 ) -> KeptInversion:
-    """Where the clip's inversion is kept; an editor with an influence on it is part of its key."""
-    if recall is None:
-        return KeptInversion(None, clip, ())
-    influence, cache = None, recall.cache
-    if type(editor).conditioning is not Editor.conditioning:
-        influence = recall.editor
-        if influence is None:
-            return KeptInversion(None, clip, ())
+    """Where the clip's inversion is kept; an editor with an influence on it is part of its key.
+
+    The editor must have been prepared for the clip.
+    """
+    influential = editor.conditions_source
+    if recall is None or (influential and recall.editor is None):
+        return KeptInversion(None, clip)
+    content = [guarded(editor, editor.content)(position) for position in clip.positions]
+    influence = recall.editor if influential else None
     parts = backbone.fingerprint, prompt, schedule.timesteps, timesteps, influence
-    return KeptInversion(cache, clip, parts)
+    return KeptInversion(recall.cache, clip, parts, content, influential)
 
 
 @contextmanager

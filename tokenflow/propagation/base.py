@@ -96,6 +96,13 @@ class Propagation(ABC):
     flow: OpticalFlow | None = None
     """What finds optical flow, if the kernel needs it: then every window has its `motion`."""
 
+    def content(self) -> str:
+        """What else than options and features it depends on, as a digest of files; by default flow.
+
+        An interrupted sampling goes on where it is the same.
+        """
+        return "" if self.flow is None else self.flow.content()
+
     @abstractmethod
     def correspond(
         self,

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tokenflow import digests
 from tokenflow.errors import InputError
 from tokenflow.propagation.optical_flow import OpticalFlow, require_flow, warp
 from tokenflow.video import Clip
@@ -68,6 +69,11 @@ class FlowFiles(OpticalFlow):
             )
         if steps:
             self.read(clip, *steps[0])  # files of another size are all so
+
+    def content(self) -> str:
+        """The files' names, sizes and times of change: they may be many gigabytes."""
+        states = [(f.name, f.stat()) for f in self.folder.glob("*") if NAME.fullmatch(f.name)]
+        return digests.of_values(sorted((n, s.st_size, s.st_mtime_ns) for n, s in states))
 
     def between(self, clip: Clip, start: int, end: int) -> Float[Tensor, "2 height width"]:
         if not self.files:

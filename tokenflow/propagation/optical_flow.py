@@ -32,6 +32,10 @@ class OpticalFlow(ABC):
             InputError: There can be no flow of this clip; the message says what to do.
         """
 
+    def content(self) -> str:
+        """What else than options and clip it depends on, as a digest of files: nothing."""
+        return ""
+
     @abstractmethod
     def between(self, clip: Clip, start: int, end: int) -> Float[Tensor, "2 height width"]:
         """The flow from the clip's frame(`start`) to its frame(`end`), in float32.

@@ -4,6 +4,7 @@ from tokenflow.video.alpha import transparent
 from tokenflow.video.atomic import atomic, remove_leftovers
 from tokenflow.video.clip import AudioSpan, Clip, VideoError
 from tokenflow.video.frames import Frames, Spool, levels
+from tokenflow.video.image_folder import image_paths
 from tokenflow.video.layout import contact_sheet, halves, side_by_side
 from tokenflow.video.reader import clip_name, read_clip
 from tokenflow.video.sizing import resized
@@ -19,6 +20,7 @@ __all__ = [
     "clip_name",
     "contact_sheet",
     "halves",
+    "image_paths",
     "levels",
     "read_clip",
     "remove_leftovers",

@@ -23,10 +23,16 @@ def image_source(folder: Path, rate: Fraction) -> Source:
 
     EXIF orientation is applied, transparency is dropped. VideoError names what cannot be read.
     """
-    paths = [p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()]
+    paths = image_paths(folder)
     if not paths:
         raise VideoError(f"{folder}: expected images ({', '.join(SUFFIXES)}), found none.")
-    return Source(rate, _pictures(sorted(paths, key=_natural), rate))
+    return Source(rate, _pictures(paths, rate))
+
+
+def image_paths(folder: Path) -> list[Path]:
+    """A folder's images, in the order of their names."""
+    paths = [p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()]
+    return sorted(paths, key=_natural)
 
 
 def _natural(path: Path) -> tuple[list[tuple[str, int]], str]:
