@@ -79,6 +79,16 @@ def test_pruning_takes_what_killed_processes_left(cache: Cache) -> None:
     assert [entry.clip for entry in cache.entries()] == ["aa"]
 
 
+def test_pruning_leaves_what_is_not_the_caches(cache: Cache) -> None:
+    """A configuration may name any folder as the cache."""
+    others = [cache.folder / "v1" / "model.safetensors", cache.folder / "ab" / "cd.safetensors"]
+    for path in others:
+        path.parent.mkdir(parents=True)
+        path.touch()
+    assert cache.prune(0) == cache.entries() == []
+    assert all(path.exists() for path in others)
+
+
 def test_pruning_opens_nothing(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     keep(cache, "aa", 1000.0)
     monkeypatch.setattr("tokenflow.engine.cache.safe_open", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 import warnings
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from tokenflow.video import atomic
 FOLDER = "~/.cache/tokenflow"
 CHECKSUM = "sha256"
 STALE = 3600.0  # seconds after which a temporary file is no writer's any more
+OWN = re.compile(r"(\.?)([0-9a-f]{2})[0-9a-f]*(\.\w+)?\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,10 @@ class Cache:
         found = []
         with suppress(OSError):  # folders, as files, may go while they are looked through
             for path in self.folder.glob("??/*.safetensors"):
-                if path.name.startswith(".") is left:
+                own = OWN.fullmatch(
+                    path.name
+                )  # whatever else lies in the folder is not the cache's
+                if own and own[2] == path.parent.name and bool(own[1]) is left:
                     with suppress(OSError):
                         state = path.stat()
                         found.append(File(path, state.st_size, state.st_mtime))

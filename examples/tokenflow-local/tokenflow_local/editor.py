@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import interpolate
 
+from tokenflow.digests import of_tensors
 from tokenflow.editors import PnP
 from tokenflow.editors.conditions import same_aspect, sizes
 from tokenflow.errors import InputError
@@ -47,9 +48,7 @@ class LocalPnP(PnP):
         else:
             masks = read_clip(self.mask).frames.mean(dim=1, keepdim=True)
             if (name := transparent(Path(self.mask))) is not None:
-                raise InputError(
-                    f"the mask {name} has an alpha channel; save it as black and white"
-                )
+                raise InputError(f"the mask {name} has an alpha channel; save black and white")
             if not any(same_aspect(masks.shape[-2:], size) for size in sizes(clip)):
                 raise InputError(f"the mask {self.mask} has another aspect than the clip; crop it")
         if len(masks) not in (1, clip.total):
@@ -61,6 +60,9 @@ class LocalPnP(PnP):
         self.region = interpolate(masks, size, mode="area").expand(clip.total, -1, -1, -1)
         if self.region.max() == 0:
             raise InputError("the region is empty, so nothing would be edited; make it larger")
+
+    def content(self, frame):
+        return of_tensors({"region": self.region[frame]})
 
     def constrain(self, latents, frames, t, trajectory):
         region, source = self.region[list(frames)].to(latents), trajectory.at(t, frames)
