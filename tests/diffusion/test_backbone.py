@@ -197,6 +197,41 @@ def test_a_unet_for_inpainting(backbone: Backbone) -> None:
         with_parts(backbone, unet=unet)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 8,
+                "projection_class_embeddings_input_dim": 64,
+                "cross_attention_dim": 32,
+            },
+            r"\(addition_embed_type 'text_time'\), as SDXL's .* expected a Stable Diffusion 1",
+        ),
+        (
+            {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 64},
+            r"class_embed_type 'projection'",
+        ),
+        ({"num_class_embeds": 4}, r"num_class_embeds 4"),
+        ({"encoder_hid_dim": 24}, r"encoder_hid_dim 24, encoder_hid_dim_type 'text_proj'"),
+        ({"cross_attention_dim": 32}, r"width 32 and the text encoder makes 16; expected parts"),
+        ({"cross_attention_dim": (16, 16, 16, 32)}, r"width .*32.* and the text encoder makes 16"),
+    ],
+)
+def test_a_unet_that_asks_for_more_than_a_prompt(
+    backbone: Backbone, changes: dict[str, Any], message: str
+) -> None:
+    unet = UNet2DConditionModel.from_config({**backbone.unet.config, **changes})
+    with pytest.raises(ModelError, match=message):
+        with_parts(backbone, unet=unet)
+
+
+def test_the_width_may_be_given_for_each_block(backbone: Backbone) -> None:
+    widths = {"cross_attention_dim": (16,) * 4}
+    with_parts(backbone, unet=UNet2DConditionModel.from_config({**backbone.unet.config, **widths}))
+
+
 def test_v_prediction(folder: Path, backbone: Backbone) -> None:
     set_config(folder / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
     model = Backbone.load(folder, device="cpu")
