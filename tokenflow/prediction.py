@@ -98,7 +98,7 @@ class PredictCLI(LightningCLI):
             "--run", type=dict | None, help="What a run.yaml records of its run; not an option."
         )
         parser.add_lightning_class_args(self.trainer_class, "trainer")
-        # by path: a plugin of the same name stops only those who choose by name
+        # by path, whatever else has the name
         parser.set_defaults(
             {
                 "model.editor": "tokenflow.editors.PnP",

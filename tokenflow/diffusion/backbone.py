@@ -205,9 +205,7 @@ class Backbone:
         return schedule.epsilon(output.float(), latents.float(), t)
 
 
-def check_unet(
-    unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel
-) -> None:
+def check_unet(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel) -> None:
     """Raises `ModelError` for a UNet that asks for other inputs than latents, a time and a text."""
     if unet.config.in_channels != vae.config.latent_channels:
         raise ModelError(
