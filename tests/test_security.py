@@ -254,12 +254,13 @@ def test_no_attention_kernel_is_fetched_from_a_hub(folder: Path) -> None:
     [
         ("unet", "diffusion_pytorch_model.safetensors.index.json"),
         ("text_encoder", "model.safetensors.index.json"),
+        ("unet", "diffusion_pytorch_model.safetensors.index.fp16.json"),
     ],
 )
 def test_an_index_leads_to_no_pickle(folder: Path, part: str, index: str) -> None:
     (weights,) = (folder / part).glob("*.safetensors")
     names = dict.fromkeys(load_file(weights), "evil.bin")
-    weights.rename(weights.with_name("spare.safetensors"))
+    weights.rename(weights.with_name("spare.fp16.safetensors"))
     (folder / part / "evil.bin").write_bytes(pickle.dumps({"a": Payload()}))
     text = json.dumps({"metadata": {"total_size": 1}, "weight_map": names})
     (folder / part / index).write_text(text)

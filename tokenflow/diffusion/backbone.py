@@ -18,9 +18,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from tokenflow.diffusion.loading import (
     ModelError,
+    folder_or_id,
     load_network,
     load_pretrained,
-    require_folder_or_id,
     require_safetensors,
 )
 from tokenflow.diffusion.sampling import Schedule
@@ -101,7 +101,7 @@ class Backbone:
             raise ModelError(f"dtype must be one of {('auto', *DTYPES)}, got {dtype!r}")
         if model == "miniature":
             model = EMBEDDED
-        require_folder_or_id(str(model), INDEX)
+        model = folder_or_id(str(model), INDEX)
         if Path(model).is_dir():
             check_folder(Path(model))
         where = device if device != "auto" else default_device()
