@@ -29,6 +29,12 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(), re.DOTALL | re.M)
 
 
+def languages(text: str) -> set[str]:
+    """What a page's fences are labelled with, "" for one without a label."""
+    fences = re.findall(r"^ *(?:```+|~~~+) *(.*?) *$", text, re.M)
+    return set(fences[::2])  # every other one closes
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_is_followed_to_its_end(page: str, tmp_path: Path) -> None:
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
@@ -69,9 +75,12 @@ def test_a_page_is_followed_to_its_end(page: str, tmp_path: Path) -> None:
 def test_no_block_is_left_out() -> None:
     """A page with code is one of those that are followed."""
     for page in ROOT.glob("docs/*.md"):
-        opened = set(re.findall(r"^```(\w+)$", page.read_text(), re.M))
-        assert opened <= {"python", "ini", "sh"}
-        assert not opened or str(page.relative_to(ROOT)) in PAGES
+        opened = languages(page.read_text())
+        assert opened <= {"python", "ini", "sh"}, page
+        assert not opened or str(page.relative_to(ROOT)) in PAGES, page
+    # its Python is run and its commands are looked up by test_readme
+    assert languages((ROOT / "README.md").read_text()) <= {"python", "sh"}
+    assert languages("```sh\nls\n```\n\n  ```\nls\n  ```\n\n~~~ c++\n~~~\n") == {"sh", "", "c++"}
 
 
 PROSE = [

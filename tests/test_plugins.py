@@ -70,7 +70,7 @@ def test_a_name_offered_twice_is_used_by_neither(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(
         plugins, "entry_points", lambda group: [entry, entry] if "editors" in group else []
     )
-    for plugin in installed_plugins.__wrapped__():
+    for plugin in installed_plugins.__wrapped__():  # of no known distribution, neither is ours
         assert not plugin.usable
         assert "uninstall one" in plugin.reason
 
@@ -206,6 +206,15 @@ def test_doctor_finds_an_unusable_plugin(broken: None, capsys: pytest.CaptureFix
         (["Outdated"], 1, ["Outdated of tokenflow-broken 0.3 is unusable: it was written for"]),
         (["Abstract"], 1, ["FAILED  it cannot be made with these options: TypeError: Can't inst"]),
         (["Failing"], 1, ["KeyError: 'boom'", "Failing of tokenflow-broken 0.3: 1 failed"]),
+        (
+            ["ControlNet"],
+            2,
+            [
+                "tokenflow: error: ControlNet of tokenflow 0.1.0 does not fit the model that",
+                "made for another model: expected cross-attention width 16 (found ",
+                "name one that it fits with --backbone, a folder, a hub id or 'miniature'",
+            ],
+        ),
         (["OwnModel", "--backbone=y"], 0, ["OwnModel of tokenflow-broken 0.3: all is well"]),
         (["Asking"], 2, ["radius"]),
         (["Asking", "--radius=1"], 0, ["all is well"]),
@@ -260,25 +269,35 @@ def test_a_name_is_its_entry_points_and_no_helpers_nor_another_groups(
     assert "gone.mp4 does not exist" in out  # as far as a run gets
 
 
-def test_a_name_that_clashes_stops_only_those_who_choose_by_it(tmp_path: Path) -> None:
-    install(tmp_path, "tokenflow-second", "[tokenflow.editors]\nPnP = second:PnP\n")
-    text = "from tokenflow.editors import PnP as First\n\nclass PnP(First):\n    interface = 1\n"
-    (tmp_path / "second.py").write_text(text)
+def test_a_name_that_clashes_stops_only_those_who_choose_the_newcomer_by_it(tmp_path: Path) -> None:
+    for package, name in (("second", "PnP"), ("third", "Own"), ("fourth", "Own")):
+        offered = f"[tokenflow.editors]\n{name} = {package}:{name}\n"
+        install(tmp_path, f"tokenflow-{package}", offered)
+        text = f"from tokenflow.editors import PnP as P\n\nclass {name}(P):\n    interface = 1\n"
+        (tmp_path / f"{package}.py").write_text(text)
 
-    def errors(*options: str) -> str:
-        words = ["predict", "--data.video=gone.mp4", "--model.prompt=a ball", *options]
+    def told(*words: str) -> str:
         done = subprocess.run(
             [sys.executable, "-m", "tokenflow.cli", *words],
             env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
         )  # fmt: skip
-        assert done.returncode == 2
-        return done.stderr
+        return done.stdout + done.stderr
 
-    offered = "the name is offered by tokenflow 0.1.0 and tokenflow-second 1.0; uninstall one"
-    assert offered in errors("--model.editor=PnP")
+    def errors(*options: str) -> str:
+        return told("predict", "--data.video=gone.mp4", "--model.prompt=a ball", *options)
+
+    clash = "the name is offered by {} and {}; uninstall one, or choose by class path"
+    rows = [line.split(maxsplit=4) for line in told("plugins").splitlines()[1:]]
+    states = {(row[0], row[2]): row[4].strip() for row in rows}
+    assert states["PnP", "tokenflow"] == "usable"
+    reason = clash.format("tokenflow 0.1.0", "tokenflow-second 1.0")
+    assert states["PnP", "tokenflow-second"] == f"unusable: {reason}"
+    assert clash.format("tokenflow-fourth 1.0", "tokenflow-third 1.0") in errors(
+        "--model.editor=Own"
+    )
     # the run goes on to its missing video
-    for options in ([], ["--model.editor=second.PnP"], ["--model.editor=tokenflow.editors.PnP"]):
-        assert "gone.mp4 does not exist" in errors(*options)
+    for editor in ("PnP", "second.PnP"):
+        assert "gone.mp4 does not exist" in errors(f"--model.editor={editor}")
 
 
 def test_a_plugins_options_are_shown(capsys: pytest.CaptureFixture[str]) -> None:

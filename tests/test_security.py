@@ -21,7 +21,7 @@ from tests.installing import install
 from tokenflow.cli import main
 from tokenflow.diffusion import Backbone, ModelError
 from tokenflow.errors import InputError
-from tokenflow.imports import split_allowed
+from tokenflow.imports import require_local, split_allowed
 from tokenflow.plugins import installed_plugins
 
 MARK = "pwned"
@@ -109,6 +109,32 @@ def test_a_configuration_runs_no_code(attack: str, capsys: pytest.CaptureFixture
     err = capsys.readouterr().err
     assert "'./none'" not in err, "it was not refused"
     assert not Path(MARK).exists()
+
+
+URL = "reference::http://127.0.0.1:9/index.json"
+REQUESTS: list[dict[str, Any]] = [
+    {"default_root_dir": URL},
+    {"logger": {"class_path": "CSVLogger", "init_args": {"save_dir": URL}}},
+    {"logger": [{"class_path": "CSVLogger", "init_args": {"save_dir": "", "name": URL}}]},
+    {"logger": {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "s3://bucket"}}},
+    {"profiler": {"class_path": "SimpleProfiler", "init_args": {"dirpath": URL}}},
+]
+
+
+@pytest.mark.parametrize("options", REQUESTS)
+def test_a_configuration_makes_no_requests(
+    options: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(configuration({"trainer": options}))
+    assert exit.value.code == 2
+    assert "expected local paths in the trainer's options, got '" in capsys.readouterr().err
+
+
+def test_what_the_command_line_allows_may_have_urls() -> None:
+    kind, arguments = "lightning.pytorch.loggers.MLFlowLogger", {"tracking_uri": "http://there"}
+    tracked = {"class_path": kind, "init_args": arguments}
+    require_local({"logger": [tracked], "default_root_dir": Path("runs")})
 
 
 PLUGIN = {
@@ -254,12 +280,13 @@ def test_no_attention_kernel_is_fetched_from_a_hub(folder: Path) -> None:
     [
         ("unet", "diffusion_pytorch_model.safetensors.index.json"),
         ("text_encoder", "model.safetensors.index.json"),
+        ("unet", "diffusion_pytorch_model.safetensors.index.fp16.json"),
     ],
 )
 def test_an_index_leads_to_no_pickle(folder: Path, part: str, index: str) -> None:
     (weights,) = (folder / part).glob("*.safetensors")
     names = dict.fromkeys(load_file(weights), "evil.bin")
-    weights.rename(weights.with_name("spare.safetensors"))
+    weights.rename(weights.with_name("spare.fp16.safetensors"))
     (folder / part / "evil.bin").write_bytes(pickle.dumps({"a": Payload()}))
     text = json.dumps({"metadata": {"total_size": 1}, "weight_map": names})
     (folder / part / index).write_text(text)

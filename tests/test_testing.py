@@ -44,6 +44,8 @@ def test_the_built_in_plugins_pass(check: Check) -> None:
 class Kernel(NNField):
     """The paper's kernel; the wrong ones below spoil its answer."""
 
+    interface = 1
+
     def correspond(self, source: Tensor, keys: Tensor, window: Window) -> Correspondence:
         found = super().correspond(source, keys, window)
         indices, weights = self.spoiled(found.indices, found.weights, window)
@@ -218,6 +220,7 @@ WRONG_KERNELS: list[tuple[Propagation, str, str]] = [
     (MeanOfFrames(), "frames_independent", "treat every frame on its own"),
     (Shifted(), "identity_at_keyframes", "or set identity_at_keyframes = False"),
     (UntypedKernel(), "configuration_round_trip", "named and typed, got block=7"),
+    (UntypedKernel(), "interface_stated", "a class that states interface = 1, got None; write"),
     (ByFunction(), "configuration_round_trip", "got similarity: .*Callable.* could call functions"),
     (ByAnything(), "configuration_round_trip", "got similarities: .*Any"),
 ]
@@ -420,6 +423,37 @@ class FirstClip(PnP):
         return (latents + self.seen[list(frames)]) / 2
 
 
+class NumbersFrames(PnP):
+    """Takes positions in the clip for numbers of the frames that it was shown."""
+
+    def prepare(self, backbone: Backbone, clip: Clip) -> None:
+        self.seen = backbone.encode(clip.frames[:])
+
+    def conditioning(self, forward: Pass) -> dict[str, Any]:
+        assert self.seen[list(forward.frames)].isfinite().all()
+        return {}
+
+    def constrain(
+        self, latents: Tensor, frames: tuple[int, ...], t: int | None, trajectory: Trajectory
+    ) -> Tensor:
+        return (latents + self.seen[list(frames)]) / 2
+
+
+class ShowsFirst(PnP):
+    """Takes the first frame that it was shown for the clip's."""
+
+    def prepare(self, backbone: Backbone, clip: Clip) -> None:
+        self.first = backbone.encode(clip.frames[:1])
+
+    def edits(self, unet: UNet2DConditionModel) -> Sequence[Edit]:
+        return edit_of(unet, lambda edited, source: edited + self.first.mean())
+
+    def constrain(
+        self, latents: Tensor, frames: tuple[int, ...], t: int | None, trajectory: Trajectory
+    ) -> Tensor:
+        return (latents + self.first) / 2
+
+
 class SeedsEverything(PnP):
     def start(self, trajectory: Trajectory, schedule: Schedule, seed: int) -> Start:
         torch.manual_seed(seed)
@@ -512,6 +546,10 @@ WRONG_EDITORS: list[tuple[Editor, str, str]] = [
     (MeanFeatures(), "frames_independent_of_the_pass", "depends on the batch"),
     (UnknownArgument(), "frames_independent_of_the_pass", r"got \['encoder_hidden_states'\]"),
     (CountsCalls(), "batch_independent", "keep nothing from one call to the next"),
+    (NumbersFrames(), "frames_independent_of_the_pass", "no exception, got IndexError"),
+    (NumbersFrames(), "constrain_per_frame", "no exception, got IndexError"),
+    (ShowsFirst(), "frames_independent_of_the_pass", r"frames \[1, 2, 3\] alone on a rank"),
+    (ShowsFirst(), "constrain_per_frame", r"frames \[1, 2, 3\] alone on a rank; go by `frames`"),
     (MeanLatents(), "constrain_per_frame", "treat every frame on its own"),
     (ConstrainsInPlace(), "constrain_per_frame", "changed in place"),
     (GlobalNoise(), "determinism_from_the_seed", "draw with a torch.Generator"),
@@ -522,6 +560,7 @@ WRONG_EDITORS: list[tuple[Editor, str, str]] = [
     (ScalesTrajectory(), "inputs_unchanged", "work on a copy"),
     (AnyOptions(), "configuration_round_trip", r"got \*\*options: "),
     (TensorOption(), "configuration_round_trip", "expected"),
+    (Backwards(), "interface_stated", "a class that states interface = 1, got None; write"),
 ]
 
 
@@ -546,6 +585,8 @@ def test_a_refusal_of_the_plugin_is_a_failure_that_quotes_it() -> None:
 
 class Plain(NNField):
     """Has no options at all."""
+
+    interface = 1
 
     def __init__(self) -> None:
         super().__init__()

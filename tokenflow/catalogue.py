@@ -8,7 +8,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
-from tokenflow.diffusion import Backbone
+from tokenflow.diffusion import Backbone, ModelError
 from tokenflow.editors import Editor
 from tokenflow.errors import InputError
 from tokenflow.plugins import Plugin, describe, installed_plugins
@@ -52,7 +52,11 @@ def check(name: str, options: list[str]) -> int:
 
 
 def verdict(plugin: Plugin, options: list[str]) -> int:
-    """Prints what the kit says of one plugin; 1 if anything fails, else 0."""
+    """Prints what the kit says of one plugin; 1 if anything fails, else 0.
+
+    Raises:
+        InputError: The plugin needs another model than the one that it would be checked on.
+    """
     who = f"{plugin.name} of {plugin.distribution}"
     if not plugin.usable:
         print(f"{who} is unusable: {plugin.reason}")
@@ -70,6 +74,11 @@ def verdict(plugin: Plugin, options: list[str]) -> int:
         try:
             one()
         except ConformanceError as error:
+            if isinstance(error.__cause__, ModelError) and takes_backbone(plugin.kind):
+                raise InputError(
+                    f"{who} does not fit the model that it is checked on: {error.__cause__}; name "
+                    f"one that it fits with --backbone, a folder, a hub id or 'miniature'"
+                ) from error
             failed += 1
             print(f"FAILED  {error}")
         else:
@@ -83,10 +92,12 @@ def checks_of(kind: Any, options: list[str]) -> list[Check]:
     parser = ArgumentParser(prog=f"tokenflow plugins check {kind.__name__}")
     parser.add_class_arguments(kind)
     disable_progress_bar()  # of models' loading
-    # an editor with such an option of its own is checked on random weights
-    fits = issubclass(kind, Editor) and "backbone" not in inspect.signature(kind).parameters
+    fits = takes_backbone(kind)
     if fits:
-        about = "What an editor is checked on: a folder, a hub id, or 'tiny', with random weights."
+        about = (
+            "What an editor is checked on: a folder, a hub id, 'miniature', the embedded model, or "
+            "'tiny', one with random weights."
+        )
         parser.add_argument("--backbone", type=str, default="tiny", help=about)
     chosen = vars(parser.instantiate(parser.parse_args(options)))
     model = chosen.pop("backbone") if fits else "tiny"
@@ -94,3 +105,11 @@ def checks_of(kind: Any, options: list[str]) -> list[Check]:
     if not isinstance(plugin, Editor):
         return kernel_checks(plugin)
     return editor_checks(plugin, None if model == "tiny" else Backbone.load(model, "cpu"))
+
+
+def takes_backbone(kind: Any) -> bool:
+    """Whether `check` has --backbone for a class.
+
+    An editor with such an option of its own is checked on random weights.
+    """
+    return issubclass(kind, Editor) and "backbone" not in inspect.signature(kind).parameters

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import PurePath
 from typing import Any
 
 from jsonargparse import _typehints, set_parsing_settings
@@ -74,6 +75,27 @@ def restrict(allowed: Iterable[str] = ()) -> None:
         # else a value of any type would be made from whatever class or function it names
         instantiate_subclass_spec_in_any=False,
     )
+
+
+def require_local(options: Any) -> None:
+    """Raises `InputError` for a URL among the trainer's options or those of `LIGHTNING`'s classes.
+
+    They go to fsspec, which makes network requests for a path like `reference::http://…`. Other
+    classes are there because the command line allows them.
+    """
+    if isinstance(options, str | PurePath):
+        if "://" in str(options) or "::" in str(options):
+            raise InputError(
+                f"expected local paths in the trainer's options, got {str(options)!r}: a "
+                f"configuration may make no network requests; name a folder"
+            )
+    elif isinstance(options, list | tuple):
+        for one in options:
+            require_local(one)
+    elif isinstance(options, dict):
+        kind = options.get("class_path", "").split(".")[-1]
+        if kind in ("", *(known.__name__ for known in LIGHTNING)):
+            require_local(list(options.values()))
 
 
 @contextmanager

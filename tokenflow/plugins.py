@@ -85,23 +85,25 @@ def stated_interface(kind: type[Any]) -> int | None:
 def installed_plugins() -> tuple[Plugin, ...]:
     """All editors and kernels, usable or not, in the order of group and name.
 
-    Where two distributions offer the same name, neither is used: names never shadow silently.
+    Where two distributions offer the same name, neither is used, since names never shadow silently;
+    but those of tokenflow stay tokenflow's, as its own configurations choose by them.
     """
     entries = [entry for group in GROUPS for entry in entry_points(group=group)]
     plugins = sorted(map(load, entries), key=lambda p: (p.group, p.name, p.distribution))
     offered: dict[tuple[str, str], list[str]] = {}
     for p in plugins:
         offered.setdefault((p.group, p.name), []).append(p.distribution)
-    return tuple(
-        p
-        if len(offered[p.group, p.name]) == 1
-        else replace(
-            p,
-            reason=f"the name is offered by {' and '.join(offered[p.group, p.name])}; uninstall "
-            f"one, or choose by class path",
+
+    def settled(p: Plugin) -> Plugin:
+        by = offered[p.group, p.name]
+        if len(by) == 1 or p.distribution.split()[0] == "tokenflow":
+            return p
+        reason = (
+            f"the name is offered by {' and '.join(by)}; uninstall one, or choose by class path"
         )
-        for p in plugins
-    )
+        return replace(p, reason=reason)
+
+    return tuple(map(settled, plugins))
 
 
 def describe(plugins: list[Plugin] | tuple[Plugin, ...]) -> str:

@@ -34,7 +34,7 @@ from tokenflow.engine.preemption import StopSignals
 from tokenflow.engine.progress import StageProgress
 from tokenflow.engine.writer import RunWriter, writer_of
 from tokenflow.errors import InputError, Preempted
-from tokenflow.imports import OPTION, names_by_entry_point, restrict, split_allowed
+from tokenflow.imports import OPTION, names_by_entry_point, require_local, restrict, split_allowed
 from tokenflow.plugins import describe, installed_plugins, origin, require_usable
 
 DESCRIPTION = """\
@@ -103,7 +103,7 @@ class PredictCLI(LightningCLI):
             "--run", type=dict | None, help="What a run.yaml records of its run; not an option."
         )
         parser.add_lightning_class_args(self.trainer_class, "trainer")
-        # by path: a plugin of the same name stops only those who choose by name
+        # by path, whatever else has the name
         parser.set_defaults(
             {
                 "model.editor": "tokenflow.editors.PnP",
@@ -115,6 +115,7 @@ class PredictCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         for option, group in GROUPS.items():
             require_usable(self.config.predict.model[option].class_path, group)
+        require_local(self.config.predict.trainer.as_dict())
 
     def before_predict(self) -> None:
         if self.trainer.precision != "32-true":

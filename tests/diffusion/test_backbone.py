@@ -55,6 +55,13 @@ def test_a_folder_that_is_not_there(model: str) -> None:
         Backbone.load(model)
 
 
+def test_a_folder_in_the_users_home(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Backbone.load(f"~/{folder.name}", device="cpu").multiple == 16
+
+
 def test_a_file_for_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "clip.mp4").touch()
     monkeypatch.chdir(tmp_path)
@@ -82,6 +89,30 @@ def test_pickled_weights_are_not_read(folder: Path, name: str) -> None:
         file.rename(file.with_suffix(".bin"))
     with pytest.raises(ModelError, match=r"no \*\.safetensors file \(found .*\.bin'\].*convert"):
         Backbone.load(folder)
+
+
+def test_a_folder_with_weights_in_half_precision_alone(folder: Path, backbone: Backbone) -> None:
+    for name in NETWORKS:
+        (file,) = (folder / name).glob("*.safetensors")
+        half = {name: weight.half() for name, weight in load_file(file).items()}
+        file.unlink()
+        save_file(half, file.with_suffix(".fp16.safetensors"), metadata={"format": "pt"})
+    loaded = Backbone.load(folder, device="cpu")
+    assert loaded.dtype == torch.float32
+    text = loaded.embed(["a ball"])
+    assert torch.allclose(text, backbone.embed(["a ball"]), atol=1e-2)  # of half precision
+
+
+def test_a_hub_model_without_safetensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = "owner/name does not appear to have a file named diffusion_pytorch_model.safetensors."
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise OSError(told)
+
+    monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", refuse)
+    message = r"unet of the hub model 'owner/name' has no safetensors, .* pickled .* convert it"
+    with pytest.raises(ModelError, match=message):
+        Backbone.load("owner/name", device="cpu")
 
 
 def test_no_weights_at_all(folder: Path) -> None:
@@ -195,6 +226,41 @@ def test_a_unet_for_inpainting(backbone: Backbone) -> None:
     unet = UNet2DConditionModel.from_config({**backbone.unet.config, "in_channels": 9})
     with pytest.raises(ModelError, match=r"takes 9 channels .* latents have 4; .* inpainting"):
         with_parts(backbone, unet=unet)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 8,
+                "projection_class_embeddings_input_dim": 64,
+                "cross_attention_dim": 32,
+            },
+            r"\(addition_embed_type 'text_time'\), as SDXL's .* expected a Stable Diffusion 1",
+        ),
+        (
+            {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 64},
+            r"class_embed_type 'projection'",
+        ),
+        ({"num_class_embeds": 4}, r"num_class_embeds 4"),
+        ({"encoder_hid_dim": 24}, r"encoder_hid_dim 24, encoder_hid_dim_type 'text_proj'"),
+        ({"cross_attention_dim": 32}, r"width 32 and the text encoder makes 16; expected parts"),
+        ({"cross_attention_dim": (16, 16, 16, 32)}, r"width .*32.* and the text encoder makes 16"),
+    ],
+)
+def test_a_unet_that_asks_for_more_than_a_prompt(
+    backbone: Backbone, changes: dict[str, Any], message: str
+) -> None:
+    unet = UNet2DConditionModel.from_config({**backbone.unet.config, **changes})
+    with pytest.raises(ModelError, match=message):
+        with_parts(backbone, unet=unet)
+
+
+def test_the_width_may_be_given_for_each_block(backbone: Backbone) -> None:
+    widths = {"cross_attention_dim": (16,) * 4}
+    with_parts(backbone, unet=UNet2DConditionModel.from_config({**backbone.unet.config, **widths}))
 
 
 def test_v_prediction(folder: Path, backbone: Backbone) -> None:

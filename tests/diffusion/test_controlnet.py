@@ -37,6 +37,13 @@ def test_a_folder_that_is_not_there(model: str, backbone: Backbone) -> None:
         load_controlnet(model, backbone)
 
 
+def test_a_folder_in_the_users_home(
+    folder: Path, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert isinstance(load_controlnet(f"~/{folder.name}", backbone), ControlNetModel)
+
+
 def test_pickled_weights_are_not_read(folder: Path, backbone: Backbone) -> None:
     for file in folder.glob("*.safetensors"):
         file.rename(file.with_suffix(".bin"))

@@ -100,6 +100,13 @@ def test_the_aspect_is_that_of_the_source_that_was_stretched(tmp_path: Path) -> 
     assert ControlVideo(str(control)).of(clip).shape == clip.frames.shape
 
 
+def test_the_same_is_cut_off_as_of_a_clip_that_was_cropped(tmp_path: Path) -> None:
+    path = str(images(tmp_path / "images", noise(2, 65, 128)))
+    clip = read_clip(path, multiple=16, fit="crop")
+    assert clip.frames.shape[-2:] == (64, 128)
+    assert torch.equal(ControlVideo(path).of(clip), clip.frames)
+
+
 def transparent_images(folder: Path) -> Path:
     images(folder, noise(6, *SIZE))
     with Image.open(folder / "3.png") as image:

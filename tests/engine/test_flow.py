@@ -195,10 +195,16 @@ def test_a_missing_flow_file_stops_before_any_work(backbone: Backbone, flow_fold
 
 def test_files_of_exact_flow_are_the_exact_flow(backbone: Backbone, flow_folder: Path) -> None:
     """In windows of two frames whose keyframe is the first, neighbouring frames are enough."""
-    options = {"keyframe_every": 1, "keyframes": "first", "steps": 1}
-    files = edited(backbone, FlowWeighted(FlowFiles(str(flow_folder))), **options)
-    exact = edited(backbone, FlowWeighted(SceneFlow(SCENE)), **options)
-    assert torch.equal(files, exact)
+    flow = Counting(SceneFlow(SCENE))
+
+    def by(flow: OpticalFlow) -> Tensor:
+        settings = {"keyframe_every": 2, "keyframes": "first", "steps": 1}
+        return edited(backbone, FlowWeighted(flow), **settings)
+
+    exact = by(flow)
+    assert len(flow.asked) == 2 * (FRAMES - 1)
+    assert torch.equal(by(FlowFiles(str(flow_folder))), exact)
+    assert not torch.allclose(by(DIS()), exact, atol=1e-3)
 
 
 @pytest.mark.parametrize("how", ["words", "yaml"])

@@ -191,6 +191,12 @@ def test_an_archive_of_arrays(folder: Path) -> None:
         FlowFiles(str(folder)).prepare(CLIP)
 
 
+def test_a_broken_archive(folder: Path) -> None:
+    (folder / "0000_0001.npy").write_bytes(b"PK\x03\x04 cut short")
+    with pytest.raises(InputError, match=r"0000_0001\.npy is no NumPy array of numbers"):
+        FlowFiles(str(folder)).prepare(CLIP)
+
+
 def test_an_array_that_no_memory_holds(folder: Path) -> None:
     head = {"descr": "<f4", "fortran_order": False, "shape": (10**7, 10**7, 2)}
     with (folder / "0000_0001.npy").open("wb") as file:

@@ -76,6 +76,15 @@ def test_a_damaged_file(tmp_path: Path, name: str) -> None:
         raft(tmp_path / name).prepare(CLIP)
 
 
+@pytest.mark.parametrize("held", [[1, 2], torch.zeros(3), {1: torch.zeros(3)}, None])
+def test_a_file_without_tensors_by_name(tmp_path: Path, held: object) -> None:
+    torch.save(held, tmp_path / "other.pth")
+    with pytest.raises(
+        InputError, match=r"other\.pth does not load as .*: expected tensors by name, got"
+    ):
+        raft(tmp_path / "other.pth").prepare(CLIP)
+
+
 class Malicious:
     def __reduce__(self) -> tuple[object, ...]:
         return (open, ("stolen", "w"))

@@ -10,6 +10,8 @@ import torch
 from av.packet import Packet
 from av.video.reformatter import Colorspace
 from jaxtyping import Float
+from PIL import Image, PngImagePlugin
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 SAMPLE_RATE = 48_000
@@ -128,3 +130,11 @@ def heard(path: Path) -> tuple[str, list[float]]:
 def as_frames(pixels: np.ndarray) -> Float[Tensor, "frames 3 height width"]:
     """Frames as a clip has them, of those given to `make_video`."""
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+
+
+def damaged_png(path: Path) -> Path:
+    """A PNG whose compressed text is longer than Pillow unpacks, for which it has no own error."""
+    text = PngInfo()
+    text.add_text("a", "x" * (PngImagePlugin.MAX_TEXT_CHUNK + 1), zip=True)
+    Image.new("RGB", (8, 8)).save(path, pnginfo=text)
+    return path

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.video.making import make_video, noise
+from tests.video.making import damaged_png, make_video, noise
 from tokenflow.video.alpha import transparent
 
 
@@ -49,6 +49,7 @@ def test_other_files_are_passed_over(tmp_path: Path) -> None:
     folder = save(tmp_path / "images", 255)
     (folder / "notes.txt").write_text("no image")
     (folder / "9.png").write_text("no image either")
+    damaged_png(folder / "8.png")
     assert transparent(folder) is None
 
 

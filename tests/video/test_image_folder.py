@@ -1,12 +1,14 @@
+import os
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from tokenflow.video import VideoError, image_folder, read_clip
 
-from .making import as_frames, noise
+from .making import as_frames, damaged_png, noise
 
 
 def save(folder, names, pixels):
@@ -69,6 +71,28 @@ def test_a_broken_image(tmp_path):
     for start in (1, 2):
         with pytest.raises(VideoError, match=rf"{start}\.png is not an image that can be read"):
             read_clip(tmp_path, start=start)
+
+
+def test_a_text_that_is_too_long(tmp_path: Path) -> None:
+    damaged_png(tmp_path / "0.png")
+    with pytest.raises(VideoError, match=r"0\.png is not an image that can be read \(Decomp"):
+        read_clip(tmp_path)
+
+
+def test_postscript_is_no_image_and_starts_no_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs, images = tmp_path / "programs", tmp_path / "images"
+    programs.mkdir()
+    images.mkdir()
+    (programs / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path / 'started'}\n")
+    (programs / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # what it found before
+    Image.new("RGB", (8, 8)).save(images / "0.png", "EPS")
+    with pytest.raises(VideoError, match=r"0\.png is not .*cannot identify"):
+        read_clip(images)
+    assert not (tmp_path / "started").exists()
 
 
 def test_sixteen_bits_are_refused_rather_than_cut_off(tmp_path):

@@ -18,9 +18,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from tokenflow import digests
 from tokenflow.diffusion.loading import (
     ModelError,
+    folder_or_id,
     load_network,
     load_pretrained,
-    require_folder_or_id,
     require_safetensors,
 )
 from tokenflow.diffusion.sampling import Schedule
@@ -34,6 +34,14 @@ COMPONENTS = {
 }
 NETWORKS = ("unet", "vae", "text_encoder")
 EMBEDDED = Path(__file__).parents[1] / "miniature" / "weights"
+# what makes a UNet ask for further inputs
+FURTHER = (
+    "addition_embed_type",
+    "class_embed_type",
+    "num_class_embeds",
+    "encoder_hid_dim",
+    "encoder_hid_dim_type",
+)
 VOCABULARIES = ({"tokenizer.json"}, {"vocab.json", "merges.txt"})
 INDEX = "model_index.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -59,11 +67,7 @@ class Backbone:
             raise ModelError(
                 f"the scheduler predicts {prediction!r}, expected 'epsilon' or 'v_prediction'"
             )
-        if unet.config.in_channels != vae.config.latent_channels:
-            raise ModelError(
-                f"the UNet takes {unet.config.in_channels} channels and the VAE's latents have "
-                f"{vae.config.latent_channels}; models for inpainting or upscaling do not fit"
-            )
+        check_unet(unet, vae, text_encoder)
         if float(scheduler.alphas_cumprod[-1]) == 0:
             raise ModelError(
                 "the scheduler has rescale_betas_zero_snr: its noisiest latents hold no signal, "
@@ -97,7 +101,7 @@ class Backbone:
             raise ModelError(f"dtype must be one of {('auto', *DTYPES)}, got {dtype!r}")
         if model == "miniature":
             model = EMBEDDED
-        require_folder_or_id(str(model), INDEX)
+        model = folder_or_id(str(model), INDEX)
         if Path(model).is_dir():
             check_folder(Path(model))
         where = device if device != "auto" else default_device()
@@ -200,6 +204,27 @@ class Backbone:
             latents.to(self.device, self.dtype), t, encoder_hidden_states=embeddings, **extra
         ).sample
         return schedule.epsilon(output.float(), latents.float(), t)
+
+
+def check_unet(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel) -> None:
+    """Raises `ModelError` for a UNet that asks for other inputs than latents, a time and a text."""
+    if unet.config.in_channels != vae.config.latent_channels:
+        raise ModelError(
+            f"the UNet takes {unet.config.in_channels} channels and the VAE's latents have "
+            f"{vae.config.latent_channels}; models for inpainting or upscaling do not fit"
+        )
+    asked = [f"{name} {value!r}" for name in FURTHER if (value := unet.config.get(name))]
+    if asked:
+        raise ModelError(
+            f"the UNet asks for more than latents and a prompt ({', '.join(asked)}), as SDXL's and "
+            f"unCLIP's do; expected a Stable Diffusion 1.x or 2.x"
+        )
+    taken, given = unet.config.cross_attention_dim, text_encoder.config.hidden_size
+    if {given} != set(taken if isinstance(taken, list | tuple) else [taken]):
+        raise ModelError(
+            f"the UNet takes embeddings of width {taken} and the text encoder makes {given}; "
+            f"expected parts of one Stable Diffusion 1.x or 2.x, not of several models"
+        )
 
 
 def default_device() -> str:

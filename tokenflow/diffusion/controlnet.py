@@ -10,8 +10,8 @@ from diffusers import ControlNetModel
 from tokenflow.diffusion.backbone import EMBEDDED, Backbone
 from tokenflow.diffusion.loading import (
     ModelError,
+    folder_or_id,
     load_network,
-    require_folder_or_id,
     require_safetensors,
 )
 
@@ -41,7 +41,7 @@ def load_controlnet(model: str | Path, backbone: Backbone) -> ControlNetModel:
     """
     if model == "miniature":
         model = EMBEDDED / "controlnet"
-    require_folder_or_id(str(model), "config.json")
+    model = folder_or_id(str(model), "config.json")
     if Path(model).is_dir():
         require_safetensors(Path(model))
     network = load_network(

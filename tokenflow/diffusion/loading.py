@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,24 @@ class ModelError(InputError):
     """A model that cannot be loaded, with what was expected, what came and what to do."""
 
 
-def require_folder_or_id(model: str, holds: str) -> None:
-    """Raises `ModelError` for what can be neither; `holds` names a file that the folder has.
+def folder_or_id(model: str, holds: str) -> str:
+    """The folder, ~ expanded, or the hub id; `holds` names a file that the folder has.
 
     Hub ids are "name" or "owner/name"; whatever else is no folder was meant to be one.
+
+    Raises:
+        ModelError: It can be neither.
     """
+    path = Path(os.path.expanduser(model))  # unlike Path's own, leaves a ~nobody as it is
     looks_like_path = model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model
     if not model.strip():
         found = "none was given"
-    elif Path(model).is_file():
+    elif path.is_file():
         found = f"{model!r} is a file"
-    elif not Path(model).is_dir() and looks_like_path:
+    elif not path.is_dir() and looks_like_path:
         found = f"{model!r} does not exist"
     else:
-        return
+        return str(path) if path.is_dir() else model
     raise ModelError(
         f"expected a model folder, but {found}; give the folder that holds {holds}, or a hub id "
         f"like 'owner/name'"
@@ -42,7 +47,7 @@ def require_safetensors(folder: Path) -> None:
             f"weights are not read: convert them with diffusers' "
             f"save_pretrained(..., safe_serialization=True)"
         )
-    for index in folder.glob("*.index.json"):
+    for index in folder.glob("*.index*.json"):  # a variant's, too
         # libraries unpickle whatever shard has another suffix
         try:
             named = set(json.loads(index.read_text()).get("weight_map", {}).values())
@@ -56,6 +61,12 @@ def require_safetensors(folder: Path) -> None:
                 f"{index} names {other[0]!r}, expected *.safetensors files only; pickled weights "
                 f"are not read"
             )
+
+
+def variant_of(folder: Path) -> str | None:
+    """ "fp16" of a folder that has its weights in that form alone, as many downloads do."""
+    names = [file.name for file in folder.glob("*.safetensors")]
+    return "fp16" if names and all(".fp16" in name for name in names) else None
 
 
 def load_pretrained(kind: Any, model: str, what: str, holds: str, **options: Any) -> Any:
@@ -78,6 +89,13 @@ def load_pretrained(kind: Any, model: str, what: str, holds: str, **options: Any
             raise ModelError(
                 f"{what} of the model folder {model} does not load: {error}"
             ) from error
+        if "does not appear to have a file" in str(error) and ".safetensors" in str(error):
+            raise ModelError(
+                f"{what} of the hub model {model!r} has no safetensors, and pickled weights are "
+                f"not read; choose one that has them, or download it, convert it with diffusers' "
+                f"save_pretrained(..., safe_serialization=True), and give its folder. The hub "
+                f"said: {error}"
+            ) from error
         raise ModelError(
             f"{what} of the hub model {model!r} could not be fetched. Without network, download "
             f"the model elsewhere and give its folder (the one that holds {holds}) "
@@ -88,9 +106,11 @@ def load_pretrained(kind: Any, model: str, what: str, holds: str, **options: Any
 
 def load_network(kind: Any, model: str, what: str, holds: str, **options: Any) -> Any:
     """As `load_pretrained`, for what has weights: every parameter must have come from the file."""
+    folder = Path(model) / options.get("subfolder", "")
     network, loading = load_pretrained(
-        kind, model, what, holds, use_safetensors=True, output_loading_info=True, **options
-    )
+        kind, model, what, holds, use_safetensors=True, output_loading_info=True,
+        variant=variant_of(folder), **options,
+    )  # fmt: skip
     if missing := sorted(loading["missing_keys"]):
         raise ModelError(
             f"{what} of the model {model} has no weights for {len(missing)} of its parameters, "

@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokenflow.errors import InputError
-from tokenflow.video import Clip, Frames, VideoError, read_clip, resized, transparent
+from tokenflow.video import Clip, Frames, VideoError, read_clip, transparent
+from tokenflow.video.sizing import Framing
 
 ASPECT = 0.02  # clips' sides are rounded to multiples, which stretches them a little
 
@@ -65,7 +66,7 @@ class ControlVideo(Condition):
 
     Args:
         path: A video file or a folder of images, of the clip's aspect (to within 2 %; it is scaled
-            to the clip's size), without transparency.
+            and cut as the clip was), without transparency.
         start: First frame, from 0.
         stop: Frame to end before; the control video's end when not given.
         stride: Take every so manieth frame.
@@ -97,17 +98,27 @@ class ControlVideo(Condition):
                 f"the control video {path} is {width}x{height}, expected the aspect of the clip's "
                 f"{sizes(clip)[0][1]}x{sizes(clip)[0][0]}; crop or pad it as the clip was"
             )
-        size = sizes(clip)[1]
+        shape = fitted((height, width), clip)
 
         def image(position: int) -> Float[Tensor, "3 height width"]:
-            return resized(control.frame(position), size)
+            return shape.apply(control.frame(position))
 
-        return Frames(image, clip.positions, size).in_memory_if_small()
+        return Frames(image, clip.positions, shape.working).in_memory_if_small()
 
 
 def sizes(clip: Clip) -> tuple[tuple[int, int], tuple[int, int]]:
     """The size that the clip is shown in, and that which it is worked on in."""
     return clip.display_size, (clip.frames.shape[-2], clip.frames.shape[-1])
+
+
+def fitted(size: tuple[int, int], clip: Clip) -> Framing:
+    """How frames of `size` become the clip's: stretched where it was, else cut to its aspect."""
+    display, working = sizes(clip)
+    if display != working:
+        return Framing(working, working, display)
+    cover = max(to / by for to, by in zip(working, size, strict=True))
+    scaled = (max(working[0], round(size[0] * cover)), max(working[1], round(size[1] * cover)))
+    return Framing(scaled, working, display)
 
 
 def same_aspect(a: tuple[int, int], b: tuple[int, int]) -> bool:

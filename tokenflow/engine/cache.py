@@ -22,6 +22,7 @@ from tokenflow.video import atomic
 FOLDER = "~/.cache/tokenflow"
 CHECKSUM = "sha256"
 STALE = 3600.0  # seconds after which a temporary file is no writer's any more
+# whatever else lies in the folder is not the cache's
 OWN = re.compile(r"(\.?)([0-9a-f]{2})[0-9a-f]*(\.\w+)?\.safetensors")
 
 
@@ -138,7 +139,7 @@ class Cache:
             for path in self.folder.glob("??/*.safetensors"):
                 own = OWN.fullmatch(
                     path.name
-                )  # whatever else lies in the folder is not the cache's
+                )
                 if own and own[2] == path.parent.name and bool(own[1]) is left:
                     with suppress(OSError):
                         state = path.stat()

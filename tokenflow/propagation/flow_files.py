@@ -6,6 +6,7 @@ import re
 import struct
 from functools import reduce
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -101,7 +102,7 @@ def read_npy(file: Path) -> np.ndarray:
     """An array of numbers; a pickle is refused."""
     try:
         array = np.load(file, allow_pickle=False)
-    except (ValueError, EOFError, OSError, MemoryError) as error:
+    except (ValueError, EOFError, OSError, MemoryError, BadZipFile) as error:
         raise InputError(f"{file} is no NumPy array of numbers: {error}; write it again") from error
     if not isinstance(array, np.ndarray):  # an archive of several
         raise InputError(f"{file} is an archive, expected one array; write it with numpy.save")

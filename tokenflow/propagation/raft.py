@@ -19,6 +19,7 @@ from tokenflow.errors import InputError
 from tokenflow.propagation.optical_flow import OpticalFlow
 from tokenflow.video import Clip
 
+BROKEN = (EOFError, OSError, RuntimeError, SafetensorError, TypeError, pickle.UnpicklingError)
 SMALLEST = 128
 """Pixels of a side: the coarsest of the network's four correlation levels needs two by two."""
 
@@ -32,7 +33,8 @@ class RAFT(OpticalFlow):
         weights: torchvision's weights of RAFT, as it publishes them (.pth) or as .safetensors.
         size: Which of the two networks these belong to, "large" or "small".
         updates: Refinements of the flow; torchvision's own evaluations take 12 to 32.
-        device: Where it runs: "auto" takes an accelerator if there is one, else the CPU.
+        device: Where it runs: "auto" takes an accelerator if there is one, else the CPU. Flow knows
+            nothing of the trainer: with `--trainer.accelerator cpu` say "cpu" here too.
     """
 
     def __init__(
@@ -96,7 +98,7 @@ def loading(file: Path, network: str) -> Iterator[None]:
     """A block that loads weights; `InputError` for those that are not this network's."""
     try:
         yield
-    except (RuntimeError, OSError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+    except BROKEN as error:
         # torch's own words advise to load pickles that may run code
         tensors_only = isinstance(error, pickle.UnpicklingError)
         reason = "it holds more than tensors, or is damaged" if tensors_only else error
@@ -110,4 +112,7 @@ def read_weights(file: Path) -> dict[str, Any]:
     """Tensors by name; a pickle may hold nothing else."""
     if file.suffix == ".safetensors":
         return load_file(file)
-    return torch.load(file, map_location="cpu", weights_only=True)
+    held = torch.load(file, map_location="cpu", weights_only=True)
+    if not (isinstance(held, dict) and all(isinstance(name, str) for name in held)):
+        raise TypeError(f"expected tensors by name, got a {type(held).__name__}")
+    return held

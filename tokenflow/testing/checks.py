@@ -1,4 +1,4 @@
-"""What a check is, what it says on failure, and the one that editors and kernels share."""
+"""What a check is, what it says on failure, and those that editors and kernels share."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from tokenflow.contract import Violation
+from tokenflow.plugins import GROUPS, stated_interface
 from tokenflow.testing.state import global_state, restored
 
 
@@ -86,6 +87,16 @@ def run_all(checks: Sequence[Check]) -> None:
     """Runs checks in turn; the first failure is raised."""
     for check in checks:
         check()
+
+
+def interface_stated(plugin: Any) -> None:
+    """The class says itself for which interface it was written, and that is this one."""
+    (base,) = (base for base in GROUPS.values() if isinstance(plugin, base))
+    stated = stated_interface(type(plugin))
+    require(
+        stated == base.interface, f"a class that states interface = {base.interface}", stated,
+        "write in the class for which interface it was made, or it is listed as unusable",
+    )  # fmt: skip
 
 
 def configuration_round_trip(plugin: Any) -> None:

@@ -1,7 +1,8 @@
 """The checks of an editor: it changes what it says, for as long as it is on, and nothing else.
 
 What several ranks rely on is checked by its cause, in one process: a frame's part of a pass does
-not depend on which other frames are in the pass, and nothing on torch's global random state.
+not depend on which other frames are in the pass or were shown in `prepare`, and nothing on torch's
+global random state.
 """
 
 from __future__ import annotations
@@ -12,17 +13,18 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from tokenflow.diffusion import Backbone
+from tokenflow.diffusion import Backbone, Trajectory
 from tokenflow.editors import Edit, Editor, Start, contract
 from tokenflow.testing.checks import (
     Check,
     configuration_round_trip,
+    interface_stated,
     require,
     require_kept,
     run_all,
     unchanged_state,
 )
-from tokenflow.testing.stage import FRAMES, Stage
+from tokenflow.testing.stage import FRAMES, PARTS, Stage
 from tokenflow.testing.state import backbone_state
 
 ROUNDING = 1e-4
@@ -48,7 +50,7 @@ def editor_checks(editor: Editor, backbone: Backbone | None = None) -> list[Chec
         inputs_unchanged, global_state_unchanged,
     )  # fmt: skip
     watched = [Check(editor, function, (backbone,)) for function in functions]
-    return [*watched, Check(editor, configuration_round_trip)]
+    return [*watched, *(Check(editor, one) for one in (configuration_round_trip, interface_stated))]
 
 
 def started(stage: Stage, *rules: str) -> Start:
@@ -69,15 +71,10 @@ def timesteps_of_the_schedule(editor: Editor, backbone: Backbone | None) -> None
 
 def start_per_frame(editor: Editor, backbone: Backbone | None) -> None:
     stage = Stage.of(editor, backbone)
-    whole, all_of_it = started(stage).latents, stage.trajectory
-    for part in (range(1), range(1, FRAMES)):
+    whole = started(stage).latents
+    for part in PARTS:
         own = slice(part.start, part.stop)
-        trajectory = dataclasses.replace(
-            all_of_it, latents=all_of_it.latents[:, own], clean=all_of_it.clean[own],
-            noisiest=all_of_it.noisiest[own], first=part.start, whole=FRAMES,
-        )  # fmt: skip
-        editor.prepare(stage.backbone, stage.clip.part(part))
-        alone = editor.start(trajectory, stage.schedule, 0).latents
+        alone = editor.start(stage.part(part).trajectory, stage.schedule, 0).latents
         require(
             alone.shape == whole[own].shape and torch.allclose(alone, whole[own], atol=ROUNDING),
             "the same first latents of a frame, whichever others a rank has",
@@ -153,18 +150,26 @@ def source_branch_unchanged(editor: Editor, backbone: Backbone | None) -> None:
 
 def frames_independent_of_the_pass(editor: Editor, backbone: Backbone | None) -> None:
     stage = Stage.of(editor, backbone)
-    edits = list(editor.edits(stage.backbone.unet))
-    for t in stage.schedule.timesteps:
-        whole = stage.noise(range(FRAMES), t, edits)
-        for part in (range(1), range(1, FRAMES)):
+    unet, timesteps = stage.backbone.unet, stage.schedule.timesteps
+    edits = list(editor.edits(unet))
+    whole = {t: stage.noise(range(FRAMES), t, edits) for t in timesteps}
+
+    def compare(part: range, edits: list[Edit], where: str) -> None:
+        for t in timesteps:
             alone = stage.noise(part, t, edits)
-            difference = float((alone - whole[:, list(part)]).abs().max())
+            difference = float((alone - whole[t][:, list(part)]).abs().max())
             require(
                 difference <= ROUNDING, "a frame's output not to depend on the pass's other frames",
-                f"a difference of {difference:.4g} for frames {list(part)} at timestep {t}",
+                f"a difference of {difference:.4g} for frames {list(part)} {where} at timestep {t}",
                 "go by the pass's `frames`, treat every frame on its own, and draw noise per "
                 "frame: which frames share a pass depends on the batch and on the ranks",
             )  # fmt: skip
+
+    for part in PARTS:
+        compare(part, edits, "alone in a pass")
+    for part in PARTS:
+        stage.part(part)
+        compare(part, list(editor.edits(unet)), "alone on a rank")
 
 
 def batch_independent(editor: Editor, backbone: Backbone | None) -> None:
@@ -181,22 +186,30 @@ def batch_independent(editor: Editor, backbone: Backbone | None) -> None:
 
 def constrain_per_frame(editor: Editor, backbone: Backbone | None) -> None:
     stage = Stage.of(editor, backbone)
-    for t in (stage.schedule.timesteps[-1], None):
+    times, whole = (stage.schedule.timesteps[-1], None), {}
+    for t in times:
         x = stage.x.clone()
-        whole = editor.constrain(x, tuple(range(FRAMES)), t, stage.trajectory)
+        whole[t] = editor.constrain(x, tuple(range(FRAMES)), t, stage.trajectory)
         require(
             torch.equal(x, stage.x), "the latents given to constrain() left as they were",
             "latents changed in place", "return new ones",
         )  # fmt: skip
-        require_kept(contract.of_constrain(whole, x), "answer")
-        for part in (range(1), range(1, FRAMES)):
-            alone = editor.constrain(x[list(part)], tuple(part), t, stage.trajectory)
+        require_kept(contract.of_constrain(whole[t], x), "answer")
+
+    def compare(part: range, trajectory: Trajectory, where: str) -> None:
+        for t in times:
+            alone = editor.constrain(stage.x[list(part)], tuple(part), t, trajectory)
             require(
-                torch.allclose(alone, whole[list(part)], atol=ROUNDING, rtol=0),
+                torch.allclose(alone, whole[t][list(part)], atol=ROUNDING, rtol=0),
                 "constrain() to treat every frame on its own",
-                f"other latents for frames {list(part)} where fewer are given",
+                f"other latents for frames {list(part)} {where}",
                 "go by `frames`, which says what positions in the clip the latents have",
             )  # fmt: skip
+
+    for part in PARTS:
+        compare(part, stage.trajectory, "alone in a call")
+    for part in PARTS:
+        compare(part, stage.part(part).trajectory, "alone on a rank")
 
 
 def determinism_from_the_seed(editor: Editor, backbone: Backbone | None) -> None:

@@ -11,6 +11,7 @@ from tokenflow.propagation.contract import TOLERANCE
 from tokenflow.testing.checks import (
     Check,
     configuration_round_trip,
+    interface_stated,
     require,
     run_all,
     unchanged_state,
@@ -31,6 +32,7 @@ def kernel_checks(kernel: Propagation) -> list[Check]:
         index_range, non_negative, rows_sum_to_one, device_and_dtype, determinism,
         calls_independent, inputs_unchanged, global_state_unchanged, branch_order,
         non_square_sites, one_frame_windows, frames_independent, configuration_round_trip,
+        interface_stated,
     ]  # fmt: skip
     if kernel.identity_at_keyframes:
         functions.append(identity_at_keyframes)

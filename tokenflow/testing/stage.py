@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ from tokenflow.testing.tiny import tiny_backbone, tiny_clip
 from tokenflow.video import Clip
 
 FRAMES, STEPS = 4, 2
+PARTS = (range(1), range(1, FRAMES))
+"""What ranks may have of the clip."""
 PROMPTS = ("a ball", "", "a blue ball")
 """Of inversion, the negative one, and the edit's."""
 
@@ -66,6 +69,17 @@ class Stage:
         if prepare:
             editor.prepare(backbone, clip)
         return cls(editor, backbone, clip, schedule, trajectory, x)
+
+    def part(self, frames: range) -> Stage:
+        """What a rank that has these frames alone sees; the editor is prepared for it anew."""
+        own, whole = slice(frames.start, frames.stop), self.trajectory
+        trajectory = dataclasses.replace(
+            whole, latents=whole.latents[:, own], clean=whole.clean[own],
+            noisiest=whole.noisiest[own], first=frames.start, whole=FRAMES,
+        )  # fmt: skip
+        clip = self.clip.part(frames)
+        self.editor.prepare(self.backbone, clip)
+        return dataclasses.replace(self, clip=clip, trajectory=trajectory)
 
     def edit(
         self, batch: int = 3, consistency: Consistency = "tokenflow"

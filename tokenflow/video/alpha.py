@@ -4,7 +4,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from tokenflow.video.image_folder import SUFFIXES
+from tokenflow.video.image_folder import FORMATS, SUFFIXES, UNREADABLE
 from tokenflow.video.video_file import open_container
 
 OPAQUE = 255
@@ -30,9 +30,9 @@ def transparent(path: Path) -> str | None:
 
 def _is_transparent(path: Path) -> bool:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if not image.has_transparency_data:
                 return False
             return min(image.convert("RGBA").getchannel("A").tobytes()) < OPAQUE
-    except (OSError, SyntaxError, Image.DecompressionBombError):
+    except UNREADABLE:
         return False

@@ -16,6 +16,10 @@ from tokenflow.video.clip import VideoError
 from tokenflow.video.source import MAX_PIXELS, Picture, Source
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+# whatever the suffix says; of all others Pillow would start Ghostscript for PostScript
+FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
+# of a damaged file; a text chunk that is too long is a plain ValueError
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 def image_source(folder: Path, rate: Fraction) -> Source:
@@ -47,7 +51,7 @@ def _pictures(paths: list[Path], rate: Fraction) -> Iterator[Picture]:
 
 def _read(path: Path) -> UInt8[Tensor, "3 height width"]:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise VideoError(
                     f"{path}: expected at most {MAX_PIXELS} pixels, got "
@@ -56,7 +60,9 @@ def _read(path: Path) -> UInt8[Tensor, "3 height width"]:
             if image.mode.startswith(("I", "F")):
                 raise VideoError(f"{path}: expected 8 bits per channel, got more; save it so.")
             pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except VideoError:
+        raise
+    except UNREADABLE as error:
         raise VideoError(
             f"{path} is not an image that can be read ({error}); replace or remove it."
         ) from error
