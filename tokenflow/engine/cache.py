@@ -137,9 +137,7 @@ class Cache:
         found = []
         with suppress(OSError):  # folders, as files, may go while they are looked through
             for path in self.folder.glob("??/*.safetensors"):
-                own = OWN.fullmatch(
-                    path.name
-                )
+                own = OWN.fullmatch(path.name)
                 if own and own[2] == path.parent.name and bool(own[1]) is left:
                     with suppress(OSError):
                         state = path.stat()
