@@ -1,5 +1,6 @@
 """What a file's own nature does to its frames: colours, orientation, times, damage."""
 
+import gc
 import math
 from fractions import Fraction
 from itertools import product
@@ -244,3 +245,17 @@ def test_the_decoder_itself_refuses_frames_that_are_too_large(tmp_path, monkeypa
     monkeypatch.setattr(video_file, "DECODER_OPTIONS", {"max_pixels": "1000"})
     with pytest.raises(VideoError, match="frame 0 cannot be decoded"):
         read_clip(path)
+
+
+def test_decoded_frames_do_not_outlive_their_use(tmp_path):
+    """Else a long video fills the memory: a frame is many bytes, but few objects."""
+    path = make_video(tmp_path / "clip.mp4", noise(40))
+    gc.collect()
+    gc.disable()
+    try:
+        clip = read_clip(path)
+        left = [one for one in gc.get_objects() if type(one) is av.VideoFrame]
+    finally:
+        gc.enable()
+    assert len(clip) == 40
+    assert len(left) <= 1  # the first one's orientation is looked at

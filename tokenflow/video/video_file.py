@@ -91,6 +91,8 @@ def _pictures(path: Path, container: InputContainer, stream: VideoStream) -> Ite
     aspect = stream.sample_aspect_ratio or Fraction(1)
     index = 0
     start = end = None
+    # Asked once, as a frame whose side data was looked at stays until Python looks for cycles.
+    axes: dict[int, tuple[int, int, int, int]] = {}
     try:
         for packet in container.demux(stream):
             if packet.is_corrupt:
@@ -98,7 +100,9 @@ def _pictures(path: Path, container: InputContainer, stream: VideoStream) -> Ite
             for frame in packet.decode():
                 if frame.is_corrupt:
                     raise _damaged(path, index, "it is marked corrupt")
-                picture = _picture(index, frame, aspect)
+                if frame.rotation not in axes:
+                    axes[frame.rotation] = _display_axes(frame)
+                picture = _picture(index, frame, aspect, axes[frame.rotation])
                 yield picture
                 index += 1
                 if picture.time is not None and frame.time_base is not None:
@@ -124,11 +128,13 @@ def _damaged(path: Path, index: int, reason: str) -> VideoError:
     )
 
 
-def _picture(index: int, frame: VideoFrame, aspect: Fraction) -> Picture:
+def _picture(
+    index: int, frame: VideoFrame, aspect: Fraction, axes: tuple[int, int, int, int]
+) -> Picture:
     time = None
     if frame.pts is not None and frame.time_base is not None:
         time = frame.pts * frame.time_base
-    right_x, right_y, down_x, down_y = _display_axes(frame)
+    right_x, right_y, down_x, down_y = axes
     transpose = abs(right_y) > abs(right_x)
     down, right = (right_y, down_x) if transpose else (down_y, right_x)
     rgb = partial(_upright, frame, transpose, down < 0, right < 0)
