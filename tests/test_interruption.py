@@ -112,9 +112,7 @@ def goes_on(folder: Path, clips: Path, model: Path, edits: int) -> None:
     assert ended(start(folder, clips, model, *noting)) == [0, 0]
     steps = Counter(file.read_text().split())
     assert steps["edit"] == edits
-    assert steps["invert"] == (
-        6 if edits == 12 else 0
-    )  # the second clip has the first one's frames
+    assert steps["invert"] == (6 if edits == 12 else 0)  # both clips have the same frames
 
 
 MOMENTS = [
