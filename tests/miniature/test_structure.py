@@ -10,6 +10,7 @@ from tokenflow.editors import ControlNet, Editor, SDEdit
 from tokenflow.engine import Settings, edit_clip
 from tokenflow.miniature.judge import Judge, answers
 from tokenflow.miniature.scenes import random_scene
+from tokenflow.miniature.stills import without_shape
 from tokenflow.miniature.structure import (
     LOOKS,
     OVERLAP_BAR,
@@ -19,7 +20,6 @@ from tokenflow.miniature.structure import (
     object_mask,
     overlap,
 )
-from tokenflow.miniature.stills import without_shape
 from tokenflow.propagation import NNField
 from tokenflow.video import Clip
 
