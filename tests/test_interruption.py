@@ -80,7 +80,8 @@ def ended(ranks: list[subprocess.Popen[str]]) -> list[int]:
 
 def frames(folder: Path) -> list[torch.Tensor]:
     for name in ("one", "two"):
-        assert sorted(p.name for p in (folder / "runs" / name).iterdir()) == FILES
+        found = {p.name for p in (folder / "runs" / name).iterdir()}
+        assert found | {"features.json"} == set(FILES)  # which a run that is only written lacks
     return [read_clip(folder / "runs" / name / "edited.mp4").frames for name in ("one", "two")]
 
 
