@@ -1,5 +1,6 @@
 import resource
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,12 @@ def test_a_clip_that_is_not_in_memory_is_the_same(
     path.unlink()
     with pytest.raises(VideoError, match="found nothing"):
         clip.frames[:]
+
+
+def test_what_a_reel_has_given_stays_as_it_is() -> None:
+    """Though its place is another frame's by now."""
+    reel = Reel(lambda: (partial(torch.full, (3, 2, 4), float(n)) for n in range(5)), budget=200)
+    first, again = reel.frame(0), reel.frame(0)
+    assert [float(reel.frame(n).mean()) for n in range(5)] == [0, 1, 2, 3, 4]
+    assert list(reel.kept) == [3, 4]
+    assert first.max() == again.max() == 0

@@ -43,8 +43,10 @@ class Frames:
         if isinstance(which, int):
             return self.frame(self.numbers[which])
         numbers = self.numbers[which] if isinstance(which, slice) else pick(self.numbers, which)
-        chosen = [self.frame(number) for number in numbers]
-        return torch.stack(chosen) if chosen else torch.empty(0, *self.shape[1:])
+        chosen = torch.empty(len(numbers), *self.shape[1:])
+        for place, number in zip(chosen, numbers, strict=True):
+            place.copy_(self.frame(number))
+        return chosen
 
     def part(self, which: slice) -> Frames:
         """Some of the frames, still not in memory."""
@@ -59,6 +61,13 @@ class Frames:
 def pick(numbers: range, which: Sequence[int] | Int64[Tensor, " some"]) -> list[int]:
     """Those numbers of a range that a list or a tensor of places names."""
     return [numbers[place] for place in torch.as_tensor(which).tolist()]
+
+
+BLOCK = 64 << 20
+"""Bytes that frames' places are made of at once: memory of its own from the system.
+
+Small tensors that stay, among large ones that come and go, would keep all of that memory.
+"""
 
 
 class Reel:
@@ -77,13 +86,14 @@ class Reel:
         self.decode, self.budget = decode, budget
         self.walk, self.next = decode(), 0  # nothing is opened before it is needed
         self.kept: OrderedDict[int, Image] = OrderedDict()
+        self.places: list[Image] = []
         self.size = 0
 
     def frame(self, number: int) -> Image:
         """The frame of this number."""
         if number in self.kept:
             self.kept.move_to_end(number)
-            return self.kept[number]
+            return self.kept[number].clone()  # its place may soon be another's
         if number < self.next:
             self.walk, self.next = self.decode(), 0
         for convert in self.walk:
@@ -98,12 +108,16 @@ class Reel:
         return self.size + self.size // max(len(self.kept), 1) <= self.budget
 
     def keep(self, number: int, image: Image) -> Image:
-        """Keeps a frame, and of the others as many as there is room for."""
-        self.kept[number] = image
-        self.size += image.nbytes
-        while self.size > self.budget and len(self.kept) > 1:
+        """Keeps a copy of a frame, and of the others as many as there is room for."""
+        if self.kept and self.size + image.nbytes > self.budget:
             _, gone = self.kept.popitem(last=False)
+            self.places.append(gone)
             self.size -= gone.nbytes
+        if not self.places:
+            count = max(1, min(BLOCK, self.budget) // image.nbytes)
+            self.places.extend(image.new_empty(count, *image.shape))
+        self.kept[number] = self.places.pop().copy_(image)
+        self.size += image.nbytes
         return image
 
 
