@@ -28,12 +28,18 @@ class Results:
     by: str
 
     def records(self, plan: Plan) -> list[Record]:
-        """All of a plan's; a line that a killed process has not finished counts for nothing."""
-        found = []
+        """A plan's, one for each clip and row, though two processes may have measured it.
+
+        A line that a killed process has not finished counts for nothing.
+        """
+        found: dict[str, Record] = {}
         for line in self.file.read_text().splitlines() if self.file.exists() else ():
             with suppress(json.JSONDecodeError):
-                found.append(json.loads(line))
-        return [record for record in found if record["plan"] == asdict(plan)]
+                record = json.loads(line)
+                found.setdefault(
+                    json.dumps([record["case"], record["row"], record["plan"]]), record
+                )
+        return [record for record in found.values() if record["plan"] == asdict(plan)]
 
     def missing(self, case: Case, rows: tuple[str, ...], plan: Plan) -> list[str]:
         """Those rows that a clip has no record of."""
