@@ -444,6 +444,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"conditioning": lambda _, it: RESIDUALS if len(it.branches) > 1 else {}},
         "failed in epsilon: RuntimeError: The size of tensor a",
     ),
+    ({"conditioning": lambda *_: RESIDUALS}, "failed in epsilon: RuntimeError: The size of tensor"),
     ({"constrain": lambda *_: None}, "in constrain: expected latents .* in a tensor, got NoneType"),
     ({"constrain": lambda _, x, *__: x[:1]}, r"in constrain: .*, got \(1, 4, 8, 16\)"),
 ]

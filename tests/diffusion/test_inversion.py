@@ -5,7 +5,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from tokenflow.diffusion import Backbone, Trajectory, invert, reconstruct
+from tokenflow.diffusion import Backbone, Trajectory, invert, reconstruct, source_noise
 from tokenflow.diffusion.inversion import inversion_timesteps
 from tokenflow.errors import DivergedError, InputError
 
@@ -112,7 +112,8 @@ def test_the_source_is_kept_as_it_was(backbone: Backbone, latents: Tensor) -> No
     assert torch.equal(latents, before)
     assert torch.equal(trajectory.clean, before)
     kept = trajectory.latents.clone()
-    reconstruct(backbone, trajectory, "", backbone.schedule(SAMPLING))
+    schedule = backbone.schedule(SAMPLING)
+    reconstruct(backbone, source_noise(backbone, "", schedule), trajectory, schedule)
     assert torch.equal(trajectory.latents, kept)
 
 
@@ -124,7 +125,9 @@ def test_the_prompt_counts(backbone: Backbone, latents: Tensor) -> None:
 
 def test_reconstruct_samples_as_diffusers_does(backbone: Backbone, latents: Tensor) -> None:
     schedule, trajectory = backbone.schedule(SAMPLING), inverted(backbone, latents)
-    back = reconstruct(backbone, trajectory, "a ball", schedule, batch=2)
+    back = reconstruct(
+        backbone, source_noise(backbone, "a ball", schedule), trajectory, schedule, batch=2
+    )
     scheduler = DDIMScheduler.from_config(backbone.scheduler.config)
     scheduler.set_timesteps(SAMPLING)
     x, text = trajectory.at(schedule.timesteps[0]), backbone.embed(["a ball"]).expand(3, -1, -1)
@@ -140,7 +143,13 @@ def test_progress_counts_steps(backbone: Backbone, latents: Tensor) -> None:
     schedule, calls = backbone.schedule(2), []
     trajectory = invert(backbone, latents[:1], "", schedule, 3, progress=lambda: calls.append(1))
     assert len(calls) == 3
-    reconstruct(backbone, trajectory, "", schedule, progress=lambda: calls.append(1))
+    reconstruct(
+        backbone,
+        source_noise(backbone, "", schedule),
+        trajectory,
+        schedule,
+        progress=lambda: calls.append(1),
+    )
     assert len(calls) == 5
 
 
@@ -156,7 +165,7 @@ def test_a_reconstruction_that_is_not_finite(backbone: Backbone, latents: Tensor
     trajectory.latents[0, 1, 0, 0, 0] = math.inf
     first = schedule.timesteps[0]
     with pytest.raises(DivergedError, match=f"in reconstruction at timestep {first}"):
-        reconstruct(backbone, trajectory, "", schedule)
+        reconstruct(backbone, source_noise(backbone, "", schedule), trajectory, schedule)
 
 
 def test_more_steps_reconstruct_better(small: Backbone, latents: Tensor) -> None:
@@ -164,7 +173,7 @@ def test_more_steps_reconstruct_better(small: Backbone, latents: Tensor) -> None
     for steps in (10, 50, 200):
         schedule = small.schedule(steps)
         trajectory = invert(small, latents[:2], "", schedule, steps)
-        back = reconstruct(small, trajectory, "", schedule)
+        back = reconstruct(small, source_noise(small, "", schedule), trajectory, schedule)
         errors.append(float((back - latents[:2]).square().mean().sqrt() / latents[:2].std()))
     # measured: 0.056, 0.024, 0.0072, in units of the latents' standard deviation
     assert 0.01 < errors[0] < 0.08

@@ -2,7 +2,7 @@
 
 from tokenflow.diffusion.backbone import Backbone
 from tokenflow.diffusion.controlnet import load_controlnet
-from tokenflow.diffusion.inversion import invert, reconstruct
+from tokenflow.diffusion.inversion import invert, reconstruct, source_noise
 from tokenflow.diffusion.loading import ModelError
 from tokenflow.diffusion.sampling import Schedule
 from tokenflow.diffusion.trajectory import Trajectory
@@ -15,4 +15,5 @@ __all__ = [
     "invert",
     "load_controlnet",
     "reconstruct",
+    "source_noise",
 ]

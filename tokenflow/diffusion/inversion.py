@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,7 +13,8 @@ from tokenflow.diffusion.sampling import Schedule, ddim_step, require_finite
 from tokenflow.diffusion.trajectory import Trajectory
 from tokenflow.errors import InputError
 
-Conditioning = Callable[[list[int], Tensor, int], dict[str, Any]]
+Noise = Callable[[list[int], Tensor, int], Tensor]
+"""ε of frames, by their positions in the clip, their latents and the timestep."""
 
 
 def inversion_timesteps(steps: int, sampling: Schedule, backbone: Backbone) -> tuple[int, ...]:
@@ -38,36 +38,39 @@ def inversion_timesteps(steps: int, sampling: Schedule, backbone: Backbone) -> t
     return tuple(sorted([*sampling.timesteps, *free]))
 
 
+def source_noise(backbone: Backbone, prompt: str, schedule: Schedule) -> Noise:
+    """The model's noise of what the source shows, without guidance or an editor."""
+    embedding = backbone.embed([prompt])
+
+    def noise(frames: list[int], latents: Tensor, t: int) -> Tensor:
+        return backbone.epsilon(latents, t, embedding.expand(len(frames), -1, -1), schedule)
+
+    return noise
+
+
 @torch.no_grad()
 def inversion_steps(
-    backbone: Backbone,
+    noise: Noise,
     latents: Float[Tensor, "frames c h w"],
     frames: list[int],
-    embedding: Float[Tensor, "1 tokens width"],
     schedule: Schedule,
     timesteps: Sequence[int],
-    conditioning: Conditioning = lambda frames, latents, t: {},
 ) -> Iterator[Float[Tensor, "frames c h w"]]:
     """The latents of one forward pass's frames after each step; ε at (x, t) moves x on to t.
 
     Args:
-        backbone: The frozen model.
-        latents: The frames' scaled latents.
-        frames: Their positions in the clip, for `conditioning`.
-        embedding: Of what the source shows.
+        noise: Of the source.
+        latents: The frames' scaled latents, on the model's device.
+        frames: Their positions in the clip.
         schedule: The noise schedule.
         timesteps: As of `inversion_timesteps`.
-        conditioning: Further arguments of the UNet, from frames, latents and timestep.
 
     Raises:
         DivergedError: A latent became NaN or infinite.
     """
-    x, before = latents.to(backbone.device), None
-    embeddings = embedding.expand(len(frames), -1, -1)
+    x, before = latents, None
     for step, t in enumerate(timesteps):
-        extra = conditioning(frames, x, t)
-        epsilon = backbone.epsilon(x, t, embeddings, schedule, **extra)
-        x = ddim_step(x, epsilon, schedule.alpha(before), schedule.alpha(t))
+        x = ddim_step(x, noise(frames, x, t), schedule.alpha(before), schedule.alpha(t))
         require_finite(x, f"inversion at step {step} (timestep {t})")
         before = t
         yield x
@@ -82,7 +85,6 @@ def invert(
     steps: int,
     batch: int = 8,
     progress: Callable[[], None] = lambda: None,
-    conditioning: Conditioning = lambda frames, latents, t: {},
 ) -> Trajectory:
     """Walks clean latents up to noise, one batch of frames after the other.
 
@@ -94,7 +96,6 @@ def invert(
         steps: How many steps to take, at least as many as sampling.
         batch: Frames in one forward pass.
         progress: Called after every step of every batch.
-        conditioning: Further arguments of the UNet, from a pass's frames, latents and timestep.
 
     Raises:
         InputError: There are fewer steps than sampling takes, or more than the model has.
@@ -102,11 +103,10 @@ def invert(
     """
     timesteps = inversion_timesteps(steps, schedule, backbone)
     trajectory = Trajectory.empty(latents, schedule, timesteps)
-    embedding = backbone.embed([prompt])
+    noise = source_noise(backbone, prompt, schedule)
     for part in torch.arange(len(latents)).split(batch):
-        walk = inversion_steps(
-            backbone, latents[part], part.tolist(), embedding, schedule, timesteps, conditioning
-        )
+        here = latents[part].to(backbone.device)
+        walk = inversion_steps(noise, here, part.tolist(), schedule, timesteps)
         for t, x in zip(timesteps, walk, strict=True):
             trajectory.keep(t, part, x)
             progress()
@@ -116,27 +116,23 @@ def invert(
 @torch.no_grad()
 def reconstruct(
     backbone: Backbone,
+    noise: Noise,
     trajectory: Trajectory,
-    prompt: str,
     schedule: Schedule,
     batch: int = 8,
     progress: Callable[[], None] = lambda: None,
-    conditioning: Conditioning = lambda frames, latents, t: {},
 ) -> Float[Tensor, "frames c h w"]:
-    """Samples a trajectory's first latents back without an edit or guidance.
+    """Samples a trajectory's first latents back without an edit or guidance, by the same `noise`.
 
     Raises:
         DivergedError: A latent became NaN or infinite.
     """
-    embedding = backbone.embed([prompt])
     x = trajectory.at(schedule.timesteps[0]).clone()
     for t in schedule.timesteps:
         a, a_next = schedule.alpha(t), schedule.alpha(schedule.following(t))
         for part in torch.arange(len(x)).split(batch):
             here = x[part].to(backbone.device)
-            extra = conditioning((part + trajectory.first).tolist(), here, t)
-            embeddings = embedding.expand(len(part), -1, -1)
-            epsilon = backbone.epsilon(here, t, embeddings, schedule, **extra)
+            epsilon = noise((part + trajectory.first).tolist(), here, t)
             x[part] = ddim_step(here, epsilon, a, a_next).to(x)
         require_finite(x, f"reconstruction at timestep {t}")
         progress()

@@ -195,12 +195,8 @@ class Denoiser:
         branches = latents.movedim(1, 0)[[0, 1, 1]].to(self.backbone.device)
         share = self.schedule.share(t)
         forward = Pass(NAMES, tuple(frames), branches, self.embeddings, t, share)
-        extra = conditioned(self.editor, self.backbone, forward)
-        embeddings = self.embeddings.repeat_interleave(len(frames), dim=0)
-        # what fails in the UNet with an editor's arguments is the editor's
-        epsilon = guarded(self.editor, self.backbone.epsilon) if extra else self.backbone.epsilon
-        noise = epsilon(branches.flatten(0, 1), t, embeddings, self.schedule, **extra)
-        _, negative, prompt = noise.to(latents.device).chunk(BRANCHES)
+        noise = predicted(self.editor, self.backbone, forward, self.schedule)
+        _, negative, prompt = noise.to(latents.device)
         return guide(negative, prompt, self.guidance)
 
     def parts(self, frames: range | None = None) -> list[range]:
@@ -219,11 +215,18 @@ def listed(edits: Callable[[UNet2DConditionModel], Iterable[Any]]) -> Callable[.
     return call
 
 
-def conditioned(editor: Editor, backbone: Backbone, forward: Pass) -> dict[str, Any]:
-    """The further arguments of the UNet that an editor gives a pass."""
+def predicted(
+    editor: Editor, backbone: Backbone, forward: Pass, schedule: Schedule
+) -> Float[Tensor, "branches frames c h w"]:
+    """The UNet's noise in a pass, to which the editor may give further arguments."""
     extra = guarded(editor, editor.conditioning)(forward)
     require_none(contract.of_conditioning(extra, backbone.unet), f"{named(editor)} in conditioning")
-    return extra
+    # what fails in the UNet with an editor's arguments is the editor's
+    epsilon = guarded(editor, backbone.epsilon) if extra else backbone.epsilon
+    branches, frames = forward.latents.shape[:2]
+    embeddings = forward.embeddings.repeat_interleave(frames, dim=0)
+    noise = epsilon(forward.latents.flatten(0, 1), forward.t, embeddings, schedule, **extra)
+    return noise.unflatten(0, (branches, frames))
 
 
 def at_site(

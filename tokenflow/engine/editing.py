@@ -24,7 +24,7 @@ from tokenflow.engine.guard import guarded, named
 from tokenflow.engine.observer import Observer
 from tokenflow.engine.recall import KeptSampling, Recall, sampling_of
 from tokenflow.engine.settings import Settings
-from tokenflow.engine.source import Progress, invert_clip, kept_inversion, of_source, timed
+from tokenflow.engine.source import Progress, conditioned_noise, invert_clip, kept_inversion, timed
 from tokenflow.engine.spans import spans
 from tokenflow.engine.windows import draw_keyframes, neighbourhood, split_windows
 from tokenflow.errors import InputError
@@ -116,16 +116,14 @@ def edit_clip(
         if provider is not None:
             near = seen.part(share.positions(share.held))
             flow = guarded(provider, ClipFlow)(near, provider, backbone.latent_scale)
-        embedding = backbone.embed([inversion_prompt])
-        conditioning = of_source(editor, backbone, embedding, schedule)
+        noise = conditioned_noise(editor, backbone, inversion_prompt, schedule)
         known = kept_inversion(
             backbone, clip, editor, inversion_prompt, schedule, timesteps, recall
         )
     group.leave()
     trajectory = invert_clip(
-        backbone, clip, embedding, schedule, timesteps, settings.batch, conditioning, known,
-        group, seconds, progress,
-    )  # fmt: skip
+        backbone, clip, noise, schedule, timesteps, settings.batch, known, group, seconds, progress
+    )
     if report_reconstruction:
         with timed(seconds, "reconstruct"):
             count = counter("reconstruct", settings.steps, progress)
@@ -135,10 +133,7 @@ def edit_clip(
                 group.step()
 
             with group.together():
-                back = reconstruct(
-                    backbone, trajectory, inversion_prompt, schedule, settings.batch, between,
-                    conditioning,
-                )  # fmt: skip
+                back = reconstruct(backbone, noise, trajectory, schedule, settings.batch, between)
             codes_by_name = {"reconstruction_psnr": back, "round_trip_psnr": trajectory.clean}
             for name, codes in codes_by_name.items():
                 with group.together():

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokenflow.diffusion import Backbone, Schedule, Trajectory
-from tokenflow.diffusion.inversion import Conditioning, inversion_steps
+from tokenflow.diffusion.inversion import Noise, inversion_steps
 from tokenflow.diffusion.sampling import require_finite
 from tokenflow.editors import Editor, Pass
-from tokenflow.engine.denoising import conditioned
+from tokenflow.engine.denoising import predicted
 from tokenflow.engine.frame_group import FrameGroup
 from tokenflow.engine.guard import guarded
 from tokenflow.engine.recall import KeptInversion, Recall
@@ -26,11 +25,10 @@ Progress = Callable[[str, int, int], None]
 def invert_clip(
     backbone: Backbone,
     clip: Clip,
-    embedding: Tensor,
+    noise: Noise,
     schedule: Schedule,
     timesteps: tuple[int, ...],
     batch: int,
-    conditioning: Conditioning,
     kept: KeptInversion,
     group: FrameGroup,
     seconds: dict[str, float],
@@ -56,10 +54,8 @@ def invert_clip(
         with timed(seconds, "invert"):
             walk = None
             if part is not None:
-                frames = (part + clip.first).tolist()
-                walk = inversion_steps(
-                    backbone, clean[part], frames, embedding, schedule, timesteps, conditioning
-                )
+                frames, here = (part + clip.first).tolist(), clean[part].to(backbone.device)
+                walk = inversion_steps(noise, here, frames, schedule, timesteps)
             for step, t in enumerate(timesteps, start=1):
                 with group.together():
                     if part is not None and walk is not None:
@@ -72,16 +68,16 @@ def invert_clip(
     return trajectory
 
 
-def of_source(
-    editor: Editor, backbone: Backbone, embedding: Tensor, schedule: Schedule
-) -> Conditioning:
-    """What the editor gives the UNet for the source alone, by frames, latents and timestep."""
+def conditioned_noise(editor: Editor, backbone: Backbone, prompt: str, schedule: Schedule) -> Noise:
+    """The model's noise of what the source shows, with what the editor gives the UNet for it."""
+    embedding = backbone.embed([prompt])
 
-    def conditioning(frames: list[int], here: Tensor, t: int) -> dict[str, Any]:
-        source = Pass(("source",), tuple(frames), here[None], embedding, t, schedule.share(t))
-        return conditioned(editor, backbone, source)
+    def noise(frames: list[int], latents: Tensor, t: int) -> Tensor:
+        share = schedule.share(t)
+        forward = Pass(("source",), tuple(frames), latents[None], embedding, t, share)
+        return predicted(editor, backbone, forward, schedule)[0]
 
-    return conditioning
+    return noise
 
 
 def kept_inversion(
