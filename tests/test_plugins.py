@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import EntryPoint
@@ -269,35 +267,41 @@ def test_a_name_is_its_entry_points_and_no_helpers_nor_another_groups(
     assert "gone.mp4 does not exist" in out  # as far as a run gets
 
 
-def test_a_name_that_clashes_stops_only_those_who_choose_the_newcomer_by_it(tmp_path: Path) -> None:
-    for package, name in (("second", "PnP"), ("third", "Own"), ("fourth", "Own")):
-        offered = f"[tokenflow.editors]\n{name} = {package}:{name}\n"
-        install(tmp_path, f"tokenflow-{package}", offered)
+@pytest.fixture
+def clashing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Three packages, of which one takes a name of tokenflow's and two one of each other's."""
+    offered = {"second": "PnP", "third": "Own", "fourth": "Own"}
+    for package, name in offered.items():
+        group = f"[tokenflow.editors]\n{name} = {package}:{name}\n"
+        install(tmp_path, f"tokenflow-{package}", group)
         text = f"from tokenflow.editors import PnP as P\n\nclass {name}(P):\n    interface = 1\n"
         (tmp_path / f"{package}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    installed_plugins.cache_clear()
+    yield
+    installed_plugins.cache_clear()
+    for package in offered:
+        sys.modules.pop(package, None)
 
-    def told(*words: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "tokenflow.cli", *words],
-            env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
-        )  # fmt: skip
-        return done.stdout + done.stderr
 
-    def errors(*options: str) -> str:
-        return told("predict", "--data.video=gone.mp4", "--model.prompt=a ball", *options)
+def test_a_name_that_clashes_stops_only_those_who_choose_the_newcomer_by_it(
+    clashing: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def errors(editor: str) -> str:
+        words = ["predict", "--data.video=gone.mp4", "--model.prompt=a ball"]
+        return run([*words, f"--model.editor={editor}"], capsys)[1]
 
     clash = "the name is offered by {} and {}; uninstall one, or choose by class path"
-    rows = [line.split(maxsplit=4) for line in told("plugins").splitlines()[1:]]
+    _, listed = run(["plugins"], capsys)
+    rows = [line.split(maxsplit=4) for line in listed.splitlines()[1:]]
     states = {(row[0], row[2]): row[4].strip() for row in rows}
     assert states["PnP", "tokenflow"] == "usable"
     reason = clash.format("tokenflow 0.1.0", "tokenflow-second 1.0")
     assert states["PnP", "tokenflow-second"] == f"unusable: {reason}"
-    assert clash.format("tokenflow-fourth 1.0", "tokenflow-third 1.0") in errors(
-        "--model.editor=Own"
-    )
+    assert clash.format("tokenflow-fourth 1.0", "tokenflow-third 1.0") in errors("Own")
     # the run goes on to its missing video
     for editor in ("PnP", "second.PnP"):
-        assert "gone.mp4 does not exist" in errors(f"--model.editor={editor}")
+        assert "gone.mp4 does not exist" in errors(editor)
 
 
 def test_a_plugins_options_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
