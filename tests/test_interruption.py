@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
-import subprocess
-import sys
-import time
 from collections import Counter
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from tests.conftest import ROOT
+from tests.engine.ranks import command
 from tokenflow.testing import tiny_clip
 from tokenflow.video import Clip, read_clip, write_clip
 
@@ -37,45 +35,36 @@ def manifest(folder: Path) -> Path:
     return path
 
 
-def start(folder: Path, clips: Path, model: Path, *words: str) -> list[subprocess.Popen[str]]:
+def start(folder: Path, clips: Path, model: Path, *words: str) -> list[BaseProcess]:
     """Two ranks, as torchrun starts them, but nobody watches over them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [
-        sys.executable, "-m", "tokenflow.cli", "predict", f"--data.manifest={clips}",
-        f"--model.backbone={model}", "--model.prompt=a ball", "--model.steps=6",
-        "--model.save_every=2", "--model.keyframe_every=2", "--output.crf=0",
-        f"--model.cache={folder / 'cache'}", f"--output.folder={folder / 'runs'}",
-        "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp",
-        "--allow_imports=tests", *words,
+    arguments = [
+        "predict", f"--data.manifest={clips}", f"--model.backbone={model}",
+        "--model.prompt=a ball", "--model.steps=6", "--model.save_every=2",
+        "--model.keyframe_every=2", "--output.crf=0", f"--model.cache={folder / 'cache'}",
+        f"--output.folder={folder / 'runs'}", "--trainer.accelerator=cpu", "--trainer.devices=2",
+        "--trainer.strategy=ddp", "--allow_imports=tests", *words,
     ]  # fmt: skip
     shared = {
-        **os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test",
-        "GROUP_RANK": "0",
+        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0",
     }  # fmt: skip
-    return [
-        subprocess.Popen(
-            command, cwd=ROOT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
+    ranks = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2))
+    return [command(arguments, shared | rank) for rank in ranks]
 
 
-def ended(ranks: list[subprocess.Popen[str]]) -> list[int]:
-    """Their exit codes; the last may come `PATIENCE` after the first."""
+def ended(ranks: list[BaseProcess]) -> list[int | None]:
+    """Their exit codes; the last may come `PATIENCE` after the first, or there is none."""
     try:
-        deadline = time.monotonic() + LOADING + PATIENCE
-        while all(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
-            time.sleep(0.1)
+        wait([rank.sentinel for rank in ranks], LOADING + PATIENCE)
         for rank in ranks:
-            rank.communicate(timeout=PATIENCE)
+            rank.join(PATIENCE)
+        return [rank.exitcode for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
-    return [rank.returncode for rank in ranks]
 
 
 def frames(folder: Path) -> list[torch.Tensor]:

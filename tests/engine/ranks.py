@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import faulthandler
 import multiprocessing
+import os
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-import tokenflow.editors
-import tokenflow.engine
+import tokenflow.prediction
 import tokenflow.testing  # noqa: F401 (imported once, by the server that ranks are forked from)
+from tokenflow.cli import main
 
 PATIENCE = 120.0
 """Seconds until ranks that do not end are ended."""
@@ -38,6 +40,19 @@ def on_ranks(size: int, folder: Path, function: Callable[..., Any], *args: Any) 
         process.kill()
     assert codes == [0] * size, f"exit codes of {size} ranks: {codes}"
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
+
+
+def command(words: list[str], environment: dict[str, str]) -> BaseProcess:
+    """The command line in a process of its own, already started; its exit code is the command's."""
+    process = CONTEXT.Process(target=_command, args=(words, environment))
+    process.start()
+    return process
+
+
+def _command(words: list[str], environment: dict[str, str]) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(environment)
+    main(words)
 
 
 def _run(rank: int, size: int, folder: Path, function: Callable[..., Any], args: Any) -> None:
