@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import signal
-import socket
 from collections import Counter
-from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -13,15 +11,13 @@ import pytest
 import torch
 import yaml
 
-from tests.engine.ranks import command
+from tests.engine.ranks import ended, launched
 from tokenflow.testing import tiny_clip
 from tokenflow.video import Clip, read_clip, write_clip
 
 FILES = [
     "compare.mp4", "contact_sheet.png", "edited.mp4", "features.json", "report.html", "run.yaml",
 ]  # fmt: skip
-PATIENCE = 60.0  # seconds in which all ranks must end when one is killed
-LOADING = 60.0  # and what starting takes where other work goes on
 
 
 def manifest(folder: Path) -> Path:
@@ -36,35 +32,13 @@ def manifest(folder: Path) -> Path:
 
 
 def start(folder: Path, clips: Path, model: Path, *words: str) -> list[BaseProcess]:
-    """Two ranks, as torchrun starts them, but nobody watches over them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = [
+    options = [
         "predict", f"--data.manifest={clips}", f"--model.backbone={model}",
         "--model.prompt=a ball", "--model.steps=6", "--model.save_every=2",
         "--model.keyframe_every=2", "--output.crf=0", f"--model.cache={folder / 'cache'}",
-        f"--output.folder={folder / 'runs'}", "--trainer.accelerator=cpu", "--trainer.devices=2",
-        "--trainer.strategy=ddp", "--allow_imports=tests", *words,
+        f"--output.folder={folder / 'runs'}", "--allow_imports=tests",
     ]  # fmt: skip
-    shared = {
-        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0",
-    }  # fmt: skip
-    ranks = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2))
-    return [command(arguments, shared | rank) for rank in ranks]
-
-
-def ended(ranks: list[BaseProcess]) -> list[int | None]:
-    """Their exit codes; the last may come `PATIENCE` after the first, or there is none."""
-    try:
-        wait([rank.sentinel for rank in ranks], LOADING + PATIENCE)
-        for rank in ranks:
-            rank.join(PATIENCE)
-        return [rank.exitcode for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    return launched(2, [*options, *words])
 
 
 def frames(folder: Path) -> list[torch.Tensor]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from tests.conftest import ROOT
+from tests.engine.ranks import command, ended, launched
 from tokenflow.cli import main
 from tokenflow.engine import denoising
 from tokenflow.video import Clip, read_clip, write_clip, write_video
@@ -48,7 +45,7 @@ def words(manifest: Path, model_folder: Path, tmp_path: Path) -> list[str]:
     return [
         "predict", f"--data.manifest={manifest}", f"--model.backbone={model_folder}",
         "--model.prompt=a ball", "--model.steps=2", "--model.keyframe_every=2",
-        f"--output.folder={tmp_path / 'runs'}", "--trainer.accelerator=cpu",
+        f"--output.folder={tmp_path / 'runs'}", "--output.crf=0", "--trainer.accelerator=cpu",
     ]  # fmt: skip
 
 
@@ -151,31 +148,37 @@ def test_a_row_that_no_clip_can_be_edited_with_is_refused_at_once(
     assert not (tmp_path / "runs").exists()
 
 
-def process(words: list[str]) -> subprocess.CompletedProcess[str]:
-    """A run of one thread in each of its processes: others sum in another order."""
-    return subprocess.run(
-        [sys.executable, "-m", "tokenflow.cli", *words],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        timeout=200,
-    )  # fmt: skip
+@pytest.fixture
+def alone(words: list[str], tmp_path: Path) -> Path:
+    """What one process makes of the clips."""
+    folder = tmp_path / "alone"
+    options = [f"--output.folder={folder}", "--model.cache=null", "--trainer.accelerator=cpu"]
+    assert ended([command([*words, *options], {}, None)]) == [1]
+    return folder
 
 
-def test_two_groups_of_ranks_share_the_clips(words: list[str], tmp_path: Path) -> None:
-    two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--model.ranks_per_clip=1"]
-    done = process([*words, *two])
-    assert done.returncode == 1, done.stderr
-    runs = tmp_path / "runs"
+@pytest.mark.parametrize(("ranks", "members"), [(2, 1), (4, 2)])
+def test_two_groups_of_ranks_share_the_clips(
+    ranks: int, members: int, words: list[str], alone: Path, tmp_path: Path
+) -> None:
+    runs, told = tmp_path / "runs", tmp_path / "told"
+    codes = ended(launched(ranks, [*words, f"--model.ranks_per_clip={members}"], told))
+    assert codes == [1] + [0] * (ranks - 1), told.read_text()  # the first one knows of all
     assert files(runs) == {"one": FILES, "two": FILES, "third": FILES, "broken": ["failed.yaml"]}
-    assert done.stdout.splitlines()[-1] == "4 clips: 3 done, 0 skipped, 1 failed"
-    alone = process([*words, f"--output.folder={tmp_path / 'alone'}", "--model.cache=null"])
-    assert alone.returncode == 1, alone.stderr
+    reason = yaml.safe_load((runs / "broken" / "failed.yaml").read_text())["failed"]
+    assert "broken.mp4" in reason
+    lines = told.read_text().splitlines()
+    assert lines.count("4 clips: 3 done, 0 skipped, 1 failed") == 1  # only one rank speaks
     for name in ("one", "two", "third"):
-        here, there = (read_clip(tmp_path / f / name / "edited.mp4") for f in ("runs", "alone"))
-        assert torch.equal(here.frames, there.frames)
+        here, there = (read_clip(f / name / "edited.mp4") for f in (runs, alone))
+        # a level of rounding in each of Y, U and V: B = Y + 1.77 U is then off by up to 3
+        difference = (here.frames - there.frames).abs()
+        assert float(difference.max()) <= 3.5 / 255
+        assert float(difference.mean()) <= 0.02 / 255
 
 
 def test_groups_that_do_not_fit_the_ranks(words: list[str], tmp_path: Path) -> None:
-    three = ["--trainer.devices=2", "--trainer.strategy=ddp", "--model.ranks_per_clip=3"]
-    done = process([*words, *three])
-    assert done.returncode != 0
-    assert "to divide 2, the job's ranks; got 3" in done.stderr
+    told = tmp_path / "told"
+    codes = ended(launched(2, [*words, "--model.ranks_per_clip=3"], told))
+    assert codes == [2, 2]
+    assert "to divide 2, the job's ranks; got 3" in told.read_text()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
+import socket
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,8 @@ import tokenflow.prediction
 import tokenflow.testing  # noqa: F401 (imported once, by the server that ranks are forked from)
 from tokenflow.cli import main
 
-PATIENCE = 120.0
-"""Seconds until ranks that do not end are ended."""
+PATIENCE = 60.0
+"""Seconds in which all ranks must end when one has."""
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([__name__])
@@ -33,31 +35,60 @@ def on_ranks(size: int, folder: Path, function: Callable[..., Any], *args: Any) 
     ]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join(PATIENCE)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
+    codes = ended(processes)
     assert codes == [0] * size, f"exit codes of {size} ranks: {codes}"
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
 
-def command(words: list[str], environment: dict[str, str]) -> BaseProcess:
-    """The command line in a process of its own, already started; its exit code is the command's."""
-    process = CONTEXT.Process(target=_command, args=(words, environment))
+def launched(size: int, words: list[str], output: Path | None = None) -> list[BaseProcess]:
+    """The command line on ranks as torchrun starts them, but nobody watches over them.
+
+    What they print is added to `output`.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        "WORLD_SIZE": f"{size}", "LOCAL_WORLD_SIZE": f"{size}", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": f"{port}", "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0",
+    }  # fmt: skip
+    ranks = ({"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"} for rank in range(size))
+    options = ["--trainer.accelerator=cpu", f"--trainer.devices={size}", "--trainer.strategy=ddp"]
+    return [command([*words, *options], shared | rank, output) for rank in ranks]
+
+
+def command(words: list[str], environment: dict[str, str], output: Path | None) -> BaseProcess:
+    """The command line in a process of its own, begun; its exit code is the command's."""
+    process = CONTEXT.Process(target=_command, args=(words, environment, output))
     process.start()
     return process
 
 
-def _command(words: list[str], environment: dict[str, str]) -> None:
+def ended(processes: list[BaseProcess]) -> list[int | None]:
+    """Their exit codes; the last may come `PATIENCE` after the first, or there is none."""
+    try:
+        wait([process.sentinel for process in processes], 2 * PATIENCE)
+        for process in processes:
+            process.join(PATIENCE)
+        return [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def _command(words: list[str], environment: dict[str, str], output: Path | None) -> None:
     torch.set_num_threads(1)
     os.environ.update(environment)
+    if output is not None:
+        with output.open("ab") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
     main(words)
 
 
 def _run(rank: int, size: int, folder: Path, function: Callable[..., Any], args: Any) -> None:
     torch.set_num_threads(1)
-    faulthandler.dump_traceback_later(PATIENCE - 10)
+    faulthandler.dump_traceback_later(2 * PATIENCE - 10)
     store = dist.FileStore(str(folder / "store"), size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     torch.save(function(*args), folder / f"{rank}.pt")
