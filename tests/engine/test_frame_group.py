@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,15 +17,23 @@ from torch import Tensor
 from tests.diffusion.making import make_controlnet
 from tests.engine.ranks import on_ranks
 from tokenflow.diffusion import Backbone
-from tokenflow.editors import ControlNet, Editor, PnP, SDEdit
+from tokenflow.editors import ControlNet, ControlVideo, Editor, PnP, SDEdit
 from tokenflow.engine import Settings, edit_clip
 from tokenflow.engine.attention import self_attention_sites
 from tokenflow.engine.editing import needed
 from tokenflow.engine.frame_group import FrameGroup
 from tokenflow.engine.windows import split_windows
 from tokenflow.errors import InputError
-from tokenflow.propagation import Correspondence, FlowWeighted, NNField, Propagation, Window
+from tokenflow.propagation import (
+    Correspondence,
+    FlowFiles,
+    FlowWeighted,
+    NNField,
+    Propagation,
+    Window,
+)
 from tokenflow.testing import tiny_clip
+from tokenflow.video import Clip, write_clip
 
 EVERY, STEPS = 4, 3
 # float32 sums over keyframes in another order, through three steps and a decoder
@@ -56,6 +66,12 @@ class Part:
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone) -> dict[str, Case]:
     control = str(make_controlnet(tmp_path_factory.mktemp("control"), backbone.unet))
+    given, flow = tmp_path_factory.mktemp("given") / "control.mp4", tmp_path_factory.mktemp("flow")
+    write_clip(given, Clip.from_frames(tiny_clip(13).frames.flip(0)))
+    for start, end in itertools.permutations(range(13), 2):
+        if abs(end - start) == 1:
+            constant = np.float32([end - start, 0.5 * (start - end)])
+            np.save(flow / f"{start}_{end}.npy", np.broadcast_to(constant, (16, 32, 2)))
     return {
         "even": Case(16, PnP()),
         "uneven, ragged": Case(13, PnP()),
@@ -71,6 +87,8 @@ def cases(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone) -> dict[
         "sdedit, shared": Case(13, SDEdit(0.7, "shared")),
         "sdedit, independent": Case(6, SDEdit(0.7, "independent")),
         "controlnet": Case(13, ControlNet(control, noise="independent", control_source=True)),
+        "control video": Case(13, ControlNet(control, ControlVideo(str(given)))),
+        "flow files": Case(13, PnP(), FlowWeighted(FlowFiles(str(flow)))),
         "windowed": Case(18, PnP(), settings=BOUNDED),
         "windowed, flow, previous": Case(
             18, SDEdit(0.7), FlowWeighted(), (*BOUNDED, ("neighbours", "previous"))
