@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from tests.engine.ranks import ended, launched
+from tests.engine.ranks import command, ended, launched
 from tokenflow.testing import tiny_clip
 from tokenflow.video import Clip, read_clip, write_clip
 
@@ -115,3 +115,25 @@ def test_a_signal_to_one_rank_stops_all_and_the_next_start_goes_on(
     goes_on(tmp_path, clips, model_folder, edits)
     for found, wanted in zip(frames(tmp_path), expected, strict=True):
         assert torch.equal(found, wanted)
+
+
+def test_of_two_commands_into_one_folder_the_later_is_refused(
+    clips: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    def begun(steps: int) -> BaseProcess:
+        words = [
+            "predict", f"--data.video={clips.parent / 'one.mp4'}", "--model.prompt=a ball",
+            f"--model.backbone={model_folder}", f"--model.steps={steps}", "--model.cache=null",
+            f"--output.folder={tmp_path / 'runs'}", "--trainer.accelerator=cpu",
+        ]  # fmt: skip
+        return command(words, {}, tmp_path / f"{steps}")
+
+    first = begun(30)
+    while first.is_alive() and not (tmp_path / "runs" / "one" / ".lock").exists():
+        first.join(0.05)
+    assert ended([begun(2)]) == [2]
+    assert "another run writes to" in (tmp_path / "2").read_text()
+    assert first.is_alive()
+    assert ended([first]) == [0]
+    record = yaml.safe_load((tmp_path / "runs" / "one" / "run.yaml").read_text())
+    assert record["model"]["steps"] == 30
