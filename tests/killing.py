@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,19 @@ class KillAt(Callback):
 
         module.progress = progress  # type: ignore[assignment]
         if self.moment == "read":
-            tokenflow.engine.job.read_clip = self.kill  # type: ignore[assignment]
+            read, seen = tokenflow.engine.job.read_clip, []
+
+            def interrupted(*args: Any, each: Callable[[], None], **options: Any) -> Any:
+                def after() -> None:
+                    seen.append(None)
+                    if len(seen) == 2:
+                        self.kill()
+                    each()
+                    assert len(seen) < 2, "reading goes on after a signal"
+
+                return read(*args, each=after, **options)
+
+            tokenflow.engine.job.read_clip = interrupted
         if self.moment == "write":
             write = tokenflow.engine.writer.write_video
 

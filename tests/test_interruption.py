@@ -103,7 +103,8 @@ def test_a_killed_rank_ends_all_and_the_next_start_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("moment", "rank", "edits"), [("invert", 0, 12), ("edit", 1, 9), ("write", 0, 6)]
+    ("moment", "rank", "edits"),
+    [("read", 1, 12), ("invert", 0, 12), ("edit", 1, 9), ("write", 0, 6)],
 )
 def test_a_signal_to_one_rank_stops_all_and_the_next_start_goes_on(
     moment: str, rank: int, edits: int, clips: Path, model_folder: Path, tmp_path: Path,

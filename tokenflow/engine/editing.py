@@ -118,7 +118,7 @@ def edit_clip(
             flow = guarded(provider, ClipFlow)(near, provider, backbone.latent_scale)
         noise = conditioned_noise(editor, backbone, inversion_prompt, schedule)
         known = kept_inversion(
-            backbone, clip, editor, inversion_prompt, schedule, timesteps, recall
+            backbone, clip, editor, inversion_prompt, schedule, timesteps, recall, group.heed
         )
     group.leave()
     trajectory = invert_clip(

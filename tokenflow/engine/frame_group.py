@@ -184,6 +184,11 @@ class FrameGroup:
             pass
         self.leave()
 
+    def heed(self) -> None:
+        """Ends a block of `together` early, by `StopRequested`, where this rank was asked to."""
+        if self.asked():
+            raise StopRequested
+
     def leave(self) -> None:
         """Raises `Preempted` where a rank had been asked to stop when all were last together."""
         if self.stopping:

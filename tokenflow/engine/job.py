@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,12 @@ class ClipSource:
         """The clip's name."""
         return clip_name(self.path)
 
-    def read(self, multiple: int) -> Clip:
+    def read(self, multiple: int, each: Callable[[], None] = lambda: None) -> Clip:
         """The clip, whose frames are decoded when they are needed.
 
-        The sides are multiples of `multiple` pixels.
+        The sides are multiples of `multiple` pixels; `each` is called after each frame.
         """
-        return read_clip(self.path, multiple=multiple, in_memory=False, **self.choice)
+        return read_clip(self.path, multiple=multiple, in_memory=False, each=each, **self.choice)
 
 
 class Job:

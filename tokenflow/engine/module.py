@@ -159,7 +159,7 @@ class TokenFlow(LightningModule):
             recall = Recall(self.cache, editor, propagation, self.save_every)
         observer = self.observer()
         with self.group.together():
-            clip = job.source.read(backbone.multiple)
+            clip = job.source.read(backbone.multiple, each=self.group.heed)
         self.group.leave()
         result = edit_clip(
             backbone,

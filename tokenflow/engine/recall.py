@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,9 +37,13 @@ class Recall:
     save_every: int = 10
 
 
-def frame_digests(clip: Clip) -> list[str]:
-    """Of every frame's values."""
-    return [digests.of_tensors({"frame": frame}) for frame in clip.frames]
+def frame_digests(clip: Clip, each: Callable[[], None] = lambda: None) -> list[str]:
+    """Of every frame's values; `each` is called after each frame."""
+    found = []
+    for frame in clip.frames:
+        found.append(digests.of_tensors({"frame": frame}))
+        each()
+    return found
 
 
 class KeptInversion:
@@ -54,6 +58,7 @@ class KeptInversion:
         inversion: All else that they depend on.
         content: What an editor shows the model of each frame, `Editor.content`.
         influential: Whether inversion depends on that.
+        each: Called after each frame that is read.
 
     Attributes:
         frames: Digests of the frames and of that content, where they are kept.
@@ -66,9 +71,10 @@ class KeptInversion:
         inversion: Sequence[Any] = (),
         content: Sequence[str] = (),
         influential: bool = False,
+        each: Callable[[], None] = lambda: None,
     ) -> None:
         self.cache, self.name = cache, clip.name
-        alone = frame_digests(clip) if cache is not None else []
+        alone = frame_digests(clip, each) if cache is not None else []
         self.frames = list(map(digests.of_values, alone, content))
         seen = self.frames if influential else alone
         self.keys = [digests.of_values("inversion", 2, *inversion, frame) for frame in seen]

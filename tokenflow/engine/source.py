@@ -88,10 +88,11 @@ def kept_inversion(
     schedule: Schedule,
     timesteps: tuple[int, ...],
     recall: Recall | None,
+    each: Callable[[], None],
 ) -> KeptInversion:
     """Where the clip's inversion is kept; an editor with an influence on it is part of its key.
 
-    The editor must have been prepared for the clip.
+    The editor must have been prepared for the clip; `each` is called after each of its frames.
     """
     influential = editor.conditions_source
     if recall is None or (influential and recall.editor is None):
@@ -99,7 +100,7 @@ def kept_inversion(
     content = [guarded(editor, editor.content)(position) for position in clip.positions]
     influence = recall.editor if influential else None
     parts = backbone.fingerprint, prompt, schedule.timesteps, timesteps, influence
-    return KeptInversion(recall.cache, clip, parts, content, influential)
+    return KeptInversion(recall.cache, clip, parts, content, influential, each)
 
 
 @contextmanager

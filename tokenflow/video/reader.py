@@ -36,6 +36,7 @@ def read_clip(
     multiple: int = 1,
     image_rate: Fraction | float | int = 8,
     in_memory: bool = True,
+    each: Callable[[], None] = lambda: None,
 ) -> Clip:
     """Read the frames start, start + stride, … before stop, in the order of display.
 
@@ -56,6 +57,7 @@ def read_clip(
         image_rate: frames per second of an image folder, from 0.0001 to 10000.
         in_memory: whether all frames are to be in memory; otherwise they are `Frames`, looked at
             once, and of a longer clip decoded again when they are asked for.
+        each: called after each frame, which may take long: what it raises ends the reading.
 
     Raises:
         VideoError: for anything that cannot be read as asked, with the path and the frame.
@@ -91,6 +93,7 @@ def read_clip(
             image = reading.whole(picture)
             if reel.has_room:
                 reel.keep(number, reading.plan.apply(image / 255))
+            each()
 
     rate = source.rate / stride
     times = _times(path, known, start, stride, source.rate)
