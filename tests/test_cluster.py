@@ -124,15 +124,18 @@ def test_a_job_waits_for_its_tasks_when_it_has_the_signal_too(
     assert (tmp_path / "told").read_text() == "requeue 7\n"
 
 
-def test_torchrun_passes_a_schedulers_signal_on(commands: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("launcher", "code"), [("torchrun", 1), ("lightning", 75)])
+def test_launchers_pass_a_schedulers_signal_on(
+    launcher: str, code: int, commands: Path, tmp_path: Path
+) -> None:
     cache = Cache(tmp_path / "cache")
     options = ["--model.steps=40", "--model.save_every=1000", f"--model.cache={cache.folder}"]
     with subprocess.Popen(
-        [*LAUNCHERS["torchrun"], *EDIT, *options, f"--output.folder={tmp_path / 'runs'}"],
+        [*LAUNCHERS[launcher], *EDIT, *options, f"--output.folder={tmp_path / 'runs'}"],
         cwd=ROOT, env=environment(commands), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     ) as job:  # fmt: skip
         while job.poll() is None and len(cache.files()) < 9:  # until all frames are inverted
             time.sleep(0.1)
         job.send_signal(signal.SIGUSR1)
-        assert job.wait(timeout=120) == 1
+        assert job.wait(timeout=120) == code
     assert "sampling" in {entry.kind for entry in cache.entries()}  # kept by who was asked to stop
