@@ -10,6 +10,12 @@ from pathlib import Path
 
 import pytest
 
+# imported here, and not by tokenflow, whose modules' import is hooked to check their types: the
+# hook would have all of these compiled anew for each process
+from diffusers import ControlNetModel, UNet2DConditionModel  # noqa: F401
+from lightning.pytorch import cli  # noqa: F401
+from transformers import CLIPTextModel  # noqa: F401
+
 from tokenflow.diffusion import Backbone
 from tokenflow.testing import tiny_clip, write_tiny_model
 from tokenflow.video import Clip
