@@ -159,7 +159,7 @@ def of_pair(
     mask: str | None,
 ) -> dict[str, Values]:
     """A row for an edit, after one for its source's round trip."""
-    old, new = read_clip(source), read_clip(edited)
+    old, new = (read_clip(path, in_memory=False) for path in (source, edited))
     hidden = None if mask is None else read_mask(mask)
     motions = measures.motions(old)
     measures.check(new, old, hidden)

@@ -45,6 +45,15 @@ def test_each_pair_is_asked_for_once() -> None:
     assert motions.between(0, 1)[0] is motions.between(0, 1)[0]
 
 
+def test_pairs_are_kept_as_long_as_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenflow.metrics.motion.BUDGET", 2 * 9 * 32 * 32)
+    motions = Motions(Clip.from_frames(translation(4, 32, 32)), DIS())
+    first = [motions.between(i, i + 1) for i in range(3)]
+    again = [motions.between(i, i + 1) for i in range(3)]
+    assert [a is b for a, b in zip(first, again, strict=True)] == [True, True, False]
+    assert torch.equal(first[2][0], again[2][0])
+
+
 def test_a_clip_that_is_too_small_is_refused() -> None:
     with pytest.raises(InputError, match="12x12"):
         Motions(Clip.from_frames(translation(2, 8, 8)), DIS())

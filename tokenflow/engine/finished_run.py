@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tokenflow.engine.data import Video
 from tokenflow.engine.folder import EDITED, RECORD
 from tokenflow.engine.job import ClipSource
@@ -83,5 +81,5 @@ class FinishedRun:
                 f"folder that the run was started from, or give the videos by --source and --edited"
             )
         source = self.source.read(self.record["multiple"])
-        edited = read_clip(self.folder / EDITED)
-        return dataclasses.replace(source, frames=torch.stack(list(shown(source)))), edited
+        edited = read_clip(self.folder / EDITED, in_memory=False)
+        return dataclasses.replace(source, frames=shown(source).in_memory_if_small()), edited

@@ -23,6 +23,7 @@ from tokenflow.engine.module import TokenFlow
 from tokenflow.engine.writer import writer_of
 from tokenflow.errors import InputError
 from tokenflow.metrics import Measures, Motions
+from tokenflow.scratch import room
 from tokenflow.video import Clip, atomic, read_clip, resized
 
 Values = dict[str, float]
@@ -37,12 +38,12 @@ def round_trip(backbone: Backbone, source: ClipSource, like: Clip, batch: int = 
     """
     clip = source.read(backbone.multiple)
     height, width = like.frames.shape[-2:]
-    images = [
-        resized(image, (height, width))
-        for some in torch.arange(len(clip)).split(batch)
-        for image in backbone.decode(backbone.encode(clip.frames[some])).cpu().clamp(0, 1)
-    ]
-    return dataclasses.replace(clip, frames=torch.stack(images), name="VAE round trip")
+    images = room(len(clip), 3, height, width)
+    for some in torch.arange(len(clip)).split(batch):
+        back = backbone.decode(backbone.encode(clip.frames[some])).cpu().clamp(0, 1)
+        for number, image in zip(some.tolist(), back, strict=True):
+            images[number] = resized(image, (height, width))
+    return dataclasses.replace(clip, frames=images, name="VAE round trip")
 
 
 def read_mask(path: str) -> Bool[Tensor, "frames height width"]:
@@ -51,7 +52,8 @@ def read_mask(path: str) -> Bool[Tensor, "frames height width"]:
     Raises:
         InputError: It cannot be read.
     """
-    return read_clip(path).frames[:].mean(dim=1) > 0.5
+    frames = read_clip(path, in_memory=False).frames
+    return torch.stack([frame.mean(dim=0) > 0.5 for frame in frames])
 
 
 class Sources:

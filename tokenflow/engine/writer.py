@@ -39,6 +39,7 @@ from tokenflow.errors import InputError
 from tokenflow.report import Run, draw, write_report
 from tokenflow.video import (
     Clip,
+    Frames,
     atomic,
     contact_sheet,
     resized,
@@ -270,9 +271,13 @@ def writer_of(trainer: Trainer) -> RunWriter:
     return next(callback for callback in callbacks if isinstance(callback, RunWriter))
 
 
-def shown(clip: Clip) -> Iterator[Float[Tensor, "3 height width"]]:
+def shown(clip: Clip) -> Frames:
     """A clip's frames at the size that its videos have."""
-    return (resized(frame, clip.display_size) for frame in clip.frames)
+
+    def frame(position: int) -> Float[Tensor, "3 height width"]:
+        return resized(clip.frame(position), clip.display_size)
+
+    return Frames(frame, clip.positions, clip.display_size)
 
 
 def print_outcomes(outcomes: Sequence[Outcome]) -> None:

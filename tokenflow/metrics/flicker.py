@@ -8,6 +8,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from tokenflow.propagation.optical_flow import luma
+from tokenflow.scratch import room
+from tokenflow.video import Frames
 
 QUICK = 0.25
 """Cycles per frame, above which change is quick; 0.5 is the quickest there can be."""
@@ -15,22 +17,24 @@ FLOOR = (0.5 / 255) ** 2
 """Power of changes that nobody sees: half a level of 256."""
 
 
-def powers(frames: Float[Tensor, "frames 3 height width"]) -> tuple[float, float]:
+def powers(frames: Float[Tensor, "frames 3 height width"] | Frames) -> tuple[float, float]:
     """Mean power over pixels of the differences of frames: of all, and of the quick ones.
 
     By the discrete Fourier transform over time, and Parseval's theorem.
     """
-    differences = luma(frames).diff(dim=0)
-    count, quick, every = len(differences), 0.0, 0.0
+    brightness = room(len(frames), *frames.shape[-2:])
+    for number, frame in enumerate(frames):
+        brightness[number] = luma(frame)
+    count, quick, every = len(frames) - 1, 0.0, 0.0
     frequencies = torch.fft.fftfreq(count).abs()
-    for row in differences.unbind(dim=1):  # one row of pixels at a time, for memory
-        power = torch.fft.fft(row, dim=0).abs().square().double().sum(dim=1)
+    for row in brightness.unbind(dim=1):  # one row of pixels at a time, for memory
+        power = torch.fft.fft(row.diff(dim=0), dim=0).abs().square().double().sum(dim=1)
         every, quick = every + float(power.sum()), quick + float(power[frequencies > QUICK].sum())
-    pixels = count * differences.numel()
+    pixels = count * count * brightness[0].numel()
     return every / pixels, quick / pixels
 
 
-def flicker(frames: Float[Tensor, "frames 3 height width"]) -> float:
+def flicker(frames: Float[Tensor, "frames 3 height width"] | Frames) -> float:
     """The share of the power of frame differences above 1/4 cycle per frame, in luma:
 
         Σ_{|ω| > 1/4} P(ω) / (Σ_ω P(ω) + (0.5/255)²),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokenflow.metrics.motion import Motions
 from tokenflow.metrics.warp_error import squared_changes
+from tokenflow.video import Frames
 
 
 class Consistency(NamedTuple):
@@ -20,7 +21,7 @@ class Consistency(NamedTuple):
 
 
 def long_range(
-    frames: Float[Tensor, "frames 3 height width"], motions: Motions, distance: int
+    frames: Float[Tensor, "frames 3 height width"] | Frames, motions: Motions, distance: int
 ) -> Consistency | None:
     """Warp error of every frame i and frame i + distance; none for a clip that is too short.
 

@@ -7,19 +7,19 @@ from inspect import signature
 from pathlib import Path
 from typing import Literal
 
-from jaxtyping import Bool
+import torch
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from tokenflow.diffusion.backbone import default_device
 from tokenflow.errors import InputError
 from tokenflow.metrics import perceptual
 from tokenflow.metrics.clip_score import ClipEmbedder, frame_consistency, text_alignment
-from tokenflow.metrics.fidelity import psnr, ssim
+from tokenflow.metrics.fidelity import decibels, ssim
 from tokenflow.metrics.flicker import flicker
 from tokenflow.metrics.judge import changed, shown
 from tokenflow.metrics.long_range import long_range
 from tokenflow.metrics.motion import Motions
-from tokenflow.metrics.preservation import preservation
 from tokenflow.metrics.structure import structure
 from tokenflow.miniature.judge import Judge
 from tokenflow.miniature.scenes import VOCABULARY, Attributes
@@ -30,6 +30,8 @@ MOST_DECIBELS = 100.0
 """What stands for an infinite PSNR."""
 SSIM_NEEDS, FLICKER_NEEDS = 11, 4
 """Pixels of a side, and frames."""
+SOME = 8
+"""Frames that are in memory at once."""
 
 
 class Measures:
@@ -110,8 +112,15 @@ class Measures:
             InputError: Edit, source and mask do not belong together, or are too small.
         """
         # functions only: a `Metric` would wait for processes that measure nothing
-        new, old = edited.frames[:], source.clip.frames[:]
+        new, old = edited.frames, source.clip.frames
         self.check(edited, source.clip, mask)
+        parts = torch.arange(len(new)).split(SOME)
+        hidden = [None if mask is None else mask[part] for part in parts]
+        some = [
+            self.of_some(new[part], old[part], covered, prompt, source_prompt)
+            for part, covered in zip(parts, hidden, strict=True)
+        ]
+        each = {name: torch.cat([part[name] for part in some]) for name in some[0]}
         found: dict[str, float] = {}
         motions = source if self.motion == "source" else self.motions(edited)
         for distance in self.distances:
@@ -120,23 +129,40 @@ class Measures:
                 found[f"visible_{distance}"] = consistency.visible
         if len(new) >= FLICKER_NEEDS:
             found |= {"flicker": flicker(new), "flicker_source": flicker(old)}
-        found |= {"psnr": psnr(new, old), "ssim": float(ssim(new, old).mean())}
-        found["structure"] = float(structure(new, old).mean())
+        found["psnr"] = decibels(float(each.pop("squared").mean()))
         if mask is not None:
-            found["structure_outside"] = float(structure(new, old, mask).mean())
-            found["psnr_outside"] = preservation(new, old, mask)
-        if self.lpips is not None:
-            found["lpips"] = float(perceptual.lpips(self.lpips, new, old).mean())
-        if self.clip is not None:
-            images, text = self.clip(new, prompt)
-            if prompt:
-                found["clip_text"] = float(text_alignment(images, text).mean())
-            if len(new) > 1:
-                found["clip_frames"] = float(frame_consistency(images).mean())
-        if self.judge is not None:
-            found |= judged(self.judge, new, prompt, source_prompt)
+            outside = each.pop("squared_outside").sum() / (~mask).sum()
+            found["psnr_outside"] = decibels(float(outside))
+        if (images := each.pop("images", None)) is not None and len(images) > 1:
+            found["clip_frames"] = float(frame_consistency(images).mean())
+        found |= {name: float(values.mean()) for name, values in each.items()}
         # JSON has no infinity, and no NaN
         return {k: min(v, MOST_DECIBELS) for k, v in found.items() if not math.isnan(v)}
+
+    def of_some(
+        self,
+        new: Float[Tensor, "some 3 height width"],
+        old: Float[Tensor, "some 3 height width"],
+        mask: Bool[Tensor, "some height width"] | None,
+        prompt: str,
+        source_prompt: str,
+    ) -> dict[str, Shaped[Tensor, "some ..."]]:
+        """What is of each frame on its own, of as many as memory holds; of CLIP the vectors."""
+        squared = (new - old).square().double().mean(dim=1)
+        found = {"squared": squared.mean(dim=(1, 2))}
+        found |= {"ssim": ssim(new, old), "structure": structure(new, old)}
+        if mask is not None:
+            found["structure_outside"] = structure(new, old, mask)
+            found["squared_outside"] = squared.masked_fill(mask, 0).sum(dim=(1, 2))
+        if self.lpips is not None:
+            found["lpips"] = perceptual.lpips(self.lpips, new, old)
+        if self.clip is not None:
+            found["images"], text = self.clip(new, prompt)
+            if prompt:
+                found["clip_text"] = text_alignment(found["images"], text)
+        if self.judge is not None:
+            found |= judged(self.judge, new, prompt, source_prompt)
+        return found
 
     def check(
         self, edited: Clip, source: Clip, mask: Bool[Tensor, "frames height width"] | None
@@ -172,8 +198,10 @@ def described(frames: Tensor | Frames) -> str:
     return f"{len(frames)} frames of {frames.shape[-1]}x{frames.shape[-2]}"
 
 
-def judged(judge: Judge, frames: Tensor, prompt: str, source_prompt: str) -> dict[str, float]:
-    """The shares of frames that show what was to change, and what was to stay."""
+def judged(
+    judge: Judge, frames: Float[Tensor, "frames 3 height width"], prompt: str, source_prompt: str
+) -> dict[str, Float[Tensor, " frames"]]:
+    """Which frames show what was to change, and what was to stay: 1, the others 0."""
     try:
         source, target = Attributes.parse(source_prompt), Attributes.parse(prompt)
     except ValueError as error:
@@ -184,7 +212,5 @@ def judged(judge: Judge, frames: Tensor, prompt: str, source_prompt: str) -> dic
     new = changed(source, target)
     names = {"judge_edited": new, "judge_kept": [name for name in VOCABULARY if name not in new]}
     return {
-        key: float(shown(judge, frames, target, those).float().mean())
-        for key, those in names.items()
-        if those
+        key: shown(judge, frames, target, those).float() for key, those in names.items() if those
     }

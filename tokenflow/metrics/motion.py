@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tokenflow.propagation import OpticalFlow
 from tokenflow.propagation.optical_flow import require_flow, targets, warp
+from tokenflow.scratch import BUDGET
 from tokenflow.video import Clip
 
 RELATIVE, ABSOLUTE = 0.01, 0.5
@@ -33,9 +34,9 @@ def visible(
 
 
 class Motions:
-    """The flow between frames of one clip by a provider, each pair found once and kept.
+    """The flow between frames of one clip by a provider.
 
-    A pair takes 9 bytes of host memory per pixel.
+    Pairs are kept as long as there is room, 1 GiB at 9 bytes a pixel; others are found anew.
 
     Args:
         clip: Whose motion it is.
@@ -56,7 +57,10 @@ class Motions:
         """Flow from one frame to another in pixels (x, y), and the first one's visible pixels."""
         if (start, end) not in self.found:
             there, back = self.checked(start, end), self.checked(end, start)
-            self.found[start, end] = there, visible(there, back)
+            pair = there, visible(there, back)
+            if (len(self.found) + 1) * sum(part.nbytes for part in pair) > BUDGET:
+                return pair
+            self.found[start, end] = pair
         return self.found[start, end]
 
     def checked(self, start: int, end: int) -> Float[Tensor, "2 height width"]:
