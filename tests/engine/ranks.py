@@ -26,11 +26,13 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([__name__])
 
 
-def on_ranks(size: int, folder: Path, function: Callable[..., Any], *args: Any) -> list[Any]:
+def on_ranks(
+    size: int, folder: Path, function: Callable[..., Any], *args: Any, backend: str = "gloo"
+) -> list[Any]:
     """What `function(*args)` returns on each of `size` ranks; AssertionError if one fails."""
     folder.mkdir(parents=True, exist_ok=True)
     processes = [
-        CONTEXT.Process(target=_run, args=(rank, size, folder, function, args))
+        CONTEXT.Process(target=_run, args=(rank, size, folder, backend, function, args))
         for rank in range(size)
     ]
     for process in processes:
@@ -86,11 +88,13 @@ def _command(words: list[str], environment: dict[str, str], output: Path | None)
     main(words)
 
 
-def _run(rank: int, size: int, folder: Path, function: Callable[..., Any], args: Any) -> None:
+def _run(
+    rank: int, size: int, folder: Path, backend: str, function: Callable[..., Any], args: Any
+) -> None:
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(2 * PATIENCE - 10)
     store = dist.FileStore(str(folder / "store"), size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     torch.save(function(*args), folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
