@@ -182,7 +182,7 @@ class Backbone:
     @torch.no_grad()
     def encode(self, frames: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n c h w"]:
         """Frames in 0..1 to scaled latents, the mean of the VAE's posterior."""
-        pixels = (2 * frames - 1).to(self.device, self.vae.dtype)
+        pixels = (2 * frames.to(self.device) - 1).to(self.vae.dtype)
         return self.vae.encode(pixels).latent_dist.mean.float() * self.vae.config.scaling_factor
 
     @torch.no_grad()

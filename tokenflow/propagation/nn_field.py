@@ -33,16 +33,15 @@ class NNField(Propagation):
         window: Window,
     ) -> Correspondence:
         frames, tokens, _ = source.shape
-        neighbours = window.neighbours.to(source.device)
         indices = torch.empty(frames, tokens, 2, dtype=torch.long, device=source.device)
+        neighbours = window.neighbours.cpu()  # an accelerator would be waited for
         for k in range(len(keys)):
-            asking = (neighbours == k).any(dim=1)
-            if not asking.any():
+            frame, side = (neighbours == k).nonzero(as_tuple=True)
+            asking, place = frame.unique(return_inverse=True)
+            if len(asking) == 0:
                 continue
-            found = nearest(source[asking].flatten(0, 1), keys[k], self.block)
-            found = found.unflatten(0, (-1, tokens)) + k * tokens
-            wanted = (neighbours[asking] == k)[:, None].expand(-1, tokens, -1)
-            indices[asking] = torch.where(wanted, found[..., None], indices[asking])
+            found = nearest(source[asking].flatten(0, 1), keys[k], self.block) + k * tokens
+            indices[frame, :, side] = found.view(-1, tokens)[place]
         weights = window.blend.to(source.device, torch.float32)[:, None].expand(-1, tokens, -1)
         return Correspondence(indices, weights)
 
