@@ -11,9 +11,11 @@ import torch
 import torch.distributed as dist
 import yaml
 from torch import Tensor
+from torchvision.models.optical_flow import raft_small
 
 from tests.diffusion.making import make_controlnet
 from tests.engine.ranks import on_ranks
+from tests.metrics.making import noise, write_random_alexnet, write_tiny_clip
 from tokenflow.cli import main
 from tokenflow.diffusion import Backbone
 from tokenflow.editors import ControlNet, Editor, PnP, SDEdit
@@ -24,7 +26,8 @@ from tokenflow.engine.frame_group import FrameGroup
 from tokenflow.engine.recall import Recall
 from tokenflow.engine.windows import split_windows
 from tokenflow.errors import Preempted
-from tokenflow.propagation import FlowWeighted, NNField, Propagation
+from tokenflow.metrics import ClipEmbedder, load_lpips, lpips
+from tokenflow.propagation import RAFT, FlowWeighted, NNField, Propagation
 from tokenflow.testing import tiny_clip
 from tokenflow.video import Clip, read_clip, write_clip
 
@@ -133,6 +136,25 @@ def test_memory_on_the_device_does_not_grow(backbones: dict[str, Backbone]) -> N
         frames(backbone, Case(PnP(), settings=settings), tiny_clip(count))
         peaks.append(torch.cuda.max_memory_allocated() - before)
     assert peaks[2] <= 1.1 * peaks[1]
+
+
+def test_networks_that_measure_agree_with_the_cpu(tmp_path: Path) -> None:
+    frames, others = noise(3, 3, 136, 128), noise(3, 3, 136, 128, seed=1)
+    clip, weights = write_tiny_clip(tmp_path), write_random_alexnet(tmp_path)
+    flow = raft_small(weights=None)
+    torch.save(flow.state_dict(), tmp_path / "raft.pth")
+    found = []
+    for device in ("cpu", "cuda"):
+        images, text = ClipEmbedder(str(clip), device)(frames, "a ball")
+        apart = lpips(load_lpips(str(weights), device), frames, others)
+        raft = RAFT(str(tmp_path / "raft.pth"), size="small", updates=2, device=device)
+        raft.prepare(Clip.from_frames(frames))
+        motion = raft.between(Clip.from_frames(frames), 0, 1)
+        found.append((images, text, apart, motion))
+    for cpu, gpu in zip(*found, strict=True):
+        assert gpu.device.type == "cpu"
+        # convolutions round to 10 bits on the device
+        assert (cpu - gpu).abs().mean() <= 1e-2 * cpu.abs().mean()
 
 
 def test_command_line(model_folder: Path, tmp_path: Path) -> None:
