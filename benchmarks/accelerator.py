@@ -70,7 +70,7 @@ def product_rate(device: str, dtype: torch.dtype) -> float:
 
 
 class Peaks:
-    """Bytes on the device at most in each stage, beside what was there before; hears of progress."""
+    """Bytes on the device at most in each stage, beside what was there before."""
 
     def __init__(self) -> None:
         self.before, self.bytes = torch.cuda.memory_allocated(), dict[str, int]()

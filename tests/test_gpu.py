@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 import yaml
 from torch import Tensor
-from torchvision.models.optical_flow import raft_small
 
 from tests.diffusion.making import make_controlnet
 from tests.engine.ranks import on_ranks
@@ -139,9 +138,11 @@ def test_memory_on_the_device_does_not_grow(backbones: dict[str, Backbone]) -> N
 
 
 def test_networks_that_measure_agree_with_the_cpu(tmp_path: Path) -> None:
+    reason = "torchvision has LPIPS's and RAFT's networks"
+    optical_flow = pytest.importorskip("torchvision.models.optical_flow", reason=reason)
     frames, others = noise(3, 3, 136, 128), noise(3, 3, 136, 128, seed=1)
     clip, weights = write_tiny_clip(tmp_path), write_random_alexnet(tmp_path)
-    flow = raft_small(weights=None)
+    flow = optical_flow.raft_small(weights=None)
     torch.save(flow.state_dict(), tmp_path / "raft.pth")
     found = []
     for device in ("cpu", "cuda"):
