@@ -162,7 +162,7 @@ def main(
     steps: int = 50,
     span: int = 8,
     anchors: int = 2,
-    tflops: float = 300.0,
+    tflops: float = 160.0,
     near: float = 200.0,
     far: float = 25.0,
     node: int = 8,
@@ -176,7 +176,7 @@ def main(
         steps: Of inversion and of sampling.
         span: Of windowed attention, in windows.
         anchors: Of windowed attention.
-        tflops: 10¹² operations a second that a device really does.
+        tflops: 10¹² operations a second that a device really does; `accelerator.py` measures them.
         near: Gigabytes a second that come to a device from others of its node.
         far: From others.
         node: Devices of a node.
