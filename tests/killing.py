@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,16 @@ from lightning.pytorch.callbacks import Callback
 import tokenflow.engine.job
 import tokenflow.engine.writer
 
+FILES = {"write": "edited.mp4", "compare": "compare.mp4"}
+PATIENCE = 60
+
 
 class KillAt(Callback):
     """Sends `sent` to this process at a moment of the first clip, if it has this rank.
 
     Args:
-        moment: "read", "invert", "edit", "write" or "between", after the first clip.
+        moment: "read", "invert", "edit", "write" (edited.mp4), "compare" (compare.mp4), "wait" (for
+            who writes it), or "between", after the first clip.
         rank: Whose process.
         sent: The signal's number.
     """
@@ -52,19 +57,27 @@ class KillAt(Callback):
                 return read(*args, each=after, **options)
 
             tokenflow.engine.job.read_clip = interrupted
-        if self.moment == "write":
+        if file := FILES.get(self.moment):
             write = tokenflow.engine.writer.write_video
 
-            def killed(path: Any, frames: Any, *args: Any, **options: Any) -> Any:
+            def killed(path: Path, frames: Any, *args: Any, **options: Any) -> Any:
                 def some() -> Any:
                     for index, frame in enumerate(frames):
-                        if index == 2:
+                        if path.name == file and index == 2:
                             self.kill()
                         yield frame
 
                 return write(path, some(), *args, **options)
 
             tokenflow.engine.writer.write_video = killed
+        if self.moment == "wait":
+            alone = module.group.first_alone
+
+            def waiting(work: Any) -> None:
+                self.kill()
+                alone(work)
+
+            module.group.first_alone = waiting  # type: ignore[method-assign, union-attr]
 
     def on_predict_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if self.moment == "between" and trainer.global_rank == self.rank:
@@ -72,6 +85,25 @@ class KillAt(Callback):
 
     def kill(self, *_: Any, **__: Any) -> None:
         os.kill(os.getpid(), self.sent)
+
+
+class Slow(Callback):
+    """On the first rank, a video that only a request to stop keeps from taking `PATIENCE`."""
+
+    def on_predict_batch_start(self, *_: Any) -> None:
+        write = tokenflow.engine.writer.write_video
+
+        def slowly(path: Path, frames: Any, *args: Any, **options: Any) -> Any:
+            def some() -> Any:
+                for index in range(len(frames)):
+                    for _ in range(10 * PATIENCE // len(frames)):
+                        time.sleep(0.1)
+                        frames[index]
+                    yield frames[index]
+
+            return write(path, some(), *args, **options)
+
+        tokenflow.engine.writer.write_video = slowly
 
 
 class Noting(Callback):

@@ -16,9 +16,11 @@ from tests.metrics.making import write_tiny_clip
 from tokenflow.cli import main
 from tokenflow.diffusion import Backbone
 from tokenflow.engine.finished_run import FinishedRun
-from tokenflow.engine.measuring import Sources, measure_run
+from tokenflow.engine.frame_group import StopRequested
+from tokenflow.engine.measuring import Sources, leave, measure_run
 from tokenflow.evaluation import show
 from tokenflow.metrics import Measures
+from tokenflow.report import read_run
 from tokenflow.video import Clip, read_clip, write_clip, write_image
 
 DEMO = ROOT / "tokenflow" / "miniature" / "demo" / "blue_ball.mp4"
@@ -322,3 +324,11 @@ def test_help_tells_of_the_options(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     for words in ("tokenflow evaluate RUN", "--flow", "--distances", "--round_trip", "DIS", "RAFT"):
         assert words in out
+
+
+def test_a_request_to_stop_ends_measuring(run: Path) -> None:
+    def each() -> None:
+        raise StopRequested
+
+    with pytest.raises(StopRequested):
+        leave(Sources(Measures()), run, read_run(run).record, each)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections import Counter
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import yaml
 
 from tests.engine.ranks import command, ended, launched
+from tests.killing import PATIENCE
 from tokenflow.testing import tiny_clip
 from tokenflow.video import Clip, read_clip, write_clip
 
@@ -80,7 +82,8 @@ def goes_on(folder: Path, clips: Path, model: Path, edits: int) -> None:
 
 
 MOMENTS = [
-    ("read", 1, 12), ("invert", 1, 12), ("edit", 0, 10), ("write", 0, 6), ("between", 1, 6)
+    ("read", 1, 12), ("invert", 1, 12), ("edit", 0, 10), ("write", 0, 6), ("compare", 0, 6),
+    ("between", 1, 6),
 ]  # fmt: skip
 
 
@@ -94,7 +97,10 @@ def test_a_killed_rank_ends_all_and_the_next_start_goes_on(
     assert codes[1 - rank] not in (0, -signal.SIGKILL)
     finished = sorted(p.parent.name for p in tmp_path.glob("runs/*/run.yaml"))
     videos = sorted(p.parent.name for p in tmp_path.glob("runs/*/edited.mp4"))
-    assert finished == videos == (["one"] if moment == "between" else [])
+    assert finished == (["one"] if moment == "between" else [])
+    assert videos == (["one"] if moment in ("compare", "between") else [])
+    for file in tmp_path.glob("runs/one/edited.mp4"):  # what is there is whole
+        assert torch.equal(read_clip(file).frames, expected[0])
     kinds = [p.name for p in tmp_path.glob("cache/*/*.safetensors")]
     assert bool(kinds) is (moment != "read" and moment != "invert")
     goes_on(tmp_path, clips, model_folder, edits)
@@ -104,14 +110,17 @@ def test_a_killed_rank_ends_all_and_the_next_start_goes_on(
 
 @pytest.mark.parametrize(
     ("moment", "rank", "edits"),
-    [("read", 1, 12), ("invert", 0, 12), ("edit", 1, 9), ("write", 0, 6)],
+    [("read", 1, 12), ("invert", 0, 12), ("edit", 1, 9), ("write", 0, 6), ("wait", 1, 6)],
 )
 def test_a_signal_to_one_rank_stops_all_and_the_next_start_goes_on(
     moment: str, rank: int, edits: int, clips: Path, model_folder: Path, tmp_path: Path,
     expected: list[torch.Tensor],
 ) -> None:  # fmt: skip
-    codes = ended(start(tmp_path, clips, model_folder, *killing(moment, rank, signal.SIGTERM)))
-    assert codes == [75, 75]
+    words, began = killing(moment, rank, signal.SIGTERM), time.monotonic()
+    if moment == "wait":
+        words += ["--trainer.callbacks+=tests.killing.Slow"]
+    assert ended(start(tmp_path, clips, model_folder, *words)) == [75, 75]
+    assert time.monotonic() - began < PATIENCE
     assert not (tmp_path / "runs").exists()
     goes_on(tmp_path, clips, model_folder, edits)
     for found, wanted in zip(frames(tmp_path), expected, strict=True):

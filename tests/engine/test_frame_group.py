@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,16 @@ def failing_in_a_pass(model: Path) -> str:
     return str(caught.value)
 
 
+def failing_alone() -> str:
+    def work(heed: Callable[[], None]) -> None:
+        heed()
+        raise InputError("its disk is full")
+
+    with pytest.raises(InputError) as caught:
+        FrameGroup.join().first_alone(work)
+    return str(caught.value)
+
+
 def averaged() -> float:
     group = FrameGroup.join()
     return group.mean(float(group.rank), group.rank)  # (0·0 + 1·1 + 2·2) / (0 + 1 + 2)
@@ -242,6 +253,12 @@ def test_an_error_in_a_bounded_pass_is_all_ranks(model_folder: Path, tmp_path: P
     first, last = on_ranks(2, tmp_path, failing_in_a_pass, model_folder)
     assert first == "rank 1 failed, and all stop with it: InputError: it is not its day"
     assert last == "it is not its day"
+
+
+def test_an_error_of_who_works_alone_is_all_ranks(tmp_path: Path) -> None:
+    first, last = on_ranks(2, tmp_path, failing_alone)
+    assert first == "its disk is full"
+    assert last == "rank 0 failed, and all stop with it: InputError: its disk is full"
 
 
 def test_means_count_by_weight(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from tokenflow.propagation import NNField
 def test_nothing_of_a_clip_is_kept_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Sources] = []
 
-    def leave(sources: Sources, folder: Path, record: dict[str, Any]) -> None:
+    def leave(sources: Sources, *_: Any) -> None:
         seen.append(sources)
 
     monkeypatch.setattr(measuring, "leave", leave)
@@ -29,6 +29,6 @@ def test_nothing_of_a_clip_is_kept_for_the_next(monkeypatch: pytest.MonkeyPatch)
     )
     metrics.on_predict_start(trainer, TokenFlow(SDEdit(), NNField()))
     for name in ("one", "two"):
-        writer.measure(Path(name), {})
+        writer.measure(Path(name), {}, lambda: None)
     assert seen[0] is not seen[1]
     assert seen[0].measures is seen[1].measures  # networks are loaded once

@@ -170,16 +170,19 @@ def test_a_run_is_whole_without_its_page(
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("last", [None, "edited.mp4", "contact_sheet.png"])
 def test_a_run_that_is_asked_to_stop_while_it_writes(
-    tmp_path: Path, source: Job, prediction: Prediction
+    last: str | None, tmp_path: Path, source: Job, prediction: Prediction
 ) -> None:
     writer, module = RunWriter(str(tmp_path)), TokenFlow(PnP(), NNField(), cache=None)
     writer.admit(source)
-    module.asked = lambda: True
+    module.group.asked = lambda: last is None or (tmp_path / "in" / last).exists()
     with pytest.raises(Preempted):
         writer.write_on_batch_end(TRAINER, module, prediction, [0], source, 0, 0)
     writer.on_exception()
-    assert not (tmp_path / "in").exists()
+    order = [None, "edited.mp4", "compare.mp4", "contact_sheet.png"]
+    there = sorted(p.name for p in tmp_path.glob("in/*"))
+    assert there == sorted(filter(None, order[: order.index(last) + 1]))
 
 
 def test_compare_shows_source_and_edit_side_by_side(

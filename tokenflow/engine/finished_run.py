@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,13 @@ class FinishedRun:
     """A run's folder and what its `run.yaml` says.
 
     `source` is where the frames came from and which; `record` what came of the configuration:
-    prompts, settings, `multiple`.
+    prompts, settings, `multiple`. `each` is called before each frame that is given.
     """
 
     folder: Path
     source: ClipSource
     record: dict[str, Any]
+    each: Callable[[], None] = lambda: None
 
     @classmethod
     def read(cls, folder: Path) -> FinishedRun:
@@ -38,7 +40,9 @@ class FinishedRun:
         return cls.of(folder, read_run(folder).record)
 
     @classmethod
-    def of(cls, folder: Path, configuration: dict[str, Any]) -> FinishedRun:
+    def of(
+        cls, folder: Path, configuration: dict[str, Any], each: Callable[[], None] = lambda: None
+    ) -> FinishedRun:
         """A run by what its `run.yaml` holds, or is to hold.
 
         Raises:
@@ -67,7 +71,7 @@ class FinishedRun:
                 f"the manifest {data['manifest']} of {folder} has no clip {folder.resolve().name!r}"
                 f" any more; compare the videos themselves by --source and --edited"
             )
-        return cls(folder, named[0].source, record)
+        return cls(folder, named[0].source, record, each)
 
     def clips(self) -> tuple[Clip, Clip]:
         """Source and edit, both as the run's videos show them.
@@ -80,6 +84,7 @@ class FinishedRun:
                 f"the source {self.source.path} of {self.folder} does not exist; start from the "
                 f"folder that the run was started from, or give the videos by --source and --edited"
             )
-        source = self.source.read(self.record["multiple"])
-        edited = read_clip(self.folder / EDITED, in_memory=False)
-        return dataclasses.replace(source, frames=shown(source).in_memory_if_small()), edited
+        source = self.source.read(self.record["multiple"], self.each).calling(self.each)
+        edited = read_clip(self.folder / EDITED, in_memory=False, each=self.each)
+        frames = shown(source).in_memory_if_small()
+        return dataclasses.replace(source, frames=frames), edited.calling(self.each)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from time import monotonic
 from typing import Any, TypeVar
 
 import torch
@@ -26,6 +27,8 @@ T = TypeVar("T")
 Keep = Callable[[Tensor], Any]
 PATIENCE = timedelta(days=7)
 """How long ranks wait for each other between passes; one that ends is noticed at once."""
+PULSE = 1.0
+"""Seconds after which a rank that works alone asks the others whether it is to stop."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,11 @@ class Share:
         return range(self.windows[numbers[0]].start, self.windows[numbers[-1]].stop)
 
 
-class StopRequested(Exception):  # noqa: N818 (nothing is wrong)
-    """Ends a block of `FrameGroup.together` early, on a rank that was asked to stop."""
+class StopRequested(BaseException):
+    """Ends a block of `FrameGroup.together` early, on a rank that was asked to stop.
+
+    No `Exception`: who goes on whatever is wrong does not go on after it.
+    """
 
 
 class FrameGroup:
@@ -148,10 +154,13 @@ class FrameGroup:
             InputError: Another rank failed; a rank that fails itself raises its own exception.
             Preempted: A rank ended the block early.
         """
-        own: Exception | None = None
+        own: Exception | StopRequested | None = None
         try:
             yield
-        except Exception as caught:  # whatever it is, the others must not wait for this rank
+        except (
+            Exception,
+            StopRequested,
+        ) as caught:  # whatever it is, the others must not wait for this rank
             if caught is self.shared:  # from a block inside this one
                 raise
             own = caught
@@ -159,7 +168,7 @@ class FrameGroup:
         failure = None if own is None or early else f"{type(own).__name__}: {own}"
         said = self.tell((failure, early, early or self.asked()))
         self.stopping = any(asked for _, _, asked in said)
-        if own is not None and not early:
+        if isinstance(own, Exception):
             self.shared = own
             raise own
         for rank, (words, _, _) in enumerate(said):
@@ -172,6 +181,31 @@ class FrameGroup:
     def knows(self, error: Exception) -> bool:
         """Whether all ranks have failed with this one, and can go on together with other work."""
         return self.size == 1 or error is self.shared
+
+    def first_alone(self, work: Callable[[Callable[[], None]], None]) -> None:
+        """Has rank 0 do the work for which the others wait; a request to any of them ends it.
+
+        The work is given what it must call now and then, which may end it by `StopRequested`.
+        """
+        with self.together():
+            if self.rank > 0:
+                while self.tell(self.asked())[0] is not None:
+                    pass
+                return
+            last = monotonic()
+
+            def heed() -> None:
+                nonlocal last
+                self.heed()
+                if monotonic() - last >= PULSE:
+                    last = monotonic()
+                    if any(self.tell(False)):
+                        raise StopRequested
+
+            try:
+                work(heed)
+            finally:
+                self.tell(None)
 
     def step(self) -> None:
         """Where all ranks are between two steps and none has anything to keep.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -136,17 +137,17 @@ class Measuring(Callback):
                 measures = Measures(**self.options)
                 backbone = module.backbone if self.round_trip else None
 
-                def measure(folder: Path, record: dict[str, Any]) -> None:
+                def measure(folder: Path, record: dict[str, Any], each: Callable[[], None]) -> None:
                     # anew: a clip's frames and flow are not kept while the next one is edited
-                    leave(Sources(measures, backbone), folder, record)
+                    leave(Sources(measures, backbone), folder, record, each)
 
                 writer_of(trainer).measure = measure
 
 
-def leave(sources: Sources, folder: Path, record: dict[str, Any]) -> None:
+def leave(sources: Sources, folder: Path, record: dict[str, Any], each: Callable[[], None]) -> None:
     """Measures a run whose videos are written."""
     try:
-        measure_run(FinishedRun.of(folder, record), sources)
+        measure_run(FinishedRun.of(folder, record, each), sources)
     except Exception as error:  # whatever it is, the videos are there
         why = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
         print(f"{folder} is not measured: {why}{error}", file=sys.stderr)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import platform
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import version
 from itertools import starmap
 from pathlib import Path
@@ -32,7 +33,6 @@ from tokenflow.engine.folder import (
     FolderLock,
     finished,
 )
-from tokenflow.engine.frame_group import StopRequested
 from tokenflow.engine.job import ClipSource, Job, Outcome
 from tokenflow.engine.module import Prediction, TokenFlow
 from tokenflow.errors import InputError
@@ -69,8 +69,8 @@ class RunWriter(BasePredictionWriter):
         self.outcomes: list[Outcome] = []
         self.failed = 0
         self.lock: FolderLock | None = None
-        self.asked: Callable[[], bool] = lambda: False
-        self.measure: Callable[[Path, dict[str, Any]], None] = lambda folder, record: None
+        self.measure: Callable[[Path, dict[str, Any], Callable[[], None]], None]
+        self.measure = lambda folder, record, each: None
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         module.admit = self.admit  # type: ignore[assignment]
@@ -156,11 +156,8 @@ class RunWriter(BasePredictionWriter):
         Raises:
             InputError: The files of a clip that is not one of many cannot be written.
         """
-        self.asked = module.asked
         try:
-            with module.group.together():
-                if module.group.rank == 0:
-                    self.write(prediction, self.folder / job.name)
+            module.group.first_alone(partial(self.write, prediction, self.folder / job.name))
         except Exception as error:  # whatever is wrong with one clip, the others are edited
             if job.where is None or not module.group.knows(error):
                 raise
@@ -185,31 +182,30 @@ class RunWriter(BasePredictionWriter):
         if trainer.is_global_zero and any(outcome.many for outcome in every):
             print_outcomes(every)
 
-    def write(self, prediction: Prediction, folder: Path) -> None:
+    def write(self, prediction: Prediction, folder: Path, each: Callable[[], None]) -> None:
         """Writes a run's files; `run.yaml`, the last, says that it is whole.
+
+        `each` is called before each frame that is written, measured or shown on the page.
 
         Raises:
             InputError: The disk refuses.
-            StopRequested: This process was asked to stop.
         """
         result = prediction.result
-        source, edited = result.source, result.clip
+        source, edited = result.source.calling(each), result.clip.calling(each)
         try:
             for name in (RECORD, REPORT, METRICS, FEATURES):  # of a run that is overwritten
                 (folder / name).unlink(missing_ok=True)
             write_video(
-                folder / EDITED, self.unless_asked(edited.frames), edited.times, edited.rate,
+                folder / EDITED, edited.frames, edited.times, edited.rate,
                 size=edited.display_size, audio=edited.audio, crf=self.crf,
             )  # fmt: skip
             both = starmap(side_by_side, zip(shown(source), shown(edited), strict=True))
-            write_video(
-                folder / COMPARE, self.unless_asked(both), source.times, source.rate, crf=self.crf
-            )
+            write_video(folder / COMPARE, both, source.times, source.rate, crf=self.crf)
             rows = source.frames, edited.frames
             write_image(folder / SHEET, contact_sheet(rows, size=source.display_size))
             record = self.summary(prediction)
-            self.measure(folder, record)
-            self.show(folder, record, prediction)
+            self.measure(folder, record, each)
+            self.show(folder, record, prediction, each)
             with atomic(folder / RECORD) as file:
                 file.write_text(yaml.safe_dump(record, sort_keys=False))
             (folder / FAILED).unlink(missing_ok=True)
@@ -222,28 +218,25 @@ class RunWriter(BasePredictionWriter):
             if (folder / name).exists():
                 print(folder / name)
 
-    def show(self, folder: Path, record: dict[str, Any], prediction: Prediction) -> None:
+    def show(
+        self,
+        folder: Path,
+        record: dict[str, Any],
+        prediction: Prediction,
+        each: Callable[[], None],
+    ) -> None:
         """Writes the run's page; the run is whole without it."""
-        if self.asked():
-            raise StopRequested
         try:
             seen, source = prediction.seen, prediction.result.source.frames
             if seen is not None:
                 draw(seen, source).save(folder / FEATURES)
-            write_report(Run(folder, record))
+            write_report(Run(folder, record, each))
         except Exception as error:  # whatever it is, the videos are there
             warnings.warn(
                 f"{folder / REPORT} is not written ({type(error).__name__}: {error}); tokenflow "
                 f"report {folder} tries again",
                 stacklevel=2,
             )
-
-    def unless_asked(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:
-        """The frames, until the run is asked to stop."""
-        for frame in frames:
-            if self.asked():
-                raise StopRequested
-            yield frame
 
     def summary(self, prediction: Prediction) -> dict[str, Any]:
         """What `run.yaml` holds: the configuration, and under `run` what came of it."""

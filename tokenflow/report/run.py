@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,10 +26,14 @@ PACKAGES = {"editor": "editor.package", "propagation": "propagation.package"}
 
 @dataclass(frozen=True)
 class Run:
-    """What a folder holds: the record is that of `run.yaml`, videos are read when asked for."""
+    """What a folder holds: the record is that of `run.yaml`, videos are read when asked for.
+
+    `each` is called before each of their frames.
+    """
 
     folder: Path
     record: dict[str, Any]
+    each: Callable[[], None] = lambda: None
 
     @property
     def name(self) -> str:
@@ -108,7 +113,8 @@ class Run:
 
     def video(self, name: str) -> Clip:
         """One of the folder's videos, not in memory."""
-        return read_clip(self.folder / name, in_memory=False)
+        clip = read_clip(self.folder / name, in_memory=False, each=self.each)
+        return clip.calling(self.each)
 
 
 def flat(name: str, value: Any) -> dict[str, Any]:
