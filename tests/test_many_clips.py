@@ -79,7 +79,9 @@ def test_a_clip_that_fails_does_not_stop_the_rest(
     main(words)
     assert files(runs)["broken"] == FILES
     assert (runs / "one" / "run.yaml").stat().st_mtime_ns == before
-    assert capsys.readouterr().out.splitlines()[-1] == "4 clips: 1 done, 3 skipped, 0 failed"
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-1] == "4 clips: 1 done, 3 skipped, 0 failed"
+    assert [line for line in err.splitlines() if line.startswith("clip")] == ["clip 2/4, broken"]
 
 
 def test_a_clip_that_cannot_be_written_does_not_stop_the_rest(
@@ -169,6 +171,8 @@ def test_two_groups_of_ranks_share_the_clips(
     assert "broken.mp4" in reason
     lines = told.read_text().splitlines()
     assert lines.count("4 clips: 3 done, 0 skipped, 1 failed") == 1  # only one rank speaks
+    written = {Path(line).parent.name for line in lines if line.endswith("edited.mp4")}
+    assert written == {"one", "two"}  # of the clips that its group edits
     for name in ("one", "two", "third"):
         here, there = (read_clip(f / name / "edited.mp4") for f in (runs, alone))
         # a level of rounding in each of Y, U and V: B = Y + 1.77 U is then off by up to 3

@@ -5,11 +5,18 @@ from contextlib import suppress
 from threading import Thread
 
 import pytest
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import LightningEnvironment
 
+from tokenflow.editors import PnP
 from tokenflow.engine import progress
+from tokenflow.engine.module import TokenFlow
 from tokenflow.engine.progress import StageProgress, pace
+from tokenflow.propagation import NNField
+
+
+def module_of() -> TokenFlow:
+    return TokenFlow(PnP(), NNField(), cache=None)
 
 
 def test_without_a_terminal_lines_tell_stage_step_and_time_left(
@@ -17,7 +24,7 @@ def test_without_a_terminal_lines_tell_stage_step_and_time_left(
 ) -> None:
     now = iter(range(0, 1000, 10))
     monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(now)))
-    shown, module = StageProgress(interval=15.0), LightningModule()
+    shown, module = StageProgress(interval=15.0), module_of()
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     shown.on_predict_start(trainer, module)
     for step in range(1, 6):
@@ -65,7 +72,7 @@ def test_in_a_slurm_job_a_terminal_is_none(
         accelerator="cpu", logger=False, enable_checkpointing=False,
         plugins=[LightningEnvironment()],
     )  # fmt: skip
-    module = LightningModule()
+    module = module_of()
     StageProgress().on_predict_start(trainer, module)
     module.progress("edit", 2, 2)
     assert capsys.readouterr().err == "edit: 2/2\n"
@@ -85,7 +92,7 @@ def test_on_a_terminal_bars_tell_stage_step_and_time_left(monkeypatch: pytest.Mo
     reader.start()
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("TERM", "xterm")
-    module = LightningModule()
+    module = module_of()
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     with os.fdopen(theirs, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
@@ -133,13 +140,16 @@ def test_on_a_terminal_each_clip_has_its_own_bars(monkeypatch: pytest.MonkeyPatc
     tasks = {task.description: (task.completed, task.total) for task in shown.bars.tasks}
     assert tasks == {"clips": (1, 2), "edit": (2, 3)}
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    shown.on_predict_end(trainer, LightningModule())
+    shown.on_predict_end(trainer, module_of())
     assert [task.completed for task in shown.bars.tasks if task.description == "clips"] == [2]
 
 
-def test_only_the_first_rank_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_first_rank_speaks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Trainer, "is_global_zero", False)
-    module = LightningModule()
+    module = module_of()
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     StageProgress().on_predict_start(trainer, module)
-    assert not hasattr(module, "progress")
+    module.progress("edit", 2, 2)
+    assert capsys.readouterr().err == ""

@@ -28,22 +28,32 @@ class StageProgress(Callback):
     """A bar for each stage on a terminal; elsewhere, and in a SLURM job, a line at most every
     `interval` seconds.
 
-    Of many clips another bar counts the clips, or a line tells that one begins.
+    Of many clips another bar counts the clips, or a line tells that one begins; none for those
+    that are not edited. Of all processes only the first speaks, of the clips that it edits.
     """
 
     def __init__(self, interval: float = 15.0) -> None:
         self.interval = interval
         self.durations: list[float] = []  # of clips that were edited
-        self.clip_began = 0.0
+        self.index, self.clip_began = 0, 0.0
         self.began: dict[str, tuple[float, int]] = {}  # first step of a stage, and when it ended
         self.said = 0.0
         self.bars: Progress | None = None
         self.tasks: dict[str, TaskID] = {}
 
-    def on_predict_start(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_predict_start(self, trainer: Trainer, module: TokenFlow) -> None:  # type: ignore[override]
         if not trainer.is_global_zero:
             return
-        module.progress = self.update  # type: ignore[assignment]
+        module.progress, admit = self.update, module.admit
+
+        def admitted(job: Job) -> str | None:
+            reason = admit(job)
+            if reason is None and job.where is not None:
+                clips = len(trainer.datamodule.jobs)  # type: ignore[attr-defined]
+                self.begin(job.name, self.index + 1, clips, module.groups)
+            return reason
+
+        module.admit = admitted
         if sys.stderr.isatty() and "SLURM_JOB_ID" not in os.environ:
             self.bars = Progress(
                 TextColumn("{task.description:>11}"),
@@ -55,14 +65,10 @@ class StageProgress(Callback):
             )
             self.bars.start()
 
-    def on_predict_batch_start(  # type: ignore[override]
-        self, trainer: Trainer, module: TokenFlow, job: Job, index: int, *_: Any
+    def on_predict_batch_start(
+        self, trainer: Trainer, module: LightningModule, job: Job, index: int, *_: Any
     ) -> None:
-        if not trainer.is_global_zero or index % module.groups != module.number:
-            return
-        if job.where is not None:
-            clips = len(trainer.datamodule.jobs)  # type: ignore[attr-defined]
-            self.begin(job.name, index + 1, clips, module.groups)
+        self.index = index
 
     def on_predict_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, *_: Any

@@ -149,6 +149,10 @@ class RunWriter(BasePredictionWriter):
         self.release()
         if module.group.rank == 0:
             self.outcomes.append(outcome)
+        if trainer.is_global_zero and outcome.what == "done":
+            for file in (folder / name for name in FILES):
+                if file.exists():
+                    print(file)
 
     def written(self, module: TokenFlow, job: Job, prediction: Prediction) -> Outcome:
         """What became of a job that was edited, once its files are there.
@@ -214,9 +218,6 @@ class RunWriter(BasePredictionWriter):
             safe = result.kept is not None and not result.kept.cache.full
             keeps = "; the edit is kept and only written then" if safe else ""
             raise InputError(f"{folder} cannot be written ({error}): {again}{keeps}") from error
-        for name in FILES:
-            if (folder / name).exists():
-                print(folder / name)
 
     def show(
         self,
