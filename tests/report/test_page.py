@@ -107,8 +107,8 @@ def test_a_comparison_shows_what_differs(tmp_path: Path) -> None:
     runs = [read_run(one), read_run(two)]
     text = write_comparison(runs, tmp_path / "page.html").read_text()
     columns = re.findall(r"<button type=\"button\">([^<]*)</button>", text)
-    assert columns == ["run", "warp_error", "seconds", "steps"]
-    assert rows(text) == [["one", "–", "4", "4"], ["two", "0.5", "4", "10"]]
+    assert columns == ["run", "steps", "warp_error", "seconds"]
+    assert rows(text) == [["one", "4", "–", "4"], ["two", "10", "0.5", "4"]]
     assert text.count("<video") == 3  # one source
     assert "<h1>a red bar</h1>" in text
 

@@ -19,11 +19,12 @@ from tokenflow.diffusion.inversion import inversion_timesteps
 from tokenflow.diffusion.sampling import ddim_step, require_finite
 from tokenflow.editors import Editor, contract
 from tokenflow.engine.denoising import Denoiser
-from tokenflow.engine.frame_group import FrameGroup, Share
+from tokenflow.engine.frame_group import FrameGroup
 from tokenflow.engine.guard import guarded, named
 from tokenflow.engine.observer import Observer
 from tokenflow.engine.recall import KeptSampling, Recall, sampling_of
 from tokenflow.engine.settings import Settings
+from tokenflow.engine.share import Share
 from tokenflow.engine.source import Progress, conditioned_noise, invert_clip, kept_inversion, timed
 from tokenflow.engine.spans import spans
 from tokenflow.engine.windows import draw_keyframes, neighbourhood, split_windows

@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from time import monotonic
 from typing import Any, TypeVar
@@ -21,6 +20,7 @@ import torch.distributed as dist
 from jaxtyping import Shaped
 from torch import Tensor
 
+from tokenflow.engine.share import Share
 from tokenflow.errors import InputError, Preempted
 
 T = TypeVar("T")
@@ -29,43 +29,6 @@ PATIENCE = timedelta(days=7)
 """How long ranks wait for each other between passes; one that ends is noticed at once."""
 PULSE = 1.0
 """Seconds after which a rank that works alone asks the others whether it is to stop."""
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one rank has of a clip.
-
-    Where a clip has fewer windows than there are ranks, an idle rank edits the first window along,
-    alone, so that all call the same collectives; its result is nobody's.
-
-    Attributes:
-        windows: Of the whole clip.
-        own: Which of them are this rank's, by number.
-        counts: How many windows each rank contributes, an idle one 0.
-        idle: Whether this rank is one.
-    """
-
-    windows: Sequence[range]
-    own: range
-    counts: tuple[int, ...]
-    idle: bool = False
-
-    @property
-    def held(self) -> range:
-        """The windows whose keyframes this rank sees: its own, and one more at each side."""
-        if self.idle:
-            return self.own
-        return range(max(self.own.start - 1, 0), min(self.own.stop + 1, len(self.windows)))
-
-    @property
-    def frame_counts(self) -> tuple[int, ...]:
-        """How many frames each rank contributes."""
-        ends = itertools.pairwise([0, *itertools.accumulate(self.counts)])
-        return tuple(sum(map(len, self.windows[a:b])) for a, b in ends)
-
-    def positions(self, numbers: range) -> range:
-        """The frames of consecutive windows."""
-        return range(self.windows[numbers[0]].start, self.windows[numbers[-1]].stop)
 
 
 class StopRequested(BaseException):
@@ -291,12 +254,8 @@ class FrameGroup:
         return every
 
     def share(self, windows: Sequence[range]) -> Share:
-        """This rank's part of a clip's windows: each rank has as many, the first ones one more."""
-        each, more = divmod(len(windows), self.size)
-        counts = tuple(each + (rank < more) for rank in range(self.size))
-        first = sum(counts[: self.rank])
-        own = range(first, first + counts[self.rank])
-        return Share(windows, own or range(1), counts, idle=not own)
+        """This rank's part of a clip's windows."""
+        return Share.of(windows, self.rank, self.size)
 
     def gather(
         self, own: Shaped[Tensor, "own ..."], counts: Sequence[int], host: bool = False

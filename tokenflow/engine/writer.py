@@ -186,7 +186,9 @@ class RunWriter(BasePredictionWriter):
         if trainer.is_global_zero and any(outcome.many for outcome in every):
             print_outcomes(every)
 
-    def write(self, prediction: Prediction, folder: Path, each: Callable[[], None]) -> None:
+    def write(
+        self, prediction: Prediction, folder: Path, each: Callable[[], None] = lambda: None
+    ) -> None:
         """Writes a run's files; `run.yaml`, the last, says that it is whole.
 
         `each` is called before each frame that is written, measured or shown on the page.

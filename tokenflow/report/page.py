@@ -102,14 +102,16 @@ def write_comparison(runs: Sequence[Run], output: Path) -> Path:
     metrics = unite([run.metrics for run in runs])
     settings = {name: row for name, row in unite([r.settings for r in runs]).items() if differ(row)}
     seconds = [round(sum(run.seconds.values()), 1) or None for run in runs]
-    cells = zip(*metrics.values(), seconds, *settings.values(), strict=True)
+    main = {name: settings.pop(name) for name in MAIN if name in settings}
+    columns = {**main, **metrics, "seconds": seconds, **settings}
+    cells = zip(*columns.values(), strict=True)
     return write_page(
         "comparison.html",
         output,
         title=(prompts.pop() if len(prompts) == 1 else None) or ", ".join(names),
         sources=[("source" if len(clips) == 1 else f"source of {n}", v) for n, v in clips],
         tiles=tiles,
-        columns=[*metrics, "seconds", *settings],
+        columns=list(columns),
         table=list(zip(names, cells, strict=True)),
     )
 
