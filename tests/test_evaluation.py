@@ -326,9 +326,15 @@ def test_help_tells_of_the_options(capsys: pytest.CaptureFixture[str]) -> None:
         assert words in out
 
 
-def test_a_request_to_stop_ends_measuring(run: Path) -> None:
+@pytest.mark.parametrize("call", [1, 20, 30])
+def test_a_request_to_stop_ends_measuring(call: int, run: Path, backbone: Backbone) -> None:
+    calls: list[bool] = []
+
     def each() -> None:
-        raise StopRequested
+        assert len(calls) < call, "measuring goes on"
+        calls.append(True)
+        if len(calls) == call:
+            raise StopRequested
 
     with pytest.raises(StopRequested):
-        leave(Sources(Measures()), run, read_run(run).record, each)
+        leave(Sources(Measures(), backbone), run, read_run(run).record, each)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from tests.diffusion.making import make_controlnet
 from tests.engine.ranks import on_ranks
 from tokenflow.diffusion import Backbone
 from tokenflow.editors import ControlNet, ControlVideo, Editor, PnP, SDEdit
-from tokenflow.engine import Settings, edit_clip
+from tokenflow.engine import Settings, edit_clip, frame_group
 from tokenflow.engine.attention import self_attention_sites
 from tokenflow.engine.editing import needed
 from tokenflow.engine.frame_group import FrameGroup
@@ -259,6 +260,42 @@ def test_an_error_of_who_works_alone_is_all_ranks(tmp_path: Path) -> None:
     first, last = on_ranks(2, tmp_path, failing_alone)
     assert first == "its disk is full"
     assert last == "rank 0 failed, and all stop with it: InputError: its disk is full"
+
+
+@pytest.mark.parametrize("ends", [None, KeyboardInterrupt(), InputError("its disk is full")])
+def test_who_works_alone_says_when_it_is_done(ends: BaseException | None) -> None:
+    group, said = FrameGroup(), []
+
+    def work(heed: Callable[[], None]) -> None:
+        heed()
+        if ends is not None:
+            raise ends
+
+    group.tell = lambda own: [said.append(own) or own]  # type: ignore[method-assign, assignment]
+    with pytest.raises(type(ends)) if ends is not None else nullcontext():
+        group.first_alone(work)
+    interrupted = isinstance(ends, KeyboardInterrupt)  # the others would be waited for
+    assert said[:1] == ([] if interrupted else [None])
+
+
+def test_who_works_alone_does_not_go_on_without_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    group, done = FrameGroup(), []
+
+    def lost(own: Any) -> list[Any]:
+        raise RuntimeError("Connection closed by peer")
+
+    def work(heed: Callable[[], None]) -> None:
+        with suppress(Exception):  # as where a metric that breaks costs no run
+            heed()
+        done.append("the record that says that all is there")
+
+    monkeypatch.setattr(frame_group, "PULSE", 0.0)
+    group.tell = lost  # type: ignore[method-assign, assignment]
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        group.first_alone(work)
+    assert not done
 
 
 def test_means_count_by_weight(tmp_path: Path) -> None:

@@ -169,7 +169,9 @@ class Denoiser:
         site: str,
     ) -> PropagatedAttention:
         """At a site, what a window's tokens take from those keyframes in the bank that it uses."""
-        keys = bank.source[site][used]
+        # one by one: a list of them would be sent to an accelerator, and waited for
+        keys = torch.stack([bank.source[site][k] for k in used])
+        outputs = torch.stack([bank.outputs[site][:, k] for k in used], dim=1)
         here = at_site(window, keys, self.trajectory.clean, self.flow)
 
         def correspond(source: Tensor) -> Correspondence:
@@ -180,7 +182,7 @@ class Denoiser:
                 look(site, source, here, found)
             return found
 
-        return PropagatedAttention(BRANCHES, bank.outputs[site][:, used], correspond)
+        return PropagatedAttention(BRANCHES, outputs, correspond)
 
     def latents(
         self, x: Float[Tensor, "all c h w"], t: int, frames: Sequence[int]

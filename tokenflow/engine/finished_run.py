@@ -22,7 +22,7 @@ class FinishedRun:
     """A run's folder and what its `run.yaml` says.
 
     `source` is where the frames came from and which; `record` what came of the configuration:
-    prompts, settings, `multiple`. `each` is called before each frame that is given.
+    prompts, settings, `multiple`. `each` is called for each frame that is read.
     """
 
     folder: Path

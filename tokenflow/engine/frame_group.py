@@ -120,10 +120,8 @@ class FrameGroup:
         own: Exception | StopRequested | None = None
         try:
             yield
-        except (
-            Exception,
-            StopRequested,
-        ) as caught:  # whatever it is, the others must not wait for this rank
+        except (Exception, StopRequested) as caught:
+            # whatever it is, the others must not wait for this rank
             if caught is self.shared:  # from a block inside this one
                 raise
             own = caught
@@ -160,15 +158,22 @@ class FrameGroup:
             def heed() -> None:
                 nonlocal last
                 self.heed()
-                if monotonic() - last >= PULSE:
-                    last = monotonic()
-                    if any(self.tell(False)):
-                        raise StopRequested
+                if monotonic() - last < PULSE:
+                    return
+                last = monotonic()
+                try:
+                    stop = any(self.tell(False))
+                except RuntimeError as lost:  # another rank is gone: no failure of the work
+                    raise StopRequested from lost  # and the next `tell` says so again
+                if stop:
+                    raise StopRequested
 
             try:
                 work(heed)
-            finally:
+            except (Exception, StopRequested):  # who is interrupted tells nobody
                 self.tell(None)
+                raise
+            self.tell(None)
 
     def step(self) -> None:
         """Where all ranks are between two steps and none has anything to keep.

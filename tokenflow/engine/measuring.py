@@ -31,20 +31,28 @@ Values = dict[str, float]
 
 
 @torch.no_grad()
-def round_trip(backbone: Backbone, source: ClipSource, like: Clip, batch: int = 4) -> Clip:
+def round_trip(
+    backbone: Backbone,
+    source: ClipSource,
+    like: Clip,
+    batch: int = 4,
+    each: Callable[[], None] = lambda: None,
+) -> Clip:
     """The source after the VAE alone, at the size of `like`: what no edit is better than.
+
+    `each` is called for each frame that is read.
 
     Raises:
         InputError: The source cannot be read.
     """
-    clip = source.read(backbone.multiple)
+    clip = source.read(backbone.multiple, each).calling(each)
     height, width = like.frames.shape[-2:]
     images = room(len(clip), 3, height, width)
     for some in torch.arange(len(clip)).split(batch):
         back = backbone.decode(backbone.encode(clip.frames[some])).cpu().clamp(0, 1)
         for number, image in zip(some.tolist(), back, strict=True):
             images[number] = resized(image, (height, width))
-    return dataclasses.replace(clip, frames=images, name="VAE round trip")
+    return dataclasses.replace(clip, frames=images, name="VAE round trip").calling(each)
 
 
 def read_mask(path: str) -> Bool[Tensor, "frames height width"]:
@@ -84,7 +92,7 @@ class Sources:
         if self.last is None or self.last[0] != key:
             motions, floor = self.measures.motions(clip), None
             if self.backbone is not None:
-                back = round_trip(self.backbone, run.source, like=clip)
+                back = round_trip(self.backbone, run.source, like=clip, each=run.each)
                 floor = self.measures.of(back, motions, prompt, prompt, self.hidden)
             self.last = key, motions, floor
         return self.last[1], self.last[2]

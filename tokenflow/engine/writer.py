@@ -191,7 +191,7 @@ class RunWriter(BasePredictionWriter):
     ) -> None:
         """Writes a run's files; `run.yaml`, the last, says that it is whole.
 
-        `each` is called before each frame that is written, measured or shown on the page.
+        `each` is called for each frame that is written, measured or put on the page.
 
         Raises:
             InputError: The disk refuses.

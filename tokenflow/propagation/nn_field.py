@@ -34,14 +34,17 @@ class NNField(Propagation):
     ) -> Correspondence:
         frames, tokens, _ = source.shape
         indices = torch.empty(frames, tokens, 2, dtype=torch.long, device=source.device)
-        neighbours = window.neighbours.cpu()  # an accelerator would be waited for
-        for k in range(len(keys)):
-            frame, side = (neighbours == k).nonzero(as_tuple=True)
-            asking, place = frame.unique(return_inverse=True)
-            if len(asking) == 0:
+        neighbours = window.neighbours.tolist()  # numbers: with tensors an accelerator may wait
+        for k, key in enumerate(keys):
+            asking = [frame for frame, pair in enumerate(neighbours) if k in pair]
+            if not asking:
                 continue
-            found = nearest(source[asking].flatten(0, 1), keys[k], self.block) + k * tokens
-            indices[frame, :, side] = found.view(-1, tokens)[place]
+            queries = torch.cat([source[frame] for frame in asking])
+            found = nearest(queries, key, self.block) + k * tokens
+            for frame, match in zip(asking, found.split(tokens), strict=True):
+                for side in (0, 1):
+                    if neighbours[frame][side] == k:
+                        indices[frame, :, side] = match
         weights = window.blend.to(source.device, torch.float32)[:, None].expand(-1, tokens, -1)
         return Correspondence(indices, weights)
 

@@ -103,15 +103,15 @@ def write_comparison(runs: Sequence[Run], output: Path) -> Path:
     settings = {name: row for name, row in unite([r.settings for r in runs]).items() if differ(row)}
     seconds = [round(sum(run.seconds.values()), 1) or None for run in runs]
     main = {name: settings.pop(name) for name in MAIN if name in settings}
-    columns = {**main, **metrics, "seconds": seconds, **settings}
-    cells = zip(*columns.values(), strict=True)
+    columns = [*main.items(), *metrics.items(), ("seconds", seconds), *settings.items()]
+    cells = zip(*(values for _, values in columns), strict=True)
     return write_page(
         "comparison.html",
         output,
         title=(prompts.pop() if len(prompts) == 1 else None) or ", ".join(names),
         sources=[("source" if len(clips) == 1 else f"source of {n}", v) for n, v in clips],
         tiles=tiles,
-        columns=list(columns),
+        columns=[name for name, _ in columns],
         table=list(zip(names, cells, strict=True)),
     )
 

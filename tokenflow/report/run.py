@@ -28,7 +28,7 @@ PACKAGES = {"editor": "editor.package", "propagation": "propagation.package"}
 class Run:
     """What a folder holds: the record is that of `run.yaml`, videos are read when asked for.
 
-    `each` is called before each of their frames.
+    `each` is called for each of their frames.
     """
 
     folder: Path
