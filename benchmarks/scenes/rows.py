@@ -73,8 +73,10 @@ CHOICES = {
     "features 0.8": Way(lambda: PnP(0.5, 0.8, 5)),
     "attention 0.3": Way(lambda: PnP(0.3, 0.3, 5)),
     "the paper's PnP": Way(lambda: PnP(0.5, 0.8, 1)),
+    "features 0.5, flow, 16": Way(lambda: PnP(0.5, 0.5, 5), FlowWeighted, {"keyframe_every": 16}),
 }
-"""TokenFlow with one choice made otherwise; `EDITOR` has attention 0.5 and features 0.3 in 5."""
+"""TokenFlow with one choice made otherwise, and last with those that do it good; `EDITOR` has
+attention 0.5 and features 0.3 in 5."""
 ROWS = (TRUTH, FLOOR, SOURCE, *WAYS)
 CHOSEN_AMONG = (TRUTH, FLOOR, REFERENCE, "TokenFlow", "flow-weighted", *CHOICES)
 EFFORT = {TRUTH: 0.02, FLOOR: 0.05, SOURCE: 0.05, JOINT: 2.0, REFERENCE: 2.0}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from inspect import Signature, signature
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,13 @@ def test_weights_and_biases_has_sheet_and_video(
 ) -> None:
     seen, run = Recorder(), logs / "runs" / "in"
     for name in ("log_metrics", "log_image", "log_video", "save"):
-        monkeypatch.setattr(WandbLogger, name, lambda _, *args, n=name: getattr(seen, n)(*args))
+        known = signature(getattr(WandbLogger, name))
+
+        def note(*args: Any, name: str = name, known: Signature = known) -> None:
+            known.bind(*args)
+            getattr(seen, name)(*args[1:])
+
+        monkeypatch.setattr(WandbLogger, name, note)
     log_run(WandbLogger.__new__(WandbLogger), "in", run)
     (name, values), *rest = seen.calls
     assert name == "log_metrics"

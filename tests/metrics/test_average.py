@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from tests.engine.ranks import on_ranks
-from tests.metrics.making import noise
+from tests.metrics.making import noise, write_random_alexnet
 from tokenflow.metrics import (
+    LPIPS,
     SSIM,
     Flicker,
     FrameConsistency,
@@ -24,6 +26,8 @@ from tokenflow.metrics import (
     WarpError,
     flicker,
     frame_consistency,
+    load_lpips,
+    lpips,
     preservation,
     shown,
     ssim,
@@ -36,11 +40,18 @@ from tokenflow.miniature.scenes import Attributes
 from tokenflow.video import Clip
 
 A, B = noise(5, 3, 16, 20), noise(5, 3, 16, 20, seed=1)
+LARGE, OTHER = noise(5, 3, 35, 40), noise(5, 3, 35, 40, seed=1)
 FLOW, MASK = 4 * noise(4, 2, 16, 20, seed=2) - 2, noise(5, 16, 20, seed=3) > 0.4
 VECTORS = torch.nn.functional.normalize(noise(5, 8) - 0.5)
 TARGET, JUDGE = Attributes.parse("a plain blue ball on sand"), Judge.load()
 PARTS = [slice(0, 2), slice(2, 5)]
 PAIRS = [slice(0, 2), slice(2, 4)]
+
+
+def network() -> torch.nn.Module:
+    pytest.importorskip("torchvision.models", reason="torchvision is LPIPS's extra")
+    with TemporaryDirectory() as folder:
+        return load_lpips(str(write_random_alexnet(Path(folder))))
 
 
 def shells() -> dict[str, tuple[Metric, list[tuple[Any, ...]]]]:
@@ -58,6 +69,7 @@ def shells() -> dict[str, tuple[Metric, list[tuple[Any, ...]]]]:
         "frame_consistency": (FrameConsistency(), [(VECTORS[f],) for f in around]),
         "judge": (JudgeAccuracy(JUDGE), [(A[p], TARGET, ["shape"]) for p in PARTS]),
         "flicker": (Flicker(), [(A,), (A,)]),
+        "lpips": (LPIPS(network()), [(LARGE[p], OTHER[p]) for p in PARTS]),
     }
 
 
@@ -70,6 +82,7 @@ EXPECTED = {
     "frame_consistency": float(frame_consistency(VECTORS).mean()),
     "judge": float(shown(JUDGE, A, TARGET, ["shape"]).float().mean()),
     "flicker": flicker(A),
+    "lpips": float(lpips(network(), LARGE, OTHER).mean()),
 }
 
 

@@ -11,6 +11,7 @@ import torch
 
 from tokenflow.engine import Result
 from tokenflow.engine.module import Prediction
+from tokenflow.engine.observer import Observed
 from tokenflow.engine.writer import RunWriter
 from tokenflow.video import AudioSpan, Clip
 
@@ -28,9 +29,10 @@ def make_run(
     prompt: str = "a red bar",
     configuration: dict[str, Any] | None = None,
     sound: Path | None = None,
+    seen: Observed | None = None,
     **resolved: Any,
 ) -> Path:
-    """A finished run in a folder, with its page, and with the sound of another video."""
+    """A finished run in a folder, with its page, the sound of another video and its features."""
     source, edited = bar(), bar(colour=(0.9, 0.1, 0.1))
     if sound is not None:
         span = AudioSpan(sound, Fraction(0), Fraction(3))
@@ -39,5 +41,5 @@ def make_run(
     result = Result(source, edited, torch.zeros(24, 4, 6, 8), 0, {"invert": 1.5, "edit": 2.5})
     writer = RunWriter()
     writer.configuration = configuration or {"data": {"video": "bar.mp4"}}
-    writer.write(Prediction(result, resolved), folder)
+    writer.write(Prediction(result, resolved, seen), folder)
     return folder

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -14,6 +15,8 @@ from selenium.webdriver.support.ui import WebDriverWait
 from tests.report.conftest import look
 from tests.report.making import make_run
 from tests.video.making import beeps, make_video, noise
+from tokenflow.engine.observer import Observed
+from tokenflow.propagation import Correspondence, Window
 from tokenflow.report import page as report_page
 from tokenflow.report import read_run, write_comparison
 
@@ -36,7 +39,14 @@ return [...document.querySelectorAll("h1, h2, p, dt, dd, figcaption, td, th, out
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A run's page."""
-    folder = make_run(tmp_path_factory.mktemp("one") / "bar", PROMPT)
+    window = Window(
+        (0, 1), (0, 4), torch.tensor([[0, 0], [0, 1]]), torch.tensor([[1.0, 0], [0.7, 0.3]]), 6, 8
+    )
+    found = Correspondence(torch.zeros(2, 48, 1, dtype=torch.long), torch.ones(2, 48, 1))
+    tokens = torch.rand(2, 6, 8, 4, generator=torch.Generator().manual_seed(0))
+    seen = Observed("a_site." * 12, 2, 4, [0, 4], tokens, [(window, found)])
+    folder = make_run(tmp_path_factory.mktemp("one") / "bar", PROMPT, seen=seen)
+    assert (folder / "features.json").exists()
     return (folder / "report.html").as_uri()
 
 

@@ -23,12 +23,17 @@ class Consistency(NamedTuple):
 def long_range(
     frames: Float[Tensor, "frames 3 height width"] | Frames, motions: Motions, distance: int
 ) -> Consistency | None:
-    """Warp error of every frame i and frame i + distance; none for a clip that is too short.
+    """Warp error of every frame and the one d frames on; none for a clip that is too short:
 
-    The flow leads from one to the other at once. Unit and range as those of `warp_error`; what
-    drifts slowly is small at distance 1 and shows here. Blind to objects that turn away or leave,
-    and to whatever the flow does not find over so long a way: the visible share, 0..1, says how
-    much was looked at, and the error is NaN where that is 0.
+        mean over i, over visible p and over channels of (x_i(p) - x_{i+d}(p + flow_{i,i+d}(p)))².
+
+    The flow leads from one to the other at once. Unit: squared intensity, 0..1; 0 is perfect. What
+    drifts slowly is small at a distance of 1 and shows here. Blind to objects that turn away or
+    leave, and to whatever the flow does not find over so long a way: the visible share, 0..1, says
+    how much was looked at, and the error is NaN where that is 0. `WarpError`, told one pair after
+    the other, is its `Metric`.
+    Source: `warp_error`'s, of frames further apart; the long-term loss of Lai et al. 2018 (arXiv
+    1808.00449) is between each frame and the first.
     """
     if distance >= len(frames):
         return None

@@ -29,7 +29,7 @@ def warp_error(
         mean over i, over visible p and over channels of (x_i(p) - x_{i+1}(p + flow_i(p)))².
 
     `flow[i]` leads from frame i to frame i + 1 of the source (or of the edit itself), in pixels.
-    Unit: squared intensity, of a scale of 0..1; 0 is perfect, two unrelated frames of uniform noise
+    Unit: squared intensity, 0..1; 0 is perfect, two unrelated frames of uniform noise
     have 1/6. Blind to what is shown: a still or blurred video does well, so read it beside a
     measure of the edit, and beside the VAE's round trip of the source, below which no edit comes.
     Blind where nothing is visible in both frames.
