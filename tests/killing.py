@@ -24,7 +24,7 @@ class KillAt(Callback):
 
     Args:
         moment: "read", "invert", "edit", "write" (edited.mp4), "compare" (compare.mp4), "wait" (for
-            who writes it), or "between", after the first clip.
+            who writes it), "between", after the first clip, or "end", when all are waited for.
         rank: Whose process.
         sent: The signal's number.
     """
@@ -70,6 +70,14 @@ class KillAt(Callback):
                 return write(path, some(), *args, **options)
 
             tokenflow.engine.writer.write_video = killed
+        if self.moment == "end":
+            meet = module.everyone.meet
+
+            def meeting() -> None:
+                self.kill()
+                meet()
+
+            module.everyone.meet = meeting  # type: ignore[method-assign, union-attr]
         if self.moment == "wait":
             alone = module.group.first_alone
 
@@ -88,9 +96,18 @@ class KillAt(Callback):
 
 
 class Slow(Callback):
-    """On the first rank, a video that only a request to stop keeps from taking `PATIENCE`."""
+    """Videos that only a request to stop keeps from taking `PATIENCE`, on one rank.
 
-    def on_predict_batch_start(self, *_: Any) -> None:
+    Args:
+        rank: Which.
+    """
+
+    def __init__(self, rank: int = 0) -> None:
+        self.rank = rank
+
+    def on_predict_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_rank != self.rank:
+            return
         write = tokenflow.engine.writer.write_video
 
         def slowly(path: Path, frames: Any, *args: Any, **options: Any) -> Any:

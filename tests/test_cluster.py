@@ -33,6 +33,7 @@ EDIT = [
 TASKS = """\
 #!/usr/bin/env bash
 # Two tasks on this machine, as srun starts them; the largest exit code.
+while [ "${1#--}" != "$1" ]; do shift; done  # srun's own options
 export SLURM_NTASKS=2 SLURM_NODELIST=localhost SLURM_JOB_NAME=tokenflow MASTER_ADDR=127.0.0.1
 for task in 0 1; do
   SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_NODEID=0 "$@" &

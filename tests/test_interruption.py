@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections import Counter
@@ -94,7 +95,7 @@ def test_a_killed_rank_ends_all_and_the_next_start_goes_on(
 ) -> None:  # fmt: skip
     codes = ended(start(tmp_path, clips, model_folder, *killing(moment, rank, signal.SIGKILL)))
     assert codes[rank] == -signal.SIGKILL
-    assert codes[1 - rank] not in (0, -signal.SIGKILL)
+    assert codes[1 - rank] not in (None, 0, -signal.SIGKILL)
     finished = sorted(p.parent.name for p in tmp_path.glob("runs/*/run.yaml"))
     videos = sorted(p.parent.name for p in tmp_path.glob("runs/*/edited.mp4"))
     assert finished == (["one"] if moment == "between" else [])
@@ -125,6 +126,29 @@ def test_a_signal_to_one_rank_stops_all_and_the_next_start_goes_on(
     goes_on(tmp_path, clips, model_folder, edits)
     for found, wanted in zip(frames(tmp_path), expected, strict=True):
         assert torch.equal(found, wanted)
+
+
+def test_a_rank_that_has_done_its_clips_stops_where_it_waits(
+    clips: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    words = [
+        *killing("end", 0, signal.SIGTERM), "--trainer.callbacks+=tests.killing.Slow",
+        "--trainer.callbacks.rank=1", "--model.ranks_per_clip=1",
+    ]  # fmt: skip
+    first, other = processes = start(tmp_path, clips, model_folder, *words)
+    first.join(PATIENCE)
+    assert first.exitcode == 75
+    os.kill(other.pid or 0, signal.SIGTERM)
+    assert ended(processes) == [75, 75]
+    assert [p.parent.name for p in tmp_path.glob("runs/*/run.yaml")] == ["one"]
+
+
+def test_a_rank_that_has_done_its_clips_notices_when_another_is_lost(
+    clips: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    words = [*killing("edit", 1, signal.SIGKILL), "--model.ranks_per_clip=1"]
+    assert ended(start(tmp_path, clips, model_folder, *words)) == [2, -signal.SIGKILL]
+    assert [p.parent.name for p in tmp_path.glob("runs/*/run.yaml")] == ["one"]
 
 
 def test_of_two_commands_into_one_folder_the_later_is_refused(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tokenflow.engine import cache as cache_module
 from tokenflow.engine.cache import Cache
 from tokenflow.errors import InputError
 
@@ -120,6 +121,23 @@ def test_pruning_beside_other_processes(cache: Cache, monkeypatch: pytest.Monkey
     assert cache.prune(0) == []
 
 
+def test_what_cannot_be_read_now_is_left_alone(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise PermissionError("Permission denied")
+
+    cache.save("ab12", {"x": torch.ones(3)}, "inversion", "walk")
+    with monkeypatch.context() as patched:
+        patched.setattr(cache_module.os, "utime", refused)  # another user's
+        assert cache.load("ab12") is not None
+        patched.setattr(cache_module, "safe_open", refused)
+        assert cache.load("ab12") is None
+        patched.setattr(Path, "unlink", refused)
+        cache.remove("ab12")
+    assert cache.load("ab12") is not None
+
+
 def test_a_folder_that_vanishes_is_made_again(cache: Cache) -> None:
     cache.save("aa", TENSORS, "inversion", "ball")
     for entry in cache.entries():
@@ -134,6 +152,7 @@ def test_a_folder_that_vanishes_is_made_again(cache: Cache) -> None:
 
 FULL = """
 import resource, warnings, torch
+from tokenflow.engine import cache as cache_module
 from tokenflow.engine.cache import Cache
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 warnings.simplefilter("error")

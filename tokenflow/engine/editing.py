@@ -138,7 +138,7 @@ def edit_clip(
             codes_by_name = {"reconstruction_psnr": back, "round_trip_psnr": trajectory.clean}
             for name, codes in codes_by_name.items():
                 with group.together():
-                    error = decoding_error(backbone, codes, clip, settings.batch)
+                    error = decoding_error(backbone, codes, clip, settings.batch, group.heed)
                 quality[name] = decibels(group.mean(error, 0 if share.idle else len(clip)))
     kept = None
     if recall is not None and recall.editor is not None and recall.propagation is not None:
@@ -291,12 +291,18 @@ def decoded(
 
 
 def decoding_error(
-    backbone: Backbone, codes: Float[Tensor, "frames c h w"], clip: Clip, batch: int
+    backbone: Backbone,
+    codes: Float[Tensor, "frames c h w"],
+    clip: Clip,
+    batch: int,
+    each: Callable[[], None],
 ) -> float:
-    """The mean squared difference of decoded latents to a clip's frames."""
-    places = torch.arange(len(codes)).split(batch)
-    errors = [(backbone.decode(codes[p]).cpu() - clip.frames[p]).square().sum() for p in places]
-    return float(sum(errors)) / prod(clip.frames.shape)
+    """The mean squared difference of decoded latents to a clip's; `each` is called per batch."""
+    error = 0.0
+    for some in torch.arange(len(codes)).split(batch):
+        each()
+        error += float((backbone.decode(codes[some]).cpu() - clip.frames[some]).square().sum())
+    return error / prod(clip.frames.shape)
 
 
 def counter(stage: str, steps: int, progress: Progress) -> Callable[[], None]:

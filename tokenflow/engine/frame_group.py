@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, TypeVar
 
 import torch
@@ -195,6 +195,27 @@ class FrameGroup:
         """Raises `Preempted` where a rank had been asked to stop when all were last together."""
         if self.stopping:
             raise Preempted
+
+    def meet(self) -> None:
+        """Waits until all ranks are here, however long they take, but stops where it is asked to.
+
+        Raises:
+            Preempted: This rank was asked to stop.
+            InputError: Another rank has ended.
+        """
+        if self.size == 1:
+            return
+        arrival = dist.barrier(self.control, async_op=True)
+        while not arrival.is_completed():
+            if self.asked():
+                raise Preempted
+            sleep(0.05)
+        try:
+            arrival.wait()
+        except RuntimeError as error:
+            raise InputError(
+                "another process has ended before its clips were done; start again, and they go on"
+            ) from error
 
     def tell(self, own: T) -> list[T]:
         """What every rank says, in their order."""

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from tokenflow.errors import Preempted
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-GRACE = 60.0
+GRACE = 300.0
 """Seconds that the first process gives those it launched to finish their step."""
 PR_SET_PDEATHSIG = 1
 
