@@ -204,6 +204,8 @@ BAD = {
     ),
     "no window": (["--model.keyframe_every=0"], "keyframe_every must be at least 1"),
     "Lightning's precision": (["--trainer.precision=bf16-true"], "--model.dtype"),
+    "a package that is missing": (["--trainer.profiler=xla"], "cannot be used"),
+    "a huge resolution": (["--data.resolution=1000000"], "at most 67108864 pixels, got 1000000"),
     "no clip": (["--trainer.limit_predict_batches=0"], "would edit nothing"),
     "an image rate of almost nothing": (["--data.image_rate=1e-9"], "from 0.0001"),
     "a model that is a file": ([f"--model.backbone={DEMO}"], "is a file; give the folder"),
@@ -254,6 +256,19 @@ def corrupt(path: Path) -> None:
         return data[:half] + bytes(len(data) - half) if index == 5 else data
 
     make_video(path, noise(12), damage=zeros)
+
+
+@pytest.mark.parametrize(
+    "option", ["model.prompt", "model.guidance", "model.backbone", "output.folder", "data.start"]
+)
+def test_an_option_that_a_configuration_leaves_empty(
+    option: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    group, name = option.split(".")
+    words = [word for word in words if not word.startswith(f"--{option}")]
+    (tmp_path / "empty.yaml").write_text(f"{group}:\n  {name}:\n")
+    message = f"--{option} is empty; give it a value, or leave it out"
+    refused([*words, f"--config={tmp_path / 'empty.yaml'}"], message, tmp_path, capsys)
 
 
 BAD_VIDEOS: dict[str, tuple[Callable[[Path], None], str]] = {

@@ -104,6 +104,7 @@ def test_only_a_job_that_can_go_on_is_started_again(
     )  # fmt: skip
     assert done.returncode == code
     assert done.stdout == (
+        "--kill-on-bad-exit=0 --wait=0 "
         "tokenflow predict --config configs/cluster/predict.yaml --trainer.num_nodes 1 "
         "--trainer.devices 2 --data.part 3/16 --data.manifest=clips.yaml\n"
     )

@@ -7,8 +7,11 @@ import os
 import pickle
 import shutil
 import sys
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, ClassVar
 
 import jsonargparse
 import pytest
@@ -129,6 +132,57 @@ def test_a_configuration_makes_no_requests(
         main(configuration({"trainer": options}))
     assert exit.value.code == 2
     assert "expected local paths in the trainer's options, got '" in capsys.readouterr().err
+
+
+class Server(BaseHTTPRequestHandler):
+    """Has a configuration at every path, and notes what is asked for."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"class_path: PnP\nbackbone: ./none\n")
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    Server.asked.clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/a.yaml"
+        server.shutdown()
+
+
+PLACES: list[Callable[[str], dict[str, Any]]] = [
+    lambda url: {"config": url},
+    lambda url: {"model": url},
+    lambda url: {"data": url},
+    lambda url: {"trainer": url},
+    lambda url: {"model": {"editor": url}},
+    lambda url: {"model": {"propagation": url}},
+    lambda url: {"trainer": {"logger": url}},
+    lambda url: {"trainer": {"callbacks": [url]}},
+    lambda url: editor("ControlNet", condition=url),
+    lambda url: editor("ControlNet", further=url),
+]
+
+
+@pytest.mark.parametrize("prefix", ["", "reference::", "simplecache::"])
+@pytest.mark.parametrize("place", PLACES)
+def test_no_place_of_a_configuration_is_fetched(
+    place: Callable[[str], dict[str, Any]], prefix: str, url: str
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(configuration(place(prefix + url)))
+    assert exit.value.code == 2
+    assert not Server.asked
 
 
 def test_what_the_command_line_allows_may_have_urls() -> None:

@@ -56,7 +56,7 @@ def restrict(allowed: Iterable[str] = ()) -> None:
     kinds = [plugin.kind for plugin in installed_plugins() if plugin.kind is not None]
     packages = {kind.__module__.split(".")[0] for kind in kinds} - {"tokenflow"}
     # what plugins have imported themselves; another module, as __main__, would run for it
-    loaded = [m for name, m in sorted(sys.modules.items()) if name.split(".")[0] in packages]
+    loaded = [m for name, m in sorted(sys.modules.copy().items()) if name.split(".")[0] in packages]
     # a class has two paths, its own module's and the public one: lightning.pytorch.FAMILY.NAME
     homes = [(kind.__module__, kind.__name__) for kind in LIGHTNING]
     public = [(".".join(module.split(".")[:3]), name) for module, name in homes]
@@ -74,6 +74,9 @@ def restrict(allowed: Iterable[str] = ()) -> None:
         import_path_allowlist=[*TOKENFLOW, *names, *allowed],
         # else a value of any type would be made from whatever class or function it names
         instantiate_subclass_spec_in_any=False,
+        # Lightning turns it on: a URL where a file or its content may stand would be fetched
+        config_read_mode_fsspec_enabled=False,
+        config_read_mode_urls_enabled=False,
     )
 
 

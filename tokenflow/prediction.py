@@ -9,10 +9,11 @@ import sys
 import warnings
 from argparse import SUPPRESS, HelpFormatter
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import torch.distributed as dist
 import yaml
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -32,6 +33,7 @@ from tokenflow.engine.measuring import Measuring
 from tokenflow.engine.module import TokenFlow
 from tokenflow.engine.preemption import StopSignals
 from tokenflow.engine.progress import StageProgress
+from tokenflow.engine.settings import Settings
 from tokenflow.engine.writer import RunWriter, writer_of
 from tokenflow.errors import InputError, Preempted
 from tokenflow.imports import OPTION, names_by_entry_point, require_local, restrict, split_allowed
@@ -113,6 +115,10 @@ class PredictCLI(LightningCLI):
         parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER.items()})
 
     def before_instantiate_classes(self) -> None:
+        for option, kind in (
+            ("data", Video), ("model", TokenFlow), ("model", Settings), ("output", RunWriter)
+        ):  # fmt: skip
+            require_values(self.config.predict[option], kind, option)
         for option, group in GROUPS.items():
             require_usable(self.config.predict.model[option].class_path, group)
         require_local(self.config.predict.trainer.as_dict())
@@ -158,12 +164,12 @@ class PredictCLI(LightningCLI):
             parser.error(f"expected a YAML file for --config, got one that is no text: {error}")
 
     def instantiate_classes(self) -> None:
-        """As Lightning's own, for options that Lightning refuses."""
+        """As Lightning's own, for options that Lightning refuses or lacks a package for."""
         try:
             super().instantiate_classes()
         except InputError:
             raise
-        except (MisconfigurationException, ValueError) as error:
+        except (MisconfigurationException, ValueError, ImportError) as error:
             raise InputError(f"the configuration cannot be used: {error}") from error
 
     def after_instantiate_classes(self) -> None:
@@ -179,6 +185,13 @@ class PredictCLI(LightningCLI):
         )
         content = guarded(kernel, kernel.content)()
         self.model.described = editor, f"{propagation}{content}"
+
+
+def require_values(given: Namespace, kind: type, group: str) -> None:
+    """Raises `InputError` for an option that is left empty, which jsonargparse lets through."""
+    for name, hint in get_type_hints(vars(kind)["__init__"]).items():
+        if given.get(name, hint) is None and type(None) not in get_args(hint):
+            raise InputError(f"--{group}.{name} is empty; give it a value, or leave it out")
 
 
 def run(words: list[str], callbacks: Sequence[Callback] = ()) -> None:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
+from math import prod
 from pathlib import Path
 from sys import maxsize
 
@@ -18,7 +19,7 @@ from tokenflow.video.clip import AudioSpan, Clip, VideoError
 from tokenflow.video.frames import Frames, Reel
 from tokenflow.video.image_folder import image_source
 from tokenflow.video.sizing import Fit, Framing, framing
-from tokenflow.video.source import Picture, Source
+from tokenflow.video.source import MAX_PIXELS, Picture, Source
 from tokenflow.video.video_file import video_source
 
 FINEST_RATE = 10_000  # image_rate's largest denominator, and so the inverse of its least value
@@ -164,6 +165,11 @@ class Reading:
             self.plan = framing(
                 size, picture.pixel_aspect, self.resolution, self.fit, self.multiple
             )
+            if max(map(prod, (self.plan.scaled, self.plan.working))) > MAX_PIXELS:
+                raise VideoError(
+                    f"{self.path}: expected a resolution that makes frames of at most {MAX_PIXELS} "
+                    f"pixels, got {self.resolution}."
+                )
         if image.shape != self.shape:
             raise VideoError(
                 f"{self.path}: expected frames of one size, but {picture.label} is "
