@@ -73,9 +73,9 @@ class KillAt(Callback):
         if self.moment == "end":
             meet = module.everyone.meet
 
-            def meeting() -> None:
+            def meeting(own: Any) -> Any:
                 self.kill()
-                meet()
+                return meet(own)
 
             module.everyone.meet = meeting  # type: ignore[method-assign, union-attr]
         if self.moment == "wait":

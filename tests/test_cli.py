@@ -205,7 +205,10 @@ BAD = {
     "no window": (["--model.keyframe_every=0"], "keyframe_every must be at least 1"),
     "Lightning's precision": (["--trainer.precision=bf16-true"], "--model.dtype"),
     "a package that is missing": (["--trainer.profiler=xla"], "cannot be used"),
-    "a huge resolution": (["--data.resolution=1000000"], "at most 67108864 pixels, got 1000000"),
+    "a huge resolution": (
+        ["--data.resolution=1000000"],
+        "at most 67108864 pixels, got 2000000x1000000",
+    ),
     "no clip": (["--trainer.limit_predict_batches=0"], "would edit nothing"),
     "an image rate of almost nothing": (["--data.image_rate=1e-9"], "from 0.0001"),
     "a model that is a file": ([f"--model.backbone={DEMO}"], "is a file; give the folder"),

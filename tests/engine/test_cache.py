@@ -152,7 +152,6 @@ def test_a_folder_that_vanishes_is_made_again(cache: Cache) -> None:
 
 FULL = """
 import resource, warnings, torch
-from tokenflow.engine import cache as cache_module
 from tokenflow.engine.cache import Cache
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 warnings.simplefilter("error")

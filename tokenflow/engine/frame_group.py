@@ -196,25 +196,27 @@ class FrameGroup:
         if self.stopping:
             raise Preempted
 
-    def meet(self) -> None:
-        """Waits until all ranks are here, however long they take, but stops where it is asked to.
+    def meet(self, own: T) -> list[T]:
+        """As `tell`, but for ranks that may be waited for long: stops where it is asked to.
 
         Raises:
             Preempted: This rank was asked to stop.
             InputError: Another rank has ended.
         """
-        if self.size == 1:
-            return
-        arrival = dist.barrier(self.control, async_op=True)
-        while not arrival.is_completed():
-            if self.asked():
-                raise Preempted
-            sleep(0.05)
         try:
+            arrival = dist.barrier(self.control, async_op=True)
+            while not arrival.is_completed():
+                if self.asked():
+                    raise Preempted
+                sleep(0.05)
             arrival.wait()
+            return self.tell(own)
         except RuntimeError as error:
+            sleep(PULSE)  # the other's request to stop may be this rank's, too
+            if self.asked():
+                raise Preempted from error
             raise InputError(
-                "another process has ended before its clips were done; start again, and they go on"
+                "another process has ended before all were done; start again, and they go on"
             ) from error
 
     def tell(self, own: T) -> list[T]:

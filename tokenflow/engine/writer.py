@@ -181,8 +181,8 @@ class RunWriter(BasePredictionWriter):
 
     def on_predict_end(self, trainer: Trainer, module: TokenFlow) -> None:  # type: ignore[override]
         """Says what became of many clips, when all have been edited."""
-        module.everyone.meet()
-        every = [outcome for some in module.everyone.tell(self.outcomes) for outcome in some]
+        tell = module.everyone.meet if module.groups > 1 else module.everyone.tell
+        every = [outcome for some in tell(self.outcomes) for outcome in some]
         self.failed = sum(outcome.what == "failed" for outcome in every)
         if trainer.is_global_zero and any(outcome.many for outcome in every):
             print_outcomes(every)

@@ -166,9 +166,10 @@ class Reading:
                 size, picture.pixel_aspect, self.resolution, self.fit, self.multiple
             )
             if max(map(prod, (self.plan.scaled, self.plan.working))) > MAX_PIXELS:
+                height, width = self.plan.scaled
                 raise VideoError(
                     f"{self.path}: expected a resolution that makes frames of at most {MAX_PIXELS} "
-                    f"pixels, got {self.resolution}."
+                    f"pixels, got {width}x{height}; give a lower one."
                 )
         if image.shape != self.shape:
             raise VideoError(
