@@ -374,6 +374,37 @@ class ConditionsSource(PnP):
         return residual(forward, on * torch.ones(len(forward.frames)))
 
 
+class SecretlyConditions(PnP):
+    conditions_source = False
+
+    def conditioning(self, forward: Pass) -> dict[str, Any]:
+        return residual(forward, torch.ones(len(forward.frames)))
+
+
+class Numbers(PnP):
+    def content(self, frame: int) -> Any:
+        return frame
+
+
+class CountsContent(PnP):
+    """Says of what file it was made, by when it was asked."""
+
+    calls = 0
+
+    def content(self, frame: int) -> str:
+        self.calls += 1
+        return f"{self.calls}"
+
+
+class NumbersOwn(PnP):
+    """Takes the first frame that a rank has for the clip's first."""
+
+    def start(self, trajectory: Trajectory, schedule: Schedule, seed: int) -> Start:
+        own = [torch.Generator().manual_seed(seed + i) for i in range(len(trajectory.clean))]
+        noise = [torch.randn(trajectory.clean.shape[1:], generator=one) for one in own]
+        return Start(torch.stack(noise), schedule.timesteps)
+
+
 class ByPlaceInPass(PnP):
     """Takes a frame's place in the pass for its place in the clip."""
 
@@ -542,6 +573,16 @@ WRONG_EDITORS: list[tuple[Editor, str, str]] = [
     (ReplacesProcessors(), "backbone_restored", "do not change the UNet's processors"),
     (WritesSource(), "source_branch_unchanged", "do not write into the source"),
     (ConditionsSource(), "source_branch_unchanged", "condition its branch as in inversion"),
+    (
+        SecretlyConditions(),
+        "source_condition_stated",
+        "got down_block.*, mid_block.* at t",
+    ),
+    (Numbers(), "content_of_frames", r"to return text, got \[0, 1, 2, 3, 0, 1, 2, 3\]; return a"),
+    (CountsContent(), "content_of_frames", "the same content of a frame at every time"),
+    (NumbersOwn(), "two_ranks_agree", r"as on one, got a difference of \d.*; go by positions"),
+    (ShowsFirst(), "two_ranks_agree", "the same edit on two ranks as on one"),
+    (OnlySampling(), "two_ranks_agree", "got ValueError"),
     (ByPlaceInPass(), "frames_independent_of_the_pass", "go by the pass's `frames`"),
     (MeanFeatures(), "frames_independent_of_the_pass", "depends on the batch"),
     (UnknownArgument(), "frames_independent_of_the_pass", r"got \['encoder_hidden_states'\]"),

@@ -1,20 +1,22 @@
 """The checks of an editor: it changes what it says, for as long as it is on, and nothing else.
 
-What several ranks rely on is checked by its cause, in one process: a frame's part of a pass does
-not depend on which other frames are in the pass or were shown in `prepare`, and nothing on torch's
-global random state.
+What several ranks rely on is checked by its causes, too, which say more of what is wrong: a frame's
+part of a pass does not depend on which other frames are in the pass or were shown in `prepare`, and
+nothing on torch's global random state.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokenflow.diffusion import Backbone, Trajectory
 from tokenflow.editors import Edit, Editor, Start, contract
+from tokenflow.engine.frame_group import FrameGroup
 from tokenflow.testing.checks import (
     Check,
     configuration_round_trip,
@@ -24,6 +26,7 @@ from tokenflow.testing.checks import (
     run_all,
     unchanged_state,
 )
+from tokenflow.testing.ranks import on_ranks
 from tokenflow.testing.stage import FRAMES, PARTS, Stage
 from tokenflow.testing.state import backbone_state
 
@@ -45,9 +48,10 @@ def editor_checks(editor: Editor, backbone: Backbone | None = None) -> list[Chec
     """
     functions = (
         start_shape, timesteps_of_the_schedule, start_per_frame, edits_keep_shape_and_dtype,
-        result_shape, backbone_restored, source_branch_unchanged, frames_independent_of_the_pass,
-        batch_independent, constrain_per_frame, determinism_from_the_seed, clips_independent,
-        inputs_unchanged, global_state_unchanged,
+        result_shape, backbone_restored, source_branch_unchanged, source_condition_stated,
+        content_of_frames, frames_independent_of_the_pass, batch_independent, constrain_per_frame,
+        two_ranks_agree, determinism_from_the_seed, clips_independent, inputs_unchanged,
+        global_state_unchanged,
     )  # fmt: skip
     watched = [Check(editor, function, (backbone,)) for function in functions]
     return [*watched, *(Check(editor, one) for one in (configuration_round_trip, interface_stated))]
@@ -148,6 +152,36 @@ def source_branch_unchanged(editor: Editor, backbone: Backbone | None) -> None:
         )  # fmt: skip
 
 
+def source_condition_stated(editor: Editor, backbone: Backbone | None) -> None:
+    stage = Stage.of(editor, backbone)
+    if editor.conditions_source:
+        return
+    for t in stage.schedule.timesteps:
+        extra = editor.conditioning(stage.source_pass(t))
+        require(
+            not extra, "no conditioning of inversion's pass where conditions_source is False",
+            f"{', '.join(sorted(extra))} at timestep {t}",
+            "return {} where forward.branches is ('source',), or let conditions_source be True: "
+            "else another editor's inversion would be taken from the cache",
+        )  # fmt: skip
+
+
+def content_of_frames(editor: Editor, backbone: Backbone | None) -> None:
+    def said(editor: Editor) -> list[Any]:
+        stage = Stage.of(editor, backbone)
+        whole = list(map(editor.content, range(FRAMES)))
+        return whole + [part for own in PARTS for part in map(stage.part(own).editor.content, own)]
+
+    every, again = said(editor), said(copy.deepcopy(editor))
+    wrong = [one for one in every if not isinstance(one, str)]
+    require(not wrong, "content() to return text", wrong, "return a digest, or '' for nothing")
+    require(
+        every == again == 2 * every[:FRAMES], "the same content of a frame at every time",
+        f"{every} and {again}",
+        "make it of what files say of this frame alone: what runs keep is found again by it",
+    )  # fmt: skip
+
+
 def frames_independent_of_the_pass(editor: Editor, backbone: Backbone | None) -> None:
     stage = Stage.of(editor, backbone)
     unet, timesteps = stage.backbone.unet, stage.schedule.timesteps
@@ -210,6 +244,25 @@ def constrain_per_frame(editor: Editor, backbone: Backbone | None) -> None:
         compare(part, stage.trajectory, "alone in a call")
     for part in PARTS:
         compare(part, stage.part(part).trajectory, "alone on a rank")
+
+
+def two_ranks_agree(editor: Editor, backbone: Backbone | None) -> None:
+    # frames go one by one, so that no sum has another order and no match turns by rounding
+    whole = Stage.of(editor, backbone).edit(batch=1)
+    halves = (range(FRAMES // 2), range(FRAMES // 2, FRAMES))
+    stages = [Stage.of(copy.deepcopy(editor), backbone) for _ in halves]
+
+    def edit(group: FrameGroup) -> Tensor:
+        own = stages[group.rank].part(halves[group.rank])
+        return own.edit(batch=1, group=group)
+
+    shared = torch.cat(on_ranks(len(halves), edit))
+    difference = float((shared - whole).abs().max())
+    require(
+        difference <= GUIDED * ROUNDING, "the same edit on two ranks as on one",
+        f"a difference of {difference:.4g}",
+        "go by positions in the clip, treat every frame on its own, and draw noise by its index",
+    )  # fmt: skip
 
 
 def determinism_from_the_seed(editor: Editor, backbone: Backbone | None) -> None:

@@ -16,6 +16,7 @@ from tokenflow.editors import Edit, Editor, Pass, contract
 from tokenflow.engine import Settings, edit_latents
 from tokenflow.engine.attention import installed
 from tokenflow.engine.denoising import BRANCHES, NAMES
+from tokenflow.engine.frame_group import FrameGroup
 from tokenflow.engine.settings import Consistency
 from tokenflow.propagation import NNField
 from tokenflow.testing.checks import require_kept
@@ -82,22 +83,24 @@ class Stage:
         return dataclasses.replace(self, clip=clip, trajectory=trajectory)
 
     def edit(
-        self, batch: int = 3, consistency: Consistency = "tokenflow"
+        self,
+        batch: int = 3,
+        consistency: Consistency = "tokenflow",
+        group: FrameGroup | None = None,
     ) -> Float[Tensor, "frames c h w"]:
         """The edited latents of the clip, as the engine finds them after a pass of inversion."""
         self.source_noise(self.schedule.timesteps[-1])
         settings = Settings(steps=STEPS, keyframe_every=2, batch=batch, consistency=consistency)
         return edit_latents(
             self.backbone, self.trajectory, self.schedule, self.editor, NNField(),
-            PROMPTS[2], settings=settings,
+            PROMPTS[2], settings=settings, group=group,
         )  # fmt: skip
 
     def source_pass(self, t: int) -> Pass:
         """Inversion's pass of all frames."""
         source, text = self.trajectory.at(t), self.backbone.embed([PROMPTS[0]])
-        return Pass(
-            ("source",), tuple(range(FRAMES)), source[None], text, t, self.schedule.share(t)
-        )
+        frames = tuple(self.trajectory.positions)
+        return Pass(("source",), frames, source[None], text, t, self.schedule.share(t))
 
     def sampling_pass(self, frames: Sequence[int], t: int) -> Pass:
         """Sampling's pass of some frames."""

@@ -1,0 +1,77 @@
+"""Ranks that share the tiny clip, as threads of this process: nothing to start, nothing to send."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier, BrokenBarrierError
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from tokenflow.engine.frame_group import FrameGroup
+
+T = TypeVar("T")
+
+
+class Meeting:
+    """Where so many threads show each other what they have."""
+
+    def __init__(self, size: int) -> None:
+        self.barrier = Barrier(size)
+        self.shown: list[Any] = [None] * size
+
+    def show(self, rank: int, own: T) -> list[T]:
+        """What every thread shows, in the order of ranks."""
+        self.shown[rank] = own
+        self.barrier.wait()
+        every = list(self.shown)
+        self.barrier.wait()
+        return every
+
+
+class Threads(FrameGroup):
+    """A frame group whose ranks meet in one process, for what an edit of latents sends."""
+
+    def __init__(self, rank: int, size: int, meeting: Meeting) -> None:
+        super().__init__(rank, size)
+        self.meeting = meeting
+
+    def tell(self, own: T) -> list[T]:
+        return self.meeting.show(self.rank, own)
+
+    def gather(
+        self, own: Shaped[Tensor, "own ..."], counts: Sequence[int], host: bool = False
+    ) -> Shaped[Tensor, "all ..."]:
+        every = zip(self.meeting.show(self.rank, own), counts, strict=True)
+        return torch.cat([part[:count] for part, count in every])
+
+    def with_neighbours(
+        self, own: Shaped[Tensor, "own ..."], counts: Sequence[int]
+    ) -> Shaped[Tensor, "some ..."]:
+        every = self.meeting.show(self.rank, own)
+        before = every[self.rank - 1][-1:] if self.rank > 0 else own[:0]
+        after = every[self.rank + 1][:1] if self.rank < self.size - 1 else own[:0]
+        return torch.cat([before, own, after])
+
+
+def on_ranks(size: int, function: Callable[[FrameGroup], T]) -> list[T]:
+    """What a function returns on each of `size` ranks; raises what it raises on one."""
+    meeting = Meeting(size)
+
+    def run(rank: int) -> T:
+        try:
+            with torch.no_grad():
+                return function(Threads(rank, size, meeting))
+        except BaseException:
+            meeting.barrier.abort()  # the others must not wait for this one
+            raise
+
+    with ThreadPoolExecutor(size) as threads:
+        every = [threads.submit(run, rank) for rank in range(size)]
+    errors = [error for one in every if (error := one.exception()) is not None]
+    for error in sorted(errors, key=lambda error: isinstance(error, BrokenBarrierError)):
+        raise error
+    return [one.result() for one in every]
