@@ -12,6 +12,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+import tokenflow.engine.channel
 import tokenflow.engine.job
 import tokenflow.engine.writer
 
@@ -121,6 +122,13 @@ class Slow(Callback):
             return write(path, some(), *args, **options)
 
         tokenflow.engine.writer.write_video = slowly
+
+
+class Impatient(Callback):
+    """Has a process count as lost after 3 seconds, to save time."""
+
+    def __init__(self) -> None:
+        tokenflow.engine.channel.LOST = 3.0
 
 
 class Noting(Callback):

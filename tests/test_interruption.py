@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 import signal
 import time
 from collections import Counter
@@ -128,19 +128,34 @@ def test_a_signal_to_one_rank_stops_all_and_the_next_start_goes_on(
         assert torch.equal(found, wanted)
 
 
-def test_a_rank_that_has_done_its_clips_stops_where_it_waits(
+def test_a_signal_to_one_group_stops_those_that_edit_and_those_that_wait(
     clips: Path, model_folder: Path, tmp_path: Path
 ) -> None:
+    for moment, done in (("end", ["one"]), ("edit", [])):
+        words = [
+            *killing(moment, 0, signal.SIGTERM), "--trainer.callbacks+=tests.killing.Slow",
+            "--trainer.callbacks.rank=1", "--model.ranks_per_clip=1",
+        ]  # fmt: skip
+        began = time.monotonic()
+        assert ended(start(tmp_path, clips, model_folder, *words)) == [75, 75]
+        assert time.monotonic() - began < PATIENCE
+        assert [p.parent.name for p in tmp_path.glob("runs/*/run.yaml")] == done
+        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_group_that_edits_stops_where_it_can_go_on_when_another_is_lost(
+    rank: int, clips: Path, model_folder: Path, tmp_path: Path
+) -> None:
     words = [
-        *killing("end", 0, signal.SIGTERM), "--trainer.callbacks+=tests.killing.Slow",
-        "--trainer.callbacks.rank=1", "--model.ranks_per_clip=1",
+        *killing("edit", rank, signal.SIGKILL), "--trainer.callbacks+=tests.killing.Slow",
+        f"--trainer.callbacks.rank={1 - rank}", "--model.ranks_per_clip=1",
+        "--trainer.callbacks+=tests.killing.Impatient",
     ]  # fmt: skip
-    first, other = processes = start(tmp_path, clips, model_folder, *words)
-    first.join(PATIENCE)
-    assert first.exitcode == 75
-    os.kill(other.pid or 0, signal.SIGTERM)
-    assert ended(processes) == [75, 75]
-    assert [p.parent.name for p in tmp_path.glob("runs/*/run.yaml")] == ["one"]
+    codes = ended(start(tmp_path, clips, model_folder, *words))
+    assert codes[rank] == -signal.SIGKILL
+    assert codes[1 - rank] == 75
+    assert not list(tmp_path.glob("runs/*/run.yaml"))
 
 
 def test_a_rank_that_has_done_its_clips_notices_when_another_is_lost(

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 from tokenflow.diffusion import Backbone
 from tokenflow.editors import Editor
 from tokenflow.engine.cache import FOLDER, Cache
+from tokenflow.engine.channel import Channel
 from tokenflow.engine.editing import Result, check_prompt, edit_clip
 from tokenflow.engine.frame_group import FrameGroup
 from tokenflow.engine.job import Job, Outcome
@@ -94,6 +95,7 @@ class TokenFlow(LightningModule):
         self.backbone: Backbone | None = None
         self.group = self.everyone = FrameGroup()
         self.number, self.groups = 0, 1  # of frame groups
+        self.channel: Channel | None = None  # between them
         self.described: tuple[str, str] | tuple[None, None] = (None, None)
         """Editor and kernel with their options, as text, where known."""
         self.progress: Progress = lambda stage, step, steps: None
@@ -117,6 +119,13 @@ class TokenFlow(LightningModule):
             if self.cache is not None:
                 self.cache.require_writable()
             self.backbone = Backbone.load(self.model, device, self.dtype_name)
+        if self.groups > 1:
+            self.channel = Channel.of_job(self.asked)
+            self.everyone.asked = self.group.asked = self.channel.asked
+
+    def teardown(self, stage: str) -> None:
+        if self.channel is not None:
+            self.channel.close()
 
     def options(self, job: Job) -> tuple[dict[str, str], Settings]:
         """A job's prompts and settings: its own, and for the rest the run's.
