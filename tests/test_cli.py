@@ -146,6 +146,36 @@ def test_the_configurations_run(config: Path, words: list[str], tmp_path: Path) 
     assert summary["model"]["guidance"] == written["guidance"]
 
 
+def test_the_reference_configuration_is_the_published_code(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["predict", f"--config={ROOT / 'configs' / 'reference.yaml'}", "--print_config"])
+    model = yaml.safe_load(capsys.readouterr().out)["model"]
+    assert model["editor"] == {
+        "class_path": "tokenflow.PnP",
+        "init_args": {
+            "attention": 0.5,
+            "features": 0.8,
+            "feature_layers": 1,
+            "start_from": "renoised",
+        },
+    }
+    assert model["propagation"]["class_path"] == "tokenflow.NNField"
+    published = {
+        "steps": 50,
+        "inversion_steps": 500,
+        "guidance": 7.5,
+        "keyframe_every": 8,
+        "keyframes": "random",
+        "neighbours": "previous",
+        "blend": "sigmoid",
+        "consistency": "tokenflow",
+        "keyframe_attention": "full",
+    }
+    assert {name: model[name] for name in published} == published
+
+
 def test_the_output_never_lands_in_its_source(
     words: list[str], video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""Every code block that the documentation shows is run, word for word."""
+"""The code blocks of the documentation are run, word for word; long commands are parsed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import configparser
 import inspect
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -15,12 +16,14 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.installing import install
+from tokenflow.cli import main
 from tokenflow.engine.data import Video
 from tokenflow.engine.editing import Settings
 from tokenflow.engine.module import TokenFlow
 from tokenflow.engine.writer import RunWriter
 
 PAGES = ["docs/write-an-editor.md", "docs/write-a-kernel.md"]
+READMES = ["README.md", "examples/tokenflow-local/README.md", "tokenflow/miniature/README.md"]
 QUICK = ["--model.steps=1", "--data.max_frames=2", "--data.resolution=64"]
 
 
@@ -33,6 +36,35 @@ def languages(text: str) -> set[str]:
     """What a page's fences are labelled with, "" for one without a label."""
     fences = re.findall(r"^ *(?:```+|~~~+) *(.*?) *$", text, re.M)
     return set(fences[::2])  # every other one closes
+
+
+def commands(page: str) -> list[str]:
+    """The command lines of a page, each in one line and without its comment."""
+    lines = "".join(blocks(page, "sh")).replace("\\\n", "").splitlines()
+    return [shlex.join(shlex.split(line, comments=True)) for line in lines]
+
+
+@pytest.mark.parametrize("command", [line for page in READMES for line in commands(page)])
+def test_a_readmes_command_is_known(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [*shlex.split(command), "--print_config"])
+    makefile = Path("Makefile").read_text()
+    match shlex.split(command):
+        case ["make", target]:
+            assert f"\n{target}:" in makefile
+        case ["pip", "install", folder]:
+            assert Path(folder, "setup.cfg").exists()
+        case ["tokenflow", "plugins", "check", _]:
+            assert f"\t$(BIN)/{command}\n" in makefile, "make test runs it"
+        case ["tokenflow", "predict", *_]:
+            with pytest.raises(SystemExit, match=r"^0$"):
+                main(sys.argv[1:])
+        case ["python", "-m", module, *_]:
+            del sys.argv[:2]
+            with pytest.raises(SystemExit, match=r"^0$"):
+                runpy.run_module(module, run_name="__main__")
+        case _:
+            pytest.fail("nothing looks it up")
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -73,13 +105,13 @@ def test_a_page_is_followed_to_its_end(page: str, tmp_path: Path) -> None:
 
 
 def test_no_block_is_left_out() -> None:
-    """A page with code is one of those that are followed."""
-    for page in ROOT.glob("docs/*.md"):
-        opened = languages(page.read_text())
-        assert opened <= {"python", "ini", "sh"}, page
-        assert not opened or str(page.relative_to(ROOT)) in PAGES, page
-    # its Python is run and its commands are looked up by test_readme
-    assert languages((ROOT / "README.md").read_text()) <= {"python", "sh"}
+    """A page with code is one of those that are followed, or whose commands are looked up."""
+    followed = {page: {"python", "ini", "sh"} for page in PAGES}
+    followed |= {page: {"sh"} for page in READMES}
+    followed["README.md"] |= {"python"}  # run by test_readme
+    for page in (file for file in PROSE if file.suffix == ".md"):
+        known = followed.get(str(page.relative_to(ROOT)), set())
+        assert languages(page.read_text()) <= known, page
     assert languages("```sh\nls\n```\n\n  ```\nls\n  ```\n\n~~~ c++\n~~~\n") == {"sh", "", "c++"}
 
 

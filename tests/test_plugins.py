@@ -78,6 +78,7 @@ BROKEN = """
 Crashing = broken:Crashing
 Outdated = broken:Outdated
 Gone = nosuchmodule:Gone
+Foreign = broken:Foreign
 Leaving = leaving:Leaving
 Silent = broken:Silent
 Abstract = broken:Abstract
@@ -109,6 +110,9 @@ class Asking(NNField):
         self.radius = radius
 
 class Silent(PnP):
+    pass
+
+class Foreign:
     pass
 
 class SDEdit(PnP):
@@ -239,16 +243,20 @@ def test_check(
         ("editor=Outdated", "Outdated of tokenflow-broken 0.3 cannot be used: it was written for"),
         ("editor=broken.Outdated", "cannot be used: it was written for interface 0"),
         ("editor=Gone", "Gone of tokenflow-broken 0.3: import of nosuchmodule:Gone failed"),
+        ("editor=Foreign", "Foreign of tokenflow-broken 0.3: broken:Foreign is no subclass of E"),
         ("propagation=Nonsense", "installed are: "),
     ],
 )
 def test_choosing_an_unusable_plugin_gives_its_reason(
-    option: str, reason: str, broken: None, capsys: pytest.CaptureFixture[str]
+    option: str, reason: str, broken: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["predict", "--data.video=in.mp4", "--model.prompt=a ball", f"--model.{option}"]
-    code, out = run(words, capsys)
-    assert code == 2
-    assert reason in out
+    kind, name = option.split("=")
+    config = tmp_path / "config.yaml"
+    config.write_text(f"model:\n  {kind}: {name}\n")
+    for choice in (f"--model.{option}", f"--config={config}"):
+        code, out = run(["predict", "--data.video=in.mp4", "--model.prompt=a ball", choice], capsys)
+        assert code == 2
+        assert reason in out
 
 
 @pytest.mark.parametrize(

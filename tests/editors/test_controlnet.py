@@ -1,9 +1,11 @@
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torch import Tensor
 
 from tests.conftest import ROOT
@@ -366,6 +368,55 @@ def test_one_control_from_the_command_line(
     assert options["model"] == models[0]
     assert options["condition"]["class_path"].endswith("ControlVideo")
     assert options["strength"] == 0.5
+
+
+def short(folder: Path, clip: Clip) -> None:
+    for i, frame in enumerate(clip.frames[:-1]):
+        write_image(folder / f"{i}.png", frame)
+
+
+def narrow(folder: Path, clip: Clip) -> None:
+    for i, frame in enumerate(clip.frames):
+        write_image(folder / f"{i}.png", frame[..., :16])
+
+
+def transparent(folder: Path, clip: Clip) -> None:
+    folder.mkdir()
+    for i in range(len(clip)):
+        Image.new("RGBA", (32, 16), (255, 255, 255, 128)).save(folder / f"{i}.png")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (short, "must have one frame for each of the clip's 9, found only 8; give it the clip's"),
+        (narrow, "is 16x16, expected the aspect of the clip's 32x16; crop or pad it"),
+        (transparent, "has an alpha channel (in 0.png), and what lies under it is not defined"),
+    ],
+)
+def test_a_control_video_that_does_not_fit_leaves_nothing(
+    make: Callable[[Path, Clip], None],
+    message: str,
+    words: list[str],
+    tmp_path: Path,
+    models: list[str],
+    clip: Clip,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    make(tmp_path / "control", clip)
+    chosen = [
+        "--model.editor=ControlNet",
+        f"--model.editor.model={models[0]}",
+        "--model.editor.condition=ControlVideo",
+        f"--model.editor.condition.path={tmp_path / 'control'}",
+    ]
+    with pytest.raises(SystemExit) as exit:
+        main(["predict", *words, *chosen])
+    assert exit.value.code == 2
+    err = capsys.readouterr().err
+    assert f"error: the control video {tmp_path / 'control'} {message}" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_several_controls_from_a_file_and_again_from_the_runs_record(

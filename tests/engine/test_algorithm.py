@@ -1,7 +1,7 @@
 """Algorithm 1 of the paper, written out slowly, against `edit_latents`."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -22,6 +22,7 @@ STEPS, FRAMES, EVERY, GUIDANCE = 4, 9, 2, 7.5
 PROMPTS = ["a red ball on sand", "a green cube", "a blue ball on sand"]  # source, negative, edit
 
 Spans = list[tuple[list[int], list[int]]]
+Neighbours = Callable[[int, Sequence[int]], dict[int, float]]
 WHOLE: list[Spans] = [[([0, 1, 2, 3, 4], [0, 1, 2, 3, 4])]] * 2
 """In even and in odd steps: windows, and the keyframes that attend to each other for them."""
 BOUNDED: list[Spans] = [  # spans of 2 with 1 anchor, which is window 2's
@@ -97,6 +98,17 @@ def bracket(frame: int, keyframes: Sequence[int]) -> dict[int, float]:
     return {before[-1]: 1 - weight, after[0]: weight}
 
 
+def previous(frame: int, keyframes: Sequence[int]) -> dict[int, float]:
+    """The numbers of a frame's window and of the window before, with their keyframes' weights."""
+    centers = [1, 3, 5, 7, 8]
+    own = frame // EVERY
+    if own == 0:
+        return {0: 1.0}
+    to_own, to_previous = abs(frame - centers[own]), abs(frame - centers[own - 1])
+    weight = 1 / (1 + math.exp(-to_previous / (to_own + to_previous)))
+    return {own - 1: 1 - weight, own: weight}
+
+
 def slowly_edited(
     backbone: Backbone,
     trajectory: Trajectory,
@@ -104,6 +116,7 @@ def slowly_edited(
     attention: int,
     joint: bool,
     spans: list[Spans],
+    neighbours: Neighbours,
 ) -> Tensor:
     """Edits with features and attention injected in the first so many steps."""
     unet, text = backbone.unet, backbone.embed(PROMPTS)
@@ -145,7 +158,7 @@ def slowly_edited(
                         site.weights = None
                     noise([drawn[k] for k in seen], t)
                     frames = [frame for number in here for frame in windows[number]]
-                    around = [bracket(frame, drawn) for frame in frames]
+                    around = [neighbours(frame, drawn) for frame in frames]
                     for site in sites.values():
                         site.weights = [{seen.index(k): w for k, w in a.items()} for a in around]
                     parts.append(noise(frames, t).unflatten(0, (3, -1)))
@@ -161,6 +174,7 @@ def slowly_edited(
     ("settings", "spans"),
     [
         ({"keyframe_attention": "full"}, WHOLE),
+        ({"keyframe_attention": "full", "neighbours": "previous"}, WHOLE),
         ({"keyframe_attention": "windowed", "span": 2, "anchors": 1}, BOUNDED),
         ({"consistency": "joint"}, WHOLE),
     ],
@@ -176,7 +190,8 @@ def test_agrees_with_the_algorithm_written_out_slowly(
     editor = PnP(features=features / STEPS, attention=attention / STEPS)
     result = edited(backbone, trajectory, editor, **settings)
     joint = settings.get("consistency") == "joint"
-    expected = slowly_edited(backbone, trajectory, features, attention, joint, spans)
+    around = previous if settings.get("neighbours") == "previous" else bracket
+    expected = slowly_edited(backbone, trajectory, features, attention, joint, spans, around)
     assert torch.allclose(result, expected, rtol=0, atol=TOLERANCE)
 
 

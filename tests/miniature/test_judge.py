@@ -8,7 +8,7 @@ import torch
 from tokenflow.diffusion import Backbone
 from tokenflow.metrics import psnr
 from tokenflow.miniature.edits import SceneEdit, judge_edit
-from tokenflow.miniature.evaluate import HELD_OUT, round_trip_psnr, sample
+from tokenflow.miniature.evaluate import BAR, HELD_OUT, round_trip_psnr, sample
 from tokenflow.miniature.judge import Judge, accuracy, labels
 from tokenflow.miniature.scenes import VOCABULARY, Attributes, random_scene
 
@@ -48,13 +48,13 @@ def test_the_autoencoder_keeps_held_out_scenes(miniature: Backbone) -> None:
 
 
 def test_samples_show_what_the_prompt_says(miniature: Backbone, judge: Judge) -> None:
-    shown = [random_scene(HELD_OUT + 9000 + i).attributes for i in range(24)]
-    images = sample(miniature, [str(a) for a in shown], steps=20, guidance=3.0, seed=1)
+    shown = [random_scene(HELD_OUT + 9000 + i).attributes for i in range(48)]
+    images = sample(miniature, [str(a) for a in shown], steps=10, guidance=3.0, seed=1)
     right = accuracy(judge, images, shown)
-    # of these very samples; three are left to the rounding of other processors
-    measured = {"pattern": 15, "color": 24, "shape": 21, "background": 24}
+    # of these very samples; the judge's closest call is 0.8 between logits, far from rounding
+    measured = {"pattern": 35, "color": 48, "shape": 40, "background": 48}
     for name, count in measured.items():
-        assert 24 * right[name] >= count - 3, right
+        assert round(48 * right[name]) >= max(48 * BAR[name], count - 1), right
 
 
 def test_a_perfect_edit_is_judged_perfect(judge: Judge) -> None:
