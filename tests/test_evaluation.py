@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from tokenflow.diffusion import Backbone
 from tokenflow.engine.finished_run import FinishedRun
 from tokenflow.engine.frame_group import StopRequested
 from tokenflow.engine.measuring import Sources, leave, measure_run
-from tokenflow.evaluation import show
+from tokenflow.evaluation import show, telling
 from tokenflow.metrics import Measures
 from tokenflow.report import read_run
 from tokenflow.video import Clip, read_clip, write_clip, write_image
@@ -124,6 +126,45 @@ def test_a_pair_of_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert float(row["psnr"]) == pytest.approx(float(expected), abs=0.2)  # of 8 bits, in YUV
     assert float(row["structure"]) > 0.98
     assert float(row["psnr_outside"]) != float(row["psnr"])
+
+
+def test_a_pair_leaves_what_a_run_does(
+    run: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frames = read_clip(run.parents[1] / "in.mp4", start=1).frames
+    for number, frame in enumerate(frames):
+        write_image(tmp_path / "in" / f"{number}.png", frame)
+    options = ["--distances=[1,2]", "--judge=true", "--device=cpu"]
+    main(["evaluate", str(run), *options])
+    main([
+        "evaluate", f"--source={tmp_path / 'in'}", f"--edited={run / 'edited.mp4'}", *options,
+        f"--json={tmp_path / 'new' / 'pair.json'}", f"--round_trip={model_folder}",
+        "--prompt=a plain red ball on sand", "--source_prompt=a plain blue ball on sand",
+    ])  # fmt: skip
+    alone = json.loads((run / "metrics.json").read_text())
+    pair = json.loads((tmp_path / "new" / "pair.json").read_text())
+    assert pair.keys() == alone.keys() | {"edited"}
+    assert pair["metrics"] == pytest.approx(alone["metrics"])
+    assert pair["round_trip"].keys() == pair["metrics"].keys() - {"judge_edited"}
+    assert (pair["frames"], pair["size"]) == (5, [30, 50])
+    assert pair["options"]["prompt"] == "a plain red ball on sand"
+    err = capsys.readouterr().err
+    assert f"measuring 1/1, {run}\n" in err
+    assert f"measuring 1/1, {run / 'edited.mp4'}\n" in err
+
+
+def test_on_a_terminal_a_bar_tells_what_is_measured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with telling(2) as tell:
+        for name in ("first[/x]", "second"):
+            tell(name)
+    err = capsys.readouterr().err
+    assert "measuring second" in err
+    assert "2/2" in err
+    assert "measuring 1/2" not in err  # what lines say
 
 
 def test_the_round_trip_of_a_video_of_odd_size(model_folder: Path, tmp_path: Path) -> None:
@@ -283,6 +324,8 @@ def refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) 
     (["RUN", f"--mask={DEMO}"], "expected a mask of 5 frames of 50x30"),
     (["RUN", "--round_trip=./gone"], "'./gone' does not exist"),
     (["RUN", "--csv=/dev/null/table.csv"], "choose another --csv"),
+    (["RUN", "--json=all.json"], "--json is for --source and --edited"),
+    (["--source=EDITED", "--edited=EDITED", "--json=/dev/null/x.json"], "choose another --json"),
     (["RUN", "--judges=true"], "judges"),
 ])  # fmt: skip
 def test_bad_input_says_what_to_do(
@@ -337,4 +380,4 @@ def test_a_request_to_stop_ends_measuring(call: int, run: Path, backbone: Backbo
             raise StopRequested
 
     with pytest.raises(StopRequested):
-        leave(Sources(Measures(), backbone), run, read_run(run).record, each)
+        leave(Sources(Measures(), backbone), dataclasses.replace(read_run(run), each=each))

@@ -99,9 +99,7 @@ def test_a_killed_rank_ends_all_and_the_next_start_goes_on(
     finished = sorted(p.parent.name for p in tmp_path.glob("runs/*/run.yaml"))
     videos = sorted(p.parent.name for p in tmp_path.glob("runs/*/edited.mp4"))
     assert finished == (["one"] if moment == "between" else [])
-    assert videos == (["one"] if moment in ("compare", "between") else [])
-    for file in tmp_path.glob("runs/one/edited.mp4"):  # what is there is whole
-        assert torch.equal(read_clip(file).frames, expected[0])
+    assert videos == finished
     kinds = [p.name for p in tmp_path.glob("cache/*/*.safetensors")]
     assert bool(kinds) is (moment != "read" and moment != "invert")
     goes_on(tmp_path, clips, model_folder, edits)

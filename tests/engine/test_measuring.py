@@ -14,6 +14,7 @@ from tokenflow.engine.measuring import Measuring, Sources
 from tokenflow.engine.module import TokenFlow
 from tokenflow.engine.writer import RunWriter
 from tokenflow.propagation import NNField
+from tokenflow.report import Run
 
 
 def test_nothing_of_a_clip_is_kept_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,6 +30,6 @@ def test_nothing_of_a_clip_is_kept_for_the_next(monkeypatch: pytest.MonkeyPatch)
     )
     metrics.on_predict_start(trainer, TokenFlow(SDEdit(), NNField()))
     for name in ("one", "two"):
-        writer.measure(Path(name), {}, lambda: None)
+        writer.measure(Run(Path(name), {}))
     assert seen[0] is not seen[1]
     assert seen[0].measures is seen[1].measures  # networks are loaded once

@@ -70,17 +70,30 @@ def test_a_finished_run_is_refused_before_the_work(
     write(RunWriter(str(tmp_path), overwrite=True), source, prediction)
 
 
-def test_an_overwritten_run_that_fails_is_no_finished_run(
+def test_a_run_stands_until_the_one_that_overwrites_it_is_whole(
     tmp_path: Path, source: Job, prediction: Prediction, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("No space left on device")
 
     write(RunWriter(str(tmp_path)), source, prediction)
-    monkeypatch.setattr("tokenflow.engine.writer.write_video", fail)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "in").iterdir()}
+    monkeypatch.setattr("tokenflow.engine.writer.write_image", fail)
     with pytest.raises(InputError, match=r"No space left on device.*: free some space or choose"):
         write(RunWriter(str(tmp_path), overwrite=True), source, prediction)
-    assert not (tmp_path / "in" / "run.yaml").exists()
+    assert {p.name: p.read_bytes() for p in (tmp_path / "in").iterdir()} == before
+
+
+def test_what_a_killed_run_left_is_removed(
+    tmp_path: Path, source: Job, prediction: Prediction
+) -> None:
+    left = tmp_path / "in" / ".unfinished"
+    left.mkdir(parents=True)
+    (left / "edited.mp4").touch()
+    writer = RunWriter(str(tmp_path))
+    writer.admit(source)
+    assert not left.exists()
+    writer.on_exception()
 
 
 def test_a_run_that_writes_nothing_leaves_no_folder(
@@ -176,13 +189,12 @@ def test_a_run_that_is_asked_to_stop_while_it_writes(
 ) -> None:
     writer, module = RunWriter(str(tmp_path)), TokenFlow(PnP(), NNField(), cache=None)
     writer.admit(source)
-    module.group.asked = lambda: last is None or (tmp_path / "in" / last).exists()
+    unfinished = tmp_path / "in" / ".unfinished"
+    module.group.asked = lambda: last is None or (unfinished / last).exists()
     with pytest.raises(Preempted):
         writer.write_on_batch_end(TRAINER, module, prediction, [0], source, 0, 0)
     writer.on_exception()
-    order = [None, "edited.mp4", "compare.mp4", "contact_sheet.png"]
-    there = sorted(p.name for p in tmp_path.glob("in/*"))
-    assert there == sorted(filter(None, order[: order.index(last) + 1]))
+    assert not (tmp_path / "in").exists()
 
 
 def test_compare_shows_source_and_edit_side_by_side(

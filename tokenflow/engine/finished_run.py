@@ -13,7 +13,7 @@ from tokenflow.engine.folder import EDITED, RECORD
 from tokenflow.engine.job import ClipSource
 from tokenflow.engine.writer import shown
 from tokenflow.errors import InputError
-from tokenflow.report import read_run
+from tokenflow.report import Run, read_run
 from tokenflow.video import Clip, read_clip
 
 
@@ -22,13 +22,15 @@ class FinishedRun:
     """A run's folder and what its `run.yaml` says.
 
     `source` is where the frames came from and which; `record` what came of the configuration:
-    prompts, settings, `multiple`. `each` is called for each frame that is read.
+    prompts, settings, `multiple`. `each` is called for each frame that is read. The files are in
+    `place`, which is the folder once the run is written.
     """
 
     folder: Path
     source: ClipSource
     record: dict[str, Any]
-    each: Callable[[], None] = lambda: None
+    each: Callable[[], None]
+    place: Path
 
     @classmethod
     def read(cls, folder: Path) -> FinishedRun:
@@ -37,19 +39,18 @@ class FinishedRun:
         Raises:
             InputError: The folder holds no finished run, or its record cannot be used.
         """
-        return cls.of(folder, read_run(folder).record)
+        return cls.of(read_run(folder))
 
     @classmethod
-    def of(
-        cls, folder: Path, configuration: dict[str, Any], each: Callable[[], None] = lambda: None
-    ) -> FinishedRun:
+    def of(cls, run: Run) -> FinishedRun:
         """A run by what its `run.yaml` holds, or is to hold.
 
         Raises:
             InputError: The record cannot be used.
         """
+        folder = run.folder
         try:
-            data, record = configuration["data"], configuration["run"]
+            data, record = run.record["data"], run.record["run"]
             jobs = Video(**data).jobs
             prompts = [record[name] for name in ("prompt", "inversion_prompt")]
             usable = isinstance(record["multiple"], int) and all(
@@ -71,7 +72,7 @@ class FinishedRun:
                 f"the manifest {data['manifest']} of {folder} has no clip {folder.resolve().name!r}"
                 f" any more; compare the videos themselves by --source and --edited"
             )
-        return cls(folder, named[0].source, record, each)
+        return cls(folder, named[0].source, record, run.each, run.place)
 
     def clips(self) -> tuple[Clip, Clip]:
         """Source and edit, both as the run's videos show them.
@@ -85,6 +86,6 @@ class FinishedRun:
                 f"folder that the run was started from, or give the videos by --source and --edited"
             )
         source = self.source.read(self.record["multiple"], self.each).calling(self.each)
-        edited = read_clip(self.folder / EDITED, in_memory=False, each=self.each)
+        edited = read_clip(self.place / EDITED, in_memory=False, each=self.each)
         frames = shown(source).in_memory_if_small()
         return dataclasses.replace(source, frames=frames), edited.calling(self.each)

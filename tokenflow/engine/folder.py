@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -17,11 +20,35 @@ METRICS = "metrics.json"
 FEATURES = "features.json"
 FILES = (EDITED, COMPARE, SHEET, METRICS, FEATURES, REPORT, RECORD)
 LOCK = ".lock"
+UNFINISHED = ".unfinished"
+"""The folder in a run's own where its files lie until all are there."""
 
 
 def finished(folder: Path) -> bool:
     """Whether a run is whole: its last file is there."""
     return (folder / RECORD).exists()
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """Gives a place for a run's files, which take those of the run before when the block ends well.
+
+    If it raises, or the process is killed, the folder holds what it held.
+    """
+    place = folder / UNFINISHED
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    try:
+        yield place
+        (folder / RECORD).unlink(missing_ok=True)  # the run before is whole no more
+        for name in FILES:
+            if (place / name).exists():
+                os.replace(place / name, folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)
+        (folder / FAILED).unlink(missing_ok=True)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 class FolderLock:
@@ -39,6 +66,7 @@ class FolderLock:
             self.lock.acquire()
         except Timeout:
             return False
+        shutil.rmtree(self.folder / UNFINISHED, ignore_errors=True)
         for name in (*FILES, FAILED):
             remove_leftovers(self.folder / name)
         return True

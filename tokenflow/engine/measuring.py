@@ -7,7 +7,6 @@ import json
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from tokenflow.engine.module import TokenFlow
 from tokenflow.engine.writer import writer_of
 from tokenflow.errors import InputError
 from tokenflow.metrics import Measures, Motions
+from tokenflow.report import Run
 from tokenflow.scratch import room
 from tokenflow.video import Clip, atomic, read_clip, resized
 
@@ -117,7 +117,7 @@ def measure_run(run: FinishedRun, sources: Sources) -> dict[str, Any]:
         "tokenflow": version("tokenflow"),
     }
     try:
-        with atomic(run.folder / METRICS) as file:
+        with atomic(run.place / METRICS) as file:
             file.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")
     except OSError as error:
         raise InputError(f"{run.folder / METRICS} cannot be written: {error}") from error
@@ -145,17 +145,17 @@ class Measuring(Callback):
                 measures = Measures(**self.options)
                 backbone = module.backbone if self.round_trip else None
 
-                def measure(folder: Path, record: dict[str, Any], each: Callable[[], None]) -> None:
+                def measure(run: Run) -> None:
                     # anew: a clip's frames and flow are not kept while the next one is edited
-                    leave(Sources(measures, backbone), folder, record, each)
+                    leave(Sources(measures, backbone), run)
 
                 writer_of(trainer).measure = measure
 
 
-def leave(sources: Sources, folder: Path, record: dict[str, Any], each: Callable[[], None]) -> None:
+def leave(sources: Sources, run: Run) -> None:
     """Measures a run whose videos are written."""
     try:
-        measure_run(FinishedRun.of(folder, record, each), sources)
+        measure_run(FinishedRun.of(run), sources)
     except Exception as error:  # whatever it is, the videos are there
         why = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-        print(f"{folder} is not measured: {why}{error}", file=sys.stderr)
+        print(f"{run.folder} is not measured: {why}{error}", file=sys.stderr)

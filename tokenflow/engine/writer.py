@@ -26,12 +26,12 @@ from tokenflow.engine.folder import (
     FAILED,
     FEATURES,
     FILES,
-    METRICS,
     RECORD,
     REPORT,
     SHEET,
     FolderLock,
     finished,
+    staged,
 )
 from tokenflow.engine.job import ClipSource, Job, Outcome
 from tokenflow.engine.module import Prediction, TokenFlow
@@ -69,8 +69,7 @@ class RunWriter(BasePredictionWriter):
         self.outcomes: list[Outcome] = []
         self.failed = 0
         self.lock: FolderLock | None = None
-        self.measure: Callable[[Path, dict[str, Any], Callable[[], None]], None]
-        self.measure = lambda folder, record, each: None
+        self.measure: Callable[[Run], None] = lambda run: None
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         module.admit = self.admit  # type: ignore[assignment]
@@ -190,7 +189,7 @@ class RunWriter(BasePredictionWriter):
     def write(
         self, prediction: Prediction, folder: Path, each: Callable[[], None] = lambda: None
     ) -> None:
-        """Writes a run's files; `run.yaml`, the last, says that it is whole.
+        """Writes a run's files, which stand in its folder when all are there.
 
         `each` is called for each frame that is written, measured or put on the page.
 
@@ -200,45 +199,36 @@ class RunWriter(BasePredictionWriter):
         result = prediction.result
         source, edited = result.source.calling(each), result.clip.calling(each)
         try:
-            for name in (RECORD, REPORT, METRICS, FEATURES):  # of a run that is overwritten
-                (folder / name).unlink(missing_ok=True)
-            write_video(
-                folder / EDITED, edited.frames, edited.times, edited.rate,
-                size=edited.display_size, audio=edited.audio, crf=self.crf,
-            )  # fmt: skip
-            both = starmap(side_by_side, zip(shown(source), shown(edited), strict=True))
-            write_video(folder / COMPARE, both, source.times, source.rate, crf=self.crf)
-            rows = source.frames, edited.frames
-            write_image(folder / SHEET, contact_sheet(rows, size=source.display_size))
-            record = self.summary(prediction)
-            self.measure(folder, record, each)
-            self.show(folder, record, prediction, each)
-            with atomic(folder / RECORD) as file:
-                file.write_text(yaml.safe_dump(record, sort_keys=False))
-            (folder / FAILED).unlink(missing_ok=True)
+            with staged(folder) as place:
+                write_video(
+                    place / EDITED, edited.frames, edited.times, edited.rate,
+                    size=edited.display_size, audio=edited.audio, crf=self.crf,
+                )  # fmt: skip
+                both = starmap(side_by_side, zip(shown(source), shown(edited), strict=True))
+                write_video(place / COMPARE, both, source.times, source.rate, crf=self.crf)
+                rows = source.frames, edited.frames
+                write_image(place / SHEET, contact_sheet(rows, size=source.display_size))
+                run = Run(folder, self.summary(prediction), each, place)
+                self.measure(run)
+                self.show(run, prediction)
+                (place / RECORD).write_text(yaml.safe_dump(run.record, sort_keys=False))
         except OSError as error:
             again = "free some space or choose another --output.folder, and start again"
             safe = result.kept is not None and not result.kept.cache.full
             keeps = "; the edit is kept and only written then" if safe else ""
             raise InputError(f"{folder} cannot be written ({error}): {again}{keeps}") from error
 
-    def show(
-        self,
-        folder: Path,
-        record: dict[str, Any],
-        prediction: Prediction,
-        each: Callable[[], None],
-    ) -> None:
+    def show(self, run: Run, prediction: Prediction) -> None:
         """Writes the run's page; the run is whole without it."""
         try:
             seen, source = prediction.seen, prediction.result.source.frames
             if seen is not None:
-                draw(seen, source).save(folder / FEATURES)
-            write_report(Run(folder, record, each))
+                draw(seen, source).save(run.place / FEATURES)
+            write_report(run)
         except Exception as error:  # whatever it is, the videos are there
             warnings.warn(
-                f"{folder / REPORT} is not written ({type(error).__name__}: {error}); tokenflow "
-                f"report {folder} tries again",
+                f"{run.folder / REPORT} is not written ({type(error).__name__}: {error}); "
+                f"tokenflow report {run.folder} tries again",
                 stacklevel=2,
             )
 

@@ -50,11 +50,11 @@ def write_report(run: Run, output: Path | None = None, features: Features | None
         InputError: One of the run's files cannot be read.
     """
     source, edited = run.source(), run.edited()
-    kept = run.folder / FEATURES
+    kept = run.place / FEATURES
     if features is None and kept.exists():
         features = Features.load(kept)
     rows, space = slice_rows(source.frames.shape[2]), Space(SPACE)
-    video = space.file(run.folder / EDITED, sound=run.sound)
+    video = space.file(run.place / EDITED, sound=run.sound)
     steps = [
         Curve("source", "source", change(source.frames)),
         Curve("edit", "edit", change(edited.frames)),
@@ -62,7 +62,7 @@ def write_report(run: Run, output: Path | None = None, features: Features | None
     apart = [Curve("edit − source", "edit", distance(source.frames, edited.frames))]
     return write_page(
         "run.html",
-        output or run.folder / REPORT,
+        output or run.place / REPORT,
         title=run.settings.get("prompt") or run.name,
         run=run,
         # a long clip's edit is too big, and its source not worth the time of writing it

@@ -28,12 +28,19 @@ PACKAGES = {"editor": "editor.package", "propagation": "propagation.package"}
 class Run:
     """What a folder holds: the record is that of `run.yaml`, videos are read when asked for.
 
-    `each` is called for each of their frames.
+    `each` is called for each of their frames. As long as the run is written, its files are in
+    `unfinished`.
     """
 
     folder: Path
     record: dict[str, Any]
     each: Callable[[], None] = lambda: None
+    unfinished: Path | None = None
+
+    @property
+    def place(self) -> Path:
+        """Where its files are now."""
+        return self.unfinished or self.folder
 
     @property
     def name(self) -> str:
@@ -58,7 +65,7 @@ class Run:
             InputError: That file has no mapping from names to numbers.
         """
         known = {name: self.came[name] for name in QUALITY if name in self.came}
-        file = self.folder / METRICS
+        file = self.place / METRICS
         if not file.exists():
             return known
         try:
@@ -109,11 +116,11 @@ class Run:
     @property
     def sound(self) -> bool:
         """Whether the edited video has sound."""
-        return read_clip(self.folder / EDITED, max_frames=1).audio is not None
+        return read_clip(self.place / EDITED, max_frames=1).audio is not None
 
     def video(self, name: str) -> Clip:
         """One of the folder's videos, not in memory."""
-        clip = read_clip(self.folder / name, in_memory=False, each=self.each)
+        clip = read_clip(self.place / name, in_memory=False, each=self.each)
         return clip.calling(self.each)
 
 
