@@ -28,10 +28,13 @@ class KillAt(Callback):
             who writes it), "between", after the first clip, or "end", when all are waited for.
         rank: Whose process.
         sent: The signal's number.
+        note: A file that gets the time when it was sent.
     """
 
-    def __init__(self, moment: str, rank: int, sent: int = int(signal.SIGKILL)) -> None:
-        self.moment, self.rank, self.sent = moment, rank, sent
+    def __init__(
+        self, moment: str, rank: int, sent: int = int(signal.SIGKILL), note: str = os.devnull
+    ) -> None:
+        self.moment, self.rank, self.sent, self.note = moment, rank, sent, Path(note)
 
     def on_predict_batch_start(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         if trainer.global_rank != self.rank:
@@ -93,6 +96,7 @@ class KillAt(Callback):
             self.kill()
 
     def kill(self, *_: Any, **__: Any) -> None:
+        self.note.write_text(f"{time.time()}")
         os.kill(os.getpid(), self.sent)
 
 

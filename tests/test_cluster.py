@@ -92,12 +92,20 @@ def test_two_processes_write_what_one_does(
     assert not (tmp_path / "told").exists()
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, 75])
+@pytest.mark.parametrize(
+    ("code", "array"),
+    [
+        (0, {"SLURM_ARRAY_TASK_COUNT": "16"}),
+        (1, {"SLURM_ARRAY_TASK_COUNT": "16"}),
+        (2, {"SLURM_ARRAY_TASK_COUNT": "16"}),
+        (75, {"SLURM_ARRAY_TASK_COUNT": "2", "PARTS": "16"}),
+    ],
+)
 def test_only_a_job_that_can_go_on_is_started_again(
-    commands: Path, tmp_path: Path, code: int
+    commands: Path, tmp_path: Path, code: int, array: dict[str, str]
 ) -> None:
     command(commands / "srun", f'#!/bin/sh\necho "$@"\nexit {code}\n')
-    array = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "16"}
+    array = {"SLURM_ARRAY_TASK_ID": "3", **array}
     done = subprocess.run(
         [*JOB, "--data.manifest=clips.yaml"], cwd=ROOT, env=environment(commands, **array),
         stdout=subprocess.PIPE, text=True, timeout=60,

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -342,6 +343,23 @@ def test_who_lowers_the_batch_goes_on(backbone: Backbone, cache: Cache) -> None:
     assert counting.steps["edit"] == 1
 
 
+@pytest.mark.parametrize("left", ["nothing", "a file"])
+def test_a_cache_that_vanishes_costs_no_result(backbone: Backbone, cache: Cache, left: str) -> None:
+    class Vanishing(Counting):
+        def __call__(self, stage: str, step: int, steps: int) -> None:
+            super().__call__(stage, step, steps)
+            if (stage, step) in [("invert", 5), ("edit", 1)]:
+                shutil.rmtree(cache.folder, ignore_errors=True)
+                if left == "a file":
+                    cache.folder.touch()
+
+    told = pytest.warns(match="nothing can be kept") if left == "a file" else nullcontext()
+    with told:
+        result = edit(backbone, cache, counting=Vanishing())
+    assert torch.equal(result.clip.frames, edit(backbone, None).clip.frames)
+    assert kinds(cache) == (["sampling"] if left == "nothing" else [])
+
+
 def test_without_a_description_only_inversions_are_kept(backbone: Backbone, cache: Cache) -> None:
     edit_clip(backbone, CLIP, "a ball", PnP(), NNField(), settings=SETTINGS, recall=Recall(cache))
     assert set(kinds(cache)) == {"inversion"}
@@ -376,6 +394,12 @@ def part(backbone: Backbone, group: FrameGroup, cache: Cache, counting: Counting
     return result.clip.frames[: share.frame_counts[group.rank]]
 
 
+def whole_on_ranks(size: int, model: Path, folder: Path) -> Tensor:
+    """All frames of an edit that nobody stops."""
+    parts = on_ranks(size, folder, resumed_on_ranks, model, folder / "cache")
+    return torch.cat([frames for frames, _ in parts])
+
+
 @pytest.mark.parametrize("stop", [("invert", 2), ("edit", 3), ("decode", 1)], ids=str)
 @pytest.mark.parametrize("who", [0, 1])
 def test_ranks_stop_at_the_same_step_and_others_go_on(
@@ -386,7 +410,7 @@ def test_ranks_stop_at_the_same_step_and_others_go_on(
     assert all(words.startswith("stopped after") for words in said)
     if stop[0] == "edit":
         assert all("'edit': 3" in words and "decode" not in words for words in said)
-    [(alone, _)] = on_ranks(1, tmp_path / "b", resumed_on_ranks, model_folder, tmp_path / "none")
+    both = whole_on_ranks(2, model_folder, tmp_path / "both")
     # another number of ranks: sums over keyframes in another order
     for size in (2, 1, 3) if stop[0] == "edit" else (2,):
         kept = tmp_path / f"kept{size}"
@@ -396,6 +420,6 @@ def test_ranks_stop_at_the_same_step_and_others_go_on(
             (kept / file.parent.name / file.name).hardlink_to(file)
         again = on_ranks(size, tmp_path / f"c{size}", resumed_on_ranks, model_folder, kept)
         frames = torch.cat([frames for frames, _ in again])
-        assert torch.allclose(frames, alone, rtol=0, atol=1e-4)
+        assert torch.equal(frames, both) if size == 2 else torch.allclose(frames, both, 0, 1e-4)
         if stop[0] == "edit":
             assert all(steps["edit"] == 1 for _, steps in again)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,17 @@ def test_a_run_stands_until_the_one_that_overwrites_it_is_whole(
     with pytest.raises(InputError, match=r"No space left on device.*: free some space or choose"):
         write(RunWriter(str(tmp_path), overwrite=True), source, prediction)
     assert {p.name: p.read_bytes() for p in (tmp_path / "in").iterdir()} == before
+
+
+def test_a_clip_for_which_the_disk_has_no_room_is_not_edited(tmp_path: Path, source: Job) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(InputError, match=r"in cannot be written \(.*choose another --output\."):
+            RunWriter(str(tmp_path)).admit(source)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    RunWriter(str(tmp_path)).admit(source)
 
 
 def test_what_a_killed_run_left_is_removed(

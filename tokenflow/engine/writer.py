@@ -48,6 +48,8 @@ from tokenflow.video import (
     write_video,
 )
 
+PROBE = 1 << 20
+"""Bytes that must have room on the disk before a clip is edited."""
 PACKAGES = ("tokenflow", "torch", "lightning", "diffusers", "transformers", "av")
 
 
@@ -119,8 +121,8 @@ class RunWriter(BasePredictionWriter):
         try:
             # no folder is made before there is something to put in it
             nearest = next(place for place in (folder, *folder.parents) if place.exists())
-            with TemporaryFile(dir=nearest):
-                pass
+            with TemporaryFile(dir=nearest) as probe:  # before a clip is edited for nothing
+                probe.write(bytes(PROBE))
         except OSError as error:
             raise InputError(
                 f"{folder} cannot be written ({error}); choose another --output.folder"
