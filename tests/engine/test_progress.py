@@ -2,6 +2,7 @@ import os
 import pty
 import sys
 from contextlib import suppress
+from pathlib import Path
 from threading import Thread
 
 import pytest
@@ -10,6 +11,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from tokenflow.editors import PnP
 from tokenflow.engine import progress
+from tokenflow.engine.job import ClipSource, Job
 from tokenflow.engine.module import TokenFlow
 from tokenflow.engine.progress import StageProgress, pace
 from tokenflow.propagation import NNField
@@ -47,6 +49,29 @@ def test_a_stage_that_goes_on_where_it_stopped_tells_its_own_pace(
     assert capsys.readouterr().err.splitlines()[1:] == [
         "edit: 32/50, 10.0 s each, 0:03:00 left",
         "edit: 33/50, 10.0 s each, 0:02:50 left",
+    ]
+
+
+def test_while_a_clip_is_inverted_its_edits_time_is_foretold(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter(range(0, 1000, 10))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(now)))
+    shown, trainer = StageProgress(interval=0.0), Trainer(accelerator="cpu", logger=False)
+    job = Job(ClipSource(Path("in.mp4")))
+    for settings in ({"steps": 4, "keyframe_every": 2}, {"steps": 4, "consistency": "none"}):
+        module = TokenFlow(PnP(), NNField(), "a ball", cache=None, inversion_steps=8, **settings)
+        shown.on_predict_batch_start(trainer, module, job, 0)
+        shown.began = {}
+        shown.update("invert", 1, 8)
+        shown.update("invert", 2, 8)
+    shown.update("recall", 1, 2)  # so half of the frames are inverted, and all edited
+    shown.update("invert", 3, 4)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "each" in line]
+    assert lines == [
+        "invert: 2/8, 10.0 s each, 0:01:00 left, about 0:04:00 with the edit",  # 3 × 1.5 × 4 / 8
+        "invert: 2/8, 10.0 s each, 0:01:00 left, about 0:03:00 with the edit",
+        "invert: 3/4, 15.0 s each, 0:00:15 left, about 0:03:15 with the edit",
     ]
 
 

@@ -22,11 +22,14 @@ from rich.progress import (
 
 from tokenflow.engine.job import Job
 from tokenflow.engine.module import Prediction, TokenFlow
+from tokenflow.engine.settings import Settings
 
 
 class StageProgress(Callback):
     """A bar for each stage on a terminal; elsewhere, and in a SLURM job, a line at most every
     `interval` seconds.
+
+    While a clip is inverted, its edit's time is foretold by the number of the UNet's passes.
 
     Of many clips another bar counts the clips, or a line tells that one begins; none for those
     that are not edited. Of all processes only the first speaks, of the clips that it edits.
@@ -37,6 +40,7 @@ class StageProgress(Callback):
         self.durations: list[float] = []  # of clips that were edited
         self.index, self.clip_began = 0, 0.0
         self.began: dict[str, tuple[float, int]] = {}  # first step of a stage, and when it ended
+        self.ahead = 0.0  # how many times as long as inversion the edit takes
         self.said = 0.0
         self.bars: Progress | None = None
         self.tasks: dict[str, TaskID] = {}
@@ -65,10 +69,10 @@ class StageProgress(Callback):
             )
             self.bars.start()
 
-    def on_predict_batch_start(
-        self, trainer: Trainer, module: LightningModule, job: Job, index: int, *_: Any
+    def on_predict_batch_start(  # type: ignore[override]
+        self, trainer: Trainer, module: TokenFlow, job: Job, index: int, *_: Any
     ) -> None:
-        self.index = index
+        self.index, self.ahead = index, edit_to_inversion(module.options(job)[1])
 
     def on_predict_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, *_: Any
@@ -111,7 +115,13 @@ class StageProgress(Callback):
         now = time.monotonic()
         # how long the first step took is not known; after an interruption it is not number 1
         began, first = self.began.setdefault(stage, (now, step))
-        how_fast = pace((now - began) / max(step - first, 1), steps - step)
+        each = (now - began) / max(step - first, 1)
+        how_fast = pace(each, steps - step)
+        if stage == "recall":  # the edit is of these frames, too
+            self.ahead *= steps / max(steps - step, 1)
+        elif stage == "invert" and each and self.ahead:
+            whole = timedelta(seconds=round(each * (steps - step + self.ahead * steps)))
+            how_fast += f", about {whole} with the edit"
         if self.bars is not None:
             if stage not in self.tasks:
                 self.tasks[stage] = self.bars.add_task(stage, total=steps, pace="")
@@ -119,6 +129,15 @@ class StageProgress(Callback):
         elif step == steps or now - self.said >= self.interval:
             self.said = now
             say(f"{stage}: {step}/{steps}", how_fast)
+
+
+def edit_to_inversion(settings: Settings) -> float:
+    """The edit's passes of the UNet over the inversion's, for each frame.
+
+    Three branches at every step, of the frame and of its part of the keyframes.
+    """
+    keyframes = 1 / settings.keyframe_every if settings.consistency == "tokenflow" else 0.0
+    return 3 * (1 + keyframes) * settings.steps / (settings.inversion_steps or settings.steps)
 
 
 def pace(each: float, left: int) -> str:
