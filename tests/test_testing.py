@@ -405,6 +405,15 @@ class NumbersOwn(PnP):
         return Start(torch.stack(noise), schedule.timesteps)
 
 
+class Uneven(PnP):
+    """Skips a step of frames that are not the clip's first."""
+
+    def start(self, trajectory: Trajectory, schedule: Schedule, seed: int) -> Start:
+        begin = super().start(trajectory, schedule, seed)
+        first = trajectory.positions.start
+        return dataclasses.replace(begin, timesteps=begin.timesteps[min(first, 1) :])
+
+
 class ByPlaceInPass(PnP):
     """Takes a frame's place in the pass for its place in the clip."""
 
@@ -576,13 +585,15 @@ WRONG_EDITORS: list[tuple[Editor, str, str]] = [
     (
         SecretlyConditions(),
         "source_condition_stated",
-        "got down_block.*, mid_block.* at t",
+        r"a difference of \d.* at timestep 501",
     ),
     (Numbers(), "content_of_frames", r"to return text, got \[0, 1, 2, 3, 0, 1, 2, 3\]; return a"),
     (CountsContent(), "content_of_frames", "the same content of a frame at every time"),
     (NumbersOwn(), "two_ranks_agree", r"as on one, got a difference of \d.*; go by positions"),
     (ShowsFirst(), "two_ranks_agree", "the same edit on two ranks as on one"),
     (OnlySampling(), "two_ranks_agree", "got ValueError"),
+    (Uneven(), "two_ranks_agree", "as many steps, got one that ends before another; choose"),
+    (Uneven(), "start_per_frame", r"others where it has frames \[1, 2, 3\] alone; choose them"),
     (ByPlaceInPass(), "frames_independent_of_the_pass", "go by the pass's `frames`"),
     (MeanFeatures(), "frames_independent_of_the_pass", "depends on the batch"),
     (UnknownArgument(), "frames_independent_of_the_pass", r"got \['encoder_hidden_states'\]"),
@@ -613,6 +624,26 @@ def test_a_wrong_editor_fails_its_check(editor: Editor, check: str, message: str
 def test_every_editor_check_can_fail() -> None:
     names = {check.__name__ for check in editor_checks(PnP())}
     assert names == {check for _, check, _ in WRONG_EDITORS}
+
+
+class Forked(PnP):
+    """Draws by torch's own random state, and puts that back."""
+
+    interface = 1
+
+    def start(self, trajectory: Trajectory, schedule: Schedule, seed: int) -> Start:
+        noise = []
+        for position in trajectory.positions:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed + position)
+                noise.append(torch.randn(trajectory.clean.shape[1:]))
+        return Start(torch.stack(noise), schedule.timesteps)
+
+
+def test_ranks_do_not_see_each_others_random_state() -> None:
+    (check,) = [one for one in editor_checks(Forked()) if one.__name__ == "two_ranks_agree"]
+    for _ in range(5):
+        check()
 
 
 def test_a_refusal_of_the_plugin_is_a_failure_that_quotes_it() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
+import itertools
 import sys
 from collections.abc import Callable
 from threading import Event, Thread
 from time import monotonic
+from typing import ClassVar
 
 from torch.distributed import get_rank, get_world_size
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
@@ -15,14 +16,14 @@ BEAT = 1.0
 """Seconds between a process's signs of life."""
 LOST = 30.0
 """Seconds without one after which a process counts as lost; a busy one may be late."""
-STOP = "stop"
+DONE, STOP = "done", "stop"
 
 
 class Channel:
     """A request to stop reaches all processes of a job, and so does the loss of one.
 
     Every process gives signs of life to the job's store, and looks there for those of the next one
-    and for requests; in a thread of its own, until the process ends.
+    and for requests; in a thread of its own, until the channel is closed.
 
     Args:
         store: Where all processes meet.
@@ -31,13 +32,15 @@ class Channel:
         asked: Whether this process was asked to stop.
     """
 
+    numbers: ClassVar = itertools.count()
+
     def __init__(self, store: Store, rank: int, ranks: int, asked: Callable[[], bool]) -> None:
-        self.store = PrefixStore("tokenflow", store.clone())  # not held up by others' waiting
+        # a request of the run before is not this one's; and others' waiting does not hold it up
+        self.store = PrefixStore(f"tokenflow/{next(self.numbers)}", store.clone())
         self.rank, self.next, self.own = rank, (rank + 1) % ranks, asked
-        self.over, self.stop = Event(), False
+        self.over, self.stop, self.heard = Event(), False, monotonic()
         self.thread = Thread(target=self.listen, daemon=True)
         self.thread.start()
-        atexit.register(self.close)
 
     @classmethod
     def of_job(cls, asked: Callable[[], bool]) -> Channel:
@@ -46,29 +49,33 @@ class Channel:
 
     def asked(self) -> bool:
         """Whether this process or another was asked to stop, or one is lost."""
-        return self.stop or self.own()
+        cut_off = not self.over.is_set() and monotonic() - self.heard > LOST
+        return self.stop or cut_off or self.own()
 
-    def close(self) -> None:
-        """Gives a last sign of life, with which goes a request to this process."""
+    def close(self, failed: bool = False) -> None:
+        """Tells the others that this process is done; or to stop, if it failed or was asked to."""
+        self.stop = self.stop or failed or self.own()
         self.over.set()
-        self.thread.join()
+        self.thread.join(2 * BEAT)  # longer only if the store does not answer
 
     def listen(self) -> None:
         """Tells and hears once in a `BEAT`, until the channel is closed."""
         other, last, since = f"{self.next}", b"", monotonic()
-        over, beats = False, 0
         try:
-            while not over:
-                over, beats = self.over.wait(BEAT), beats + 1
-                self.store.set(f"{self.rank}", f"{beats}")
+            for beat in itertools.count():
+                over = self.over.wait(BEAT)
+                self.store.set(f"{self.rank}", DONE if over else f"{beat}")
                 sign = self.store.get(other) if self.store.check([other]) else b""
                 if sign != last:
                     last, since = sign, monotonic()
-                lost = monotonic() - since > LOST
+                lost = sign != DONE.encode() and monotonic() - since > LOST
+                if self.stop or lost or self.own():
+                    self.store.set(STOP, "")
+                if over:
+                    return
+                self.heard = monotonic()
                 if lost and not self.stop:
                     print(f"rank {other} is lost; all stop where they can go on", file=sys.stderr)
-                if lost or self.own():
-                    self.store.set(STOP, "")
                 self.stop = self.stop or self.store.check([STOP])
         except RuntimeError:  # the first process holds the store, and has ended
             self.stop = True

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import mkdtemp
 
 from filelock import FileLock, Timeout
 
@@ -20,8 +21,8 @@ METRICS = "metrics.json"
 FEATURES = "features.json"
 FILES = (EDITED, COMPARE, SHEET, METRICS, FEATURES, REPORT, RECORD)
 LOCK = ".lock"
-UNFINISHED = ".unfinished"
-"""The folder in a run's own where its files lie until all are there."""
+UNFINISHED = ".unfinished-"
+"""How the folder in a run's own begins where its files lie until all are there."""
 
 
 def finished(folder: Path) -> bool:
@@ -33,11 +34,10 @@ def finished(folder: Path) -> bool:
 def staged(folder: Path) -> Iterator[Path]:
     """Gives a place for a run's files, which take those of the run before when the block ends well.
 
-    If it raises, or the process is killed, the folder holds what it held.
+    If it raises, or the process is killed in it, the folder holds what it held.
     """
-    place = folder / UNFINISHED
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    place = Path(mkdtemp(prefix=UNFINISHED, dir=folder))
     try:
         yield place
         (folder / RECORD).unlink(missing_ok=True)  # the run before is whole no more
@@ -66,7 +66,8 @@ class FolderLock:
             self.lock.acquire()
         except Timeout:
             return False
-        shutil.rmtree(self.folder / UNFINISHED, ignore_errors=True)
+        for place in self.folder.glob(f"{UNFINISHED}*"):
+            shutil.rmtree(place, ignore_errors=True)
         for name in (*FILES, FAILED):
             remove_leftovers(self.folder / name)
         return True

@@ -212,7 +212,7 @@ class FrameGroup:
             arrival.wait()
             return self.tell(own)
         except RuntimeError as error:
-            sleep(PULSE)  # the other's request to stop may be this rank's, too
+            sleep(2 * PULSE)  # the other's request to stop may be this rank's, too
             if self.asked():
                 raise Preempted from error
             raise InputError(

@@ -14,6 +14,7 @@ from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessS
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from tokenflow.engine.module import TokenFlow
 from tokenflow.errors import Preempted
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -60,10 +61,12 @@ class StopSignals(Callback):
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         self.restore()
 
-    def on_exception(
-        self, trainer: Trainer, module: LightningModule, exception: BaseException
+    def on_exception(  # type: ignore[override]
+        self, trainer: Trainer, module: TokenFlow, exception: BaseException
     ) -> None:
         self.restore()
+        if module.channel is not None:
+            module.channel.close(failed=True)
         if not isinstance(exception, Preempted):
             return
         if self.child:

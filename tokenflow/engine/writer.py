@@ -54,7 +54,7 @@ PACKAGES = ("tokenflow", "torch", "lightning", "diffusers", "transformers", "av"
 
 
 class RunWriter(BasePredictionWriter):
-    """Writes `edited.mp4`, `compare.mp4`, `contact_sheet.png`, `report.html`, last `run.yaml`.
+    """Writes `edited.mp4`, `compare.mp4`, `contact_sheet.png`, `report.html` and `run.yaml`.
 
     Args:
         folder: The run's files go to a folder of the clip's name in this one.

@@ -143,7 +143,7 @@ def read_run(folder: str | Path) -> Run:
     """
     folder = Path(folder)
     if not finished(folder):
-        inside = sorted(file.parent.name for file in folder.glob(f"*/{RECORD}"))
+        inside = sorted(file.parent.name for file in folder.glob(f"[!.]*/{RECORD}"))
         hint = f"; it holds runs in {', '.join(inside)}" if inside else ""
         raise InputError(f"{folder}: expected a finished run's folder, with a {RECORD}{hint}")
     try:

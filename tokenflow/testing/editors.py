@@ -75,12 +75,19 @@ def timesteps_of_the_schedule(editor: Editor, backbone: Backbone | None) -> None
 
 def start_per_frame(editor: Editor, backbone: Backbone | None) -> None:
     stage = Stage.of(editor, backbone)
-    whole = started(stage).latents
+    begin = started(stage)
     for part in PARTS:
-        own = slice(part.start, part.stop)
-        alone = editor.start(stage.part(part).trajectory, stage.schedule, 0).latents
+        whole = begin.latents[part.start : part.stop]
+        other = editor.start(stage.part(part).trajectory, stage.schedule, 0)
         require(
-            alone.shape == whole[own].shape and torch.allclose(alone, whole[own], atol=ROUNDING),
+            tuple(other.timesteps) == tuple(begin.timesteps),
+            "the same timesteps, whichever frames a rank has",
+            f"others where it has frames {list(part)} alone",
+            "choose them by the schedule and the options alone",
+        )  # fmt: skip
+        alone = other.latents
+        require(
+            alone.shape == whole.shape and torch.allclose(alone, whole, atol=ROUNDING),
             "the same first latents of a frame, whichever others a rank has",
             f"others where it has frames {list(part)} alone",
             "treat every frame on its own, and draw noise by trajectory.positions, which says "
@@ -157,10 +164,12 @@ def source_condition_stated(editor: Editor, backbone: Backbone | None) -> None:
     if editor.conditions_source:
         return
     for t in stage.schedule.timesteps:
-        extra = editor.conditioning(stage.source_pass(t))
+        plain = stage.run(stage.source_pass(t), conditioned=False)[0]
+        difference = float((stage.source_noise(t) - plain).abs().max())
         require(
-            not extra, "no conditioning of inversion's pass where conditions_source is False",
-            f"{', '.join(sorted(extra))} at timestep {t}",
+            difference <= ROUNDING,
+            "no influence on inversion's pass where conditions_source is False",
+            f"a difference of {difference:.4g} at timestep {t}",
             "return {} where forward.branches is ('source',), or let conditions_source be True: "
             "else another editor's inversion would be taken from the cache",
         )  # fmt: skip

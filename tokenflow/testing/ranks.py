@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier, BrokenBarrierError
+from threading import Barrier, BrokenBarrierError, Lock
 from typing import Any, TypeVar
 
 import torch
@@ -12,23 +12,37 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from tokenflow.engine.frame_group import FrameGroup
+from tokenflow.testing.checks import require
 
 T = TypeVar("T")
+DONE = object()
 
 
 class Meeting:
-    """Where so many threads show each other what they have."""
+    """Where so many threads show each other what they have; between, one runs at a time.
+
+    So none sees the random state, or what else is the process's own, as another has set it.
+    """
 
     def __init__(self, size: int) -> None:
-        self.barrier = Barrier(size)
+        self.barrier, self.turn = Barrier(size), Lock()
         self.shown: list[Any] = [None] * size
 
     def show(self, rank: int, own: T) -> list[T]:
-        """What every thread shows, in the order of ranks."""
+        """What every thread shows, in the order of ranks; the last is `DONE`."""
         self.shown[rank] = own
-        self.barrier.wait()
-        every = list(self.shown)
-        self.barrier.wait()
+        self.turn.release()
+        try:
+            self.barrier.wait()
+            every = list(self.shown)
+            self.barrier.wait()
+        finally:
+            self.turn.acquire()
+        require(
+            len({one is DONE for one in every}) == 1, "all ranks to take as many steps",
+            "one that ends before another",
+            "choose timesteps by the schedule and the options alone, not by the rank's frames",
+        )  # fmt: skip
         return every
 
 
@@ -63,8 +77,10 @@ def on_ranks(size: int, function: Callable[[FrameGroup], T]) -> list[T]:
 
     def run(rank: int) -> T:
         try:
-            with torch.no_grad():
-                return function(Threads(rank, size, meeting))
+            with meeting.turn, torch.no_grad():
+                result = function(Threads(rank, size, meeting))
+                meeting.show(rank, DONE)
+                return result
         except BaseException:
             meeting.barrier.abort()  # the others must not wait for this one
             raise
