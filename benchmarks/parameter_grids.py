@@ -3,12 +3,13 @@
     python benchmarks/parameter_grids.py
 
 Each row has frames of the clip and, last, the middle pixel row of all frames, from the first at the
-top to the last; it prints each row's warp error by the scene's true flow.
+top to the last; it prints each row's warp error by the scene's true flow. Some are made by
+--grids '[controlnet, propagation]'.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,15 +18,17 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from tokenflow.diffusion import Backbone, invert
-from tokenflow.editors import Editor, PnP, SDEdit
+from tokenflow.editors import ControlNet, Editor, PnP, SDEdit
 from tokenflow.engine import Settings, edit_latents
 from tokenflow.metrics import warp_error
 from tokenflow.miniature.edits import EDITOR, suite
-from tokenflow.propagation import NNField
+from tokenflow.propagation import ClipFlow, FlowWeighted, NNField, Propagation
 from tokenflow.video import atomic, contact_sheet, levels
 
+Frames = Float[Tensor, "frames 3 h w"]
 CELL, LABEL, COLORS = 96, 150, 96  # pixels, pixels, and of the palette without the labels
 BASE = Settings(guidance=3.0, keyframe_every=4)
+AMPLIFIED = 4
 
 
 @dataclass(frozen=True)
@@ -35,14 +38,19 @@ class Row:
     label: str
     editor: Editor = EDITOR
     settings: Settings = BASE
+    kernel: Propagation = field(default_factory=NNField)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Edits of the scene with this number in the miniature's suite."""
+    """Edits of the scene with this number in the miniature's suite.
+
+    With `differences` how all but the first differ from that one is shown too, amplified.
+    """
 
     scene: int
     rows: tuple[Row, ...]
+    differences: bool = False
 
 
 def with_pnp(features: float, attention: float) -> Row:
@@ -68,6 +76,23 @@ GRIDS = {
                 for x in (2, 4, 8)
             ),
         ),
+    ),
+    "controlnet": Grid(
+        1,
+        tuple(
+            Row(f"scale {x}", ControlNet(scale=x, noise="independent"))
+            for x in (0, 0.25, 0.5, 1, 2)
+        ),
+    ),
+    "propagation": Grid(
+        0,
+        (
+            Row("NNField"),
+            Row("FlowWeighted", kernel=FlowWeighted()),
+            Row("neighbours\nprevious", settings=replace(BASE, neighbours="previous")),
+            Row("blend\nlinear", settings=replace(BASE, blend="linear")),
+        ),
+        differences=True,
     ),
 }
 
@@ -96,18 +121,32 @@ def main(
         trajectory = invert(backbone, latents, source, schedule, steps)
         shown = [("source", edit.clip.frames)]
         for row in GRIDS[name].rows:
+            row.editor.prepare(backbone, edit.clip)
+            provider = row.kernel.flow
             edited = edit_latents(
-                backbone, trajectory, schedule, row.editor, NNField(), target,
+                backbone, trajectory, schedule, row.editor, row.kernel, target,
                 inversion_prompt=source, settings=replace(row.settings, steps=steps),
+                flow=provider and ClipFlow(edit.clip, provider, backbone.latent_scale),
             )  # fmt: skip
             shown.append((row.label, backbone.decode(edited).cpu()))
             error = 1e3 * warp_error(shown[-1][1], *edit.motion)
             print(f"  {' '.join(row.label.split())}: warp error {error:.2f}e-3", flush=True)
+        if GRIDS[name].differences:
+            shown += differences(shown[1:])
         with atomic(folder / f"parameters-{name}.png") as file:
             labelled(shown).quantize().save(file, optimize=True)
 
 
-def labelled(rows: list[tuple[str, Float[Tensor, "frames 3 h w"]]]) -> Image.Image:
+def differences(edits: list[tuple[str, Frames]]) -> list[tuple[str, Frames]]:
+    """How far each edit after the first is from that one, amplified, with a label."""
+    (_, first), *others = edits
+    return [
+        (f"{' '.join(label.split())}\ndifference x {AMPLIFIED}", AMPLIFIED * (frames - first).abs())
+        for label, frames in others
+    ]
+
+
+def labelled(rows: list[tuple[str, Frames]]) -> Image.Image:
     """Rows of four frames and the slice through time, with their labels at the left."""
     sheet = contact_sheet([with_slice(frames) for _, frames in rows], size=(CELL, CELL))
     pictures = Image.fromarray(levels(sheet).movedim(0, -1).numpy()).quantize(COLORS)
@@ -120,7 +159,7 @@ def labelled(rows: list[tuple[str, Float[Tensor, "frames 3 h w"]]]) -> Image.Ima
     return page
 
 
-def with_slice(frames: Float[Tensor, "frames 3 h w"]) -> Float[Tensor, "5 3 h w"]:
+def with_slice(frames: Frames) -> Float[Tensor, "5 3 h w"]:
     """Four of the frames, and the middle pixel row of all of them over time."""
     height = frames.shape[-2]
     moments = torch.arange(height) * len(frames) // height  # each frame's row, many times

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import csv
+import itertools
+import json
+import os
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jsonargparse import ArgumentError, ArgumentParser
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
@@ -19,6 +25,7 @@ from tokenflow.diffusion import Backbone
 from tokenflow.engine.finished_run import FinishedRun
 from tokenflow.engine.job import ClipSource
 from tokenflow.engine.measuring import Sources, Values, measure_run, read_mask, round_trip
+from tokenflow.engine.progress import pace, say
 from tokenflow.errors import InputError
 from tokenflow.imports import restrict
 from tokenflow.metrics import Measures
@@ -29,8 +36,8 @@ tokenflow evaluate RUN... [OPTIONS]
        tokenflow evaluate --source a.mp4 --edited b.mp4 [OPTIONS]"""
 DESCRIPTION = """\
 Measures runs of tokenflow predict, each against its own source, and writes metrics.json into their
-folders; or any video against the one that it was made from. What each metric means, and what it is
-blind to, is in docs/metrics.md."""
+folders; or any video against the one that it was made from, and writes --json. What each metric
+means, and what it is blind to, is in docs/metrics.md."""
 
 
 class Column(NamedTuple):
@@ -85,6 +92,11 @@ def parser() -> ArgumentParser:
         "too, which is the best that an edit with it can do.",
     )
     words.add_argument("--csv", type=str | None, help="A file for the table, in full.")
+    words.add_argument(
+        "--json",
+        type=str | None,
+        help="Of --source and --edited, a file for what metrics.json holds of a run.",
+    )
     words.add_class_arguments(Measures, None)
     return words
 
@@ -101,10 +113,11 @@ def run(words: list[str]) -> None:
         given = vars(parser().instantiate(options))
     except ArgumentError as error:
         raise InputError(f"{error}\nsee tokenflow evaluate --help") from error
-    runs, source, edited, prompt, source_prompt, mask, model, table = (
+    runs, source, edited, prompt, source_prompt, mask, model, table, record = (
         given.pop(name)
         for name in (
-            "runs", "source", "edited", "prompt", "source_prompt", "mask", "round_trip", "csv"
+            "runs", "source", "edited", "prompt", "source_prompt", "mask", "round_trip", "csv",
+            "json",
         )
     )  # fmt: skip
     pair = [source, edited]
@@ -112,6 +125,8 @@ def run(words: list[str]) -> None:
         raise InputError(
             "expected folders of runs, or --source and --edited; see tokenflow evaluate --help"
         )
+    if runs and record is not None:
+        raise InputError("--json is for --source and --edited; a run has its own metrics.json")
     disable_progress_bar()
     finished = [FinishedRun.read(Path(folder)) for folder in runs]
     measures = Measures(**given)
@@ -120,11 +135,16 @@ def run(words: list[str]) -> None:
     if finished:
         rows, failed = of_runs(finished, Sources(measures, backbone, mask))
     else:
-        rows = of_pair(source, edited, measures, backbone, (prompt, source_prompt), mask)
+        found = of_pair(source, edited, measures, backbone, (prompt, source_prompt), mask)
+        floor = found["round_trip"]
+        rows = {} if floor is None else {f"VAE round trip of {source}": floor}
+        rows[edited] = found["metrics"]
     if rows:
         show(rows)
+    if record is not None:
+        write_json(record, found)
     if rows and table is not None:
-        write_csv(Path(table), rows)
+        write_csv(table, rows)
     if failed:
         raise InputError("\n".join(failed))
 
@@ -133,20 +153,21 @@ def of_runs(runs: Sequence[FinishedRun], sources: Sources) -> tuple[dict[str, Va
     """A row for each run, after its source's round trip if that is new; and why others failed."""
     rows: dict[str, Values] = {}
     failed: list[str] = []
-    silent = not sys.stderr.isatty() or len(runs) == 1
-    for one in track(runs, "measuring", console=Console(stderr=True), disable=silent):
-        try:
-            found = measure_run(one, sources)
-        except InputError as error:
-            failed.append(f"{one.folder} is not measured: {error}")
-            continue
-        name, floor = f"VAE round trip of {one.source.path}", found["round_trip"]
-        # one source has several where its frames, their size or the prompt are others
-        if floor is not None and rows.setdefault(name, floor) != floor:
-            rows[f"{name}, as in {one.folder}"] = floor
-        way = one.record.get("consistency", "tokenflow")
-        also = {"none": " (per frame)", "joint": " (joint)"}.get(way, "")
-        rows[f"{one.folder}{also}"] = found["metrics"]
+    with telling(len(runs)) as tell:
+        for one in runs:
+            tell(str(one.folder))
+            try:
+                found = measure_run(one, sources)
+            except InputError as error:
+                failed.append(f"{one.folder} is not measured: {error}")
+                continue
+            name, floor = f"VAE round trip of {one.source.path}", found["round_trip"]
+            # one source has several where its frames, their size or the prompt are others
+            if floor is not None and rows.setdefault(name, floor) != floor:
+                rows[f"{name}, as in {one.folder}"] = floor
+            way = one.record.get("consistency", "tokenflow")
+            also = {"none": " (per frame)", "joint": " (joint)"}.get(way, "")
+            rows[f"{one.folder}{also}"] = found["metrics"]
     return rows, failed
 
 
@@ -157,19 +178,56 @@ def of_pair(
     backbone: Backbone | None,
     prompts: tuple[str, str],
     mask: str | None,
-) -> dict[str, Values]:
-    """A row for an edit, after one for its source's round trip."""
+) -> dict[str, Any]:
+    """An edit measured, in the form of `metrics.json`."""
     old, new = (read_clip(path, in_memory=False) for path in (source, edited))
     hidden = None if mask is None else read_mask(mask)
-    motions = measures.motions(old)
+    motions, floor = measures.motions(old), None
     measures.check(new, old, hidden)
-    rows: dict[str, Values] = {}
-    if backbone is not None:
-        back = round_trip(backbone, ClipSource(Path(source)), like=old)
-        floor = measures.of(back, motions, prompts[1], prompts[1], hidden)
-        rows[f"VAE round trip of {source}"] = floor
-    rows[edited] = measures.of(new, motions, *prompts, hidden)
-    return rows
+    with telling(1) as tell:
+        tell(edited)
+        if backbone is not None:
+            back = round_trip(backbone, ClipSource(Path(source)), like=old)
+            floor = measures.of(back, motions, prompts[1], prompts[1], hidden)
+        found = measures.of(new, motions, *prompts, hidden)
+    return {
+        "metrics": found,
+        "round_trip": floor,
+        "source": source,
+        "edited": edited,
+        "frames": len(new),
+        "size": list(new.frames.shape[-2:]),
+        "options": measures.described
+        | {"mask": mask, "prompt": prompts[0], "source_prompt": prompts[1]},
+        "tokenflow": version("tokenflow"),
+    }
+
+
+@contextmanager
+def telling(total: int) -> Iterator[Callable[[str], None]]:
+    """A function that tells on stderr which of so many videos is measured now, by its name.
+
+    It shows a bar on a terminal; elsewhere, and in a SLURM job, it prints a line.
+    """
+    on_terminal = sys.stderr.isatty() and "SLURM_JOB_ID" not in os.environ
+    began, numbers = time.monotonic(), itertools.count()
+    columns = (
+        TextColumn("measuring {task.fields[name]}", markup=False), BarColumn(),
+        MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[pace]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), disable=not on_terminal) as bars:
+        task = bars.add_task("", total=total, name="", pace="")
+
+        def tell(name: str) -> None:
+            done = next(numbers)
+            each = (time.monotonic() - began) / done if done else 0.0
+            how_fast = pace(each, total - done)
+            bars.update(task, completed=done, name=name, pace=how_fast)
+            if not on_terminal:
+                say(f"measuring {done + 1}/{total}", name, how_fast)
+
+        yield tell
+        bars.update(task, completed=total, pace="")
 
 
 def column(name: str) -> Column | None:
@@ -204,12 +262,25 @@ def every_name(rows: Mapping[str, Values]) -> list[str]:
     return list(dict.fromkeys(name for values in rows.values() for name in values))
 
 
-def write_csv(file: Path, rows: Mapping[str, Values]) -> None:
+def write_csv(file: str, rows: Mapping[str, Values]) -> None:
     """A line for each row, with every metric as it is in `metrics.json`."""
+    with writing(file, "--csv") as temporary, temporary.open("w", newline="") as opened:
+        writer: Any = csv.DictWriter(opened, ["video", *every_name(rows)])
+        writer.writeheader()
+        writer.writerows({"video": video, **values} for video, values in rows.items())
+
+
+def write_json(file: str, found: Mapping[str, Any]) -> None:
+    """What was measured, laid out as `metrics.json` is."""
+    with writing(file, "--json") as temporary:
+        temporary.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")
+
+
+@contextmanager
+def writing(file: str, option: str) -> Iterator[Path]:
+    """A temporary path that becomes an option's file; `InputError` if it cannot be written."""
     try:
-        with atomic(file) as temporary, temporary.open("w", newline="") as opened:
-            writer: Any = csv.DictWriter(opened, ["video", *every_name(rows)])
-            writer.writeheader()
-            writer.writerows({"video": video, **values} for video, values in rows.items())
+        with atomic(file) as temporary:
+            yield temporary
     except OSError as error:
-        raise InputError(f"{file} cannot be written: {error}; choose another --csv") from error
+        raise InputError(f"{file} cannot be written: {error}; choose another {option}") from error

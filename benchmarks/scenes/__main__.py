@@ -24,7 +24,7 @@ from benchmarks.scenes.rows import (
     Plan,
     Workbench,
 )
-from benchmarks.scenes.sheet import write_sheet
+from benchmarks.scenes.sheet import write_rows, write_sheet
 from benchmarks.scenes.suite import Case, cases
 from benchmarks.scenes.tables import complete, page_of, tables
 from tokenflow.diffusion import Backbone
@@ -59,11 +59,9 @@ def main(
         choices: Compare settings of TokenFlow instead, on one clip of each motion if none is given.
         quick: Two clips of 8 frames, 4 rows and 4 steps instead, to see that it works.
         page: A Markdown page that gets the tables, between its two marks for them.
-        sheet: Only write a picture of the suite's clips and their true edits to this PNG.
+        sheet: Only write a picture to this PNG: of the suite's clips and their true edits, or, if
+            clips are given, of what the rows made of these, from the folder's pictures.
     """
-    if sheet is not None:
-        write_sheet(sheet, cases())
-        return
     known = dict.fromkeys((*ROWS, *CHOSEN_AMONG))
     if unknown := [row for row in rows if row not in known]:
         raise InputError(f"expected rows from {', '.join(known)}, got {', '.join(unknown)}")
@@ -74,6 +72,12 @@ def main(
     elif choices:
         rows, clips = CHOSEN_AMONG, clips or SOME
     chosen = [cases()[i] for i in clips] if clips else cases()
+    if sheet is not None:
+        if clips:
+            write_rows(sheet, chosen, rows, folder, plan.frames)
+        else:
+            write_sheet(sheet, chosen)
+        return
     results, console = Results(folder / "results.jsonl", commit()), Console(width=160)
     measure(results, chosen, rows, plan, folder, console)
     seeds = {case.seed for case in chosen}

@@ -9,8 +9,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks.scenes import __main__ as command
 from benchmarks.scenes.measure import Truth
@@ -24,8 +26,10 @@ from benchmarks.scenes.rows import (
     Plan,
     Workbench,
 )
+from benchmarks.scenes.sheet import BETWEEN, LABEL
 from benchmarks.scenes.suite import EDITS, MOTIONS, cases
 from tokenflow.diffusion import Backbone
+from tokenflow.errors import InputError
 from tokenflow.miniature.judge import Judge
 
 METRICS = ("warp_error_1", "edited", "kept", "psnr_inside", "psnr", "seconds")
@@ -163,3 +167,19 @@ def test_the_page_gets_tables_with_commit_and_seeds(run: Path) -> None:
     assert f"Commit {first['commit']}; seeds {cases()[0].seed}, {cases()[22].seed}" in page
     for row in command.QUICK_ROWS:
         assert page.count(f"| {row} |") == 3
+
+
+def test_what_rows_made_of_a_clip_is_seen_below_its_source(run: Path, tmp_path: Path) -> None:
+    command.main(run, command.QUICK, command.QUICK_ROWS, clips=(0,), sheet=tmp_path / "rows.png")
+    sheet = np.asarray(Image.open(tmp_path / "rows.png").convert("RGB")) / 255
+    strips = np.split(sheet[:, LABEL:], np.arange(1, 5) * (len(sheet) + BETWEEN) // 5)
+    height = len(strips[-1])
+    source, truth, floor, *_ = (strip[:height] for strip in strips)
+    # the round trip is near the truth, from which the source's ring has another colour
+    assert np.square(floor - truth).mean() < 0.2 * np.square(source - truth).mean()
+    assert (sheet[:, :LABEL] < 0.5).any()  # names
+
+
+def test_rows_without_pictures_are_told(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"SDEdit\.png; edit this clip first"):
+        command.main(run, rows=("SDEdit",), clips=(0,), sheet=tmp_path / "rows.png")
