@@ -12,7 +12,8 @@ from PIL import Image
 
 from tests.report.making import bar
 from tokenflow.report import pictures
-from tokenflow.report.pictures import Curve, Plot, Space, change, distance, slice_rows, slices
+from tokenflow.report.pictures import Curve, Plot, Space, distance, slice_rows, slices, warp_errors
+from tokenflow.video import resized
 
 
 def test_a_slice_is_one_row_over_time() -> None:
@@ -37,18 +38,36 @@ def test_rows_are_spread_over_the_height() -> None:
     assert (len(rows), rows[0], rows[-1]) == (24, 10, 470)
 
 
-def test_curves_are_mean_absolute_differences() -> None:
+def test_distances_are_mean_absolute_differences() -> None:
     frames = torch.zeros(3, 3, 2, 2)
-    frames[1] += 0.2
-    assert change(frames) == [None, pytest.approx(51), pytest.approx(51)]
     assert distance(frames, frames + 0.1) == pytest.approx([25.5] * 3)
+
+
+@pytest.mark.parametrize("size", [(48, 64), (480, 640)])
+def test_warp_errors_are_of_what_changes_without_moving(size: tuple[int, int]) -> None:
+    height, width = size
+    step = width // 64
+    spots = torch.rand(3, 9, 14, generator=torch.Generator().manual_seed(0))
+    wide = resized(spots, (height, width + 5 * step))
+    source = torch.stack([wide[..., step * i : step * i + width] for i in range(6)])
+    edited = source / 2
+    edited[3] += 0.1
+    of_source, of_edit = warp_errors(source, edited)
+    assert of_source == [None, *[pytest.approx(0, abs=0.05)] * 5]  # though it moves
+    assert of_edit == [None, *[pytest.approx(x, abs=0.05) for x in (0, 0, 10, 10, 0)]]
+
+
+def test_where_no_pixel_is_seen_in_both_frames_there_is_no_error() -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(2, 3, 8, 16, generator=generator)  # smaller than DIS takes, too
+    assert len(warp_errors(noise, noise)[0]) == 2
 
 
 @pytest.mark.parametrize(
     ("largest", "top"), [(0.0, 0.1), (0.07, 0.1), (1.0, 1), (1.1, 2), (4.9, 5), (77.0, 100)]
 )
 def test_the_upper_edge_of_a_plot_is_round(largest: float, top: float) -> None:
-    assert Plot("", "", [Curve("", "", [None, largest])]).top == pytest.approx(top)
+    assert Plot("", "", "", [Curve("", "", [None, largest])]).top == pytest.approx(top)
 
 
 def test_points_of_a_curve() -> None:

@@ -24,15 +24,17 @@ from tokenflow.report.pictures import (
     Curve,
     Plot,
     Space,
-    change,
     distance,
     picture,
     slice_rows,
     slices,
+    warp_errors,
 )
 from tokenflow.report.run import Run
 from tokenflow.video import atomic, contact_sheet
 
+SQUARED = "mean of squared difference × 1000, along the source's flow"
+ABSOLUTE = "mean of |difference|, of 255 levels"
 MAIN = (
     "editor", "propagation", "consistency", "backbone", "steps", "inversion_steps", "guidance",
     "keyframe_every", "keyframes", "neighbours", "blend", "seed", "negative_prompt", "dtype",
@@ -55,10 +57,8 @@ def write_report(run: Run, output: Path | None = None, features: Features | None
         features = Features.load(kept)
     rows, space = slice_rows(source.frames.shape[2]), Space(SPACE)
     video = space.file(run.place / EDITED, sound=run.sound)
-    steps = [
-        Curve("source", "source", change(source.frames)),
-        Curve("edit", "edit", change(edited.frames)),
-    ]
+    errors = zip(("source", "edit"), warp_errors(source.frames, edited.frames), strict=True)
+    along = [Curve(name, name, values) for name, values in errors]
     apart = [Curve("edit − source", "edit", distance(source.frames, edited.frames))]
     return write_page(
         "run.html",
@@ -78,8 +78,8 @@ def write_report(run: Run, output: Path | None = None, features: Features | None
         times=[float(time) for time in source.times],
         sheet=picture(contact_sheet([source.frames, edited.frames])),
         plots=[
-            Plot("From frame to frame", "motion, and flicker on top of it", steps),
-            Plot("From source to edit", "how much of each frame is new", apart),
+            Plot("Warp error", "what changes without moving", SQUARED, along),
+            Plot("From source to edit", "how much of each frame is new", ABSOLUTE, apart),
         ],
         features=features,
         main=[(name, run.settings[name]) for name in MAIN if name in run.settings],

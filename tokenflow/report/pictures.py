@@ -10,11 +10,14 @@ from itertools import islice, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 from einops import rearrange
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from tokenflow.metrics import visible, warp_error
+from tokenflow.propagation import DIS
 from tokenflow.video import Clip, Frames, levels, resized, write_video
 
 SPACE = 14_000_000
@@ -22,6 +25,7 @@ SPACE = 14_000_000
 SOURCE_CRF = 23
 LOSSLESS = 500_000  # pixels; larger pictures may lose a little
 WIDEST = 2000  # pixels of a picture; of a slice a third
+ALONG = 256  # pixels of the frames between which flow is found
 ROWS, TALLEST = 24, 500  # of the slices over time, and frames in each
 
 
@@ -99,9 +103,33 @@ def slices(
     return resized(stacked, (stacked.shape[1], min(stacked.shape[2], WIDEST // 3)))
 
 
-def change(frames: Float[Tensor, "frames 3 height width"] | Frames) -> list[float | None]:
-    """Mean absolute difference of each frame from the one before, in levels of 255."""
-    return [None, *(255 * float((b - a).abs().mean()) for a, b in pairwise(frames))]
+def warp_errors(
+    source: Float[Tensor, "frames 3 height width"] | Frames,
+    edited: Float[Tensor, "frames 3 height width"] | Frames,
+) -> tuple[list[float | None], list[float | None]]:
+    """Of source and edit, each frame's warp error from the one before, × 1000.
+
+    By the source's flow (DIS), where both frames show a pixel, at a size of `ALONG` at most.
+    """
+    flow = DIS()
+    errors: tuple[list[float | None], list[float | None]] = [None], [None]
+    both = zip(map(small, source), map(small, edited), strict=True)
+    for before, after in pairwise(both):
+        pairs = [torch.stack(pair) for pair in zip(before, after, strict=True)]
+        clip = Clip.from_frames(pairs[0])
+        there, back = flow.between(clip, 0, 1), flow.between(clip, 1, 0)
+        seen = visible(there, back)
+        for known, pair in zip(errors, pairs, strict=True):
+            error = 1000 * warp_error(pair, there[None], seen[None]) if seen.any() else None
+            known.append(error)
+    return errors
+
+
+def small(frame: Float[Tensor, "3 height width"]) -> Float[Tensor, "3 smaller narrower"]:
+    """A frame of at most `ALONG` pixels at its longer side, and no less than DIS needs."""
+    height, width = frame.shape[1:]
+    scale = max(min(1.0, ALONG / max(height, width)), 12 / min(height, width))
+    return resized(frame, (round(scale * height), round(scale * width)))
 
 
 def distance(
@@ -136,6 +164,7 @@ class Plot:
 
     title: str
     about: str
+    unit: str
     curves: list[Curve]
 
     @property
