@@ -95,7 +95,7 @@ def test_a_clip_that_cannot_be_written_does_not_stop_the_rest(
     (runs / "third").write_text("a file, where a folder is to be")
 
     def failing(path: Path, *args: Any, **options: Any) -> None:
-        if path.parent.name == "one":
+        if "one" in path.parts:
             raise ValueError("no such pixel format")
         write_video(path, *args, **options)
 

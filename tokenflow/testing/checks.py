@@ -100,7 +100,7 @@ def interface_stated(plugin: Any) -> None:
 
 
 def configuration_round_trip(plugin: Any) -> None:
-    """Dumped to YAML as predict's configuration holds it, and loaded again: the same plugin.
+    """Dumped to YAML, as `init_args` of predict's configuration, and loaded again: the same.
 
     Arguments of plain type that the plugin keeps under their own names are taken with the values
     that it has, the others with their defaults.
@@ -126,22 +126,15 @@ def configuration_round_trip(plugin: Any) -> None:
             "a default, or the argument kept under its name", f"neither for {name}",
             f"give it a default, or set self.{name}, so that the kit can make another",
         )  # fmt: skip
-    place = f"{kind.__module__}.{kind.__qualname__}"
-    require(
-        "<locals>" not in place, "a class that can be imported", place,
-        "write it in a module: configurations name it by its path",
-    )  # fmt: skip
-    (base,) = (base for base in GROUPS.values() if isinstance(plugin, base))
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--plugin", type=base)
-    first = parser.parse_object({"plugin": {"class_path": place, "init_args": values}})
+    parser.add_class_arguments(kind)
+    first = parser.parse_object(values)
     again = parser.parse_string(parser.dump(first))
     require(
         again == first, f"the arguments {first}", again,
         "use argument types that YAML can hold: numbers, text, lists, and classes of such",
     )  # fmt: skip
-    made = type(parser.instantiate(again).plugin)
-    require(made is kind, f"a {place} from its configuration", made, "give it a path of its own")
+    kind(**vars(parser.instantiate(again)))
 
 
 def takes_anything(hint: Any) -> bool:
