@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +23,7 @@ from tokenflow.diffusion import Backbone
 from tokenflow.engine.finished_run import FinishedRun
 from tokenflow.engine.job import ClipSource
 from tokenflow.engine.measuring import Sources, Values, measure_run, read_mask, round_trip
-from tokenflow.engine.progress import pace, say
+from tokenflow.engine.progress import on_terminal, pace, say
 from tokenflow.errors import InputError
 from tokenflow.imports import restrict
 from tokenflow.metrics import Measures
@@ -209,13 +207,12 @@ def telling(total: int) -> Iterator[Callable[[str], None]]:
 
     It shows a bar on a terminal; elsewhere, and in a SLURM job, it prints a line.
     """
-    on_terminal = sys.stderr.isatty() and "SLURM_JOB_ID" not in os.environ
-    began, numbers = time.monotonic(), itertools.count()
+    bar, began, numbers = on_terminal(), time.monotonic(), itertools.count()
     columns = (
         TextColumn("measuring {task.fields[name]}", markup=False), BarColumn(),
         MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[pace]}"),
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), disable=not on_terminal) as bars:
+    with Progress(*columns, console=Console(stderr=True), disable=not bar) as bars:
         task = bars.add_task("", total=total, name="", pace="")
 
         def tell(name: str) -> None:
@@ -223,7 +220,7 @@ def telling(total: int) -> Iterator[Callable[[str], None]]:
             each = (time.monotonic() - began) / done if done else 0.0
             how_fast = pace(each, total - done)
             bars.update(task, completed=done, name=name, pace=how_fast)
-            if not on_terminal:
+            if not bar:
                 say(f"measuring {done + 1}/{total}", name, how_fast)
 
         yield tell

@@ -58,7 +58,7 @@ class StageProgress(Callback):
             return reason
 
         module.admit = admitted
-        if sys.stderr.isatty() and "SLURM_JOB_ID" not in os.environ:
+        if on_terminal():
             self.bars = Progress(
                 TextColumn("{task.description:>11}"),
                 BarColumn(),
@@ -138,6 +138,11 @@ def edit_to_inversion(settings: Settings) -> float:
     """
     keyframes = 1 / settings.keyframe_every if settings.consistency == "tokenflow" else 0.0
     return 3 * (1 + keyframes) * settings.steps / (settings.inversion_steps or settings.steps)
+
+
+def on_terminal() -> bool:
+    """Whether someone looks on: there is a terminal, and it is not that of a SLURM job."""
+    return sys.stderr.isatty() and "SLURM_JOB_ID" not in os.environ
 
 
 def pace(each: float, left: int) -> str:
