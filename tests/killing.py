@@ -129,10 +129,11 @@ class Slow(Callback):
 
 
 class Impatient(Callback):
-    """Has a process count as lost after 3 seconds, to save time."""
+    """Has a process count as lost after 5 seconds, and who needs it end after 2 more."""
 
     def __init__(self) -> None:
-        tokenflow.engine.channel.LOST = 3.0
+        tokenflow.engine.channel.LOST = 5
+        tokenflow.engine.channel.HOPELESS = 2
 
 
 class Noting(Callback):

@@ -1,4 +1,4 @@
-"""Two processes that are killed or asked to stop, and the same command once more."""
+"""Processes that are killed, hang or are asked to stop, and the same command once more."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from tests.engine.ranks import command, ended, launched
+from tests.engine.ranks import PATIENCE, command, ended, launched
 from tokenflow.testing import tiny_clip
 from tokenflow.video import Clip, read_clip, write_clip
 
@@ -34,14 +34,16 @@ def manifest(folder: Path) -> Path:
     return path
 
 
-def start(folder: Path, clips: Path, model: Path, *words: str) -> list[BaseProcess]:
+def start(
+    folder: Path, clips: Path, model: Path, *words: str, ranks: int = 2, output: Path | None = None
+) -> list[BaseProcess]:
     options = [
         "predict", f"--data.manifest={clips}", f"--model.backbone={model}",
         "--model.prompt=a ball", "--model.steps=6", "--model.save_every=2",
         "--model.keyframe_every=2", "--output.crf=0", f"--model.cache={folder / 'cache'}",
         f"--output.folder={folder / 'runs'}", "--allow_imports=tests",
     ]  # fmt: skip
-    return launched(2, [*options, *words])
+    return launched(ranks, [*options, *words], output)
 
 
 def frames(folder: Path) -> list[torch.Tensor]:
@@ -123,6 +125,35 @@ def test_a_signal_to_one_rank_stops_all_and_the_next_start_goes_on(
     assert time.time() - float(note.read_text()) < 5 + STEP
     assert not (tmp_path / "runs").exists()
     goes_on(tmp_path, clips, model_folder, edits)
+    for found, wanted in zip(frames(tmp_path), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_a_signal_to_two_of_three_ranks_stops_all(
+    clips: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    note = f"--trainer.callbacks.note={tmp_path / 'sent'}"
+    words = [word for rank in (0, 2) for word in (*killing("edit", rank, signal.SIGTERM), note)]
+    assert ended(start(tmp_path, clips, model_folder, *words, ranks=3)) == [75, 75, 75]
+    assert time.time() - float((tmp_path / "sent").read_text()) < 5 + STEP
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_whose_other_hangs_ends_and_the_next_start_goes_on(
+    rank: int, clips: Path, model_folder: Path, tmp_path: Path, expected: list[torch.Tensor]
+) -> None:
+    words = [*killing("edit", rank, signal.SIGSTOP), "--trainer.callbacks+=tests.killing.Impatient"]
+    said = tmp_path / "said"
+    processes = start(tmp_path, clips, model_folder, *words, output=said)
+    processes[1 - rank].join(PATIENCE)
+    assert processes[rank].is_alive()
+    codes = [process.exitcode for process in processes]
+    processes[rank].kill()
+    processes[rank].join()
+    assert codes[1 - rank] == 1
+    assert f"rank {1 - rank} ends, as it waits in the above" in said.read_text()
+    goes_on(tmp_path, clips, model_folder, 10)
     for found, wanted in zip(frames(tmp_path), expected, strict=True):
         assert torch.equal(found, wanted)
 

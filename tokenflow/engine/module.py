@@ -95,7 +95,7 @@ class TokenFlow(LightningModule):
         self.backbone: Backbone | None = None
         self.group = self.everyone = FrameGroup()
         self.number, self.groups = 0, 1  # of frame groups
-        self.channel: Channel | None = None  # between them
+        self.channel: Channel | None = None  # between all processes
         self.described: tuple[str, str] | tuple[None, None] = (None, None)
         """Editor and kernel with their options, as text, where known."""
         self.progress: Progress = lambda stage, step, steps: None
@@ -115,13 +115,13 @@ class TokenFlow(LightningModule):
         self.group = FrameGroup.join(device, self.ranks_per_clip, self.asked)
         self.groups = self.everyone.size // self.group.size
         self.number = self.everyone.rank // self.group.size
+        if self.everyone.size > 1:
+            self.channel = Channel.of_job(self.group.size, self.asked)
+            self.everyone.asked = self.group.asked = self.channel.asked
         with self.everyone.together():
             if self.cache is not None:
                 self.cache.require_writable()
             self.backbone = Backbone.load(self.model, device, self.dtype_name)
-        if self.groups > 1:
-            self.channel = Channel.of_job(self.asked)
-            self.everyone.asked = self.group.asked = self.channel.asked
 
     def teardown(self, stage: str) -> None:
         if self.channel is not None:
