@@ -133,7 +133,7 @@ class Impatient(Callback):
 
     def __init__(self) -> None:
         tokenflow.engine.channel.LOST = 5
-        tokenflow.engine.channel.HOPELESS = 2
+        tokenflow.engine.channel.HOPELESS, tokenflow.engine.channel.STUCK = 2, 6
 
 
 class Noting(Callback):

@@ -152,10 +152,26 @@ def test_a_rank_whose_other_hangs_ends_and_the_next_start_goes_on(
     processes[rank].kill()
     processes[rank].join()
     assert codes[1 - rank] == 1
-    assert f"rank {1 - rank} ends, as it waits in the above" in said.read_text()
+    assert f"rank {1 - rank} ends, as a process is lost that it waits for" in said.read_text()
     goes_on(tmp_path, clips, model_folder, 10)
     for found, wanted in zip(frames(tmp_path), expected, strict=True):
         assert torch.equal(found, wanted)
+
+
+def test_a_process_that_hangs_leaves_none_behind_in_its_group_or_in_others(
+    clips: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    words = [
+        *killing("edit", 2, signal.SIGSTOP), "--trainer.callbacks+=tests.killing.Impatient",
+        "--trainer.callbacks+=tests.killing.Slow", "--model.ranks_per_clip=2",
+    ]  # fmt: skip
+    processes = start(tmp_path, clips, model_folder, *words, ranks=4)
+    for rank in (0, 1, 3):
+        processes[rank].join(PATIENCE)
+    codes = [process.exitcode for process in processes]
+    processes[2].kill()
+    processes[2].join()
+    assert codes == [75, 75, None, 1]
 
 
 @pytest.mark.parametrize(("moment", "rank"), [("end", 0), ("end", 1), ("edit", 0), ("edit", 1)])

@@ -53,6 +53,33 @@ def files(folder: Path) -> dict[str, list[str]]:
     return {p.name: sorted(file.name for file in p.iterdir()) for p in folder.iterdir()}
 
 
+def test_a_clip_that_cannot_be_written_is_not_logged_and_does_not_stop_the_rest(
+    words: list[str], tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs"
+    (runs / "one" / "edited.mp4").mkdir(parents=True)
+    logger = f"{{class_path: CSVLogger, init_args: {{save_dir: {tmp_path}}}}}"
+    with pytest.raises(SystemExit) as exit:
+        main([*words, f"--trainer.logger={logger}"])
+    assert exit.value.code == 1
+    assert (files(runs)["two"], files(runs)["third"]) == (FILES, FILES)
+    reason = yaml.safe_load((runs / "one" / "failed.yaml").read_text())["failed"]
+    assert "cannot be written" in reason
+    [logged] = tmp_path.glob("lightning_logs/version_0/metrics.csv")
+    assert "two/seconds/edit" in logged.read_text()
+    assert "one/seconds/edit" not in logged.read_text()
+
+
+def test_a_part_without_clips_says_so(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([*words, "--data.part=5/5"])
+    err = capsys.readouterr().err
+    assert "part 5/5 of the 4 clips of " in err
+    assert "DataLoader" not in err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_clip_that_fails_does_not_stop_the_rest(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

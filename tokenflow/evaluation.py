@@ -27,7 +27,7 @@ from tokenflow.engine.progress import on_terminal, pace, say
 from tokenflow.errors import InputError
 from tokenflow.imports import restrict
 from tokenflow.metrics import Measures
-from tokenflow.video import atomic, read_clip
+from tokenflow.video import atomic, read_clip, require_room
 
 USAGE = """\
 tokenflow evaluate RUN... [OPTIONS]
@@ -125,13 +125,20 @@ def run(words: list[str]) -> None:
         )
     if runs and record is not None:
         raise InputError("--json is for --source and --edited; a run has its own metrics.json")
+    if runs and (prompt or source_prompt):
+        raise InputError(
+            "--prompt and --source_prompt are for --source and --edited; a run has its own"
+        )
+    for file, option in ((table, "--csv"), (record, "--json")):
+        if file is not None:
+            with told(file, option):  # before all is measured for nothing
+                require_room(Path(file).parent)
     disable_progress_bar()
-    finished = [FinishedRun.read(Path(folder)) for folder in runs]
     measures = Measures(**given)
     backbone = None if model is None else Backbone.load(model)
     failed: list[str] = []
-    if finished:
-        rows, failed = of_runs(finished, Sources(measures, backbone, mask))
+    if runs:
+        rows, failed = of_runs(runs, Sources(measures, backbone, mask))
     else:
         found = of_pair(source, edited, measures, backbone, (prompt, source_prompt), mask)
         floor = found["round_trip"]
@@ -147,25 +154,26 @@ def run(words: list[str]) -> None:
         raise InputError("\n".join(failed))
 
 
-def of_runs(runs: Sequence[FinishedRun], sources: Sources) -> tuple[dict[str, Values], list[str]]:
+def of_runs(runs: Sequence[str], sources: Sources) -> tuple[dict[str, Values], list[str]]:
     """A row for each run, after its source's round trip if that is new; and why others failed."""
     rows: dict[str, Values] = {}
     failed: list[str] = []
     with telling(len(runs)) as tell:
-        for one in runs:
-            tell(str(one.folder))
+        for folder in map(Path, runs):
+            tell(str(folder))
             try:
+                one = FinishedRun.read(folder)
                 found = measure_run(one, sources)
             except InputError as error:
-                failed.append(f"{one.folder} is not measured: {error}")
+                failed.append(f"{folder} is not measured: {error}")
                 continue
             name, floor = f"VAE round trip of {one.source.path}", found["round_trip"]
             # one source has several where its frames, their size or the prompt are others
             if floor is not None and rows.setdefault(name, floor) != floor:
-                rows[f"{name}, as in {one.folder}"] = floor
+                rows[f"{name}, as in {folder}"] = floor
             way = one.record.get("consistency", "tokenflow")
             also = {"none": " (per frame)", "joint": " (joint)"}.get(way, "")
-            rows[f"{one.folder}{also}"] = found["metrics"]
+            rows[f"{folder}{also}"] = found["metrics"]
     return rows, failed
 
 
@@ -276,8 +284,14 @@ def write_json(file: str, found: Mapping[str, Any]) -> None:
 @contextmanager
 def writing(file: str, option: str) -> Iterator[Path]:
     """A temporary path that becomes an option's file; `InputError` if it cannot be written."""
+    with told(file, option), atomic(file) as temporary:
+        yield temporary
+
+
+@contextmanager
+def told(file: str, option: str) -> Iterator[None]:
+    """A block in which what the disk refuses is told as an `InputError`."""
     try:
-        with atomic(file) as temporary:
-            yield temporary
+        yield
     except OSError as error:
         raise InputError(f"{file} cannot be written: {error}; choose another {option}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import signal
@@ -9,11 +10,14 @@ import sys
 import warnings
 from argparse import SUPPRESS, HelpFormatter
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any, NoReturn, get_args, get_type_hints
 
 import torch.distributed as dist
 import yaml
 from jsonargparse import Namespace
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -31,7 +35,7 @@ from tokenflow.engine.guard import guarded
 from tokenflow.engine.logged import Logged
 from tokenflow.engine.measuring import Measuring
 from tokenflow.engine.module import TokenFlow
-from tokenflow.engine.preemption import StopSignals
+from tokenflow.engine.preemption import StopSignals, end_with_parent
 from tokenflow.engine.progress import StageProgress
 from tokenflow.engine.settings import Settings
 from tokenflow.engine.writer import RunWriter, writer_of
@@ -48,6 +52,8 @@ its code. Options are also read from the environment, --model.prompt from
 TOKENFLOW_PREDICT__MODEL__PROMPT, and all of Lightning's Trainer are accepted, of which a few are
 shown here."""
 GROUPS = {"editor": "tokenflow.editors", "propagation": "tokenflow.propagation"}
+MEETING = timedelta(minutes=5)
+"""How long a job's processes wait for each other to begin."""
 HIDDEN = ("trainer.", "metrics.", "run", "seed_everything")
 SHOWN = ("trainer.accelerator", "trainer.devices", "metrics.measure", "metrics.round_trip")
 
@@ -141,6 +147,8 @@ class PredictCLI(LightningCLI):
                 f"expected one device or --trainer.strategy ddp, got {type(strategy).__name__}"
                 f"{', whose processes fork' if forks else ''}"
             )
+        if isinstance(strategy, DDPStrategy):
+            strategy._timeout = MEETING  # half an hour by default
         for job in self.datamodule.jobs:
             self.model.options(job)
         if isinstance(strategy.launcher, _SubprocessScriptLauncher):
@@ -189,13 +197,18 @@ class PredictCLI(LightningCLI):
 
 def require_values(given: Namespace, kind: type, group: str) -> None:
     """Raises `InputError` for an option that is left empty, which jsonargparse lets through."""
-    for name, hint in get_type_hints(vars(kind)["__init__"]).items():
-        if given.get(name, hint) is None and type(None) not in get_args(hint):
+    hints = get_type_hints(vars(kind)["__init__"])
+    for name, option in inspect.signature(kind).parameters.items():
+        value = given.get(name, option)
+        missing = value is None and type(None) not in get_args(hints.get(name))
+        if missing or (value == "" != option.default):
             raise InputError(f"--{group}.{name} is empty; give it a value, or leave it out")
 
 
 def run(words: list[str], callbacks: Sequence[Callback] = ()) -> None:
     """Parses the words after `tokenflow predict` and edits; further callbacks may look on."""
+    if LightningEnvironment().local_rank() > 0 and not TorchElasticEnvironment.detect():
+        end_with_parent()  # which may be killed before it has met this process
     words, allowed = split_allowed(words)
     restrict(allowed)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -205,6 +218,7 @@ def run(words: list[str], callbacks: Sequence[Callback] = ()) -> None:
         ".*Couldn't infer the batch indices.*",
         ".*does not have many workers.*",
         ".*LightningCLI.s args parameter.*",
+        ".*Total length of .DataLoader. across ranks is zero.*",  # which we tell ourselves
     ):
         warnings.filterwarnings("ignore", message=harmless)
     try:

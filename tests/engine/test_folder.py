@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from errno import ENOLCK
+from os import strerror
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tokenflow.engine.folder import FolderLock
+from tokenflow.engine.folder import FolderLock, staged
+from tokenflow.errors import InputError
 
 
 def test_one_run_at_a_time_and_nothing_stays(tmp_path: Path) -> None:
@@ -20,6 +23,25 @@ def test_one_run_at_a_time_and_nothing_stays(tmp_path: Path) -> None:
     second.release()
     first.release()  # no error
     assert not list(tmp_path.glob("runs/clip/*"))
+
+
+def test_without_its_files_no_run_is_finished(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("of the run before")
+    with pytest.raises(FileNotFoundError, match=r"edited\.mp4"), staged(tmp_path) as place:
+        (place / "run.yaml").write_text("of this one, whose videos others have removed")
+    assert (tmp_path / "run.yaml").read_text() == "of the run before"
+
+
+def test_a_file_system_without_locks_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def acquire() -> None:
+        raise OSError(ENOLCK, strerror(ENOLCK))
+
+    lock = FolderLock(tmp_path)
+    monkeypatch.setattr(lock.lock, "acquire", acquire)
+    with pytest.raises(InputError, match=r"No locks available.*choose an --output.folder"):
+        lock.taken()
 
 
 def test_a_lock_that_is_taken_at_once_again_keeps_others_out(

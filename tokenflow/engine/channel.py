@@ -6,8 +6,10 @@ import faulthandler
 import itertools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from threading import Event, Thread
+from time import sleep
 from typing import ClassVar
 
 from torch.distributed import get_rank, get_world_size
@@ -20,9 +22,12 @@ LOST = 30
 
 Beats are counted, and no seconds, as a suspended job gets no older.
 """
-HOPELESS = 20
-"""Beats after which a process ends that shares a clip with a lost one, if it waits for that one."""
-DONE, STOP = "done", "stop"
+SLOW = 10 * LOST
+"""As many where a result is written: while its index is moved to the front, nothing else runs."""
+HOPELESS, STUCK = 20, 300
+"""Beats after which a process ends that is still there, where one is lost that it shares a clip
+with, or another."""
+DONE, STOP, LOSS, WRITES = "done", "stop", "lost", "writes"
 
 
 class Channel:
@@ -30,11 +35,10 @@ class Channel:
 
     Every process gives signs of life to the job's store, and looks there for those of the next one
     and for requests; in a thread of its own, until the channel is closed. When one is lost all
-    stop where they can go on; and who shares a clip with it, and so cannot, just ends, with what
-    it was waiting in.
+    stop where they can go on. Who cannot, as it waits for that one, just ends, and says where.
 
     Args:
-        store: Where all processes meet; the first one holds it.
+        store: Where all processes meet; the first one holds it, or its launcher.
         rank: This process's number in the job.
         ranks: Of the job, more than one.
         members: How many consecutive ranks share a clip.
@@ -48,64 +52,93 @@ class Channel:
     ) -> None:
         # a request of the run before is not this one's; and others' waiting does not hold it up
         self.store = PrefixStore(f"tokenflow/{next(self.numbers)}", store.clone())
-        self.rank, self.next, self.members, self.own = rank, (rank + 1) % ranks, members, asked
-        self.over, self.stop, self.bereft, self.silent = Event(), False, False, 0
+        self.rank, self.next, self.own = rank, (rank + 1) % ranks, asked
+        self.group, self.others = (f"{LOSS} from {r // members}" for r in (rank, self.next))
+        self.with_first = members > 1 and rank < members
+        self.over, self.stop, self.failed, self.writes = Event(), False, False, False
+        self.silent, self.loss, self.bereft = 0, False, False
+        """Beats since the store answered; whether one is lost, and one of this group."""
         self.thread = Thread(target=self.listen, daemon=True)
         for thread in (self.thread, Thread(target=self.watch, daemon=True)):
             thread.start()
 
     @classmethod
-    def of_job(cls, members: int, asked: Callable[[], bool]) -> Channel:
+    def of_job(cls, members: int | None, asked: Callable[[], bool]) -> Channel:
         """That of all processes that torch.distributed knows of."""
-        return cls(_get_default_store(), get_rank(), get_world_size(), members, asked)
+        ranks = get_world_size()
+        return cls(_get_default_store(), get_rank(), ranks, members or ranks, asked)
 
     def asked(self) -> bool:
         """Whether this process or another was asked to stop, or one is lost."""
         return self.stop or self.silent > LOST or self.own()
 
-    def close(self, failed: bool = False) -> None:
-        """Tells the others that this process is done; or to stop, if it failed or was asked to."""
-        self.stop = self.stop or failed or self.own()
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """A block in which a result is written, and this process may be silent for longer."""
+        self.writes = True
+        try:
+            yield
+        finally:
+            self.writes = False
+
+    def close(self, stopped: bool = False, failed: bool = False) -> None:
+        """Tells the others that this process is done; or to stop, as it did or was asked to.
+
+        One that `failed` counts as lost, as others may wait for it.
+        """
+        self.failed = failed
+        self.stop = self.stop or stopped or failed or self.own()
+        if self.rank == 0 and self.loss:
+            sleep(2 * BEAT)  # for others to hear of it, as the store may end with this process
         self.over.set()
         self.thread.join(2 * BEAT)  # longer only if the store does not answer
 
     def listen(self) -> None:
         """Tells and hears once in a `BEAT`, until the channel is closed."""
-        other, last, quiet = f"{self.next}", b"", 0
-        group, others = (f"lost from {r // self.members}" for r in (self.rank, self.next))
+        other, last, quiet = f"{self.next}", "", 0
         try:
             for beat in itertools.count():
                 over = self.over.wait(BEAT)
-                self.store.set(f"{self.rank}", DONE if over else f"{beat}")
-                sign = self.store.get(other) if self.store.check([other]) else b""
+                own = DONE if over else f"{WRITES if self.writes else ''} {beat}"
+                self.store.set(f"{self.rank}", own)
+                sign = self.store.get(other).decode() if self.store.check([other]) else ""
+                back = quiet > LOST and sign != last
                 last, quiet = sign, 0 if sign != last else quiet + 1
-                lost = sign != DONE.encode() and quiet > LOST
-                if lost:
-                    self.store.set(others, other)
-                if self.stop or lost or self.own():
-                    self.store.set(STOP, "")
+                lost = sign != DONE and quiet > (SLOW if sign.startswith(WRITES) else LOST)
+                if back:
+                    self.store.delete_key(self.others)
+                for mark, true in (
+                    (self.others, lost), (self.group, over and self.failed),
+                    (LOSS, lost or (over and self.failed)), (STOP, self.stop or lost or self.own()),
+                ):  # fmt: skip
+                    if true:
+                        self.store.set(mark, "")
                 if over:
                     return
                 self.silent = 0
                 if lost and not self.stop:
-                    print(f"rank {other} is lost; all stop where they can go on", file=sys.stderr)
-                self.bereft = self.store.check([group])
+                    say(f"rank {other} is lost; all stop where they can go on")
+                self.bereft, self.loss = (self.store.check([m]) for m in (self.group, LOSS))
                 self.stop = self.stop or self.store.check([STOP])
-        except RuntimeError:  # the first process holds the store, and has ended
-            self.stop, self.bereft = True, self.rank < self.members
+        except RuntimeError:  # the store has ended, and the first process with it
+            self.stop, self.loss, self.bereft = True, True, self.with_first
 
     def watch(self) -> None:
-        """Ends this process where another that it needs is lost, unless the channel is closed."""
-        hopeless = 0
+        """Ends this process if it does not stop by itself when one is lost."""
+        since = 0
         while not self.over.wait(BEAT):
             self.silent += 1
-            lost = self.bereft or (self.rank < self.members and self.silent > LOST)
-            hopeless = hopeless + 1 if lost else 0
-            if hopeless > HOPELESS:
-                faulthandler.dump_traceback()
-                print(
-                    f"rank {self.rank} ends, as it waits in the above for a process that is lost; "
-                    f"start again, and the run goes on",
-                    file=sys.stderr, flush=True,
-                )  # fmt: skip
-                os._exit(1)
+            quiet = self.silent > LOST
+            since = since + 1 if quiet or self.loss or self.bereft else 0
+            if since > (HOPELESS if self.bereft or (quiet and self.with_first) else STUCK):
+                try:
+                    say(f"rank {self.rank} ends, as a process is lost that it waits for, here:")
+                    faulthandler.dump_traceback()
+                finally:
+                    os._exit(1)
+
+
+def say(line: str) -> None:
+    """A line on stderr, if there still is one."""
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)

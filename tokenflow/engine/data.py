@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -69,10 +70,18 @@ class Video(LightningDataModule):
         if manifest is not None:
             listed = read_manifest(Path(manifest), Path(root) if root else None, choice)
             self.jobs = part_of(listed, part)
+            self.none = f"part {part} of the {len(listed)} clips of {manifest} has none"
+        elif root is not None or part.split("/")[1:] != ["1"]:
+            raise InputError(
+                "--data.root and --data.part are of the clips of --data.manifest, and there is "
+                "none; leave them out"
+            )
         else:
             self.jobs = [Job(ClipSource(Path(str(video)), **choice))]
 
     def setup(self, stage: str) -> None:
+        if not self.jobs and self.trainer is not None and self.trainer.is_global_zero:
+            print(self.none, file=sys.stderr)
         for job in self.jobs:
             if job.where is None and not job.source.path.exists():  # before the model is loaded
                 raise VideoError(

@@ -11,6 +11,7 @@ from tempfile import mkdtemp
 
 from filelock import FileLock, Timeout
 
+from tokenflow.errors import InputError
 from tokenflow.video import remove_leftovers
 
 EDITED, COMPARE, SHEET = "edited.mp4", "compare.mp4", "contact_sheet.png"
@@ -20,6 +21,7 @@ FAILED = "failed.yaml"
 METRICS = "metrics.json"
 FEATURES = "features.json"
 FILES = (EDITED, COMPARE, SHEET, METRICS, FEATURES, REPORT, RECORD)
+NEEDED = (EDITED, COMPARE, SHEET, RECORD)
 LOCK = ".lock"
 UNFINISHED = ".unfinished-"
 """How the folder in a run's own begins where its files lie until all are there."""
@@ -35,11 +37,16 @@ def staged(folder: Path) -> Iterator[Path]:
     """Gives a place for a run's files, which take those of the run before when the block ends well.
 
     If it raises, or the process is killed in it, the folder holds what it held.
+
+    Raises:
+        FileNotFoundError: The block has left none of a file that every run has.
     """
     folder.mkdir(parents=True, exist_ok=True)
     place = Path(mkdtemp(prefix=UNFINISHED, dir=folder))
     try:
         yield place
+        for name in NEEDED:
+            (place / name).stat()  # what others have removed makes no finished run
         (folder / RECORD).unlink(missing_ok=True)  # the run before is whole no more
         for name in FILES:
             if (place / name).exists():
@@ -66,6 +73,11 @@ class FolderLock:
             self.lock.acquire()
         except Timeout:
             return False
+        except OSError as error:  # of a network's file system
+            raise InputError(
+                f"{self.folder} cannot be locked ({error}), and another run might write to it; "
+                f"choose an --output.folder on a file system with locks"
+            ) from error
         for place in self.folder.glob(f"{UNFINISHED}*"):
             shutil.rmtree(place, ignore_errors=True)
         for name in (*FILES, FAILED):

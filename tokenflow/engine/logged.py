@@ -34,9 +34,11 @@ class Logged(Callback):
     def on_predict_batch_end(  # type: ignore[override]
         self, trainer: Trainer, module: TokenFlow, prediction: Any, job: Job, *_: Any
     ) -> None:
-        if isinstance(prediction, Prediction) and trainer.is_global_zero:
-            for logger in trainer.loggers:
-                log_run(logger, job.name, writer_of(trainer).folder / job.name)
+        if not isinstance(prediction, Prediction) or not trainer.is_global_zero:
+            return
+        writer = writer_of(trainer)
+        for logger in trainer.loggers if writer.outcomes[-1].what == "done" else []:
+            log_run(logger, job.name, writer.folder / job.name)
 
 
 def log_run(logger: Logger, name: str, folder: Path) -> None:

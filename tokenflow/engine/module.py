@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule
 
 from tokenflow.diffusion import Backbone
@@ -111,13 +112,14 @@ class TokenFlow(LightningModule):
 
     def setup(self, stage: str) -> None:
         device = str(self.trainer.strategy.root_device)
-        self.everyone = FrameGroup.join(device, asked=self.asked)
-        self.group = FrameGroup.join(device, self.ranks_per_clip, self.asked)
+        asked = self.asked
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self.channel = Channel.of_job(self.ranks_per_clip, asked)
+            asked = self.channel.asked
+        self.everyone = FrameGroup.join(device, asked=asked)
+        self.group = FrameGroup.join(device, self.ranks_per_clip, asked)
         self.groups = self.everyone.size // self.group.size
         self.number = self.everyone.rank // self.group.size
-        if self.everyone.size > 1:
-            self.channel = Channel.of_job(self.group.size, self.asked)
-            self.everyone.asked = self.group.asked = self.channel.asked
         with self.everyone.together():
             if self.cache is not None:
                 self.cache.require_writable()

@@ -41,9 +41,7 @@ class StopSignals(Callback):
         environment = getattr(strategy, "cluster_environment", None)  # one device has none
         if isinstance(environment, LightningEnvironment):
             self.child = trainer.local_rank > 0
-            if self.child:
-                end_with_parent()
-            elif isinstance(strategy.launcher, _SubprocessScriptLauncher):
+            if not self.child and isinstance(strategy.launcher, _SubprocessScriptLauncher):
                 self.children = strategy.launcher.procs
         self.before = {number: signal.signal(number, self.note) for number in SIGNALS}
         module.asked = lambda: self.asked  # type: ignore[assignment]
@@ -66,7 +64,8 @@ class StopSignals(Callback):
     ) -> None:
         self.restore()
         if module.channel is not None:
-            module.channel.close(failed=True)
+            stopped = isinstance(exception, Preempted)
+            module.channel.close(stopped=stopped, failed=not stopped)
         if not isinstance(exception, Preempted):
             return
         if self.child:

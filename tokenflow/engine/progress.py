@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -158,4 +159,5 @@ def pace(each: float, left: int) -> str:
 
 def say(*parts: str) -> None:
     """A line of the parts that are not empty."""
-    print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)
+    with suppress(OSError):  # whoever listens is gone; the clip is edited all the same
+        print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)

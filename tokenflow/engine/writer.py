@@ -6,12 +6,11 @@ import platform
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from importlib.metadata import version
 from itertools import starmap
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 import yaml
@@ -42,6 +41,7 @@ from tokenflow.video import (
     Frames,
     atomic,
     contact_sheet,
+    require_room,
     resized,
     side_by_side,
     write_image,
@@ -119,10 +119,7 @@ class RunWriter(BasePredictionWriter):
                 f"--output.folder"
             )
         try:
-            # no folder is made before there is something to put in it
-            nearest = next(place for place in (folder, *folder.parents) if place.exists())
-            with TemporaryFile(dir=nearest) as probe:  # before a clip is edited for nothing
-                probe.write(bytes(PROBE))
+            require_room(folder, PROBE)  # before a clip is edited for nothing
         except OSError as error:
             raise InputError(
                 f"{folder} cannot be written ({error}); choose another --output.folder"
@@ -161,8 +158,10 @@ class RunWriter(BasePredictionWriter):
         Raises:
             InputError: The files of a clip that is not one of many cannot be written.
         """
+        channel = module.channel
         try:
-            module.group.first_alone(partial(self.write, prediction, self.folder / job.name))
+            with nullcontext() if channel is None else channel.writing():
+                module.group.first_alone(partial(self.write, prediction, self.folder / job.name))
         except Exception as error:  # whatever is wrong with one clip, the others are edited
             if job.where is None or not module.group.knows(error):
                 raise

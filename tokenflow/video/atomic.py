@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from uuid import uuid4
 
 
@@ -25,6 +26,13 @@ def atomic(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def require_room(folder: Path, size: int = 0) -> None:
+    """Raise `OSError` unless so many bytes can be written in a folder, which is not made."""
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    with TemporaryFile(dir=nearest) as probe:
+        probe.write(bytes(size))
 
 
 def remove_leftovers(path: Path) -> None:
