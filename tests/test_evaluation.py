@@ -39,7 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
         "--model.prompt=a plain red ball on sand", "--model.steps=1", "--model.cache=null",
         "--model.inversion_prompt=a plain blue ball on sand", f"--output.folder={folder / 'out'}",
         "--trainer.accelerator=cpu", "--metrics.measure=true", "--metrics.round_trip=true",
-        "--metrics.judge=true", "--metrics.distances=[1,2]",
+        "--metrics.distances=[1,2]",
     ])  # fmt: skip
     return folder / "out" / "in"
 
@@ -50,12 +50,12 @@ def test_predict_leaves_what_evaluate_says(
     left = json.loads((run / "metrics.json").read_text())
     assert left["frames"] == 5
     assert left["size"] == [30, 50]  # of the videos, not of the frames that the model saw
-    assert set(left["metrics"]) == set(left["round_trip"]) | {"judge_edited"}
+    assert set(left["metrics"]) == set(left["round_trip"])
     assert left["options"]["distances"] == [1, 2]
     (run / "metrics.json").unlink()
     table = tmp_path / "table.csv"
     main([
-        "evaluate", str(run), f"--round_trip={model_folder}", "--judge=true",
+        "evaluate", str(run), f"--round_trip={model_folder}",
         "--distances=[1,2]", f"--csv={table}", "--device=cpu",
     ])  # fmt: skip
     assert json.loads((run / "metrics.json").read_text()) == left
@@ -85,6 +85,33 @@ def test_several_runs_of_one_source(
         json.loads((folder / "metrics.json").read_text())["metrics"] for folder in (run, other)
     ]
     assert values[0] == values[1]
+
+
+def test_a_run_that_cannot_be_measured_does_not_stop_the_others(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken, failed, table = tmp_path / "broken", tmp_path / "failed", tmp_path / "table.csv"
+    for folder in (broken, failed):
+        folder.mkdir()
+    (broken / "run.yaml").write_text("nothing")
+    (failed / "failed.yaml").write_text("failed: no disk")
+    words = [str(broken), str(failed), str(run), f"--csv={table}"]
+    refused(words, f"{failed} is not measured: {failed}: expected a finished run's folder", capsys)
+    refused(words, "run.yaml; its edit failed, as failed.yaml says", capsys)
+    refused(words, f"{broken} is not measured: ", capsys)
+    (row,) = csv.DictReader(table.open())
+    assert row["video"] == str(run)
+
+
+def test_the_judge_is_asked(tmp_path: Path) -> None:
+    file, caption = tmp_path / "pair.json", "a plain blue ball on grass"
+    main([
+        "evaluate", f"--source={DEMO}", f"--edited={DEMO}", "--judge=true", f"--json={file}",
+        f"--source_prompt={caption}", "--prompt=a plain red ball on grass", "--distances=[1]",
+    ])  # fmt: skip
+    found = json.loads(file.read_text())["metrics"]
+    assert found["judge_edited"] == 0
+    assert found["judge_kept"] > 0.9
 
 
 def test_a_run_of_a_manifest_knows_its_source(run: Path, tmp_path: Path) -> None:
@@ -135,7 +162,7 @@ def test_a_pair_leaves_what_a_run_does(
     source, _ = FinishedRun.read(run).clips()
     for number, frame in enumerate(source.frames):
         write_image(tmp_path / "in" / f"{number}.png", frame)
-    options = ["--distances=[1,2]", "--judge=true", "--device=cpu"]
+    options = ["--distances=[1,2]", "--device=cpu"]
     main(["evaluate", str(run), *options])
     main([
         "evaluate", f"--source={tmp_path / 'in'}", f"--edited={run / 'edited.mp4'}", *options,
@@ -148,7 +175,7 @@ def test_a_pair_leaves_what_a_run_does(
     assert pair["metrics"].keys() == alone["metrics"].keys()
     for name in ("psnr", "ssim", "structure"):  # flow of noise hangs on the bits that a PNG rounds
         assert pair["metrics"][name] == pytest.approx(alone["metrics"][name], rel=1e-2), name
-    assert pair["round_trip"].keys() == pair["metrics"].keys() - {"judge_edited"}
+    assert pair["round_trip"].keys() == pair["metrics"].keys()
     assert (pair["frames"], pair["size"]) == (5, [30, 50])
     assert pair["options"]["prompt"] == "a plain red ball on sand"
     err = capsys.readouterr().err
@@ -285,7 +312,7 @@ def test_a_run_that_cannot_be_measured_stays(
 ) -> None:
     main([
         "predict", f"--config={run / 'run.yaml'}", f"--output.folder={tmp_path}",
-        "--model.prompt=a robot",
+        "--metrics.judge=true",
     ])  # fmt: skip
     assert sorted(p.name for p in (tmp_path / "in").iterdir()) == [
         "compare.mp4", "contact_sheet.png", "edited.mp4", "features.json", "report.html",
@@ -316,6 +343,8 @@ def refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(("words", "message"), [
     ([], "expected folders of runs, or --source and --edited"),
     (["gone"], "gone: expected a finished run's folder"),
+    (["RUN", "--prompt=a ball"], "--prompt and --source_prompt are for --source and --edited"),
+    (["RUN", "--judge=true"], "of 128x128 pixels, got 5 frames of 50x30"),
     ([f"--source={DEMO}"], "expected folders of runs, or --source and --edited"),
     (["RUN", f"--edited={DEMO}"], "expected folders of runs, or --source and --edited"),
     ([f"--source={DEMO}", "--edited=gone.mp4"], "gone.mp4: expected a video file"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -121,6 +121,28 @@ class Caching(NNField):
         return self.seen[here]
 
 
+class CachingForAll(Caching):
+    """Keeps it for all others of its kind, too."""
+
+    everyones: ClassVar[dict[Any, Correspondence]] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = {}
+
+    def correspond(self, source: Tensor, keys: Tensor, window: Window) -> Correspondence:
+        self.seen = self.everyones
+        return super().correspond(source, keys, window)
+
+
+class HalfPrecision(NNField):
+    """Answers in the tokens' dtype, in which sums are rounded."""
+
+    def correspond(self, source: Tensor, keys: Tensor, window: Window) -> Correspondence:
+        found = super().correspond(source, keys, window)
+        return Correspondence(found.indices, found.weights.to(source.dtype))
+
+
 class SeedsNumPy(Kernel):
     def spoiled(self, indices: Tensor, weights: Tensor, window: Window) -> tuple[Tensor, Tensor]:
         np.random.seed(window.frames[0])
@@ -210,6 +232,8 @@ WRONG_KERNELS: list[tuple[Propagation, str, str]] = [
     (Random(), "determinism", "draw nothing at random"),
     (Remembers(), "determinism", "keep nothing between calls"),
     (Caching(), "calls_independent", "keep nothing between calls"),
+    (CachingForAll(), "calls_independent", "keep nothing between calls"),
+    (HalfPrecision(), "device_and_dtype", "rows of weights that sum to 1"),
     (InPlace(), "inputs_unchanged", "work on a copy"),
     (SeedsNumPy(), "global_state_unchanged", "another NumPy's random state"),
     (SeedsTorch(), "global_state_unchanged", "another torch's random state"),
@@ -463,6 +487,21 @@ class FirstClip(PnP):
         return (latents + self.seen[list(frames)]) / 2
 
 
+EARLIER: dict[int, Tensor] = {}
+
+
+class FirstLatents(SDEdit):
+    """Starts every clip from the latents of the first one that any editor has seen."""
+
+    def start(self, trajectory: Trajectory, schedule: Schedule, seed: int) -> Start:
+        begin = super().start(trajectory, schedule, seed)
+        kept = [
+            EARLIER.setdefault(position, latents)
+            for position, latents in zip(trajectory.positions, begin.latents, strict=True)
+        ]
+        return dataclasses.replace(begin, latents=torch.stack(kept))
+
+
 class NumbersFrames(PnP):
     """Takes positions in the clip for numbers of the frames that it was shown."""
 
@@ -607,6 +646,7 @@ WRONG_EDITORS: list[tuple[Editor, str, str]] = [
     (GlobalNoise(), "determinism_from_the_seed", "draw with a torch.Generator"),
     (Counting(), "determinism_from_the_seed", "from one clip to the next"),
     (FirstClip(), "clips_independent", "whatever is kept of a clip"),
+    (FirstLatents(), "clips_independent", "whatever is kept of a clip"),
     (SeedsEverything(), "global_state_unchanged", "another torch's random state"),
     (WritesPass(), "inputs_unchanged", "every pass left as they were"),
     (ScalesTrajectory(), "inputs_unchanged", "work on a copy"),

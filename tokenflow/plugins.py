@@ -61,7 +61,7 @@ def load(entry: EntryPoint) -> Plugin:
             )
         elif interface != expected.interface:
             reason = (
-                f"it was written for interface {interface} of {expected.__name__}, "
+                f"it was written for interface {interface!r} of {expected.__name__}, "
                 f"this is interface {expected.interface}"
             )
         else:

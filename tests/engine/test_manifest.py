@@ -125,7 +125,9 @@ def test_a_bad_manifest_says_what_is_wrong(tmp_path: Path, case: str) -> None:
 
 
 def test_a_row_with_more_cells_than_names(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="clip 1: "):
+    with pytest.raises(
+        InputError, match=r"clip 1: expected 1 cells, as the first line has, .*in quotes"
+    ):
         read_manifest(written(tmp_path, "video\na.mp4,more\n", "clips.csv"), None, {})
 
 

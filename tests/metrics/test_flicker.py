@@ -35,6 +35,12 @@ def test_a_travelling_wave_is_as_quick_as_its_period(period: float, share: int) 
     assert flicker(wave.expand(-1, 3, 4, -1)) == pytest.approx(share, abs=0.003)
 
 
+@pytest.mark.parametrize("frames", [1, 3])
+def test_of_few_frames_none_can_be_told(frames: int) -> None:
+    with pytest.raises(ValueError, match=f"expected 4 frames or more, got {frames}"):
+        flicker(noise(frames, 3, 4, 4))
+
+
 def test_what_nobody_sees_hardly_counts() -> None:
     faint = 0.5 + 0.2 * (noise(16, 3, 16, 16) - 0.5) / 255
     assert flicker(faint) < 0.05

@@ -147,12 +147,26 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "another size": ({}, {"edited": Clip.from_frames(still(2, 20, 20))}, "2 frames of 20x20"),
     "another mask": ({}, {"mask": MASK}, "expected a mask of 2 frames of 20x16"),
     "a mask of all": ({}, {"mask": torch.ones(2, 16, 20).bool()}, "leaves some of every"),
-    "no caption": ({"judge": True}, {"prompt": "a robot"}, "needs captions"),
+    "the judge at another size": ({"judge": True}, {}, "of 128x128 pixels, got 2 frames of 20x16"),
     "no distance": ({"distances": ()}, {}, "1 frame or more"),
     "a distance of nothing": ({"distances": (0,)}, {}, "1 frame or more"),
     "no CLIP": ({"clip": "gone"}, {}, "'gone' has no config.json"),
     "no LPIPS": ({"lpips": "gone.pth"}, {}, "no AlexNet weights at gone.pth"),
 }  # fmt: skip
+
+
+def test_the_judge_needs_captions() -> None:
+    measures, clip = Measures(judge=True), Clip.from_frames(still(2, 128, 128))
+    with pytest.raises(InputError, match="needs captions"):
+        measures.of(clip, measures.motions(clip), "a robot")
+
+
+def test_a_mask_with_hardly_anything_outside() -> None:
+    measures, mask = Measures(distances=1), torch.ones(2, 16, 20, dtype=torch.bool)
+    mask[:, 0, 0] = False
+    found = measures.of(SMALL, measures.motions(SMALL), mask=mask)
+    assert found["psnr_outside"] == 100
+    assert "structure_outside" not in found  # all is beside the mask
 
 
 def test_files_of_flow_of_another_size_say_which_is_needed(tmp_path: Path) -> None:

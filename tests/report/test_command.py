@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.report.making import make_run
 from tokenflow.cli import main
@@ -40,6 +41,16 @@ def test_what_is_wrong_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str
     refused([one, "--site=x"], "--site, --step and --frame are of --features", capsys)
     refused([one, "--step", "x"], "see tokenflow report --help", capsys)
     refused([], "see tokenflow report --help", capsys)
+
+
+@pytest.mark.parametrize("run", [[1], {"seconds": 3}, {"seconds": {"edit": "x"}}])
+def test_a_record_that_was_changed_by_hand(
+    run: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_run(tmp_path / "bar")
+    record = yaml.safe_load((folder / "run.yaml").read_text())
+    (folder / "run.yaml").write_text(yaml.safe_dump(record | {"run": run}))
+    refused([str(folder)], "was changed by hand and cannot be used", capsys)
 
 
 def test_several_runs_on_one_page(tmp_path: Path) -> None:

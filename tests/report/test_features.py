@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 
-import pytest
 import torch
 
 from tests.report.making import bar
 from tokenflow.engine.observer import Observed
-from tokenflow.errors import InputError
 from tokenflow.propagation import Correspondence, NNField, Window
 from tokenflow.report.features import (
     draw,
@@ -82,10 +80,8 @@ def test_a_frame_with_one_keyframe_has_two_pictures() -> None:
     ]  # fmt: skip
 
 
-def test_a_frame_that_is_none() -> None:
+def test_the_frame_that_was_asked_for() -> None:
     found = Correspondence(torch.zeros(4, 6, 1, dtype=torch.long), torch.ones(4, 6, 1))
     seen = Observed("up", 0, 2, [0, 3], torch.rand(2, 2, 3, 8), [(WINDOW, found)])
     drawn = draw(seen, bar(5).frames, 3)
     assert (drawn.frame, drawn.size, len(drawn.links)) == (3, "3×2", 4)
-    with pytest.raises(InputError, match="expected a frame from 0 to 4, got 5"):
-        draw(seen, bar(5).frames, 5)

@@ -12,6 +12,7 @@ import yaml
 from tests.report.test_command import refused
 from tokenflow.cli import main
 from tokenflow.diffusion import Backbone
+from tokenflow.engine import module
 from tokenflow.engine.attention import self_attention_sites
 from tokenflow.engine.observer import Observer
 from tokenflow.report import read_run
@@ -77,13 +78,15 @@ def test_a_runs_own_page_shows_features(runs: Path) -> None:
 
 
 def test_the_page_shows_other_features_where_asked(
-    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine, page = str(runs / "mine"), tmp_path / "page.html"
     main(["report", mine, "--features", "--frame=4", "--step=2", f"--output={page}"])
     text = page.read_text()
     assert "step 2 of 3" in text
     assert "frame 4, from" in text
+    monkeypatch.setattr(module, "edit_clip", None)  # what is refused takes no inversion
+    refused([mine, "--features", "--frame=9"], "expected a frame from 0 to ", capsys)
     refused([mine, "--features", "--site=up"], "there is no site 'up'; expected", capsys)
     refused([mine, "--features", "--step=3"], "a step from 0 to 2, got 3", capsys)
 

@@ -207,6 +207,13 @@ def test_a_truncated_file_that_ends_silently_warns(tmp_path):
         assert len(read_clip(path)) < 12
 
 
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_a_sound_that_goes_on_for_longer_is_no_truncated_picture(tmp_path, name, recwarn):
+    path = make_video(tmp_path / name, noise(3), sound=beeps([], 2))
+    assert len(read_clip(path)) == 3
+    assert not [str(w.message) for w in recwarn if "cut short" in str(w.message)]
+
+
 def half_zero(index: int, data: bytes) -> bytes:
     return data[: len(data) // 2] + bytes(len(data) - len(data) // 2) if index == 5 else data
 

@@ -54,8 +54,14 @@ def rows(path: Path) -> Sequence[tuple[int, dict[str, Any]]]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the manifest {path} cannot be read: {error}") from error
     if path.suffix.lower() == ".csv":
-        lines = csv.DictReader(text.splitlines(), restkey="more")
-        table: Any = [{k: v or None for k, v in row.items()} for row in lines]
+        lines = list(csv.DictReader(text.splitlines()))
+        for number, line in enumerate(lines, start=1):
+            if None in line:
+                raise InputError(
+                    f"{path}, clip {number}: expected {len(line) - 1} cells, as the first line "
+                    f"has, and there are more; put a text with a comma in quotes"
+                )
+        table: Any = [{k: v or None for k, v in line.items()} for line in lines]
     elif path.suffix.lower() in (".yaml", ".yml"):
         try:
             table = yaml.safe_load(text)

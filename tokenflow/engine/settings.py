@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -69,6 +70,8 @@ class Settings:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise InputError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        if not math.isfinite(self.guidance):
+            raise InputError(f"guidance must be a finite number, got {self.guidance}")
         if self.inversion_steps is not None and self.inversion_steps < self.steps:
             raise InputError(
                 f"inversion needs at least as many steps as sampling: got inversion_steps "

@@ -15,6 +15,8 @@ QUICK = 0.25
 """Cycles per frame, above which change is quick; 0.5 is the quickest there can be."""
 FLOOR = (0.5 / 255) ** 2
 """Power of changes that nobody sees: half a level of 256."""
+LEAST = 4
+"""Frames; of fewer no change can be told to be quick."""
 
 
 def powers(frames: Float[Tensor, "frames 3 height width"] | Frames) -> tuple[float, float]:
@@ -22,6 +24,8 @@ def powers(frames: Float[Tensor, "frames 3 height width"] | Frames) -> tuple[flo
 
     By the discrete Fourier transform over time, and Parseval's theorem.
     """
+    if len(frames) < LEAST:
+        raise ValueError(f"expected {LEAST} frames or more, got {len(frames)}")
     brightness = room(len(frames), *frames.shape[-2:])
     for number, frame in enumerate(frames):
         brightness[number] = luma(frame)

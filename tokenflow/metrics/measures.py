@@ -16,20 +16,20 @@ from tokenflow.errors import InputError
 from tokenflow.metrics import perceptual
 from tokenflow.metrics.clip_score import ClipEmbedder, frame_consistency, text_alignment
 from tokenflow.metrics.fidelity import decibels, ssim
-from tokenflow.metrics.flicker import flicker
+from tokenflow.metrics.flicker import LEAST, flicker
 from tokenflow.metrics.judge import changed, shown
 from tokenflow.metrics.long_range import long_range
 from tokenflow.metrics.motion import Motions
 from tokenflow.metrics.structure import structure
 from tokenflow.miniature.judge import Judge
-from tokenflow.miniature.scenes import VOCABULARY, Attributes
+from tokenflow.miniature.scenes import SIZE, VOCABULARY, Attributes
 from tokenflow.propagation import DIS, OpticalFlow
 from tokenflow.video import Clip, Frames
 
 MOST_DECIBELS = 100.0
 """What stands for an infinite PSNR."""
-SSIM_NEEDS, FLICKER_NEEDS = 11, 4
-"""Pixels of a side, and frames."""
+SSIM_NEEDS = 11
+"""Pixels of a side."""
 SOME = 8
 """Frames that are in memory at once."""
 
@@ -45,7 +45,8 @@ class Measures:
         clip: A folder with a CLIP model in transformers' layout, for text alignment and frame
             consistency.
         lpips: A file with torchvision's weights of AlexNet, for LPIPS.
-        judge: Whether the miniature's judge is asked; both prompts must then be its captions.
+        judge: Whether the miniature's judge is asked; frames must then have its scenes' size, and
+            both prompts be captions of them.
         device: Where CLIP and LPIPS run: "auto" takes an accelerator if there is one, else the CPU.
 
     Raises:
@@ -99,7 +100,8 @@ class Measures:
         source_prompt: str = "",
         mask: Bool[Tensor, "frames height width"] | None = None,
     ) -> dict[str, float]:
-        """Every measure by its name; what is not chosen, or has too few frames, is not there.
+        """Every measure by its name; left out is what is not chosen, has too few frames or pixels
+        to be measured in, or is no number.
 
         Args:
             edited: The edit.
@@ -127,7 +129,7 @@ class Measures:
             if consistency := long_range(new, motions, distance):
                 found[f"warp_error_{distance}"] = consistency.error
                 found[f"visible_{distance}"] = consistency.visible
-        if len(new) >= FLICKER_NEEDS:
+        if len(new) >= LEAST:
             found |= {"flicker": flicker(new), "flicker_source": flicker(old)}
         found["psnr"] = decibels(float(each.pop("squared").mean()))
         if mask is not None:
@@ -184,6 +186,11 @@ class Measures:
         least = SSIM_NEEDS if self.lpips is None else perceptual.SMALLEST
         if min(edited.frames.shape[-2:]) < least:
             raise InputError(f"expected frames of {least}x{least} pixels or more, got {size}")
+        if self.judge is not None and edited.frames.shape[-2:] != (SIZE, SIZE):
+            raise InputError(
+                f"the judge knows the miniature's scenes only, of {SIZE}x{SIZE} pixels, got "
+                f"{size}; leave it out, or edit a clip of that size"
+            )
 
 
 def options_of(flow: OpticalFlow) -> dict[str, str | int | float]:

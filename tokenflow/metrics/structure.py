@@ -21,7 +21,8 @@ def structure(
 
     No unit, -1..1: 1 for edges of the same places and relative strengths, whatever their colours,
     their brightness or which side is the brighter; 0 for unrelated ones, and where the frame has
-    none. Blind to colour, to smooth shading, and to what moves by less than a pixel.
+    none; NaN where the mask leaves no pixel. Blind to colour, to smooth shading, and to what moves
+    by less than a pixel.
     Source: our own, in place of the self-similarity of a network that would be needed for it.
     """
     scores = []
@@ -32,7 +33,8 @@ def structure(
         strengths = torch.stack([edges(luma(image))[outside].flatten().double() for image in pair])
         a, b = strengths - strengths.mean(dim=1, keepdim=True)
         lengths = a.norm() * b.norm()
-        scores.append((a @ b / lengths if lengths > 0 else lengths).float())
+        score = a @ b / lengths if lengths > 0 else lengths
+        scores.append(score.float() if len(a) else torch.tensor(torch.nan))
     return torch.stack(scores)
 
 

@@ -84,9 +84,11 @@ def observed(run: Run, options: Namespace, allowed: list[str]) -> Features:
     from tokenflow.engine.observer import Observer
     from tokenflow.report.probe import observe
 
+    source, frame = run.source().frames[:], options.frame
+    if frame is not None and not 0 <= frame < len(source):
+        raise InputError(f"expected a frame from 0 to {len(source) - 1}, got {frame}")
     words = [word for name in allowed for word in (OPTION, name)]
-    seen = observe(run, Observer(options.site, options.step, options.frame), words)
-    return draw(seen, run.source().frames[:], options.frame)
+    return draw(observe(run, Observer(options.site, options.step, frame), words), source, frame)
 
 
 def check_output(output: str | None) -> Path | None:

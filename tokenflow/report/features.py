@@ -67,14 +67,10 @@ def draw(
     Args:
         seen: At one site and step.
         source: All frames of the source.
-        frame: Whose tokens to follow; the one farthest from its keyframes if not given.
-
-    Raises:
-        InputError: There is no such frame.
+        frame: Whose tokens to follow, one of those whose correspondence was seen; the one farthest
+            from its keyframes if not given.
     """
     chosen = most_between(seen.parts) if frame is None else frame
-    if not 0 <= chosen < len(source):
-        raise InputError(f"expected a frame from 0 to {len(source) - 1}, got {chosen}")
     size = (source.shape[2], source.shape[3])
     shown = torch.stack([source[number] for number in seen.frames])
     maps = interpolate(principal(seen.tokens), size, mode="nearest")

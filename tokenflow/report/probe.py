@@ -51,6 +51,9 @@ class Probe(Callback):
                 f"{self.run.folder} has no correspondences: its consistency is "
                 f"{settings.consistency!r}, expected 'tokenflow'"
             )
+        assert module.backbone is not None, "setup comes before a clip"
+        # refuses a wrong step or site before the clip is inverted
+        self.observer.during(0, settings.steps, range(0), module.backbone.unet)
         module.observer = lambda: self.observer
         module.described = (None, None)  # inversions are recalled, samplings are not
         before = module.progress

@@ -16,7 +16,7 @@ import yaml
 from jaxtyping import Float
 from torch import Tensor
 
-from tokenflow.engine.folder import COMPARE, EDITED, METRICS, RECORD, finished
+from tokenflow.engine.folder import COMPARE, EDITED, FAILED, METRICS, RECORD, finished
 from tokenflow.errors import InputError
 from tokenflow.video import Clip, Frames, halves, read_clip
 
@@ -145,6 +145,7 @@ def read_run(folder: str | Path) -> Run:
     if not finished(folder):
         inside = sorted(file.parent.name for file in folder.glob(f"[!.]*/{RECORD}"))
         hint = f"; it holds runs in {', '.join(inside)}" if inside else ""
+        hint = f"; its edit failed, as {FAILED} says" if (folder / FAILED).exists() else hint
         raise InputError(f"{folder}: expected a finished run's folder, with a {RECORD}{hint}")
     try:
         record = yaml.safe_load((folder / RECORD).read_text())
@@ -152,4 +153,13 @@ def read_run(folder: str | Path) -> Run:
         raise InputError(f"{folder / RECORD} is no YAML: {error}") from error
     if not isinstance(record, dict):
         raise InputError(f"{folder / RECORD}: expected a run's record, got {record!r:.200}")
+    came = record.get("run") or {}
+    seconds = (came.get("seconds") or {}) if isinstance(came, dict) else None
+    if not isinstance(seconds, dict) or not all(
+        isinstance(value, int | float) for value in seconds.values()
+    ):
+        raise InputError(
+            f"{folder / RECORD} was changed by hand and cannot be used: expected of run: a "
+            f"mapping, with numbers of seconds; edit again"
+        )
     return Run(folder, record)

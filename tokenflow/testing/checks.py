@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, get_args, get_origin, get_type_hints
+from importlib.util import module_from_spec, spec_from_file_location
+from operator import attrgetter
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from jsonargparse import ArgumentParser
@@ -15,6 +18,8 @@ from jsonargparse import ArgumentParser
 from tokenflow.contract import Violation
 from tokenflow.plugins import GROUPS, stated_interface
 from tokenflow.testing.state import global_state, restored
+
+T = TypeVar("T")
 
 
 class ConformanceError(AssertionError):
@@ -135,6 +140,30 @@ def configuration_round_trip(plugin: Any) -> None:
         "use argument types that YAML can hold: numbers, text, lists, and classes of such",
     )  # fmt: skip
     kind(**vars(parser.instantiate(again)))
+
+
+@contextmanager
+def anew(plugin: T) -> Iterator[T]:
+    """Gives a copy that knows nothing of earlier calls: its class's module is run once more.
+
+    Where that cannot be, as for a class that is made in a function or a script, the copy is of the
+    plugin's own class, and what that keeps goes unnoticed.
+    """
+    made, kind = copy.deepcopy(plugin), type(plugin)
+    name, own = kind.__module__, sys.modules[kind.__module__]
+    try:
+        assert name != "__main__", "a script would run in itself"
+        places = getattr(own, "__path__", None)
+        spec: Any = spec_from_file_location(name, own.__file__, submodule_search_locations=places)
+        module = sys.modules[name] = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        object.__setattr__(made, "__class__", attrgetter(kind.__qualname__)(module))
+    except Exception:  # a third party's module may do anything
+        sys.modules[name] = own
+    try:
+        yield made
+    finally:
+        sys.modules[name] = own
 
 
 def takes_anything(hint: Any) -> bool:

@@ -111,13 +111,27 @@ def _pictures(path: Path, container: InputContainer, stream: VideoStream) -> Ite
     except av.FFmpegError as error:
         raise _damaged(path, index, str(error.strerror)) from error
     # Some formats just end where they are cut off.
-    announced = (container.duration or 0) / av.time_base
+    announced = _announced(container, stream)
     if start is not None and end is not None and end - start < 0.9 * announced:
         warnings.warn(
             f"{path}: the picture lasts {float(end - start):.2f} s, but the file announces "
             f"{announced:.2f} s; it may have been cut short.",
             stacklevel=4,
         )
+
+
+def _announced(container: InputContainer, stream: VideoStream) -> float:
+    """Seconds that the file says its picture lasts, 0 if it does not.
+
+    In Matroska a tag says so, and what is called the stream's duration is that of the longest.
+    """
+    try:
+        hours, minutes, seconds = stream.metadata["DURATION"].split(":")
+        return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+    except (KeyError, ValueError):
+        if stream.duration is not None and stream.time_base is not None:
+            return float(stream.duration * stream.time_base)
+        return (container.duration or 0) / av.time_base
 
 
 def _damaged(path: Path, index: int, reason: str) -> VideoError:
