@@ -132,8 +132,7 @@ class Impatient(Callback):
     """Has a process count as lost after 5 seconds, and who needs it end after 2 more."""
 
     def __init__(self) -> None:
-        tokenflow.engine.channel.LOST = 5
-        tokenflow.engine.channel.HOPELESS, tokenflow.engine.channel.STUCK = 2, 6
+        tokenflow.engine.channel.LOST, tokenflow.engine.channel.HOPELESS = 5, 2
 
 
 class Noting(Callback):

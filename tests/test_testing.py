@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from enum import Enum
 from typing import Any, ClassVar
 
 import numpy as np
@@ -488,6 +489,31 @@ class FirstClip(PnP):
 
 
 EARLIER: dict[int, Tensor] = {}
+
+
+class Mode(Enum):
+    """An option's type of a plugin's own module."""
+
+    PLAIN = "plain"
+    TWICE = "twice"
+
+
+class ByMode(NNField):
+    """The paper's kernel, if it knows its own option again."""
+
+    interface = 1
+
+    def __init__(self, mode: Mode = Mode.PLAIN) -> None:
+        super().__init__()
+        self.mode = mode
+
+    def correspond(self, source: Tensor, keys: Tensor, window: Window) -> Correspondence:
+        found = super().correspond(source, keys, window)
+        return found if self.mode is Mode.PLAIN else Correspondence(found.indices, -found.weights)
+
+
+def test_a_plugin_is_made_anew_with_the_classes_of_its_module() -> None:
+    check_kernel(ByMode())
 
 
 class FirstLatents(SDEdit):

@@ -56,8 +56,9 @@ class Channel:
         self.group, self.others = (f"{LOSS} from {r // members}" for r in (rank, self.next))
         self.with_first = members > 1 and rank < members
         self.over, self.stop, self.failed, self.writes = Event(), False, False, False
-        self.silent, self.loss, self.bereft = 0, False, False
-        """Beats since the store answered; whether one is lost, and one of this group."""
+        self.silent, self.loss, self.bereft, self.ended = 0, False, False, False
+        """Beats since the store answered; whether one is lost, and one of this group; whether the
+        store has ended."""
         self.thread = Thread(target=self.listen, daemon=True)
         for thread in (self.thread, Thread(target=self.watch, daemon=True)):
             thread.start()
@@ -95,14 +96,14 @@ class Channel:
 
     def listen(self) -> None:
         """Tells and hears once in a `BEAT`, until the channel is closed."""
-        other, last, quiet = f"{self.next}", "", 0
+        other, last, quiet, lost = f"{self.next}", "", 0, False
         try:
             for beat in itertools.count():
                 over = self.over.wait(BEAT)
                 own = DONE if over else f"{WRITES if self.writes else ''} {beat}"
                 self.store.set(f"{self.rank}", own)
                 sign = self.store.get(other).decode() if self.store.check([other]) else ""
-                back = quiet > LOST and sign != last
+                back = lost and sign != last
                 last, quiet = sign, 0 if sign != last else quiet + 1
                 lost = sign != DONE and quiet > (SLOW if sign.startswith(WRITES) else LOST)
                 if back:
@@ -121,16 +122,19 @@ class Channel:
                 self.bereft, self.loss = (self.store.check([m]) for m in (self.group, LOSS))
                 self.stop = self.stop or self.store.check([STOP])
         except RuntimeError:  # the store has ended, and the first process with it
-            self.stop, self.loss, self.bereft = True, True, self.with_first
+            self.loss = self.loss or not self.stop  # which else has just stopped first
+            self.bereft = self.bereft or self.with_first
+            self.stop = self.ended = True
 
     def watch(self) -> None:
         """Ends this process if it does not stop by itself when one is lost."""
-        since = 0
+        stuck = hopeless = 0
         while not self.over.wait(BEAT):
             self.silent += 1
-            quiet = self.silent > LOST
-            since = since + 1 if quiet or self.loss or self.bereft else 0
-            if since > (HOPELESS if self.bereft or (quiet and self.with_first) else STUCK):
+            quiet = self.silent > LOST and not self.ended
+            stuck = stuck + 1 if quiet or self.loss else 0
+            hopeless = hopeless + 1 if self.bereft or (quiet and self.with_first) else 0
+            if stuck > STUCK or hopeless > HOPELESS:
                 try:
                     say(f"rank {self.rank} ends, as a process is lost that it waits for, here:")
                     faulthandler.dump_traceback()

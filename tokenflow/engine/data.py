@@ -71,7 +71,7 @@ class Video(LightningDataModule):
             listed = read_manifest(Path(manifest), Path(root) if root else None, choice)
             self.jobs = part_of(listed, part)
             self.none = f"part {part} of the {len(listed)} clips of {manifest} has none"
-        elif root is not None or part.split("/")[1:] != ["1"]:
+        elif root is not None or part != "1/1":
             raise InputError(
                 "--data.root and --data.part are of the clips of --data.manifest, and there is "
                 "none; leave them out"

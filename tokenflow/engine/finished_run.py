@@ -56,7 +56,7 @@ class FinishedRun:
             usable = isinstance(record["multiple"], int) and all(
                 isinstance(p, str) for p in prompts
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{folder / RECORD} is no record of a run of this version "
                 f"({type(error).__name__}: {error}); compare the videos themselves by --source and "

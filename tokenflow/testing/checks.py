@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
-from operator import attrgetter
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
@@ -149,15 +149,18 @@ def anew(plugin: T) -> Iterator[T]:
     Where that cannot be, as for a class that is made in a function or a script, the copy is of the
     plugin's own class, and what that keeps goes unnoticed.
     """
-    made, kind = copy.deepcopy(plugin), type(plugin)
-    name, own = kind.__module__, sys.modules[kind.__module__]
+    made, name = copy.deepcopy(plugin), type(plugin).__module__
+    own = sys.modules.get(name)
+    if own is None or name == "__main__":  # a script would run in itself
+        yield made
+        return
     try:
-        assert name != "__main__", "a script would run in itself"
+        kept = pickle.dumps(plugin)  # finds classes by name, and then those of the module's copy
         places = getattr(own, "__path__", None)
         spec: Any = spec_from_file_location(name, own.__file__, submodule_search_locations=places)
-        module = sys.modules[name] = module_from_spec(spec)
-        spec.loader.exec_module(module)
-        object.__setattr__(made, "__class__", attrgetter(kind.__qualname__)(module))
+        sys.modules[name] = module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+        made = pickle.loads(kept)
     except Exception:  # a third party's module may do anything
         sys.modules[name] = own
     try:
