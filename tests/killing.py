@@ -110,7 +110,7 @@ class Slow(Callback):
     def __init__(self, rank: int = 0) -> None:
         self.rank = rank
 
-    def on_predict_batch_start(self, trainer: Trainer, *_: Any) -> None:
+    def on_predict_start(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.global_rank != self.rank:
             return
         write = tokenflow.engine.writer.write_video

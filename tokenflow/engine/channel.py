@@ -89,10 +89,8 @@ class Channel:
         """
         self.failed = failed
         self.stop = self.stop or stopped or failed or self.own()
-        if self.rank == 0 and self.loss:
-            sleep(2 * BEAT)  # for others to hear of it, as the store may end with this process
         self.over.set()
-        self.thread.join(2 * BEAT)  # longer only if the store does not answer
+        self.thread.join(5 * BEAT)  # longer only if the store does not answer
 
     def listen(self) -> None:
         """Tells and hears once in a `BEAT`, until the channel is closed."""
@@ -115,6 +113,8 @@ class Channel:
                     if true:
                         self.store.set(mark, "")
                 if over:
+                    if self.rank == 0 and self.store.check([LOSS]):
+                        sleep(3 * BEAT)  # others hear of it; the store may end with this process
                     return
                 self.silent = 0
                 if lost and not self.stop:
