@@ -84,7 +84,7 @@ def observed(run: Run, options: Namespace, allowed: list[str]) -> Features:
     from tokenflow.engine.observer import Observer
     from tokenflow.report.probe import observe
 
-    source, frame = run.source().frames[:], options.frame
+    source, frame = run.source().frames, options.frame
     if frame is not None and not 0 <= frame < len(source):
         raise InputError(f"expected a frame from 0 to {len(source) - 1}, got {frame}")
     words = [word for name in allowed for word in (OPTION, name)]
