@@ -41,3 +41,13 @@ def test_a_training_that_was_cut_goes_on_from_its_checkpoint(tmp_path: Path) -> 
     assert len(second.weights) == 50
     assert second.global_step == 150
     assert second.weights[0] == first.layer.weight.item() != first.weights[0]
+
+
+def test_a_training_that_is_done_gives_its_average_again(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    data = Endless(torch.randn(64, 1), batch=16)
+    first, second = Line(), Line()
+    fit(first, data, 200, tmp_path, "32-true", average=True)
+    fit(second, data, 200, tmp_path, "32-true", average=True)
+    assert second.weights == []
+    assert second.layer.weight.item() == first.layer.weight.item() != first.weights[-1]

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from einops import reduce
 from jaxtyping import Float
+from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -51,7 +52,7 @@ def sample(
 
 
 def main(
-    samples: int = 192,
+    samples: PositiveInt = 192,
     steps: int = 50,
     guidance: float = 3.0,
     model: str = "miniature",
@@ -90,7 +91,7 @@ def main(
     console = Console()
     console.print(table)
     console.print(f"VAE round trip: {round_trip_psnr(backbone, renders):.2f} dB (bar 28)")
-    console.print(structure_table(backbone, judge, samples // 8, steps, guidance))
+    console.print(structure_table(backbone, judge, max(1, samples // 8), steps, guidance))
 
 
 def structure_table(

@@ -192,7 +192,7 @@ class JudgeTraining(Stage):
         turned = images.flip(-1) if torch.rand(()) < 0.5 else images
         turned = turned.flip(-2) if torch.rand(()) < 0.5 else turned
         x = to_signed(turned) / 2 + 0.5
-        x = x + 0.05 * torch.rand(len(x), 1, 1, 1) * torch.randn_like(x)
+        x = x + 0.05 * torch.rand(len(x), 1, 1, 1, device=x.device) * torch.randn_like(x)
         answers = self.judge(x)
         losses = [
             torch.nn.functional.cross_entropy(answers[name], labels[:, i])

@@ -47,12 +47,20 @@ WEIGHTS = Path(__file__).parent / "weights"
 def fit(
     stage: Stage, data: Endless, steps: int, folder: Path, precision: str, average: bool = False
 ) -> Stage:
-    """Trains up to `steps`, from the last checkpoint in `folder` if there is one."""
+    """Trains up to `steps`, from the last checkpoint in `folder` if there is one.
+
+    With `average`, the stage ends with the moving average of its weights.
+    """
     keep = ModelCheckpoint(
         folder, filename="{step}", every_n_train_steps=100, save_last=True, save_top_k=1
     )
     last = folder / "last.ckpt"
-    seed_everything(torch.load(last)["global_step"] if last.exists() else 0)
+    kept = torch.load(last, map_location="cpu") if last.exists() else None
+    if kept is not None and kept["global_step"] >= steps:
+        # by itself: a trainer without a step to do would leave what was trained, not its average
+        stage.load_state_dict(kept["state_dict"])
+        return stage.eval()
+    seed_everything(0 if kept is None else kept["global_step"])
     trainer = Trainer(
         accelerator="auto",
         devices=1,
@@ -63,7 +71,7 @@ def fit(
         logger=CSVLogger(folder, name="log"),
         log_every_n_steps=50,
     )
-    trainer.fit(stage, DataLoader(data, batch_size=None), ckpt_path=last if last.exists() else None)
+    trainer.fit(stage, DataLoader(data, batch_size=None), ckpt_path=last if kept else None)
     return stage.cpu().eval()
 
 
