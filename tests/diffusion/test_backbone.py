@@ -238,7 +238,7 @@ def test_a_unet_for_inpainting(backbone: Backbone) -> None:
                 "projection_class_embeddings_input_dim": 64,
                 "cross_attention_dim": 32,
             },
-            r"\(addition_embed_type 'text_time'\), as SDXL's .* expected a Stable Diffusion 1",
+            r"\(addition_embed_type 'text_time'\), as those of SDXL, .* expected a Stable",
         ),
         (
             {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 64},
@@ -246,6 +246,8 @@ def test_a_unet_for_inpainting(backbone: Backbone) -> None:
         ),
         ({"num_class_embeds": 4}, r"num_class_embeds 4"),
         ({"encoder_hid_dim": 24}, r"encoder_hid_dim 24, encoder_hid_dim_type 'text_proj'"),
+        ({"time_cond_proj_dim": 8}, r"time_cond_proj_dim 8\), as those of .* consistency models"),
+        ({"only_cross_attention": True}, r"only cross-attention, none among a frame's tokens"),
         ({"cross_attention_dim": 32}, r"width 32 and the text encoder makes 16; expected parts"),
         ({"cross_attention_dim": (16, 16, 16, 32)}, r"width .*32.* and the text encoder makes 16"),
     ],

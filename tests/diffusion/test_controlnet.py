@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import ControlNetModel
+from diffusers import ControlNetModel, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from tests.diffusion.making import make_controlnet
@@ -130,3 +130,15 @@ def test_lists_and_tuples_in_a_configuration_are_the_same(folder: Path, backbone
     config = json.loads((folder / "config.json").read_text())
     assert isinstance(config["block_out_channels"], list)
     load_controlnet(folder, backbone)
+
+
+def test_what_is_given_for_each_block_may_be_given_once(folder: Path, backbone: Backbone) -> None:
+    def with_unet(**changes: Any) -> Backbone:
+        unet = UNet2DConditionModel.from_config({**backbone.unet.config, **changes})
+        parts = backbone.vae, backbone.text_encoder, backbone.tokenizer, backbone.scheduler
+        return Backbone(unet, *parts)
+
+    each = with_unet(cross_attention_dim=(16,) * 4, layers_per_block=[2] * 4)
+    load_controlnet(folder, each)
+    with pytest.raises(ModelError, match=r"layers per block \(2, 2, 2, 1\) \(found 2\)"):
+        load_controlnet(folder, with_unet(layers_per_block=[2, 2, 2, 1]))

@@ -118,6 +118,21 @@ def test_inversion_is_not_controlled_unasked(
     assert editor.conditioning(one_pass(branches=("source",))) == {}
 
 
+def test_a_network_that_pools_its_image_speaks_for_the_prompt_alone(
+    backbone: Backbone, clip: Clip, models: list[str]
+) -> None:
+    editor = ready(backbone, clip, Control(models[0], Inverted()), Control(models[1], Inverted()))
+    editor.shown[0].network.register_to_config(global_pool_conditions=True)
+    forward = one_pass()
+    each = [
+        naive(editor, 0, forward, {"prompt"}),
+        naive(editor, 1, forward, {"negative", "prompt"}),
+    ]
+    assert_equal(editor.conditioning(forward), [sum(s) for s in zip(*each, strict=True)])  # type: ignore[misc]
+    editor.shown[1].network.register_to_config(global_pool_conditions=True)
+    assert editor.conditioning(one_pass(branches=("source", "negative"))) == {}
+
+
 def test_several_controls_add_up(backbone: Backbone, clip: Clip, models: list[str]) -> None:
     controls = Control(models[0], Inverted(), 0.5), Control(models[1], Canny(), 2.0)
     editor = ready(backbone, clip, *controls, Control(models[0], Canny(10.0, 20.0)))

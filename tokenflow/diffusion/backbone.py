@@ -41,6 +41,7 @@ FURTHER = (
     "num_class_embeds",
     "encoder_hid_dim",
     "encoder_hid_dim_type",
+    "time_cond_proj_dim",
 )
 VOCABULARIES = ({"tokenizer.json"}, {"vocab.json", "merges.txt"})
 INDEX = "model_index.json"
@@ -105,7 +106,7 @@ class Backbone:
         if Path(model).is_dir():
             check_folder(Path(model))
         where = device if device != "auto" else default_device()
-        auto = torch.float32 if where == "cpu" else torch.float16
+        auto = torch.float32 if torch.device(where).type == "cpu" else torch.float16
         parts: dict[str, Any] = {
             name: load_component(str(model), name, auto if dtype == "auto" else DTYPES[dtype])
             for name in COMPONENTS
@@ -216,8 +217,14 @@ def check_unet(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLI
     asked = [f"{name} {value!r}" for name in FURTHER if (value := unet.config.get(name))]
     if asked:
         raise ModelError(
-            f"the UNet asks for more than latents and a prompt ({', '.join(asked)}), as SDXL's and "
-            f"unCLIP's do; expected a Stable Diffusion 1.x or 2.x"
+            f"the UNet asks for more than latents and a prompt ({', '.join(asked)}), as those of "
+            f"SDXL, unCLIP and consistency models do; expected a Stable Diffusion 1.x or 2.x"
+        )
+    blocks = (block for name, block in unet.named_modules() if name.endswith(".attn1"))
+    if any(block.is_cross_attention for block in blocks):
+        raise ModelError(
+            "the UNet has only cross-attention, none among a frame's tokens, in which a video's "
+            "frames could take part; expected a Stable Diffusion 1.x or 2.x"
         )
     taken, given = unet.config.cross_attention_dim, text_encoder.config.hidden_size
     if {given} != set(taken if isinstance(taken, list | tuple) else [taken]):

@@ -26,6 +26,9 @@ SHARED = {
     "num_class_embeds": "classes",
 }
 
+# may be given once or for each block
+PER_BLOCK = ("cross_attention_dim", "layers_per_block")
+
 
 def load_controlnet(model: str | Path, backbone: Backbone) -> ControlNetModel:
     """Loads a ControlNet onto a backbone's device, in its dtype.
@@ -73,6 +76,8 @@ def check_fit(network: ControlNetModel, backbone: Backbone, name: str) -> None:
 
 
 def found_in(config: Any, field: str) -> Any:
-    """A configuration's value, the same whether it came from JSON or from Python."""
+    """A configuration's value, the same from JSON and from Python, for each block and for all."""
     value = config.get(field)
-    return tuple(value) if isinstance(value, list) else value
+    if not isinstance(value, list | tuple):
+        return value
+    return value[0] if field in PER_BLOCK and len(set(value)) == 1 else tuple(value)

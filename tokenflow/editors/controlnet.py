@@ -144,18 +144,30 @@ class ControlNet(SDEdit):
         """
         if not self.shown:
             raise InputError("a ControlNet needs prepare(backbone, clip) before it is used")
-        chosen = [
-            i for i, name in enumerate(forward.branches) if name != "source" or self.control_source
-        ]
         on = [s for s in self.shown if s.control.begin <= forward.share < s.control.end]
-        if not chosen or not on:
+        each = [
+            residuals(shown, forward, chosen)
+            for shown in on
+            if (chosen := self.controlled(forward.branches, shown.network))
+        ]
+        if not each:
             return {}
-        each = [residuals(shown, forward, chosen) for shown in on]
         *down, middle = [sum(same[1:], start=same[0]) for same in zip(*each, strict=True)]
         return {
             "down_block_additional_residuals": down,
             "mid_block_additional_residual": middle,
         }
+
+    def controlled(self, branches: Sequence[str], network: ControlNetModel) -> list[int]:
+        """The numbers of the branches that a network controls.
+
+        One that pools its control image over all places says what is shown, not where: it speaks
+        for the prompt alone, or guidance would take out what it says.
+        """
+        without = {"negative"} if network.config.global_pool_conditions else set()
+        if not self.control_source:
+            without.add("source")
+        return [i for i, name in enumerate(branches) if name not in without]
 
 
 def require_controls(further: Sequence[object]) -> None:
