@@ -114,6 +114,9 @@ BAD = {
     "an empty name": ("- {video: a.mp4, name: ''}", "expected the name of a folder .*got ''"),
     "a video's name that leads out": ("- video: ...mp4", "clip 1: expected the name of .*'..'"),
     "no YAML": ("- {video", "is no YAML"),
+    "something twice": ("- {video: a.mp4, prompt: x, prompt: y}", "is no YAML: .*'prompt' twice"),
+    "too deep": ("[" * 5000, "is no YAML"),
+    "a path that is none": ('- video: "a\\0.mp4"', r"clip 1: 'a\\x00.mp4' is no path: .*null"),
 }
 
 
@@ -129,6 +132,34 @@ def test_a_row_with_more_cells_than_names(tmp_path: Path) -> None:
         InputError, match=r"clip 1: expected 1 cells, as the first line has, .*in quotes"
     ):
         read_manifest(written(tmp_path, "video\na.mp4,more\n", "clips.csv"), None, {})
+
+
+def test_csv_cells_are_taken_as_they_are(tmp_path: Path) -> None:
+    rows = 'a.mp4,"a robot\nwalking, slowly",2\n  \n , ,\nb.mp4,one\u2028line,\nc.mp4,null,\n'
+    jobs = read_manifest(written(tmp_path, f"video,prompt,steps\n{rows}", "clips.csv"), None, {})
+    prompts = ["a robot\nwalking, slowly", "one\u2028line", "null"]
+    assert [job.prompts["prompt"] for job in jobs] == prompts
+    assert [job.name for job in jobs] == ["a", "b", "c"]
+    assert [job.settings for job in jobs] == [{"steps": 2}, {}, {}]
+
+
+BAD_CSV = {
+    "a quote that does not end": (
+        'video,prompt\na.mp4,"a ball\nb.mp4,',
+        "is no CSV: unexpected end",
+    ),
+    "a name twice": ("video,prompt,prompt\na.mp4,x,y\n", "is no CSV: a clip has 'prompt' twice"),
+    "too long": (f"video,prompt\na.mp4,{'x' * 140_000}\n", "is no CSV: field larger"),
+    "no number": ("video,steps\na.mp4,null\n", "clip 1: .*steps"),
+    "no seed": ("video,seed\na.mp4,null\n", "clip 1: .*seed"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CSV)
+def test_a_bad_csv_manifest_says_what_is_wrong(tmp_path: Path, case: str) -> None:
+    text, message = BAD_CSV[case]
+    with pytest.raises(InputError, match=message):
+        read_manifest(written(tmp_path, text, "clips.csv"), None, {})
 
 
 def test_a_manifest_of_another_kind(tmp_path: Path) -> None:

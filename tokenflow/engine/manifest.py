@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import inspect
+import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -54,7 +55,12 @@ def rows(path: Path) -> Sequence[tuple[int, dict[str, Any]]]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the manifest {path} cannot be read: {error}") from error
     if path.suffix.lower() == ".csv":
-        lines = list(csv.DictReader(text.splitlines()))
+        try:
+            reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+            require_once(reader.fieldnames or ())
+            lines = [line for line in reader if any(map(filled, line.values()))]
+        except (csv.Error, ValueError) as error:
+            raise InputError(f"the manifest {path} is no CSV: {error}") from error
         for number, line in enumerate(lines, start=1):
             if None in line:
                 raise InputError(
@@ -64,8 +70,8 @@ def rows(path: Path) -> Sequence[tuple[int, dict[str, Any]]]:
         table: Any = [{k: v or None for k, v in line.items()} for line in lines]
     elif path.suffix.lower() in (".yaml", ".yml"):
         try:
-            table = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            table = yaml.load(text, OnceLoader)
+        except (yaml.YAMLError, RecursionError, ValueError) as error:
             raise InputError(f"the manifest {path} is no YAML: {error}") from error
     else:
         raise InputError(f"expected a manifest that ends in .yaml, .yml or .csv, got {path}")
@@ -75,14 +81,33 @@ def rows(path: Path) -> Sequence[tuple[int, dict[str, Any]]]:
     return list(enumerate(given, start=1))
 
 
+class OnceLoader(yaml.SafeLoader):
+    """Refuses a mapping that names something twice, where others would take the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        require_once([str(key.value) for key, _ in node.value])
+        return super().construct_mapping(node, deep)
+
+
+def require_once(names: Sequence[str]) -> None:
+    """Raises `ValueError` for a name that comes again."""
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"a clip has {twice[0]!r} twice")
+
+
+def filled(cell: str | list[str] | None) -> bool:
+    """Whether a cell holds anything but space."""
+    return bool(cell.strip() if isinstance(cell, str) else cell)
+
+
 def row_parser() -> ArgumentParser:
     """What a row may say, with types; nothing has a default."""
     parser = ArgumentParser(exit_on_error=False)
     for name in ("video", "name", *PROMPTS):
-        parser.add_argument(f"--{name}", type=str | None)
+        parser.add_argument(f"--{name}", type=str)
     hints = get_type_hints(read_clip) | get_type_hints(Settings)
     for name in (*CHOICE, *inspect.signature(Settings).parameters):
-        parser.add_argument(f"--{name}", type=hints[name] | None)
+        parser.add_argument(f"--{name}", type=hints[name])
     return parser
 
 
@@ -102,12 +127,16 @@ def job(
     if not given.get("video"):
         raise InputError(f"{where}: expected video: PATH, got none")
     video = root / given["video"]
-    for path in (video, *linked_images(video)):
-        if not path.resolve().is_relative_to(root):
-            raise InputError(
-                f"{where}: {path} lies outside of {root}; move it there, or name another folder by "
-                f"--data.root"
-            )
+    try:
+        paths = [video, *linked_images(video)]
+        outside = [path for path in paths if not path.resolve().is_relative_to(root)]
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL in it, links in a circle
+        raise InputError(f"{where}: {given['video']!r} is no path: {error}") from error
+    if outside:
+        raise InputError(
+            f"{where}: {outside[0]} lies outside of {root}; move it there, or name another folder "
+            f"by --data.root"
+        )
     own = {key: value for key, value in given.items() if key in CHOICE}
     source = ClipSource(video, **{**choice, **own})
     prompts = {key: value for key, value in given.items() if key in PROMPTS}
