@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -114,23 +115,36 @@ def test_the_judge_is_asked(tmp_path: Path) -> None:
     assert found["judge_kept"] > 0.9
 
 
-def test_a_run_of_a_manifest_knows_its_source(run: Path, tmp_path: Path) -> None:
-    other = Path(shutil.copytree(run, tmp_path / "second"))
-    rows = [
-        {"video": "gone.mp4", "name": "first"},
-        {"video": "in.mp4", "name": "second", "start": 1},
-    ]
-    (tmp_path / "clips.yaml").write_text(yaml.safe_dump(rows))
+def test_a_run_of_a_manifest_knows_its_source(
+    run: Path, model_folder: Path, tmp_path: Path
+) -> None:
     shutil.copy(run.parents[1] / "in.mp4", tmp_path)
-    record = yaml.safe_load((other / "run.yaml").read_text())
-    record["data"] |= {"video": None, "start": 0, "manifest": str(tmp_path / "clips.yaml")}
-    (other / "run.yaml").write_text(yaml.safe_dump(record))
-    main(["evaluate", str(other)])
-    main(["evaluate", str(run)])
-    values = [
-        json.loads((folder / "metrics.json").read_text())["metrics"] for folder in (run, other)
-    ]
-    assert values[0] == values[1]
+    write_clip(tmp_path / "other.mp4", Clip.from_frames(torch.rand(5, 3, 30, 50)))
+    manifest, folder = tmp_path / "clips.yaml", tmp_path / "runs" / "in"
+
+    def list_clip(**row: Any) -> None:
+        manifest.write_text(yaml.safe_dump([row | {"prompt": "a plain red ball on sand"}]))
+
+    def measured() -> Any:
+        main(["evaluate", str(folder), "--distances=[1]"])
+        return json.loads((folder / "metrics.json").read_text())
+
+    list_clip(video="in.mp4", start=1)
+    main([
+        "predict", f"--data.manifest={manifest}", f"--model.backbone={model_folder}",
+        "--model.steps=1", "--model.cache=null", f"--output.folder={folder.parent}",
+        "--trainer.accelerator=cpu",
+    ])  # fmt: skip
+    record = yaml.safe_load((folder / "run.yaml").read_text())["run"]["source"]
+    assert record["video"] == str(tmp_path / "in.mp4")
+    assert (record["start"], record["stop"], record["resolution"]) == (1, None, None)
+    first = measured()
+    assert first["frames"] == 5
+    for row in ({"video": "other.mp4"}, {"video": "in.mp4", "stop": 5}):  # as many frames
+        list_clip(**row)
+        assert measured() == first
+    manifest.unlink()
+    assert measured() == first
 
 
 def test_a_pair_of_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -222,7 +236,8 @@ def altered(original: Path, folder: Path, **groups: dict[str, object]) -> Path:
     shutil.copytree(original, folder)
     record = yaml.safe_load((folder / "run.yaml").read_text())
     for name, values in groups.items():
-        record[name] |= values
+        place = record["run"] if name == "source" else record
+        place[name] |= values
     (folder / "run.yaml").write_text(yaml.safe_dump(record))
     return folder
 
@@ -231,7 +246,7 @@ def test_each_source_has_the_floor_of_its_own(
     run: Path, model_folder: Path, tmp_path: Path
 ) -> None:
     same = altered(run, tmp_path / "same")
-    earlier = altered(run, tmp_path / "earlier", data={"start": 0, "max_frames": 5})
+    earlier = altered(run, tmp_path / "earlier", source={"start": 0, "max_frames": 5})
     hidden = torch.zeros(5, 30, 50)
     hidden[:, 5:20, 10:30] = 1
     for i in range(5):
@@ -270,7 +285,7 @@ def test_the_floor_is_that_of_the_sources_own_prompt(
 def test_one_run_that_fails_costs_no_other_its_row(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bad = altered(run, tmp_path / "bad", data={"video": "gone.mp4"})
+    bad = altered(run, tmp_path / "bad", source={"video": "gone.mp4"})
     last = altered(run, tmp_path / "last")
     table = tmp_path / "table.csv"
     with pytest.raises(SystemExit) as exit:
@@ -370,9 +385,10 @@ def test_bad_input_says_what_to_do(
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"data": {"video": "gone.mp4"}}, "the source gone.mp4 of"),
-    ({"data": {"video": None, "manifest": "gone.yaml"}}, "gone.yaml cannot be read"),
-    ({"data": {"colour": 1}}, "is no record of a run of this version"),
+    ({"source": {"video": "gone.mp4"}}, "the source gone.mp4 of"),
+    ({"source": {"video": None}}, "is no record of a run of this version"),
+    ({"source": {"colour": 1}}, "is no record of a run of this version"),
+    ({"source": None}, "is no record of a run of this version"),
     ({"run": {"multiple": "x"}}, "was changed by hand"),
     ({"run": None}, "is no record of a run of this version"),
     (None, "expected a run's record"),
@@ -387,7 +403,8 @@ def test_a_record_that_cannot_be_used(
     other = Path(shutil.copytree(run, tmp_path / "in"))
     record = yaml.safe_load((other / "run.yaml").read_text())
     for group, values in (change or {}).items():
-        record[group] = None if values is None else record[group] | values
+        place = record["run"] if group == "source" else record
+        place[group] = None if values is None else place[group] | values
     (other / "run.yaml").write_text(yaml.safe_dump(record if change else "nothing"))
     refused([str(other)], message, capsys)
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenflow.engine.data import Video
 from tokenflow.engine.folder import EDITED, RECORD
 from tokenflow.engine.job import ClipSource
 from tokenflow.engine.writer import shown
@@ -50,13 +49,13 @@ class FinishedRun:
         """
         folder = run.folder
         try:
-            data, record = run.record["data"], run.record["run"]
-            jobs = Video(**data).jobs
+            record = run.record["run"]
+            source = ClipSource.of_record(record["source"])
             prompts = [record[name] for name in ("prompt", "inversion_prompt")]
             usable = isinstance(record["multiple"], int) and all(
                 isinstance(p, str) for p in prompts
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"{folder / RECORD} is no record of a run of this version "
                 f"({type(error).__name__}: {error}); compare the videos themselves by --source and "
@@ -66,13 +65,7 @@ class FinishedRun:
             raise InputError(
                 f"{folder / RECORD} was changed by hand and cannot be used; edit again"
             )
-        named = [job for job in jobs if len(jobs) == 1 or job.name == folder.resolve().name]
-        if not named:
-            raise InputError(
-                f"the manifest {data['manifest']} of {folder} has no clip {folder.resolve().name!r}"
-                f" any more; compare the videos themselves by --source and --edited"
-            )
-        return cls(folder, named[0].source, record, run.each, run.place)
+        return cls(folder, source, record, run.each, run.place)
 
     def clips(self) -> tuple[Clip, Clip]:
         """Source and edit, both as the run's videos show them.

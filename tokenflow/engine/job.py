@@ -24,6 +24,24 @@ class ClipSource:
         """The clip's name."""
         return clip_name(self.path)
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """What `of_record` makes the same source from, as YAML holds it."""
+        return {"video": str(self.path), **self.choice}
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> ClipSource:
+        """The source that a run's record names.
+
+        Raises:
+            TypeError: The record holds something else.
+        """
+        choice = dict(record)
+        path = choice.pop("video", None)
+        if not isinstance(path, str) or set(choice) - set(CHOICE):
+            raise TypeError(f"no source: {dict(record)}")
+        return cls(Path(path), **choice)
+
     def read(self, multiple: int, each: Callable[[], None] = lambda: None) -> Clip:
         """The clip, whose frames are decoded when they are needed.
 

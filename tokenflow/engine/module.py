@@ -190,7 +190,8 @@ class TokenFlow(LightningModule):
             result = self.gathered(result, clip, share.frame_counts)
         if self.cache is not None and self.group.rank == 0:
             self.cache.prune()
-        return Prediction(result, self.resolved(backbone, settings, prompts), observer.seen)
+        resolved = {"source": job.source.record, **self.resolved(backbone, settings, prompts)}
+        return Prediction(result, resolved, observer.seen)
 
     def gathered(self, result: Result, source: Clip, counts: Sequence[int]) -> Result:
         """On rank 0 the result for the whole clip, elsewhere this rank's as it is."""

@@ -40,7 +40,9 @@ class Probe(Callback):
     def on_predict_batch_start(  # type: ignore[override]
         self, trainer: Trainer, module: TokenFlow, job: Job, *_: Any
     ) -> None:
-        asked = job.where is None or job.name == self.run.name
+        asked = job.where is None or (
+            job.name == self.run.name and job.source.record == self.run.came.get("source")
+        )
         module.admit = lambda job: None if asked else "not asked for"
         if not asked:
             return
@@ -83,7 +85,7 @@ def observe(run: Run, observer: Observer, words: list[str] | None = None) -> Obs
         predict(options, [probe])
     if observer.seen is None:
         raise InputError(
-            f"{run.folder / RECORD} lists no clip {run.name!r} any more; expected the folder to "
-            f"have its clip's name"
+            f"{run.folder / RECORD} lists no clip {run.name!r} any more, or other frames; expected "
+            f"the folder to have its clip's name, and the manifest to be as it was"
         )
     return observer.seen
