@@ -146,6 +146,7 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     ),
     "another size": ({}, {"edited": Clip.from_frames(still(2, 20, 20))}, "2 frames of 20x20"),
     "another mask": ({}, {"mask": MASK}, "expected a mask of 2 frames of 20x16"),
+    "a mask of labels": ({}, {"mask": torch.zeros(2, 16, 20).bool()}, "labels of 0 and 1"),
     "a mask of all": ({}, {"mask": torch.ones(2, 16, 20).bool()}, "leaves some of every"),
     "the judge at another size": ({"judge": True}, {}, "of 128x128 pixels, got 2 frames of 20x16"),
     "no distance": ({"distances": ()}, {}, "1 frame or more"),
@@ -167,6 +168,9 @@ def test_a_mask_with_hardly_anything_outside() -> None:
     found = measures.of(SMALL, measures.motions(SMALL), mask=mask)
     assert found["psnr_outside"] == 100
     assert "structure_outside" not in found  # all is beside the mask
+    mask[1] = False  # the object has left
+    found = measures.of(SMALL, measures.motions(SMALL), mask=mask)
+    assert found["structure_outside"] == pytest.approx(found["structure"])
 
 
 def test_files_of_flow_of_another_size_say_which_is_needed(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from tests.metrics.making import noise
-from tokenflow.metrics import structure
+from tokenflow.metrics import Structure, structure
 
 
 def naive(a: np.ndarray, b: np.ndarray) -> float:
@@ -37,3 +37,11 @@ def test_a_mask_leaves_out_what_is_edited() -> None:
     mask[:, 5:10, 5:10] = True
     assert float(structure(b, a)) < 0.95
     assert float(structure(b, a, mask)) == pytest.approx(1, abs=1e-6)
+
+
+def test_a_frame_that_the_mask_hides_counts_for_nothing() -> None:
+    a, b, mask = noise(2, 3, 9, 9), noise(2, 3, 9, 9) ** 2, torch.zeros(2, 9, 9, dtype=torch.bool)
+    mask[1] = True
+    metric = Structure()
+    metric.update(a, b, mask)
+    assert float(metric.compute()) == pytest.approx(float(structure(a[:1], b[:1])))

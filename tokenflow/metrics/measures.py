@@ -137,7 +137,7 @@ class Measures:
             found["psnr_outside"] = decibels(float(outside))
         if (images := each.pop("images", None)) is not None and len(images) > 1:
             found["clip_frames"] = float(frame_consistency(images).mean())
-        found |= {name: float(values.mean()) for name, values in each.items()}
+        found |= {name: float(values.nanmean()) for name, values in each.items()}
         # JSON has no infinity, and no NaN
         return {k: min(v, MOST_DECIBELS) for k, v in found.items() if not math.isnan(v)}
 
@@ -181,7 +181,13 @@ class Measures:
             raise InputError(f"expected a mask of {size} like the edit, got {described(mask)}")
         if mask is not None and mask.flatten(1).all(dim=1).any():
             raise InputError(
-                "expected a mask that leaves some of every frame, got one that hides a whole frame"
+                "expected a mask that leaves some of every frame, got one that hides a whole frame "
+                "(what an image has as transparency is not looked at)"
+            )
+        if mask is not None and not mask.any():
+            raise InputError(
+                "expected a mask that is white where the object is, got one that is black in every "
+                "frame; labels of 0 and 1 are to be made 0 and 255"
             )
         least = SSIM_NEEDS if self.lpips is None else perceptual.SMALLEST
         if min(edited.frames.shape[-2:]) < least:

@@ -44,7 +44,7 @@ def edges(brightness: Float[Tensor, "height width"]) -> Float[Tensor, "height wi
 
 
 class Structure(Average):
-    """Mean over frames of `structure`."""
+    """Mean over frames of `structure`, those left out of which the mask leaves no pixel."""
 
     def update(
         self,
@@ -52,4 +52,5 @@ class Structure(Average):
         source: Float[Tensor, "frames 3 height width"],
         mask: Bool[Tensor, "frames height width"] | None = None,
     ) -> None:
-        self.add(structure(edited, source, mask))
+        scores = structure(edited, source, mask)
+        self.add(scores[~scores.isnan()])
