@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from multiprocessing.process import BaseProcess
@@ -233,3 +235,10 @@ def test_of_two_commands_into_one_folder_the_later_is_refused(
     assert ended([first]) == [0]
     record = yaml.safe_load((tmp_path / "runs" / "one" / "run.yaml").read_text())
     assert record["model"]["steps"] == 30
+
+
+def test_a_process_whose_launcher_has_ended_before_it_begins_does_not_begin() -> None:
+    nobody = 1 << 30
+    code = f"from tokenflow.engine.preemption import end_with_parent\nend_with_parent({nobody})"
+    ended = subprocess.run([sys.executable, "-c", f"{code}\nprint('on')"], capture_output=True)
+    assert (ended.returncode, ended.stdout) == (75, b"")

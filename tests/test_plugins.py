@@ -19,7 +19,7 @@ from tokenflow.cli import main
 from tokenflow.diffusion import Backbone, Schedule, Trajectory
 from tokenflow.editors import Edit, Editor, Pass, PnP, Start
 from tokenflow.engine import Settings, edit_clip
-from tokenflow.errors import InputError, PluginError
+from tokenflow.errors import InputError, Interrupted, PluginError, Preempted
 from tokenflow.plugins import describe, installed_plugins, load
 from tokenflow.propagation import (
     Correspondence,
@@ -84,6 +84,7 @@ Silent = broken:Silent
 Abstract = broken:Abstract
 Failing = broken:Failing
 OwnModel = broken:OwnModel
+Ending = broken:Ending
 Wrong = broken:Missing
 [tokenflow.propagation]
 Wrong = broken:Wrong
@@ -130,6 +131,11 @@ class OwnModel(PnP):
     interface = 1
     def __init__(self, backbone: str = "x") -> None:
         super().__init__()
+
+class Ending(PnP):
+    interface = 1
+    def __init__(self) -> None:
+        raise SystemExit(0)
 
 class Crashing(PnP):
     interface = 1
@@ -322,7 +328,7 @@ def test_a_plugins_options_are_shown(capsys: pytest.CaptureFixture[str]) -> None
 class Raising(PnP):
     """Raises in one of its methods, in the middle of a pass."""
 
-    def __init__(self, where: str, error: Exception) -> None:
+    def __init__(self, where: str, error: BaseException) -> None:
         super().__init__()
         self.where, self.error = where, error
 
@@ -390,6 +396,21 @@ def test_an_editor_that_raises_is_named_and_the_unet_restored(
     assert not any(module._forward_hooks for module in backbone.unet.modules())
 
 
+@pytest.mark.parametrize("end", [SystemExit(0), SystemExit("bye")])
+def test_a_plugin_does_not_end_the_process(end: SystemExit, backbone: Backbone, clip: Clip) -> None:
+    with pytest.raises(PluginError, match=f"Raising of .* failed in start: SystemExit: {end}"):
+        edit(backbone, clip, Raising("start", end))
+
+
+@pytest.mark.parametrize("end", [Interrupted(130), Preempted()])
+def test_a_plugin_does_not_keep_a_run_from_ending(
+    end: SystemExit, backbone: Backbone, clip: Clip
+) -> None:
+    with pytest.raises(type(end)) as raised:
+        edit(backbone, clip, Raising("start", end))
+    assert raised.value is end
+
+
 def test_a_kernel_that_raises_is_named_and_the_unet_restored(
     backbone: Backbone, clip: Clip
 ) -> None:
@@ -397,6 +418,29 @@ def test_a_kernel_that_raises_is_named_and_the_unet_restored(
     with pytest.raises(PluginError, match=r"^RaisingKernel of .* failed in correspond: KeyError"):
         edit(backbone, clip, PnP(), RaisingKernel())
     assert torch.equal(output(backbone), before)
+
+
+class LateKernel(NNField):
+    """Right in the first step, which is checked, and out of range after it."""
+
+    def correspond(self, source: Tensor, keys: Tensor, window: Window) -> Correspondence:
+        found = super().correspond(source, keys, window)
+        return found if self.flawless else Correspondence(found.indices + 10**6, found.weights)
+
+    flawless = True
+
+
+def test_a_kernel_that_points_nowhere_later_is_named(backbone: Backbone, clip: Clip) -> None:
+    kernel = LateKernel()
+
+    def progress(stage: str, done: int, steps: int) -> None:
+        kernel.flawless = stage != "edit" or done == 0
+
+    with pytest.raises(PluginError, match=r"^LateKernel of .* failed in gather: IndexError"):
+        edit_clip(
+            backbone, clip, "a ball", PnP(), kernel,
+            settings=Settings(steps=2, keyframe_every=4), progress=progress,
+        )  # fmt: skip
 
 
 def wrong(**methods: Any) -> Editor:
@@ -537,3 +581,15 @@ def test_the_command_line_names_the_package_of_a_plugin_that_raises(
     assert "Crashing of tokenflow-broken 0.3 failed in conditioning: AttributeError: " in out
     assert "Traceback" not in out
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_constructor_does_not_end_the_process_in_silence(
+    broken: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["predict", "--data.video=gone.mp4", "--model.prompt=a ball", "--model.editor=Ending"]
+    code, out = run(words, capsys)
+    assert code == 2
+    assert "the configuration cannot be used: SystemExit: 0" in out
+    code, out = run(["plugins", "check", "Ending"], capsys)
+    assert code == 1
+    assert "FAILED  it cannot be made with these options: SystemExit: 0" in out

@@ -222,6 +222,26 @@ class Dense(NNField):
         return source @ keys.flatten(0, 1).T
 
 
+class Counted(NNField):
+    """What it says of itself changes from time to time."""
+
+    said = 0
+
+    def content(self) -> str:
+        self.said += 1
+        return str(self.said)
+
+
+class NoText(NNField):
+    def content(self) -> str:
+        return 5  # type: ignore[return-value]
+
+
+class Leaves(NNField):
+    def correspond(self, source: Tensor, keys: Tensor, window: Window) -> Correspondence:
+        raise SystemExit(0)
+
+
 WRONG_KERNELS: list[tuple[Propagation, str, str]] = [
     (Beyond(), "index_range", "indices from 0 to 31"),
     (Dense(), "index_range", "expected a Correspondence, got Tensor"),
@@ -243,6 +263,9 @@ WRONG_KERNELS: list[tuple[Propagation, str, str]] = [
     (Square(), "non_square_sites", "expected no exception"),
     (TwoKeyframes(), "one_frame_windows", "expected no exception, got AssertionError"),
     (MeanOfFrames(), "frames_independent", "treat every frame on its own"),
+    (Counted(), "content_as_text", r"the same text at every time, got \['1', '2', '3'\]"),
+    (NoText(), "content_as_text", r"the same text at every time, got \[5, 5, 5\]; make it a"),
+    (Leaves(), "index_range", "expected no exception, got SystemExit: 0"),
     (Shifted(), "identity_at_keyframes", "or set identity_at_keyframes = False"),
     (UntypedKernel(), "configuration_round_trip", "named and typed, got block=7"),
     (UntypedKernel(), "interface_stated", "a class that states interface = 1, got None; write"),

@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from transformers.utils.logging import disable_progress_bar
 
 from tokenflow.diffusion import Backbone, ModelError
 from tokenflow.editors import Editor
-from tokenflow.errors import InputError
+from tokenflow.errors import InputError, Interrupted, Preempted
 from tokenflow.plugins import Plugin, describe, installed_plugins
 from tokenflow.testing import Check, ConformanceError, editor_checks, kernel_checks
 
@@ -61,11 +61,12 @@ def verdict(plugin: Plugin, options: list[str]) -> int:
     if not plugin.usable:
         print(f"{who} is unusable: {plugin.reason}")
         return 1
+    chosen = parsed(plugin.kind, options)
     try:
-        checks = checks_of(plugin.kind, options)
-    except InputError:
+        checks = checks_of(plugin.kind, chosen)
+    except (InputError, Interrupted, Preempted):
         raise
-    except Exception as error:  # a third party's constructor may raise anything
+    except (Exception, SystemExit) as error:  # a third party's constructor may raise anything
         print(f"FAILED  it cannot be made with these options: {type(error).__name__}: {error}")
         checks, failed = [], 1
     else:
@@ -87,20 +88,25 @@ def verdict(plugin: Plugin, options: list[str]) -> int:
     return 1 if failed else 0
 
 
-def checks_of(kind: Any, options: list[str]) -> list[Check]:
-    """The kit's checks of a plugin's class, made with the options of a command line."""
+def parsed(kind: Any, options: list[str]) -> tuple[ArgumentParser, Namespace]:
+    """The options of a command line for a plugin's class, and the parser that understood them."""
     parser = ArgumentParser(prog=f"tokenflow plugins check {kind.__name__}")
     parser.add_class_arguments(kind)
     disable_progress_bar()  # of models' loading
-    fits = takes_backbone(kind)
-    if fits:
+    if takes_backbone(kind):
         about = (
             "What an editor is checked on: a folder, a hub id, 'miniature', the embedded model, or "
             "'tiny', one with random weights."
         )
         parser.add_argument("--backbone", type=str, default="tiny", help=about)
-    chosen = vars(parser.instantiate(parser.parse_args(options)))
-    model = chosen.pop("backbone") if fits else "tiny"
+    return parser, parser.parse_args(options)
+
+
+def checks_of(kind: Any, options: tuple[ArgumentParser, Namespace]) -> list[Check]:
+    """The kit's checks of a plugin's class, made with options."""
+    parser, given = options
+    chosen = vars(parser.instantiate(given))
+    model = chosen.pop("backbone") if takes_backbone(kind) else "tiny"
     plugin = kind(**chosen)
     if not isinstance(plugin, Editor):
         return kernel_checks(plugin)

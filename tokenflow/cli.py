@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -39,6 +40,8 @@ Shows versions, accelerator, codecs and plugins, and what is wrong with them; ex
 anything is.
 """
 HELP = ("-h", "--help")
+PARENT = os.getppid()
+"""What launched this process: asked at once, as it may end while the rest is imported."""
 
 
 def main(args: Sequence[str] | None = None) -> None:

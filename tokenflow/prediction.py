@@ -28,7 +28,7 @@ from lightning.pytorch.strategies.launchers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from tokenflow.cli import stop
+from tokenflow.cli import PARENT, stop
 from tokenflow.engine.data import Video
 from tokenflow.engine.frame_group import FrameGroup
 from tokenflow.engine.guard import guarded
@@ -39,7 +39,7 @@ from tokenflow.engine.preemption import StopSignals, end_with_parent
 from tokenflow.engine.progress import StageProgress
 from tokenflow.engine.settings import Settings
 from tokenflow.engine.writer import RunWriter, writer_of
-from tokenflow.errors import InputError, Preempted
+from tokenflow.errors import InputError, Interrupted, Preempted
 from tokenflow.imports import OPTION, names_by_entry_point, require_local, restrict, split_allowed
 from tokenflow.plugins import describe, installed_plugins, origin, require_usable
 
@@ -175,10 +175,12 @@ class PredictCLI(LightningCLI):
         """As Lightning's own, for options that Lightning refuses or lacks a package for."""
         try:
             super().instantiate_classes()
-        except InputError:
+        except (InputError, Interrupted, Preempted):
             raise
         except (MisconfigurationException, ValueError, ImportError) as error:
             raise InputError(f"the configuration cannot be used: {error}") from error
+        except SystemExit as error:  # a plugin's, which would end a job as if it were done
+            raise InputError(f"the configuration cannot be used: SystemExit: {error}") from error
 
     def after_instantiate_classes(self) -> None:
         self._dump_config()
@@ -208,7 +210,7 @@ def require_values(given: Namespace, kind: type, group: str) -> None:
 def run(words: list[str], callbacks: Sequence[Callback] = ()) -> None:
     """Parses the words after `tokenflow predict` and edits; further callbacks may look on."""
     if LightningEnvironment().local_rank() > 0 and not TorchElasticEnvironment.detect():
-        end_with_parent()  # which may be killed before it has met this process
+        end_with_parent(PARENT)  # which may be killed before it has met this process
     words, allowed = split_allowed(words)
     restrict(allowed)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

@@ -108,13 +108,13 @@ def test_propagation_replaces_the_output_in_all_branches(layer: Attention, token
     outputs = torch.randn(BRANCHES, 2, TOKENS, CHANNELS)
     asked: list[Tensor] = []
 
-    def correspond(source: Tensor) -> Correspondence:
+    def take(source: Tensor) -> Tensor:
         asked.append(source)
         shift = torch.arange(TOKENS).roll(1) + TOKENS  # of the second keyframe
         indices = shift.expand(FRAMES, -1)[..., None]
-        return Correspondence(indices, torch.ones(FRAMES, TOKENS, 1))
+        return Correspondence(indices, torch.ones(FRAMES, TOKENS, 1)).gather(outputs)
 
-    result = PropagatedAttention(BRANCHES, outputs, correspond)(layer, tokens)
+    result = PropagatedAttention(BRANCHES, take)(layer, tokens)
     assert torch.equal(asked[0], tokens[:FRAMES])
     expected = outputs[:, 1].roll(1, dims=1)[:, None].expand(-1, FRAMES, -1, -1)
     assert torch.equal(result.unflatten(0, (BRANCHES, FRAMES)), expected)

@@ -21,7 +21,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tokenflow.editors import Edit
 from tokenflow.errors import PluginError
-from tokenflow.propagation import Correspondence
 
 
 @dataclass
@@ -97,16 +96,18 @@ class PropagatedAttention:
     def __init__(
         self,
         branches: int,
-        outputs: Float[Tensor, "branches keyframes tokens channels"],
-        correspond: Callable[[Float[Tensor, "frames tokens channels"]], Correspondence],
+        take: Callable[
+            [Float[Tensor, "frames tokens channels"]],
+            Float[Tensor, "branches frames tokens channels"],
+        ],
     ) -> None:
-        self.branches, self.outputs, self.correspond = branches, outputs, correspond
+        self.branches, self.take = branches, take
 
     def __call__(
         self, attn: Attention, hidden_states: Tensor, *_: Any, **__: Any
     ) -> Float[Tensor, "batch tokens channels"]:
         source = hidden_states[: len(hidden_states) // self.branches]
-        return self.correspond(source).gather(self.outputs).flatten(0, 1)
+        return self.take(source).flatten(0, 1)
 
 
 def project_out(attn: Attention, attended: Tensor) -> Tensor:

@@ -33,7 +33,6 @@ from tokenflow.engine.share import Share
 from tokenflow.engine.spans import Span
 from tokenflow.propagation import (
     ClipFlow,
-    Correspondence,
     Propagation,
     Window,
     check_correspondence,
@@ -174,15 +173,15 @@ class Denoiser:
         outputs = torch.stack([bank.outputs[site][:, k] for k in used], dim=1)
         here = at_site(window, keys, self.trajectory.clean, self.flow)
 
-        def correspond(source: Tensor) -> Correspondence:
+        def take(source: Tensor) -> Tensor:
             found = guarded(kernel, kernel.correspond)(source, keys, here)
             if check:
                 check_correspondence(found, source, keys, f"{named(kernel)} at {site}")
             if look is not None:
                 look(site, source, here, found)
-            return found
+            return guarded(kernel, found.gather)(outputs)
 
-        return PropagatedAttention(BRANCHES, outputs, correspond)
+        return PropagatedAttention(BRANCHES, take)
 
     def latents(
         self, x: Float[Tensor, "all c h w"], t: int, frames: Sequence[int]

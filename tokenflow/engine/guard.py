@@ -12,7 +12,7 @@ from typing import ParamSpec, TypeVar
 from torch import OutOfMemoryError
 
 from tokenflow.editors import Editor
-from tokenflow.errors import InputError, PluginError
+from tokenflow.errors import InputError, Interrupted, PluginError, Preempted
 from tokenflow.plugins import origin
 from tokenflow.propagation import OpticalFlow, Propagation
 
@@ -36,9 +36,9 @@ def guarded(plugin: Editor | Propagation | OpticalFlow, function: Callable[P, R]
     def call(*args: P.args, **options: P.kwargs) -> R:
         try:
             return function(*args, **options)
-        except (InputError, OutOfMemoryError):
+        except (InputError, OutOfMemoryError, Interrupted, Preempted):
             raise
-        except Exception as error:  # a third party's code may raise anything
+        except (Exception, SystemExit) as error:  # a third party's code may raise anything
             frames = traceback.extract_tb(error.__traceback__)
             home = getattr(sys.modules.get(type(plugin).__module__), "__file__", None)
             # its own last line says more than the line of a library that it called

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import sys
 from subprocess import Popen, TimeoutExpired
@@ -83,7 +84,12 @@ class StopSignals(Callback):
         self.before = {}
 
 
-def end_with_parent() -> None:
-    """Asks Linux to kill this process when the one that launched it ends, however it ends."""
+def end_with_parent(parent: int) -> None:
+    """Asks Linux to kill this process when the one that launched it ends, however it ends.
+
+    Ends it now if that is no longer its `parent`.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            raise Preempted

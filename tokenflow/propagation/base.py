@@ -91,7 +91,8 @@ class Propagation(ABC):
     """The version of this interface that a plugin was written for."""
 
     identity_at_keyframes: ClassVar[bool] = False
-    """Whether it promises that a keyframe's tokens take themselves; the conformance kit asks."""
+    """Whether it promises that a keyframe's tokens take themselves (or, where features of several
+    are the same, one of those); the conformance kit asks."""
 
     flow: OpticalFlow | None = None
     """What finds optical flow, if the kernel needs it: then every window has its `motion`."""

@@ -16,6 +16,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from tokenflow.contract import Violation
+from tokenflow.errors import Interrupted, Preempted
 from tokenflow.plugins import GROUPS, stated_interface
 from tokenflow.testing.state import global_state, restored
 
@@ -69,7 +70,9 @@ class Check:
                 self.function(copy.deepcopy(self.plugin), *self.arguments)
         except FailedError as failed:
             raise ConformanceError(self.__name__, *failed.args) from None
-        except Exception as error:  # a third party's code may raise anything
+        except (Interrupted, Preempted):
+            raise
+        except (Exception, SystemExit) as error:  # a third party's code may raise anything
             raise ConformanceError(
                 self.__name__, "no exception", f"{type(error).__name__}: {error}",
                 "the exception above says where it was raised",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from tokenflow.propagation import Propagation
@@ -30,8 +32,8 @@ def kernel_checks(kernel: Propagation) -> list[Check]:
     functions = [
         index_range, non_negative, rows_sum_to_one, device_and_dtype, determinism,
         calls_independent, inputs_unchanged, global_state_unchanged, branch_order,
-        non_square_sites, one_frame_windows, frames_independent, configuration_round_trip,
-        interface_stated,
+        non_square_sites, one_frame_windows, frames_independent, content_as_text,
+        configuration_round_trip, interface_stated,
     ]  # fmt: skip
     if kernel.identity_at_keyframes:
         functions.append(identity_at_keyframes)
@@ -144,6 +146,16 @@ def frames_independent(kernel: Propagation) -> None:
             f"weights of frame {frame} that differ by up to {difference:.4g}",
             "treat every frame on its own: how many share a call is the engine's choice",
         )  # fmt: skip
+
+
+def content_as_text(kernel: Propagation) -> None:
+    with unchanged_state():
+        said = [kernel.content(), kernel.content(), copy.deepcopy(kernel).content()]
+    require(
+        all(isinstance(one, str) for one in said) and len(set(said)) == 1,
+        "content() to return the same text at every time", said,
+        "make it a digest of the files that it depends on, or '' for none",
+    )  # fmt: skip
 
 
 def identity_at_keyframes(kernel: Propagation) -> None:
