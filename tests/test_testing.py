@@ -292,6 +292,14 @@ def test_a_wrong_kernel_fails_its_check(kernel: Propagation, check: str, message
     assert_fails(kernel_checks(kernel), check, message)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_seed_is_noticed_whatever_was_seeded_before(seed: int) -> None:
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    for kernel, message in ((SeedsNumPy(), "NumPy's"), (SeedsTorch(), "torch's")):
+        assert_fails(kernel_checks(kernel), "global_state_unchanged", f"another {message} random")
+
+
 def test_every_kernel_check_can_fail() -> None:
     names = {check.__name__ for check in kernel_checks(NNField())}
     assert names == {check for _, check, _ in WRONG_KERNELS}
