@@ -54,10 +54,9 @@ def encoded(folder: Path, vae: AutoencoderKL) -> Float[Tensor, "scenes 4 height 
     """The training stills' scaled latents, encoded once."""
     file = folder / f"latents-{version()}.pt"
     if not file.exists():
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode():
             parts = [
-                vae.encode(to_signed(part)).latent_dist.mean.float()
-                for part in rendered(folder).split(32)
+                vae.encode(to_signed(part)).latent_dist.mean for part in rendered(folder).split(32)
             ]
         torch.save(torch.cat(parts) * vae.config.scaling_factor, file)
     return torch.load(file)
