@@ -7,11 +7,9 @@ prints the table of docs/long-clips.md.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+import math
 import weakref
-from pathlib import Path
+from collections.abc import Callable
 from time import process_time
 from typing import Any
 
@@ -22,69 +20,82 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tokenflow.diffusion import Trajectory
+from tokenflow.diffusion import Backbone, Trajectory
 from tokenflow.editors import PnP
 from tokenflow.engine import Settings, edit_latents
 from tokenflow.propagation import NNField
 from tokenflow.testing import tiny_backbone
 
-LEAST = 5.0
-"""Seconds of sampling steps of which the quickest counts."""
+SHAPE = (4, 8, 16)
+"""Of a frame's latents."""
 
 
 def main(
-    cases: tuple[str, ...] = (
-        *(f"windowed/1/{frames}" for frames in (24, 240, 2400)),
-        *(f"windowed/8/{frames}" for frames in (24, 240, 2400)),
-        *(f"full/8/{frames}" for frames in (24, 240, 2400)),
-    ),
+    ways: tuple[str, ...] = ("windowed/1", "windowed/8", "full/8"),
+    frames: tuple[int, ...] = (24, 240, 2400),
+    rounds: int = 3,
 ) -> None:
-    """Prints time and memory of a sampling step with a tiny random UNet, each in its own process.
+    """Prints time and memory of a sampling step with a tiny random UNet.
+
+    Times are of equal work: of as many steps as make up the longest clip's frames. The clips take
+    turns, and the quickest round counts, as what else a machine does comes and goes.
 
     Args:
-        cases: Each the keyframes' attention, frames in a window, and frames.
-    """
-    columns = ("attention", "keyframe_every", "frames", "ms/frame", "device MiB", "host KiB/frame")
-    table = Table(*columns, title="a random UNet, latents of 8x16, PnP, NNField, one sampling step")
-    for case in cases:
-        attention, every, frames = case.split("/")
-        code = f"from long_clips import measure; print(measure({attention!r}, {every}, {frames}))"
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=Path(__file__).parent, check=True,
-            capture_output=True, text=True,
-        )  # fmt: skip
-        seconds, device, host = json.loads(done.stdout)
-        measured = 1e3 * seconds / int(frames), device / 2**20, host / 2**10 / int(frames)
-        table.add_row(attention, every, frames, *(f"{x:.2f}" for x in measured))
-        Console().print(case, *(f"{x:.2f}" for x in measured))
-    Console().print(table)
-
-
-def measure(attention: Any, keyframe_every: int, frames: int) -> list[float]:
-    """Processor seconds of a step, bytes at most of what the UNet's passes make, and of all else.
-
-    What passes make and leave is what would be on an accelerator: activations and the bank. All
-    else is in host memory: trajectory, latents, and what a step makes of them. It is counted in a
-    run of its own, as counting takes time.
+        ways: Each the keyframes' attention, and frames in a window.
+        frames: Of the clips.
+        rounds: How often each is timed.
     """
     torch.set_num_threads(1)
-    backbone = tiny_backbone()
+    columns = ("attention", "keyframe_every", "frames", "ms/frame", "device MiB", "host KiB/frame")
+    table = Table(*columns, title="a random UNet, latents of 8x16, PnP, NNField, one sampling step")
+    console, backbone = Console(), tiny_backbone()
+    for way in ways:
+        attention, every = way.split("/")
+        steps = {count: one_step(backbone, attention, int(every), count) for count in frames}
+        steps[min(frames)]()  # what happens once
+        times: dict[int, list[float]] = {count: [] for count in frames}
+        for _ in range(rounds):
+            for count, step in steps.items():
+                often = max(frames) // count
+                times[count].append(seconds(step, often) / often / count)
+                console.print(way, count, f"{1e3 * times[count][-1]:.2f} ms/frame")
+        for count, step in steps.items():
+            device, host = most_bytes(backbone, step, count)
+            measured = 1e3 * min(times[count]), device / 2**20, host / 2**10 / count
+            table.add_row(attention, every, str(count), *(f"{x:.2f}" for x in measured))
+    console.print(table)
+
+
+def one_step(
+    backbone: Backbone, attention: Any, keyframe_every: int, frames: int
+) -> Callable[[], object]:
+    """A sampling step of a random clip, ready to be run again and again."""
     schedule = backbone.schedule(1)
-    clean = torch.randn(frames, 4, 8, 16, generator=torch.Generator().manual_seed(0))
+    clean = torch.randn(frames, *SHAPE, generator=torch.Generator().manual_seed(0))
     latents = torch.randn(1, *clean.shape, generator=torch.Generator().manual_seed(1))
     trajectory = Trajectory(
         schedule.timesteps, latents, clean, latents[0], schedule.alpha(schedule.timesteps[0])
     )
     settings = Settings(steps=1, keyframe_attention=attention, keyframe_every=keyframe_every)
+    return lambda: edit_latents(
+        backbone, trajectory, schedule, PnP(), NNField(), "a ball", settings=settings
+    )
 
-    def sample() -> None:
-        edit_latents(backbone, trajectory, schedule, PnP(), NNField(), "a ball", settings=settings)
 
-    times: list[float] = []
-    while sum(times) < LEAST:
-        begin = process_time()
-        sample()
-        times.append(process_time() - begin)
+def seconds(step: Callable[[], object], times: int) -> float:
+    """Processor time."""
+    begin = process_time()
+    for _ in range(times):
+        step()
+    return process_time() - begin
+
+
+def most_bytes(backbone: Backbone, step: Callable[[], object], frames: int) -> tuple[int, int]:
+    """Bytes at most of what the UNet's passes make, and of all else.
+
+    What passes make and leave is what would be on an accelerator: activations and the bank. All
+    else is in host memory: trajectory, latents, and what a step makes of them.
+    """
     inside, outside = Live(), Live()
 
     def enter(*_: Any) -> None:
@@ -95,12 +106,16 @@ def measure(attention: Any, keyframe_every: int, frames: int) -> list[float]:
         inside.__exit__(None, None, None)
         outside.__enter__()
 
-    backbone.unet.register_forward_pre_hook(enter)
-    backbone.unet.register_forward_hook(leave)
+    hooks = (
+        backbone.unet.register_forward_pre_hook(enter),
+        backbone.unet.register_forward_hook(leave),
+    )
     with outside:
-        sample()
-    kept = latents.nbytes + 2 * clean.nbytes
-    return [min(times), inside.peak, kept + outside.peak]
+        step()
+    for hook in hooks:
+        hook.remove()
+    latent = 4 * math.prod(SHAPE)
+    return inside.peak, 3 * frames * latent + outside.peak  # clean, noisiest, of one step
 
 
 class Live(TorchDispatchMode):
