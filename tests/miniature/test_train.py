@@ -4,8 +4,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tokenflow.diffusion import Backbone
 from tokenflow.miniature.stages import Stage
-from tokenflow.miniature.stills import Endless
+from tokenflow.miniature.stills import Endless, encoded, to_signed, version
 from tokenflow.miniature.train import WEIGHTS, fit
 
 MIB = 2**20
@@ -51,3 +52,12 @@ def test_a_training_that_is_done_gives_its_average_again(tmp_path: Path) -> None
     fit(second, data, 200, tmp_path, "32-true", average=True)
     assert second.weights == []
     assert second.layer.weight.item() == first.layer.weight.item() != first.weights[-1]
+
+
+def test_stills_are_encoded_in_single_precision(backbone: Backbone, tmp_path: Path) -> None:
+    stills = (256 * torch.rand(3, 3, 32, 32)).byte()
+    torch.save(stills, tmp_path / f"images-{version()}.pt")
+    with torch.inference_mode():
+        code = backbone.vae.encode(to_signed(stills)).latent_dist.mean
+    expected = code * backbone.vae.config.scaling_factor
+    torch.testing.assert_close(encoded(tmp_path, backbone.vae), expected)
