@@ -23,6 +23,17 @@ from tokenflow.report import read_run, write_comparison
 PROMPT = "<script>alert(1)</script>" + "a_very_long_word_" * 12
 TIMES = "return [...document.querySelectorAll('video')].map(v => v.currentTime)"
 WIDTH = "return [document.documentElement.scrollWidth, innerWidth]"
+HOLD_FETCH = """
+{
+  const [read, held] = [fetch, []];
+  window.fetch = (url) => new Promise((done) => held.push(() => done(read(url))));
+  window.release = () => held.forEach((one) => one());
+}
+"""
+READ = """
+return [...document.querySelectorAll("video")]
+  .every(v => v.src.startsWith("blob:") && v.readyState >= 2 && !v.seeking);
+"""
 CONTRAST = """
 const light = (rgb) => {
   const [r, g, b] = rgb.match(/[\\d.]+/g).slice(0, 3)
@@ -66,6 +77,10 @@ def until(browser: Chrome, condition: Any) -> Any:
 
 def times(browser: Chrome) -> list[float]:
     return [float(time) for time in browser.execute_script(TIMES)]
+
+
+def frame(browser: Chrome) -> int:
+    return int(browser.find_element(By.CSS_SELECTOR, "[data-clock]").text.split()[1])
 
 
 def test_the_videos_play_in_sync(browser: Chrome, page: str) -> None:
@@ -113,11 +128,26 @@ def test_arrow_keys_go_by_a_frame_after_a_click_on_a_button(browser: Chrome, pag
     until(browser, lambda: clock.text == "frame 12 · 1.50 s")
     button.click()
     button.click()
-    before = int(clock.text.split()[1])
+    until(browser, lambda: frame(browser) == int(max(times(browser)) * 8 + 1e-2))
+    before = frame(browser)
+    assert before >= 12
     button.send_keys(Keys.ARROW_LEFT)
-    until(browser, lambda: int(clock.text.split()[1]) == before - 1)
+    until(browser, lambda: frame(browser) == before - 1)
     button.send_keys(Keys.SPACE)  # its own key, once
     assert button.accessible_name == "pause"
+
+
+def test_a_frame_stays_chosen_when_the_videos_are_read_late(browser: Chrome, page: str) -> None:
+    held = browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": HOLD_FETCH})
+    try:
+        browser.get(page)
+        browser.find_element(By.CSS_SELECTOR, ".axes").click()
+        browser.execute_script("release()")
+        until(browser, lambda: browser.execute_script(READ))
+        assert browser.find_element(By.CSS_SELECTOR, "[data-clock]").text == "frame 12 · 1.50 s"
+        assert times(browser) == pytest.approx([12 / 8, 12 / 8], abs=0.01)
+    finally:
+        browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", held)
 
 
 def test_frames_and_rows_can_be_chosen_where_videos_were_left_out(

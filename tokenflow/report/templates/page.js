@@ -21,7 +21,7 @@ function player(root) {
 
   function go(time) {
     place = time;
-    for (const video of videos) video.currentTime = Math.min(time, length(video));
+    for (const video of videos) video.currentTime = time;
     show();
   }
   function set(on) {
@@ -76,9 +76,12 @@ function player(root) {
     video.muted = true;
     video.addEventListener("loadeddata", show);
     video.addEventListener("seeked", show);
+    video.addEventListener("pause", show);
     // some browsers play and seek in blobs only
     fetch(video.src).then((found) => found.blob()).then((blob) => {
+      const time = video.currentTime;
       video.src = URL.createObjectURL(blob);
+      video.currentTime = time;
       if (playing) video.play().catch(() => {});
     }).catch(() => {});
   }
