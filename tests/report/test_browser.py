@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
+from time import sleep
 from typing import Any
 
 import pytest
@@ -79,6 +81,15 @@ def times(browser: Chrome) -> list[float]:
     return [float(time) for time in browser.execute_script(TIMES)]
 
 
+def apart(browser: Chrome) -> float:
+    """Seconds between the videos, in the middle of nine looks: a busy machine delays some."""
+    looks = []
+    for _ in range(9):
+        looks.append(times(browser))
+        sleep(0.1)
+    return median(max(look) - min(look) for look in looks)
+
+
 def frame(browser: Chrome) -> int:
     return int(browser.find_element(By.CSS_SELECTOR, "[data-clock]").text.split()[1])
 
@@ -87,8 +98,7 @@ def test_the_videos_play_in_sync(browser: Chrome, page: str) -> None:
     browser.get(page)
     assert browser.find_element(By.TAG_NAME, "h1").text == PROMPT
     until(browser, lambda: min(times(browser)) > 0.5)
-    source, edit = times(browser)
-    assert abs(source - edit) < 0.125  # a frame
+    assert apart(browser) < 0.125  # a frame
     assert browser.find_element(By.CSS_SELECTOR, "[data-clock]").text.startswith("frame ")
 
 
@@ -128,9 +138,10 @@ def test_arrow_keys_go_by_a_frame_after_a_click_on_a_button(browser: Chrome, pag
     until(browser, lambda: clock.text == "frame 12 · 1.50 s")
     button.click()
     button.click()
-    until(browser, lambda: frame(browser) == int(max(times(browser)) * 8 + 1e-2))
+    source, edit = times(browser)
+    assert source == edit
     before = frame(browser)
-    assert before >= 12
+    assert before == int(source * 8) >= 12
     button.send_keys(Keys.ARROW_LEFT)
     until(browser, lambda: frame(browser) == before - 1)
     button.send_keys(Keys.SPACE)  # its own key, once
@@ -205,7 +216,7 @@ def test_a_comparison_plays_and_sorts(browser: Chrome, comparison: str) -> None:
     browser.get(comparison)
     until(browser, lambda: min(times(browser)) > 0.3)
     assert len(times(browser)) == 4
-    assert max(times(browser)) - min(times(browser)) < 0.125
+    assert apart(browser) < 0.125
 
     def order() -> list[str]:
         return [e.text for e in browser.find_elements(By.CSS_SELECTOR, "tbody th")]

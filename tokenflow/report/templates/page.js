@@ -32,6 +32,7 @@ function player(root) {
     play.textContent = on ? "❚❚" : "▶";
     play.setAttribute("aria-label", on ? "pause" : "play");
     if (on) requestAnimationFrame(follow);
+    else go(now());
   }
   function follow() {
     if (!playing) return;
@@ -76,7 +77,6 @@ function player(root) {
     video.muted = true;
     video.addEventListener("loadeddata", show);
     video.addEventListener("seeked", show);
-    video.addEventListener("pause", show);
     // some browsers play and seek in blobs only
     fetch(video.src).then((found) => found.blob()).then((blob) => {
       const time = video.currentTime;
