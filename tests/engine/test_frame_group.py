@@ -6,7 +6,7 @@ import copy
 import itertools
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +14,29 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from tests.diffusion.making import make_controlnet
 from tests.engine.ranks import on_ranks
 from tokenflow.diffusion import Backbone
-from tokenflow.editors import ControlNet, ControlVideo, Editor, PnP, SDEdit
+from tokenflow.editors import ControlNet, ControlVideo, Edit, Editor, PnP, SDEdit
 from tokenflow.engine import Settings, edit_clip, frame_group
 from tokenflow.engine.attention import self_attention_sites
 from tokenflow.engine.editing import needed
 from tokenflow.engine.frame_group import FrameGroup
 from tokenflow.engine.windows import split_windows
 from tokenflow.errors import InputError
-from tokenflow.propagation import (
-    Correspondence,
-    FlowFiles,
-    FlowWeighted,
-    NNField,
-    Propagation,
-    Window,
-)
+from tokenflow.propagation import FlowFiles, FlowWeighted, NNField, Propagation
 from tokenflow.testing import tiny_clip
 from tokenflow.video import Clip, write_clip
 
 EVERY, STEPS = 4, 3
 # float32 sums over keyframes in another order, through three steps and a decoder
 TOLERANCE = 1e-4
+# where that decides which of two tokens is the nearer one, a frame takes another's features: most
+# cases are in double precision, and few values of the others may be so much apart
+RARE, APART = 0.1, 0.05
 BOUNDED = (("keyframe_attention", "windowed"), ("span", 2), ("anchors", 1))
 
 
@@ -51,6 +48,7 @@ class Case:
     editor: Editor
     kernel: Propagation = NNField()  # noqa: RUF009 (it holds nothing that changes)
     settings: tuple[tuple[str, Any], ...] = ()
+    double: bool = True
 
 
 @dataclass(frozen=True)
@@ -75,6 +73,9 @@ def cases(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone) -> dict[
             constant = np.float32([end - start, 0.5 * (start - end)])
             np.save(flow / f"{start}_{end}.npy", np.broadcast_to(constant, (16, 32, 2)))
     return {
+        "float32": Case(13, PnP(), double=False),
+        "float32, windowed, sdedit, flow": Case(18, SDEdit(0.7), FlowWeighted(), BOUNDED, False),
+        "float32, controlnet": Case(13, ControlNet(control), double=False),
         "even": Case(16, PnP()),
         "uneven, ragged": Case(13, PnP()),
         "fewer windows than ranks": Case(6, PnP()),
@@ -96,12 +97,24 @@ def cases(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone) -> dict[
             18, SDEdit(0.7), FlowWeighted(), (*BOUNDED, ("neighbours", "previous"))
         ),
         "windowed, controlnet": Case(13, ControlNet(control), settings=BOUNDED),
+        "windowed, fewer windows than ranks": Case(6, PnP(), settings=BOUNDED),
+        "windowed, one frame": Case(1, PnP(), settings=BOUNDED),
+        "fewer, sdedit, flow": Case(6, SDEdit(0.7), FlowWeighted()),
+        "windowed, fewer, sdedit, shared, flow": Case(
+            6, SDEdit(0.7, "shared"), FlowWeighted(), BOUNDED
+        ),
+        "one frame, sdedit, flow": Case(1, SDEdit(0.7), FlowWeighted()),
+        "fewer, controlnet": Case(6, ControlNet(control, control_source=True)),
+        "windowed, fewer, controlnet": Case(6, ControlNet(control), settings=BOUNDED),
+        "windowed, one frame, controlnet": Case(1, ControlNet(control), settings=BOUNDED),
     }
 
 
 def edited(cases: dict[str, Case], model: Path) -> dict[str, Part]:
     """On each rank, with only the frames that it needs."""
-    parts, backbone = {}, Backbone.load(model, device="cpu")
+    parts, single, double = {}, *(Backbone.load(model, device="cpu") for _ in range(2))
+    for network in (double.unet, double.vae, double.text_encoder):
+        network.double()
     for name, case in cases.items():
         group = FrameGroup.join()
         share = group.share(split_windows(case.frames, EVERY))
@@ -109,7 +122,7 @@ def edited(cases: dict[str, Case], model: Path) -> dict[str, Part]:
         settings = Settings(steps=STEPS, keyframe_every=EVERY, batch=3, **chosen)
         clip = tiny_clip(case.frames).part(needed(share, settings, case.editor))
         result = edit_clip(
-            backbone,
+            double if case.double else single,
             clip,
             "a ball",
             copy.deepcopy(case.editor),
@@ -158,8 +171,11 @@ def test_several_ranks_agree_with_one(
             together = torch.cat([getattr(part, what) for part in working])
             expected = getattr(alone[name], what)
             assert together.shape == expected.shape, name
-            difference = float((together - expected).abs().max())
-            assert difference <= TOLERANCE, f"{name}, {what}: {difference}"
+            difference = (together - expected).abs()
+            largest, other = difference.max(), (difference > TOLERANCE).double().mean()
+            allowed = (TOLERANCE, 0.0) if case.double else (APART, RARE)
+            assert largest <= allowed[0], f"{name}, {what}: {largest}"
+            assert other <= allowed[1], f"{name}, {what}: {other}"
 
 
 def test_the_first_rank_is_sent_all_frames(
@@ -210,22 +226,28 @@ def failing_on_the_last() -> str:
     return "nothing"
 
 
-class FailsOnTheLast(NNField):
-    """Raises in a pass of rank 1 while rank 0 is in its own."""
+class FailsOnTheLast(PnP):
+    """Raises in a pass of the last rank, between two sites, while others are in their own."""
 
-    def correspond(self, source: Tensor, keys: Tensor, window: Window) -> Correspondence:
-        if dist.get_rank() == 1:
+    def edits(self, unet: UNet2DConditionModel) -> list[Edit]:
+        def fails(edited: Tensor, source: Tensor) -> Tensor:
             raise InputError("it is not its day")
-        return super().correspond(source, keys, window)
+
+        *others, last = super().edits(unet)
+        mine = dist.get_rank() == dist.get_world_size() - 1
+        return [*others, replace(last, function=fails) if mine else last]
 
 
-def failing_in_a_pass(model: Path) -> str:
-    group, settings = FrameGroup.join(), Settings(keyframe_every=2, **dict(BOUNDED))
+def failing_in_a_pass(model: Path, chosen: dict[str, Any]) -> str:
+    """What it failed with; afterwards the ranks go on with something else."""
+    group, settings = FrameGroup.join(), Settings(keyframe_every=2, **chosen)
     with pytest.raises(InputError) as caught:
         edit_clip(
-            Backbone.load(model, device="cpu"), tiny_clip(8), "a ball", PnP(), FailsOnTheLast(),
+            Backbone.load(model, device="cpu"), tiny_clip(8), "a ball", FailsOnTheLast(), NNField(),
             settings=settings, group=group,
         )  # fmt: skip
+    assert group.knows(caught.value)
+    assert group.gather(torch.tensor([group.rank]), [1] * group.size).tolist() == [0, 1, 2]
     return str(caught.value)
 
 
@@ -250,10 +272,17 @@ def test_an_error_of_one_rank_is_all_ranks(tmp_path: Path) -> None:
     assert last == "its disk is full"
 
 
-def test_an_error_in_a_bounded_pass_is_all_ranks(model_folder: Path, tmp_path: Path) -> None:
-    first, last = on_ranks(2, tmp_path, failing_in_a_pass, model_folder)
-    assert first == "rank 1 failed, and all stop with it: InputError: it is not its day"
-    assert last == "it is not its day"
+@pytest.mark.parametrize(
+    "chosen",
+    [dict(BOUNDED), {"keyframe_attention": "full"}, {"consistency": "joint"}],
+    ids=["windowed", "full", "joint"],
+)
+def test_an_error_in_a_pass_is_all_ranks(
+    chosen: dict[str, Any], model_folder: Path, tmp_path: Path
+) -> None:
+    *others, last = on_ranks(3, tmp_path, failing_in_a_pass, model_folder, chosen)
+    told = "rank 2 failed, and all stop with it: InputError: it is not its day"
+    assert (others, last) == ([told, told], "it is not its day")
 
 
 def test_an_error_of_who_works_alone_is_all_ranks(tmp_path: Path) -> None:
@@ -319,7 +348,8 @@ def test_what_arrives_is_what_the_documentation_predicts(
             halo = beside * 4 * numbers
             if name == "windowed":
                 gathered, halo = (ranks - 1) * most * 2 * latent, 0
-            assert part.received == STEPS * 4 * (gathered + halo), name
+            size = 4 if name == "windowed" else 8  # latents are in float32, features in double
+            assert part.received == STEPS * size * (gathered + halo), name
 
 
 def tokens_times_channels(backbone: Backbone) -> int:

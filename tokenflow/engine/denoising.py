@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial, wraps
 from typing import Any
 
@@ -113,7 +113,11 @@ class Denoiser:
         """All frames at once, each attending to all of them."""
         gather = partial(self.group.gather, counts=self.share.frame_counts)
         attention, frames = JointAttention(BRANCHES, gather=gather), self.trajectory.positions
-        with self.edited(t), processors(self.backbone.unet, lambda _: attention):
+        with (
+            self.group.together(),
+            self.edited(t),
+            processors(self.backbone.unet, lambda _: attention),
+        ):
             return self.guided(frames, self.latents(x, t, frames), t)
 
     def propagated(
@@ -136,11 +140,8 @@ class Denoiser:
         """
         unet, bank, noise = self.backbone.unet, Bank(), torch.zeros_like(x)
         about = keyframes, partial(self.latents, x, t), self.group, self.share
-        passes = full(*about) if spans is None else windowed(*about, spans)
-        # in a full pass ranks talk to each other, and who fails leaves the others waiting
-        alone = nullcontext() if spans is None else self.group.together()
-        with alone, self.edited(t):
-            for joint in passes:
+        with self.group.together(), self.edited(t):
+            for joint in full(*about) if spans is None else windowed(*about, spans):
 
                 def attention(site: str, joint: JointPass = joint) -> JointAttention:
                     return JointAttention(BRANCHES, site, bank, joint.gather, joint.keep)

@@ -108,8 +108,9 @@ class FrameGroup:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A block that fails on all ranks if it fails on one; nothing is to be sent in it.
+        """A block that fails on all ranks if it fails on one.
 
+        Nothing is to be sent in it but by `gather` and `with_neighbours`, by all or by none.
         Afterwards all know in `stopping` whether one of them was asked to stop. One may end the
         block early for that, by `StopRequested`; all then stop.
 
@@ -125,6 +126,10 @@ class FrameGroup:
             if caught is self.shared:  # from a block inside this one
                 raise
             own = caught
+        self.agree(own)
+
+    def agree(self, own: Exception | StopRequested | None = None) -> None:
+        """Tells the others what this rank failed with, if it did; raises if it or another has."""
         early = isinstance(own, StopRequested)
         failure = None if own is None or early else f"{type(own).__name__}: {own}"
         said = self.tell((failure, early, early or self.asked()))
@@ -299,6 +304,7 @@ class FrameGroup:
         padded = own.new_zeros(most, *own.shape[1:])
         padded[: counts[self.rank]] = own[: counts[self.rank]]
         parts = [torch.empty_like(padded) for _ in counts]
+        self.agree()  # who has failed does not come, and is not waited for
         dist.all_gather(parts, padded, group=self.control if host else self.group)
         self.received += (self.size - 1) * padded.nbytes
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
@@ -310,21 +316,21 @@ class FrameGroup:
 
         At a clip's ends there is none; an idle rank has no neighbours.
         """
-        working = [rank for rank, count in enumerate(counts) if count]
-        if self.rank not in working or len(working) == 1:
+        if self.size == 1:
             return own
-        before, after = (r if r in working else None for r in (self.rank - 1, self.rank + 1))
+        working = [rank for rank, count in enumerate(counts) if count]
         parts, exchanges = [own], []
-        for other, end in ((before, own[:1]), (after, own[-1:])):
-            if other is None:
+        for other, end in ((self.rank - 1, own[:1]), (self.rank + 1, own[-1:])):
+            if not {self.rank, other} <= set(working):
                 continue
             arriving = torch.empty_like(end)
             exchanges += [
                 dist.P2POp(dist.isend, end.contiguous(), group=self.group, group_peer=other),
                 dist.P2POp(dist.irecv, arriving, group=self.group, group_peer=other),
             ]
-            parts = [arriving, *parts] if other == before else [*parts, arriving]
+            parts = [arriving, *parts] if other < self.rank else [*parts, arriving]
             self.received += arriving.nbytes
-        for request in dist.batch_isend_irecv(exchanges):
+        self.agree()
+        for request in dist.batch_isend_irecv(exchanges) if exchanges else ():
             request.wait()
         return torch.cat(parts)
