@@ -11,7 +11,7 @@ from PIL import Image
 from tests.video.making import as_frames, make_video, noise
 from tokenflow.editors import Canny, ControlVideo
 from tokenflow.errors import InputError
-from tokenflow.video import Clip, Frames, read_clip, resized
+from tokenflow.video import Clip, Frames, levels, read_clip, resized
 
 SIZE = (32, 64)
 
@@ -88,7 +88,8 @@ def test_another_size_of_the_same_aspect_is_scaled(
 ) -> None:
     frames = noise(6, *size)
     shown = ControlVideo(str(images(tmp_path / "images", frames))).of(clip)
-    assert torch.equal(shown, torch.stack([resized(frame, SIZE) for frame in as_frames(frames)]))
+    scaled = torch.stack([resized(frame, SIZE) for frame in as_frames(frames)])
+    assert torch.equal(shown, levels(scaled) / 255)
     assert shown.shape == clip.frames.shape
 
 

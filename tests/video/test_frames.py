@@ -10,6 +10,7 @@ from torch import Tensor
 from tests.video.making import make_video, noise
 from tokenflow.errors import InputError
 from tokenflow.video import Clip, Frames, Spool, VideoError, levels, read_clip
+from tokenflow.video import frames as frames_module
 from tokenflow.video import reader as reader_module
 from tokenflow.video.frames import Reel
 
@@ -53,11 +54,37 @@ class Decoder:
         return (lambda number=number: convert(number) for number in range(6))  # type: ignore[misc]
 
 
-def test_a_reel_decodes_forwards_and_converts_what_is_wanted() -> None:
+def test_a_reel_decodes_forwards_and_converts_what_is_wanted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(frames_module, "REACH", 1)
     decoder = Decoder()
     reel = Reel(decoder)
     assert all(torch.equal(reel.frame(number), WHOLE[number]) for number in (1, 4, 1, 5))
-    assert (decoder.begun, decoder.converted) == (1, [1, 4, 5])
+    assert (decoder.begun, decoder.converted) == (1, [0, 1, 3, 4, 5])
+
+
+def test_frames_before_a_keyframe_are_not_decoded_again() -> None:
+    """Asked for as an optical flow is, from each frame to the two keyframes beside it."""
+    decoder = Decoder()
+    reel = Reel(decoder, budget=4 * WHOLE[0].nbytes)
+    for frame in range(6):
+        for number in (frame, 3 * (frame // 3), min(3 * (frame // 3 + 1), 5)):
+            assert torch.equal(reel.frame(number), WHOLE[number])
+    assert (decoder.begun, decoder.converted) == (1, [0, 1, 2, 3, 4, 5])
+
+
+def test_what_is_made_once_is_kept_as_levels() -> None:
+    asked: list[int] = []
+
+    def frame(number: int) -> Tensor:
+        asked.append(number)
+        return WHOLE[number]
+
+    once = Frames(frame, range(1, 6), (2, 4)).made_once()
+    for which in ([3, 0], [4, 3], slice(None), slice(None)):
+        assert torch.equal(once[which], levels(WHOLE[1:][which]) / 255)
+    assert asked == [4, 1, 5, 2, 3]
 
 
 def test_a_reel_holds_its_budget_and_begins_anew() -> None:
@@ -66,7 +93,7 @@ def test_a_reel_holds_its_budget_and_begins_anew() -> None:
     for number in (0, 1, 2, 1, 0, 3):
         assert torch.equal(reel.frame(number), WHOLE[number])
         assert reel.size == sum(image.nbytes for image in reel.kept.values()) <= reel.budget
-    assert (decoder.begun, decoder.converted) == (2, [0, 1, 2, 0, 3])
+    assert (decoder.begun, decoder.converted) == (2, [0, 1, 2, 0, 2, 3])
     with pytest.raises(IndexError, match="the file has changed"):
         reel.frame(6)
 

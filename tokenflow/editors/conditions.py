@@ -25,7 +25,8 @@ class Condition(ABC):
     def of(self, clip: Clip) -> Float[Tensor, "frames 3 height width"] | Frames:
         """The control image of every frame, of the frames' size, in 0..1, in host memory.
 
-        Of a long clip they may be `Frames`, made when they are asked for.
+        Of a long clip they may be `Frames`, made when they are asked for: in every step, so they
+        should be `made_once`.
 
         Raises:
             InputError: There is none that fits the clip.
@@ -49,7 +50,7 @@ class Canny(Condition):
         def edges(position: int) -> Float[Tensor, "3 height width"]:
             return self.edges(clip.frame(position))
 
-        return Frames(edges, clip.positions, sizes(clip)[1]).in_memory_if_small()
+        return Frames(edges, clip.positions, sizes(clip)[1]).made_once().in_memory_if_small()
 
     def edges(self, frame: Float[Tensor, "3 height width"]) -> Float[Tensor, "3 height width"]:
         """The control image of one frame."""
@@ -103,7 +104,7 @@ class ControlVideo(Condition):
         def image(position: int) -> Float[Tensor, "3 height width"]:
             return shape.apply(control.frame(position))
 
-        return Frames(image, clip.positions, shape.working).in_memory_if_small()
+        return Frames(image, clip.positions, shape.working).made_once().in_memory_if_small()
 
 
 def sizes(clip: Clip) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -57,6 +57,19 @@ class Frames:
         """All of them as a tensor, if it stays within the budget of memory."""
         return self[:] if 4 * self.shape.numel() <= BUDGET else self
 
+    def made_once(self) -> Frames:
+        """The same as 8-bit levels, each made when it is first asked for, and then kept."""
+        height, width = self.shape[2:]
+        spool, places = Spool((height, width)), dict[int, int]()
+
+        def frame(number: int) -> Image:
+            if number not in places:
+                spool.append(levels(self.frame(number)))
+                places[number] = spool.count - 1
+            return spool.frame(places[number])
+
+        return Frames(frame, self.numbers, (height, width))
+
 
 def pick(numbers: range, which: Sequence[int] | Int64[Tensor, " some"]) -> list[int]:
     """Those numbers of a range that a list or a tensor of places names."""
@@ -70,10 +83,15 @@ Small tensors that stay, among large ones that come and go, would keep all of th
 """
 
 
+REACH = 32
+"""Frames: more than a window reaches to its keyframes, unless those are unusually far apart."""
+
+
 class Reel:
     """Frames of a file that is decoded from its beginning as often as it takes.
 
-    Those asked for last stay in memory, up to `budget` bytes.
+    Those asked for last stay in memory, up to `budget` bytes, and so do the `REACH` before each, as
+    who asks for a keyframe will ask for what lies before it.
 
     Args:
         decode: Begins anew: the frames in order, each to be converted only if it is wanted.
@@ -97,9 +115,11 @@ class Reel:
         if number < self.next:
             self.walk, self.next = self.decode(), 0
         for convert in self.walk:
-            self.next += 1
-            if self.next > number:
+            here, self.next = self.next, self.next + 1
+            if here == number:
                 return self.keep(number, convert())
+            if here >= number - REACH and here not in self.kept:
+                self.keep(here, convert())
         raise IndexError(f"frame {number} was there before, and now is not: the file has changed")
 
     @property
