@@ -170,6 +170,26 @@ def test_what_a_model_was_asked_does_not_change_what_it_is(model_folder: Path) -
     assert asked.fingerprint == fresh.fingerprint
 
 
+@pytest.mark.parametrize("what", ["content", "load"])
+def test_who_finds_a_long_clip_again_stops_when_asked_to(
+    backbone: Backbone, cache: Cache, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    edit(backbone, cache)
+    counting, calls = Counting(), 0
+    owner, name = {"content": (PnP, "content"), "load": (Cache, "load")}[what]
+    before = getattr(owner, name)
+
+    def counted(self: Any, *args: Any) -> Any:
+        nonlocal calls
+        calls, counting.asked = calls + 1, True
+        return before(self, *args)
+
+    monkeypatch.setattr(owner, name, counted)
+    with pytest.raises(Preempted):
+        edit(backbone, cache, counting=counting)
+    assert calls <= SETTINGS.batch < len(CLIP)
+
+
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_what_is_damaged_is_computed_anew(backbone: Backbone, cache: Cache, damage: str) -> None:
     expected = edit(backbone, cache).clip.frames

@@ -41,7 +41,11 @@ def invert_clip(
     trajectory = Trajectory.empty(clean, schedule, timesteps, clip.first, clip.total)
     parts = list(torch.arange(len(clip)).split(batch))
     with group.together():
-        missing = [part for part in parts if not kept.fill(trajectory, part)]
+        missing = []
+        for part in parts:
+            group.heed()
+            if not kept.fill(trajectory, part):
+                missing.append(part)
         if found := len(parts) - len(missing):
             progress("recall", found, len(parts))
     for number, part in enumerate(group.rounds(missing)):
@@ -92,12 +96,15 @@ def kept_inversion(
 ) -> KeptInversion:
     """Where the clip's inversion is kept; an editor with an influence on it is part of its key.
 
-    The editor must have been prepared for the clip; `each` is called after each of its frames.
+    The editor must have been prepared for the clip; `each` is called now and then.
     """
     influential = editor.conditions_source
     if recall is None or (influential and recall.editor is None):
         return KeptInversion(None, clip)
-    content = [guarded(editor, editor.content)(position) for position in clip.positions]
+    content = []
+    for position in clip.positions:
+        content.append(guarded(editor, editor.content)(position))
+        each()
     influence = recall.editor if influential else None
     parts = backbone.fingerprint, prompt, schedule.timesteps, timesteps, influence
     return KeptInversion(recall.cache, clip, parts, content, influential, each)
