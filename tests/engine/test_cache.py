@@ -191,3 +191,6 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         Cache(tmp_path / "file").require_writable()
     Cache(tmp_path / "new").require_writable()
     assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "probe").write_text("mine")
+    Cache(tmp_path).require_writable()
+    assert (tmp_path / "probe").read_text() == "mine"

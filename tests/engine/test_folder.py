@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tokenflow.engine.folder import FolderLock, staged
+from tokenflow.engine.folder import NEEDED, FolderLock, staged
 from tokenflow.errors import InputError
 
 
@@ -30,6 +30,20 @@ def test_without_its_files_no_run_is_finished(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"edited\.mp4"), staged(tmp_path) as place:
         (place / "run.yaml").write_text("of this one, whose videos others have removed")
     assert (tmp_path / "run.yaml").read_text() == "of the run before"
+
+
+def test_a_folder_in_the_way_leaves_the_run_before_whole(tmp_path: Path) -> None:
+    (tmp_path / "compare.mp4").mkdir()
+    for name in ("edited.mp4", "run.yaml"):
+        (tmp_path / name).write_text("of the run before")
+    whole = staged(tmp_path)
+    place = whole.__enter__()
+    for name in NEEDED:
+        (place / name).write_text("of this one")
+    with pytest.raises(IsADirectoryError, match=r"compare\.mp4 is a folder"):
+        whole.__exit__(None, None, None)
+    for name in ("edited.mp4", "run.yaml"):
+        assert (tmp_path / name).read_text() == "of the run before"
 
 
 def test_a_file_system_without_locks_is_refused(

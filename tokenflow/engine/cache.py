@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -64,9 +65,8 @@ class Cache:
         """Raises `InputError` where nothing could be kept."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with atomic(self.folder / "probe") as probe:
-                probe.touch()
-            (self.folder / "probe").unlink(missing_ok=True)
+            with TemporaryFile(dir=self.folder):
+                pass
         except OSError as error:
             raise InputError(
                 f"the cache folder {self.folder} cannot be written ({error}); choose another "

@@ -36,9 +36,11 @@ def finished(folder: Path) -> bool:
 def staged(folder: Path) -> Iterator[Path]:
     """Gives a place for a run's files, which take those of the run before when the block ends well.
 
-    If it raises, or the process is killed in it, the folder holds what it held.
+    If it raises, or the process is killed in it, the folder holds what it held. Who is killed at
+    its end, while files take others' places, leaves no `RECORD`: no finished run.
 
     Raises:
+        IsADirectoryError: A folder has the name of one of the files.
         FileNotFoundError: The block has left none of a file that every run has.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,6 +49,9 @@ def staged(folder: Path) -> Iterator[Path]:
         yield place
         for name in NEEDED:
             (place / name).stat()  # what others have removed makes no finished run
+        for path in (folder / name for name in (*FILES, FAILED)):
+            if path.is_dir():
+                raise IsADirectoryError(f"{path} is a folder, expected none of this name")
         (folder / RECORD).unlink(missing_ok=True)  # the run before is whole no more
         for name in FILES:
             if (place / name).exists():
