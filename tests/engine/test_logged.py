@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
+import yaml
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, WandbLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -58,6 +59,38 @@ def test_any_logger_has_the_numbers(logs: Path) -> None:
         [row] = csv.DictReader(opened)
     assert float(row["in/seconds/edit"]) > 0
     assert float(row["in/psnr"]) > 0
+
+
+def test_a_logger_that_fails_stops_neither_another_one_nor_the_job(
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def lost(*_: Any) -> None:
+        raise ConnectionError("the server is gone")
+
+    monkeypatch.setattr(CSVLogger, "log_metrics", lost)
+    frames = torch.rand(3, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    for name in ("one", "two"):
+        write_clip(tmp_path / f"{name}.mp4", Clip.from_frames(frames))
+    rows = [{"video": f"{name}.mp4"} for name in ("one", "two")]
+    (tmp_path / "clips.yaml").write_text(yaml.safe_dump(rows))
+    main([
+        "predict", f"--data.manifest={tmp_path / 'clips.yaml'}", "--model.prompt=a ball",
+        f"--model.backbone={model_folder}", "--model.steps=1", "--model.cache=null",
+        f"--output.folder={tmp_path / 'runs'}", "--trainer.accelerator=cpu",
+        f"--trainer.logger+={{class_path: CSVLogger, init_args: {{save_dir: {tmp_path / 'csv'}}}}}",
+        f"--trainer.logger+={{class_path: TensorBoardLogger, init_args: {{save_dir: {tmp_path}}}}}",
+    ])  # fmt: skip
+    out, err = capsys.readouterr()
+    assert "2 clips: 2 done" in out
+    [events] = tmp_path.glob("lightning_logs/version_0/events*")
+    tags = EventAccumulator(str(events)).Reload().Tags()
+    for name in ("one", "two"):
+        why = "is not logged by CSVLogger: ConnectionError: the server is gone"
+        assert f"{tmp_path / 'runs' / name} {why}" in err
+        assert f"{name}/seconds/edit" in tags["scalars"]
 
 
 class Recorder:

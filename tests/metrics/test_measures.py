@@ -151,6 +151,13 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "the judge at another size": ({"judge": True}, {}, "of 128x128 pixels, got 2 frames of 20x16"),
     "no distance": ({"distances": ()}, {}, "1 frame or more"),
     "a distance of nothing": ({"distances": (0,)}, {}, "1 frame or more"),
+    "files for the edit's motion": (
+        {"flow": FlowFiles("some/flow"), "motion": "edit"}, {},
+        "motion 'edit', got FlowFiles, which has the source's for every video",
+    ),
+    "a scene for the edit's motion": (
+        {"flow": SceneFlow(SCENE), "motion": "edit"}, {}, "got SceneFlow"
+    ),
     "no CLIP": ({"clip": "gone"}, {}, "'gone' has no config.json"),
     "no LPIPS": ({"lpips": "gone.pth"}, {}, "no AlexNet weights at gone.pth"),
 }  # fmt: skip

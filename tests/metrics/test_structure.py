@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -37,6 +39,18 @@ def test_a_mask_leaves_out_what_is_edited() -> None:
     mask[:, 5:10, 5:10] = True
     assert float(structure(b, a)) < 0.95
     assert float(structure(b, a, mask)) == pytest.approx(1, abs=1e-6)
+
+
+def test_a_frame_that_the_mask_hides_is_on_the_frames_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = sys.modules["tokenflow.metrics.structure"]  # whose name is also the function's
+    monkeypatch.setattr(module, "luma", lambda image: image.mean(dim=0))
+    a, mask = noise(2, 3, 9, 9), torch.zeros(2, 9, 9, dtype=torch.bool)
+    mask[1] = True
+    with torch.device("meta"):  # where a tensor comes to be whose device is not said
+        scores = structure(a, a, mask)
+    assert scores.tolist() == pytest.approx([1, torch.nan], nan_ok=True)
 
 
 def test_a_frame_that_the_mask_hides_counts_for_nothing() -> None:

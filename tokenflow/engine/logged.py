@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ class Logged(Callback):
     """Gives every logger a finished run's numbers, and those that can show them its pictures.
 
     The clips that other groups of ranks edit are not logged: loggers belong to the first process.
+    Where a logger fails, the others and the job go on, with a warning.
     """
 
     def on_predict_batch_end(  # type: ignore[override]
@@ -37,8 +39,13 @@ class Logged(Callback):
         if not isinstance(prediction, Prediction) or not trainer.is_global_zero:
             return
         writer = writer_of(trainer)
+        folder = writer.folder / job.name
         for logger in trainer.loggers if writer.outcomes[-1].what == "done" else []:
-            log_run(logger, job.name, writer.folder / job.name)
+            try:
+                log_run(logger, job.name, folder)
+            except Exception as error:  # whatever it is, the videos are there
+                by, why = type(logger).__name__, f"{type(error).__name__}: {error}"
+                print(f"{folder} is not logged by {by}: {why}", file=sys.stderr)
 
 
 def log_run(logger: Logger, name: str, folder: Path) -> None:

@@ -6,12 +6,13 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable
+from copy import copy
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from jaxtyping import Bool
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
@@ -132,22 +133,41 @@ class Measuring(Callback):
     Args:
         measure: Whether to.
         round_trip: Also measure the source after the VAE alone.
+        mask: A video or folder of images, white where the object is that is to be edited; of one
+            clip, so not with a manifest.
         options: What is measured.
     """
 
-    def __init__(self, measure: bool = False, round_trip: bool = False, **options: Any) -> None:
-        self.measure, self.round_trip = measure, round_trip
+    def __init__(
+        self,
+        measure: bool = False,
+        round_trip: bool = False,
+        mask: str | None = None,
+        **options: Any,
+    ) -> None:
+        self.measure, self.round_trip, self.mask = measure, round_trip, mask
         self.options = options  # on a line of its own, where jsonargparse finds it
+
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        """Raises `InputError` for one mask and many clips, before the model is loaded."""
+        if not self.measure or self.mask is None:
+            return
+        if any(job.where is not None for job in trainer.datamodule.jobs):  # type: ignore[attr-defined]
+            raise InputError(
+                f"expected no --metrics.mask with --data.manifest, whose clips would share it, got "
+                f"{self.mask}; leave it out, and measure each run by tokenflow evaluate --mask"
+            )
 
     def on_predict_start(self, trainer: Trainer, module: TokenFlow) -> None:  # type: ignore[override]
         with module.everyone.together():
             if self.measure and module.group.rank == 0:
                 measures = Measures(**self.options)
                 backbone = module.backbone if self.round_trip else None
+                sources = Sources(measures, backbone, self.mask)
 
                 def measure(run: Run) -> None:
-                    # anew: a clip's frames and flow are not kept while the next one is edited
-                    leave(Sources(measures, backbone), run)
+                    # a copy: a clip's frames and flow are not kept while the next one is edited
+                    leave(copy(sources), run)
 
                 writer_of(trainer).measure = measure
 

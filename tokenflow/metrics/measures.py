@@ -23,7 +23,7 @@ from tokenflow.metrics.motion import Motions
 from tokenflow.metrics.structure import structure
 from tokenflow.miniature.judge import Judge
 from tokenflow.miniature.scenes import SIZE, VOCABULARY, Attributes
-from tokenflow.propagation import DIS, OpticalFlow
+from tokenflow.propagation import DIS, FlowFiles, OpticalFlow
 from tokenflow.video import Clip, Frames
 
 MOST_DECIBELS = 100.0
@@ -40,7 +40,8 @@ class Measures:
     Args:
         flow: What finds optical flow, for the warp errors: `DIS`, `RAFT` or `FlowFiles` with their
             options; `DIS` when not given.
-        motion: Whose flow that is: the "source"'s, as in the paper, or the "edit"'s own.
+        motion: Whose flow that is: the "source"'s, as in the paper, or the "edit"'s own, which
+            files do not hold.
         distances: How many frames apart the two of a warp error are; one number, or several.
         clip: A folder with a CLIP model in transformers' layout, for text alignment and frame
             consistency.
@@ -68,6 +69,8 @@ class Measures:
             raise InputError(f"expected distances of 1 frame or more, got {list(distances)}")
         if motion not in ("source", "edit"):
             raise InputError(f"motion must be 'source' or 'edit', got {motion!r}")
+        if motion == "edit":
+            require_found(flow)
         where = default_device() if device == "auto" else device
         self.flow, self.motion = flow or DIS(), motion
         self.distances = tuple(sorted(set(distances)))
@@ -197,6 +200,18 @@ class Measures:
                 f"the judge knows the miniature's scenes only, of {SIZE}x{SIZE} pixels, got "
                 f"{size}; leave it out, or edit a clip of that size"
             )
+
+
+def require_found(flow: OpticalFlow | None) -> None:
+    """Raises `InputError` for a flow that does not look at the frames that it is asked about."""
+    from tokenflow.miniature.edits import SceneFlow  # late: its module imports this package
+
+    if isinstance(flow, FlowFiles | SceneFlow):
+        raise InputError(
+            f"expected a flow that is found in frames for motion 'edit', got "
+            f"{type(flow).__name__}, which has the source's for every video; use DIS or RAFT, or "
+            f"motion 'source'"
+        )
 
 
 def options_of(flow: OpticalFlow) -> dict[str, str | int | float]:

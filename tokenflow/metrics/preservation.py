@@ -48,4 +48,4 @@ class Preservation(Average):
         self.add(squared_errors(edited, source, mask))
 
     def compute(self) -> Tensor:
-        return torch.tensor(decibels(float(super().compute())))
+        return torch.tensor(decibels(float(super().compute())), device=self.total.device)

@@ -34,7 +34,7 @@ def structure(
         a, b = strengths - strengths.mean(dim=1, keepdim=True)
         lengths = a.norm() * b.norm()
         score = a @ b / lengths if lengths > 0 else lengths
-        scores.append(score.float() if len(a) else torch.tensor(torch.nan))
+        scores.append((score if len(a) else score.new_tensor(torch.nan)).float())
     return torch.stack(scores)
 
 
