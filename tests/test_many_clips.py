@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import yaml
 from tests.engine.ranks import command, ended, launched
 from tokenflow.cli import main
 from tokenflow.engine import denoising
+from tokenflow.engine.job import Job
+from tokenflow.engine.module import Prediction, TokenFlow
 from tokenflow.video import Clip, read_clip, write_clip, write_video
 
 NAMES = ("one", "two", "three")
@@ -78,6 +82,26 @@ def test_a_part_without_clips_says_so(
     assert "part 5/5 of the 4 clips of " in err
     assert "DataLoader" not in err
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_result_does_not_outlive_its_clip(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+    edited = TokenFlow.edited
+
+    def counted(self: TokenFlow, job: Job) -> Prediction:
+        gc.collect()
+        alive.append(sum(result() is not None for result in results))
+        prediction = edited(self, job)
+        results.append(weakref.ref(prediction.result.clip.frames))
+        return prediction
+
+    monkeypatch.setattr(TokenFlow, "edited", counted)
+    with pytest.raises(SystemExit):
+        main(words)
+    assert (len(results), alive) == (3, [0] * 4)
 
 
 def test_a_clip_that_fails_does_not_stop_the_rest(

@@ -96,6 +96,10 @@ class Parser(LightningArgumentParser):
 class PredictCLI(LightningCLI):
     """Model, data, output and trainer from YAML files, environment and command line."""
 
+    def __init__(self, *args: Any, allowed: Sequence[str] = (), **options: Any) -> None:
+        self.allowed = list(allowed)
+        super().__init__(*args, **options)
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         skipped = {"model", "dataloaders", "datamodule"}
@@ -155,6 +159,10 @@ class PredictCLI(LightningCLI):
             # where a process that it launches cannot begin, Lightning ends this one by the signal
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
+    def predict(self, model: TokenFlow, datamodule: Video) -> None:
+        """As the trainer's own, which would keep every clip's result until the last is done."""
+        self.trainer.predict(model, datamodule=datamodule, return_predictions=False)
+
     def after_predict(self) -> None:
         """Exit code 1, of the first process, where some of many clips failed."""
         if dist.is_initialized():
@@ -187,7 +195,7 @@ class PredictCLI(LightningCLI):
         self.config_dump.pop("run", None)
         self.config_dump["output"]["overwrite"] = False  # a repetition destroys nothing unasked
         self.writer = writer_of(self.trainer)
-        self.writer.configuration = self.config_dump
+        self.writer.configuration, self.writer.allowed = self.config_dump, self.allowed
         options, kernel = self.config_dump["model"], self.model.propagation
         editor, propagation = (
             f"{origin(type(plugin))}\n{yaml.safe_dump(options[option])}"
@@ -229,6 +237,7 @@ def run(words: list[str], callbacks: Sequence[Callback] = ()) -> None:
                 TokenFlow,
                 Video,
                 args=["predict", *words],
+                allowed=allowed,
                 parser_class=Parser,
                 parser_kwargs={
                     "default_env": True,

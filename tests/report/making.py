@@ -30,15 +30,16 @@ def make_run(
     configuration: dict[str, Any] | None = None,
     sound: Path | None = None,
     seen: Observed | None = None,
+    frames: int = 24,
     **resolved: Any,
 ) -> Path:
     """A finished run in a folder, with its page, the sound of another video and its features."""
-    source, edited = bar(), bar(colour=(0.9, 0.1, 0.1))
+    source, edited = bar(frames), bar(frames, (0.9, 0.1, 0.1))
     if sound is not None:
         span = AudioSpan(sound, Fraction(0), Fraction(3))
         edited = dataclasses.replace(edited, audio=span)
     resolved = {"prompt": prompt, "inversion_prompt": "a blue bar", "steps": 4} | resolved
-    result = Result(source, edited, torch.zeros(24, 4, 6, 8), 0, {"invert": 1.5, "edit": 2.5})
+    result = Result(source, edited, torch.zeros(frames, 4, 6, 8), 0, {"invert": 1.5, "edit": 2.5})
     writer = RunWriter()
     writer.configuration = configuration or {"data": {"video": "bar.mp4"}}
     writer.write(Prediction(result, resolved, seen), folder)

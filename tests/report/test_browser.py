@@ -20,7 +20,7 @@ from tests.video.making import beeps, make_video, noise
 from tokenflow.engine.observer import Observed
 from tokenflow.propagation import Correspondence, Window
 from tokenflow.report import page as report_page
-from tokenflow.report import read_run, write_comparison
+from tokenflow.report import read_run, write_comparison, write_report
 
 PROMPT = "<script>alert(1)</script>" + "a_very_long_word_" * 12
 TIMES = "return [...document.querySelectorAll('video')].map(v => v.currentTime)"
@@ -36,6 +36,22 @@ READ = """
 return [...document.querySelectorAll("video")]
   .every(v => v.src.startsWith("blob:") && v.readyState >= 2 && !v.seeking);
 """
+SEEK = """
+const seek = document.querySelector("[data-seek]");
+seek.value = arguments[0];
+seek.dispatchEvent(new Event("input"));
+"""
+PRESS = """
+const [place, key, ...held] = arguments;
+const options = { key, bubbles: true, cancelable: true };
+for (const name of held) options[name] = true;
+return document.querySelector(place).dispatchEvent(new KeyboardEvent("keydown", options));
+"""
+WATCH = f"""
+window.looks = [];
+setInterval(() => looks.push((() => {{ {TIMES} }})()), 10);
+"""
+MEASURED = '{"metrics": {"warp_error": %s}, "round_trip": {"warp_error": 0.01}}'
 CONTRAST = """
 const light = (rgb) => {
   const [r, g, b] = rgb.match(/[\\d.]+/g).slice(0, 3)
@@ -60,6 +76,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     seen = Observed("a_site." * 12, 2, 4, [0, 4], tokens, [(window, found)])
     folder = make_run(tmp_path_factory.mktemp("one") / "bar", PROMPT, seen=seen)
     assert (folder / "features.json").exists()
+    (folder / "metrics.json").write_text(MEASURED % 0.02)
+    write_report(read_run(folder))
     return (folder / "report.html").as_uri()
 
 
@@ -69,8 +87,16 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> str:
     where = tmp_path_factory.mktemp("many")
     folders = [make_run(where / f"run{n}", steps=n, backbone=PROMPT + str(n)) for n in (9, 10, 11)]
     for folder, error in zip(folders, (0.3, 0.04), strict=False):
-        (folder / "metrics.json").write_text(f'{{"metrics": {{"warp_error": {error}}}}}')
+        (folder / "metrics.json").write_text(MEASURED % error)
     return write_comparison([read_run(f) for f in folders], where / "page.html").as_uri()
+
+
+@pytest.fixture(scope="module")
+def lengths(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A page of two runs, of 3 and of 1.5 seconds."""
+    where = tmp_path_factory.mktemp("lengths")
+    runs = [read_run(make_run(where / f"run{n}", frames=n)) for n in (24, 12)]
+    return write_comparison(runs, where / "page.html").as_uri()
 
 
 def until(browser: Chrome, condition: Any) -> Any:
@@ -159,6 +185,70 @@ def test_a_frame_stays_chosen_when_the_videos_are_read_late(browser: Chrome, pag
         assert times(browser) == pytest.approx([12 / 8, 12 / 8], abs=0.01)
     finally:
         browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", held)
+
+
+def test_the_slider_seeks_without_the_focus(browser: Chrome, page: str) -> None:
+    browser.get(page)
+    until(browser, lambda: min(times(browser)) > 0 and browser.execute_script(READ))
+    browser.execute_script(SEEK, 500)
+    until(browser, lambda: browser.execute_script(READ))
+    assert times(browser) == pytest.approx([1.5, 1.5], abs=0.01)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_shorter_video_that_is_over_stays_at_its_end(
+    late: bool, browser: Chrome, lengths: str
+) -> None:
+    hold = HOLD_FETCH if late else ""
+    held = browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": hold})
+    try:
+        browser.get(lengths)
+        until(browser, lambda: min(times(browser)) > 0)
+        if not late:
+            until(browser, lambda: browser.execute_script(READ))
+        button = browser.find_element(By.CSS_SELECTOR, "[data-play]")
+        button.click()
+        browser.find_element(By.CSS_SELECTOR, "[data-seek]").click()  # has the focus
+        browser.execute_script(SEEK, 600)
+        until(browser, lambda: times(browser) == pytest.approx([1.8, 1.8, 1.5], abs=0.01))
+        browser.execute_script(WATCH)
+        button.click()
+        if late:
+            browser.execute_script("release()")
+        until(browser, lambda: times(browser)[0] < 1)
+        looks = browser.execute_script("return looks")
+        shorter = [look[2] for look in looks if look[0] > 1.9]
+        assert shorter
+        assert shorter == pytest.approx([1.5] * len(shorter), abs=0.01)
+        until(browser, lambda: 0 < times(browser)[2] < 1.4)
+    finally:
+        browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", held)
+
+
+def test_keys_of_the_browser_stay_its_own(browser: Chrome, page: str) -> None:
+    browser.get(page)
+    until(browser, lambda: min(times(browser)) > 0)
+    browser.find_element(By.CSS_SELECTOR, ".axes").click()
+    until(browser, lambda: frame(browser) == 12)
+    for held in ("altKey", "ctrlKey", "metaKey", "shiftKey"):
+        for key in ("ArrowLeft", "ArrowRight", " "):
+            assert browser.execute_script(PRESS, "body", key, held)
+    assert browser.execute_script(PRESS, "details pre", "ArrowRight")  # which it scrolls
+    assert frame(browser) == 12
+    assert not browser.execute_script(PRESS, "body", "ArrowRight")
+    until(browser, lambda: frame(browser) == 13)
+
+
+def test_space_stops_the_videos_after_a_slider_was_used(browser: Chrome, page: str) -> None:
+    browser.get(page)
+    until(browser, lambda: min(times(browser)) > 0)
+    button = browser.find_element(By.CSS_SELECTOR, "[data-play]")
+    for name in ("seek", "row"):
+        slider = browser.find_element(By.CSS_SELECTOR, f"[data-{name}]")
+        slider.send_keys(Keys.HOME)
+        before = button.accessible_name
+        slider.send_keys(Keys.SPACE)
+        assert {before, button.accessible_name} == {"play", "pause"}
 
 
 def test_frames_and_rows_can_be_chosen_where_videos_were_left_out(

@@ -43,7 +43,9 @@ def test_what_is_wrong_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str
     refused([], "see tokenflow report --help", capsys)
 
 
-@pytest.mark.parametrize("run", [[1], {"seconds": 3}, {"seconds": {"edit": "x"}}])
+@pytest.mark.parametrize(
+    "run", [[1], {"seconds": 3}, {"seconds": {"edit": "x"}}, {"allow_imports": "os"}]
+)
 def test_a_record_that_was_changed_by_hand(
     run: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -67,10 +67,33 @@ def test_a_page_has_what_is_known_of_the_run(tmp_path: Path) -> None:
     text = write_report(read_run(folder)).read_text()
     for said in (
         "a red bar", "a blue bar", "24 frames of 64×48, 8 a second", "2.5 s", "4.0 s",
-        "<dt>warp_error</dt><dd>0.01235</dd>", "<dt>clip</dt><dd>–</dd>",
+        '<th scope="row">warp_error</th><td>0.01235</td>', '<th scope="row">clip</th><td>–</td>',
         f"--config {folder / 'run.yaml'}", "video: bar.mp4",
     ):  # fmt: skip
         assert said in text
+
+
+def test_metrics_have_the_round_trip_beside_them(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "bar", reconstruction_psnr=30.25)
+    measured = '{"metrics": {"warp_error": 0.25, "clip": 0.3}, "round_trip": %s}'
+    (folder / "metrics.json").write_text(measured % '{"warp_error": 0.125, "clip": null}')
+    text = write_report(read_run(folder)).read_text()
+    assert '<th scope="col">VAE round trip</th>' in text
+    for said in (
+        "reconstruction_psnr</th><td>30.25</td><td>–</td>",
+        "warp_error</th><td>0.25</td><td>0.125</td>",
+        "clip</th><td>0.3</td><td>–</td>",
+    ):
+        assert said in text
+    (folder / "metrics.json").write_text(measured % "null")
+    assert "VAE round trip" not in write_report(read_run(folder)).read_text()
+
+
+def test_a_run_that_was_allowed_imports_says_so(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "bar", allow_imports=["mine", "yours.Logger"])
+    text = write_report(read_run(folder)).read_text()
+    assert "--allow_imports mine --allow_imports yours.Logger" in text
+    assert "lets its configuration run code of mine, yours.Logger" in text
 
 
 def test_a_video_without_room_is_said_to_be_left_out(
@@ -111,6 +134,27 @@ def test_a_comparison_shows_what_differs(tmp_path: Path) -> None:
     assert rows(text) == [["one", "4", "–", "4"], ["two", "10", "0.5", "4"]]
     assert text.count("<video") == 3  # one source
     assert "<h1>a red bar</h1>" in text
+
+
+def test_a_comparison_ends_with_the_round_trips(tmp_path: Path) -> None:
+    def measured(name: str, error: float, floor: str) -> None:
+        made = f'{{"metrics": {{"warp_error": {error}}}, "round_trip": {floor}}}'
+        (tmp_path / name / "metrics.json").write_text(made)
+
+    runs = [read_run(make_run(tmp_path / name, steps=n)) for n, name in enumerate("abc")]
+    for name in "abc":
+        measured(name, 0.5, '{"warp_error": 0.125}')
+    text = write_comparison(runs, tmp_path / "page.html").read_text()
+    assert rows(text)[3:] == [["VAE round trip", "–", "0.125", "–"]]
+    assert text.index("</tbody>") < text.index("VAE round trip")  # sorting leaves it there
+    measured("b", 0.5, '{"warp_error": 0.25}')
+    measured("c", 0.5, "null")
+    runs = [read_run(run.folder) for run in runs]
+    text = write_comparison(runs, tmp_path / "page.html").read_text()
+    assert rows(text)[3:] == [
+        ["VAE round trip of a", "–", "0.125", "–"],
+        ["VAE round trip of b", "–", "0.25", "–"],
+    ]
 
 
 def test_runs_of_two_sources_show_both(tmp_path: Path) -> None:

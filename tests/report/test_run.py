@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from jsonargparse import _common as jsonargparse_state
 
 from tests.report.making import bar, make_run
 from tokenflow.cli import main
 from tokenflow.errors import InputError
 from tokenflow.report import read_run
 from tokenflow.report.run import flat
+from tokenflow.video import write_clip
 
 
 def test_the_videos_are_those_of_the_run(tmp_path: Path) -> None:
@@ -44,6 +46,19 @@ def test_metrics_are_the_records_and_those_measured_later(tmp_path: Path) -> Non
     assert read_run(folder).metrics == {"round_trip_psnr": 30.25}
     (folder / "metrics.json").write_text('{"metrics": {"warp_error": 0.25, "clip": null}}')
     assert read_run(folder).metrics == {"round_trip_psnr": 30.25, "warp_error": 0.25, "clip": None}
+
+
+def test_the_round_trip_is_that_which_was_measured(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "bar")
+    assert read_run(folder).round_trip == {}
+    (folder / "metrics.json").write_text('{"metrics": {"ssim": 1}}')
+    assert read_run(folder).round_trip == {}
+    (folder / "metrics.json").write_text('{"metrics": {"ssim": 1}, "round_trip": {"ssim": 0.5}}')
+    assert read_run(folder).round_trip == {"ssim": 0.5}
+    assert read_run(folder).metrics == {"ssim": 1}
+    (folder / "metrics.json").write_text('{"metrics": {"ssim": 1}, "round_trip": {"ssim": "x"}}')
+    with pytest.raises(InputError, match=r"metrics\.json: expected round_trip, names with numbers"):
+        _ = read_run(folder).round_trip
 
 
 @pytest.mark.parametrize(
@@ -78,6 +93,47 @@ def test_the_line_that_repeats_a_run_survives_any_folder(tmp_path: Path) -> None
         "tokenflow", "predict", "--config", str(tmp_path / "a b$" / "bar" / "run.yaml"),
         "--output.folder", str(tmp_path / "a b$-again"),
     ]  # fmt: skip
+
+
+OWN = """
+from lightning.pytorch.callbacks import Callback
+
+class Marking(Callback):
+    pass
+"""
+
+
+def test_the_line_that_repeats_a_run_with_classes_of_another_package(
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = dict(jsonargparse_state.parsing_settings)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "ownpackage.py").write_text(OWN)
+    write_clip(tmp_path / "in.mp4", bar(2))
+
+    def predict(*words: str) -> None:
+        """As a new process, which allows nothing yet."""
+        monkeypatch.setattr(jsonargparse_state, "parsing_settings", dict(settings))
+        main(["predict", *words])
+
+    predict(
+        "--data.video=in.mp4", "--model.prompt=a ball", f"--model.backbone={model_folder}",
+        "--model.steps=1", "--model.cache=null", "--trainer.accelerator=cpu",
+        "--trainer.callbacks+=ownpackage.Marking", "--allow_imports=ownpackage",
+    )  # fmt: skip
+    words = shlex.split(read_run("runs/in").repeat)
+    assert words[-2:] == ["--allow_imports", "ownpackage"]
+    with pytest.raises(SystemExit):
+        predict(*words[2:-2])  # what the record says allows nothing
+    assert "'ownpackage.Marking' is not allowed" in capsys.readouterr().err
+    predict(*words[2:])
+    again = read_run("runs-again/in")
+    assert shlex.split(again.repeat)[-2:] == words[-2:]
+    assert again.settings == read_run("runs/in").settings
 
 
 @pytest.mark.parametrize(

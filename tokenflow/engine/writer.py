@@ -68,6 +68,7 @@ class RunWriter(BasePredictionWriter):
             raise InputError(f"crf is x264's quality from 0 to 51, got {crf}")
         self.folder, self.overwrite, self.crf = Path(folder), overwrite, crf
         self.configuration: dict[str, Any] = {}
+        self.allowed: list[str] = []
         self.outcomes: list[Outcome] = []
         self.failed = 0
         self.lock: FolderLock | None = None
@@ -250,6 +251,8 @@ class RunWriter(BasePredictionWriter):
             "versions": {"python": platform.python_version()}
             | {name: version(name) for name in PACKAGES},
         }
+        if self.allowed:  # for the line that repeats the run; it allows nothing itself
+            record["allow_imports"] = self.allowed
         return {**self.configuration, "run": record}
 
 

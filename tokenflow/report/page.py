@@ -113,6 +113,7 @@ def write_comparison(runs: Sequence[Run], output: Path) -> Path:
         tiles=tiles,
         columns=[name for name, _ in columns],
         table=list(zip(names, cells, strict=True)),
+        floors=floors(named, [name for name, _ in columns]),
     )
 
 
@@ -129,6 +130,22 @@ def source_of(run: Run) -> tuple[Any, ...]:
     """What tells one source from another; of a manifest's clips, the name."""
     chosen = {k: v for k, v in run.settings.items() if k.startswith("data.")}
     return (chosen, run.name if "data.manifest" in chosen else None)
+
+
+def floors(
+    runs: Sequence[tuple[str, Run]], columns: Sequence[str]
+) -> list[tuple[str, tuple[str, ...]]]:
+    """Rows of what sources are after the VAE alone, named by their runs unless all share one."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for name, run in runs:
+        if run.round_trip:
+            row = tuple(number(run.round_trip.get(column)) for column in columns)
+            rows.setdefault(row, []).append(name)
+    what = "VAE round trip"
+    return [
+        (what if len(names) == len(runs) else f"{what} of {', '.join(names)}", row)
+        for row, names in rows.items()
+    ]
 
 
 def unite(mappings: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tokenflow.engine.folder import COMPARE, EDITED, FAILED, METRICS, RECORD, finished
 from tokenflow.errors import InputError
+from tokenflow.imports import OPTION
 from tokenflow.video import Clip, Frames, halves, read_clip
 
 QUALITY = ("reconstruction_psnr", "round_trip_psnr")
@@ -65,29 +66,49 @@ class Run:
             InputError: That file has no mapping from names to numbers.
         """
         known = {name: self.came[name] for name in QUALITY if name in self.came}
+        return known | self.measured("metrics")
+
+    @cached_property
+    def round_trip(self) -> dict[str, float | None]:
+        """The same numbers of the source after the VAE alone, where `metrics.json` has them.
+
+        Raises:
+            InputError: That file has no mapping from names to numbers.
+        """
+        return self.measured("round_trip")
+
+    def measured(self, what: str) -> dict[str, float | None]:
+        """Numbers of `metrics.json` by their names."""
         file = self.place / METRICS
         if not file.exists():
-            return known
+            return {}
         try:
             found: Any = json.loads(file.read_text())
         except ValueError as error:
             raise InputError(f"{file} is no JSON ({error}); measure the run again") from error
-        found = found.get("metrics") if isinstance(found, dict) else found
+        if what == "round_trip" and isinstance(found, dict) and found.get(what) is None:
+            return {}
+        found = found.get(what) if isinstance(found, dict) else found
         numbers = isinstance(found, dict) and all(
             value is None or (isinstance(value, int | float) and not isinstance(value, bool))
             for value in found.values()
         )
         if not numbers:
-            raise InputError(f"{file}: expected metrics, names with numbers, got {found!r:.200}")
-        return known | {k: None if v is None else float(v) for k, v in found.items()}
+            raise InputError(f"{file}: expected {what}, names with numbers, got {found!r:.200}")
+        return {k: None if v is None else float(v) for k, v in found.items()}
 
     @cached_property
     def settings(self) -> dict[str, Any]:
         """Every option of data and model by its name, with what its default came to."""
         chosen = flat("data", self.record.get("data")) | flat("", self.record.get("model"))
-        left_out = {"seconds", *QUALITY}
+        left_out = {"seconds", "allow_imports", *QUALITY}
         came = {PACKAGES.get(k, k): v for k, v in self.came.items() if k not in left_out}
         return chosen | flat("", came)
+
+    @property
+    def allowed(self) -> list[str]:
+        """The packages that the command line allowed the configuration to name."""
+        return self.came.get("allow_imports") or []
 
     @property
     def repeat(self) -> str:
@@ -97,6 +118,7 @@ class Run:
         if not self.folder.is_absolute():
             again = Path(os.path.relpath(again))
         words = ["--config", str(self.folder / RECORD), "--output.folder", str(again)]
+        words += [word for name in self.allowed for word in (OPTION, name)]
         return shlex.join(["tokenflow", "predict", *words])
 
     def source(self) -> Clip:
@@ -154,12 +176,20 @@ def read_run(folder: str | Path) -> Run:
     if not isinstance(record, dict):
         raise InputError(f"{folder / RECORD}: expected a run's record, got {record!r:.200}")
     came = record.get("run") or {}
-    seconds = (came.get("seconds") or {}) if isinstance(came, dict) else None
-    if not isinstance(seconds, dict) or not all(
-        isinstance(value, int | float) for value in seconds.values()
-    ):
+    if not isinstance(came, dict) or not usable(came):
         raise InputError(
             f"{folder / RECORD} was changed by hand and cannot be used: expected of run: a "
-            f"mapping, with numbers of seconds; edit again"
+            f"mapping, with numbers of seconds and names in allow_imports; edit again"
         )
     return Run(folder, record)
+
+
+def usable(came: dict[str, Any]) -> bool:
+    """Whether what a record says of its run has the types that are relied on."""
+    seconds, allowed = came.get("seconds") or {}, came.get("allow_imports") or []
+    return (
+        isinstance(seconds, dict)
+        and all(isinstance(value, int | float) for value in seconds.values())
+        and isinstance(allowed, list)
+        and all(isinstance(name, str) for name in allowed)
+    )

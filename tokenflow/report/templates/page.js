@@ -11,10 +11,15 @@ function player(root) {
   if (videos.length === 0 && times.length === 0) return;
   const curves = [...root.querySelectorAll("[data-values]")]
     .map((output) => ({ output, values: JSON.parse(output.dataset.values) }));
-  const length = (video) => video.duration || 0;
+  const lengths = new Map();  // kept while a video is read again
+  const length = (video) => {
+    if (video.duration) lengths.set(video, video.duration);
+    return lengths.get(video) || 0;
+  };
   const lead = () => videos.reduce((a, b) => (length(b) > length(a) ? b : a));
   let place = 0;
   const now = () => (videos.length ? lead().currentTime : place);
+  const over = (video) => length(video) > 0 && now() >= length(video);
   const whole = () => (videos.length ? length(lead()) : times.at(-1));
   const frameAt = (time) => Math.max(0, times.findLastIndex((begins) => begins <= time + 1e-3));
   let playing = false;
@@ -28,7 +33,7 @@ function player(root) {
     if (videos.length === 0) return;
     playing = on;
     if (on && lead().ended) go(0);
-    for (const video of videos) on ? video.play().catch(() => {}) : video.pause();
+    for (const video of videos) on && !over(video) ? video.play().catch(() => {}) : video.pause();
     play.textContent = on ? "❚❚" : "▶";
     play.setAttribute("aria-label", on ? "pause" : "play");
     if (on) requestAnimationFrame(follow);
@@ -82,11 +87,15 @@ function player(root) {
       const time = video.currentTime;
       video.src = URL.createObjectURL(blob);
       video.currentTime = time;
-      if (playing) video.play().catch(() => {});
+      if (playing && !over(video)) video.play().catch(() => {});
     }).catch(() => {});
   }
   play.addEventListener("click", () => set(!playing));
-  seek.addEventListener("input", () => { set(false); go((seek.value / 1000) * whole()); });
+  seek.addEventListener("input", () => {
+    const time = (seek.value / 1000) * whole();
+    set(false);
+    go(time);
+  });
   speed.addEventListener("change", () => {
     for (const video of videos) video.defaultPlaybackRate = video.playbackRate = +speed.value;
   });
@@ -109,9 +118,10 @@ function player(root) {
     });
   }
   document.addEventListener("keydown", (event) => {
-    // what has the focus keeps its own keys: a slider all, a button space
-    if (event.target.closest("input, select")) return;
-    if (event.key === " " && event.target.closest("button, summary")) return;
+    if (event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return;
+    // what has the focus keeps its own keys: a button space, a slider and what scrolls the others
+    const own = event.key === " " ? "select, button, summary" : "input, select, pre, .scroll";
+    if (event.target.matches(own)) return;
     if (event.key === " ") set(!playing);
     else if (event.key === "ArrowRight") step(1);
     else if (event.key === "ArrowLeft") step(-1);
