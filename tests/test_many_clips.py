@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import gc
 import weakref
+from errno import ENOSPC
+from os import strerror
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from torch import OutOfMemoryError
 
 from tests.engine.ranks import command, ended, launched
 from tokenflow.cli import main
 from tokenflow.engine import denoising
+from tokenflow.engine.denoising import Denoiser
 from tokenflow.engine.job import Job
 from tokenflow.engine.module import Prediction, TokenFlow
+from tokenflow.errors import PluginError
 from tokenflow.video import Clip, read_clip, write_clip, write_video
 
 NAMES = ("one", "two", "three")
@@ -58,10 +63,16 @@ def files(folder: Path) -> dict[str, list[str]]:
 
 
 def test_a_clip_that_cannot_be_written_is_not_logged_and_does_not_stop_the_rest(
-    words: list[str], tmp_path: Path
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = tmp_path / "runs"
-    (runs / "one" / "edited.mp4").mkdir(parents=True)
+
+    def full(path: Path, *args: Any, **options: Any) -> None:
+        if "one" in path.parts:
+            raise OSError(ENOSPC, strerror(ENOSPC))
+        write_video(path, *args, **options)
+
+    monkeypatch.setattr("tokenflow.engine.writer.write_video", full)
     logger = f"{{class_path: CSVLogger, init_args: {{save_dir: {tmp_path}}}}}"
     with pytest.raises(SystemExit) as exit:
         main([*words, f"--trainer.logger={logger}"])
@@ -102,6 +113,25 @@ def test_a_result_does_not_outlive_its_clip(
     with pytest.raises(SystemExit):
         main(words)
     assert (len(results), alive) == (3, [0] * 4)
+
+
+def test_what_a_failed_clip_had_in_memory_is_freed(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    def fails(self: Denoiser, *_: Any, **__: Any) -> None:
+        gc.collect()
+        alive.append(sum(it() is not None for it in left))
+        features = torch.rand(3)
+        left.append(weakref.ref(features))
+        raise PluginError("no correspondence") from OutOfMemoryError("none left")
+
+    monkeypatch.setattr(Denoiser, "guided", fails)
+    with pytest.raises(SystemExit):
+        main(words)
+    assert (len(left), alive) == (3, [0] * 3)
 
 
 def test_a_clip_that_fails_does_not_stop_the_rest(

@@ -85,6 +85,13 @@ def test_a_run_stands_until_the_one_that_overwrites_it_is_whole(
     assert {p.name: p.read_bytes() for p in (tmp_path / "in").iterdir()} == before
 
 
+def test_a_clip_with_a_folder_in_its_files_way_is_not_edited(tmp_path: Path, source: Job) -> None:
+    (tmp_path / "in" / "report.html").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"in cannot be written \(.*report\.html is a folder"):
+        RunWriter(str(tmp_path)).admit(source)
+    assert [p.name for p in (tmp_path / "in").iterdir()] == ["report.html"]
+
+
 def test_a_clip_for_which_the_disk_has_no_room_is_not_edited(tmp_path: Path, source: Job) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))

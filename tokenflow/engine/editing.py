@@ -186,14 +186,15 @@ def edit_latents(
             f"{kernel} needs the clip's optical flow, got none; use edit_clip, or give "
             f"flow=ClipFlow(clip, kernel.flow, backbone.latent_scale), here by {provider}"
         )
-    embeddings = backbone.embed([inversion_prompt, negative_prompt, prompt])
     windows = split_windows(trajectory.total, s.keyframe_every)
     share = group.share(windows)
     around = partial(neighbourhood, neighbours=s.neighbours, blend=s.blend)
-    denoiser = Denoiser(
-        backbone, trajectory, schedule, editor, embeddings, s.guidance, s.batch, flow, group, share
-    )
     with group.together():
+        embeddings = backbone.embed([inversion_prompt, negative_prompt, prompt])
+        denoiser = Denoiser(
+            backbone, trajectory, schedule, editor, embeddings, s.guidance, s.batch, flow, group,
+            share,
+        )  # fmt: skip
         begin = guarded(editor, editor.start)(trajectory, schedule, s.seed)
         require_none(contract.of_start(begin, trajectory, schedule), f"{named(editor)} in start")
     steps = len(begin.timesteps)

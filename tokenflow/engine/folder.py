@@ -32,6 +32,13 @@ def finished(folder: Path) -> bool:
     return (folder / RECORD).exists()
 
 
+def require_free(folder: Path) -> None:
+    """Raises `IsADirectoryError` where a folder has the name of one of a run's files."""
+    for path in (folder / name for name in (*FILES, FAILED)):
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder, expected none of this name")
+
+
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
     """Gives a place for a run's files, which take those of the run before when the block ends well.
@@ -49,9 +56,7 @@ def staged(folder: Path) -> Iterator[Path]:
         yield place
         for name in NEEDED:
             (place / name).stat()  # what others have removed makes no finished run
-        for path in (folder / name for name in (*FILES, FAILED)):
-            if path.is_dir():
-                raise IsADirectoryError(f"{path} is a folder, expected none of this name")
+        require_free(folder)
         (folder / RECORD).unlink(missing_ok=True)  # the run before is whole no more
         for name in FILES:
             if (place / name).exists():

@@ -30,7 +30,7 @@ class Logged(Callback):
     """Gives every logger a finished run's numbers, and those that can show them its pictures.
 
     The clips that other groups of ranks edit are not logged: loggers belong to the first process.
-    Where a logger fails, the others and the job go on, with a warning.
+    A logger that fails is told and left out from then on; the others and the job go on.
     """
 
     def on_predict_batch_end(  # type: ignore[override]
@@ -45,7 +45,8 @@ class Logged(Callback):
                 log_run(logger, job.name, folder)
             except Exception as error:  # whatever it is, the videos are there
                 by, why = type(logger).__name__, f"{type(error).__name__}: {error}"
-                print(f"{folder} is not logged by {by}: {why}", file=sys.stderr)
+                print(f"from {folder} on nothing is logged by {by}: {why}", file=sys.stderr)
+                trainer.loggers = [other for other in trainer.loggers if other is not logger]
 
 
 def log_run(logger: Logger, name: str, folder: Path) -> None:

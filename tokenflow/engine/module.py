@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +27,13 @@ from tokenflow.errors import InputError
 from tokenflow.plugins import origin
 from tokenflow.propagation import Propagation
 from tokenflow.video import Clip, Spool, levels
+
+
+def forget_frames(error: BaseException | None) -> None:
+    """Lets go of what a failed clip has left in memory: the variables of all who were at work."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 class Prediction:
@@ -156,6 +164,7 @@ class TokenFlow(LightningModule):
         except Exception as error:  # whatever is wrong with one clip, the others are edited
             if job.where is None or not self.group.knows(error):
                 raise
+            forget_frames(error)
             torch.accelerator.empty_cache() if torch.accelerator.is_available() else None
             return Outcome(job, "failed", f"{type(error).__name__}: {error}")
 

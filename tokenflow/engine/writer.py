@@ -30,6 +30,7 @@ from tokenflow.engine.folder import (
     SHEET,
     FolderLock,
     finished,
+    require_free,
     staged,
 )
 from tokenflow.engine.job import ClipSource, Job, Outcome
@@ -120,7 +121,8 @@ class RunWriter(BasePredictionWriter):
                 f"--output.folder"
             )
         try:
-            require_room(folder, PROBE)  # before a clip is edited for nothing
+            require_free(folder)  # before a clip is edited for nothing
+            require_room(folder, PROBE)
         except OSError as error:
             raise InputError(
                 f"{folder} cannot be written ({error}); choose another --output.folder"

@@ -59,12 +59,14 @@ class Threads(FrameGroup):
     def gather(
         self, own: Shaped[Tensor, "own ..."], counts: Sequence[int], host: bool = False
     ) -> Shaped[Tensor, "all ..."]:
+        self.agree()
         every = zip(self.meeting.show(self.rank, own), counts, strict=True)
         return torch.cat([part[:count] for part, count in every])
 
     def with_neighbours(
         self, own: Shaped[Tensor, "own ..."], counts: Sequence[int]
     ) -> Shaped[Tensor, "some ..."]:
+        self.agree()
         every = self.meeting.show(self.rank, own)
         before = every[self.rank - 1][-1:] if self.rank > 0 else own[:0]
         after = every[self.rank + 1][:1] if self.rank < self.size - 1 else own[:0]

@@ -91,7 +91,7 @@ class Reel:
     """Frames of a file that is decoded from its beginning as often as it takes.
 
     Those asked for last stay in memory, up to `budget` bytes, and so do the `REACH` before each, as
-    who asks for a keyframe will ask for what lies before it.
+    who asks for a keyframe will ask for what lies before it; if twice as many have room.
 
     Args:
         decode: Begins anew: the frames in order, each to be converted only if it is wanted.
@@ -114,11 +114,13 @@ class Reel:
             return self.kept[number].clone()  # its place may soon be another's
         if number < self.next:
             self.walk, self.next = self.decode(), 0
+        one = self.size // max(len(self.kept), 1)
+        reach = REACH if 2 * REACH * one <= self.budget else 0
         for convert in self.walk:
             here, self.next = self.next, self.next + 1
             if here == number:
                 return self.keep(number, convert())
-            if here >= number - REACH and here not in self.kept:
+            if here >= number - reach and here not in self.kept:
                 self.keep(here, convert())
         raise IndexError(f"frame {number} was there before, and now is not: the file has changed")
 
