@@ -56,6 +56,9 @@ class Threads(FrameGroup):
     def tell(self, own: T) -> list[T]:
         return self.meeting.show(self.rank, own)
 
+    def anywhere(self, *own: bool) -> list[bool]:
+        return list(map(any, zip(*self.tell(own), strict=True)))
+
     def gather(
         self, own: Shaped[Tensor, "own ..."], counts: Sequence[int], host: bool = False
     ) -> Shaped[Tensor, "all ..."]:
