@@ -264,6 +264,7 @@ def test_only_the_command_line_allows_imports(
 ) -> None:
     (tmp_path / "ownpackage.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "ownpackage", raising=False)  # of another test
     text = callback("ownpackage.Marking")
     words = []
     if place == "command line":

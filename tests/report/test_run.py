@@ -112,7 +112,7 @@ def test_the_line_that_repeats_a_run_with_classes_of_another_package(
     settings = dict(jsonargparse_state.parsing_settings)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "ownpackage.py").write_text(OWN)
+    (tmp_path / "otherpackage.py").write_text(OWN)
     write_clip(tmp_path / "in.mp4", bar(2))
 
     def predict(*words: str) -> None:
@@ -123,13 +123,13 @@ def test_the_line_that_repeats_a_run_with_classes_of_another_package(
     predict(
         "--data.video=in.mp4", "--model.prompt=a ball", f"--model.backbone={model_folder}",
         "--model.steps=1", "--model.cache=null", "--trainer.accelerator=cpu",
-        "--trainer.callbacks+=ownpackage.Marking", "--allow_imports=ownpackage",
+        "--trainer.callbacks+=otherpackage.Marking", "--allow_imports=otherpackage",
     )  # fmt: skip
     words = shlex.split(read_run("runs/in").repeat)
-    assert words[-2:] == ["--allow_imports", "ownpackage"]
+    assert words[-2:] == ["--allow_imports", "otherpackage"]
     with pytest.raises(SystemExit):
         predict(*words[2:-2])  # what the record says allows nothing
-    assert "'ownpackage.Marking' is not allowed" in capsys.readouterr().err
+    assert "'otherpackage.Marking' is not allowed" in capsys.readouterr().err
     predict(*words[2:])
     again = read_run("runs-again/in")
     assert shlex.split(again.repeat)[-2:] == words[-2:]
