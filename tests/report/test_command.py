@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,11 @@ def refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) 
     assert message in capsys.readouterr().err
 
 
+def without_videos(page: str) -> str:
+    """On a busy machine x264 now and then spends its bits otherwise."""
+    return re.sub(r"data:video/mp4;base64,[\w+/=]+", "a video", page)
+
+
 def test_a_page_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_run(tmp_path / "bar")
     page = folder / "report.html"
@@ -27,9 +33,10 @@ def test_a_page_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     capsys.readouterr()
     main(["report", str(folder)])
     assert capsys.readouterr().out == f"{page}\n"
-    assert page.read_text() == before
+    assert without_videos(page.read_text()) == without_videos(before)
     main(["report", str(folder), "--output", str(tmp_path / "there" / "page.html")])
-    assert (tmp_path / "there" / "page.html").read_text() == before
+    there = (tmp_path / "there" / "page.html").read_text()
+    assert without_videos(there) == without_videos(before)
 
 
 def test_what_is_wrong_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
