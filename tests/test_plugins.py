@@ -223,6 +223,7 @@ def test_doctor_finds_an_unusable_plugin(broken: None, capsys: pytest.CaptureFix
                 "name one that it fits with --backbone, a folder, a hub id or 'miniature'",
             ],
         ),
+        (["ControlNet", "--backbone=miniature"], 0, ["ControlNet of tokenflow 0.1.0: all is well"]),
         (["OwnModel", "--backbone=y"], 0, ["OwnModel of tokenflow-broken 0.3: all is well"]),
         (["Asking"], 2, ["radius"]),
         (["Asking", "--radius=1"], 0, ["all is well"]),

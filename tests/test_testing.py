@@ -28,12 +28,36 @@ from tokenflow.testing import (
 )
 from tokenflow.video import Clip
 
+
+def residual(forward: Pass, value: Tensor) -> dict[str, Any]:
+    """A mid-block residual of one value per frame, in every branch."""
+    size = [side // 8 for side in forward.latents.shape[-2:]]
+    value = value.repeat(len(forward.branches)).view(-1, 1, 1, 1).expand(-1, 16, *size)
+    none = [value.new_zeros(1)] * 12
+    return {"mid_block_additional_residual": value, "down_block_additional_residuals": none}
+
+
+class ByFrame(PnP):
+    """Conditions every pass by what it was shown of its frames, as a ControlNet does."""
+
+    interface = 1
+    conditions_source = True
+
+    def prepare(self, backbone: Backbone, clip: Clip) -> None:
+        means = clip.frames[:].mean((1, 2, 3)).to(backbone.unet.dtype)
+        self.means = dict(zip(clip.positions, means, strict=True))
+
+    def conditioning(self, forward: Pass) -> dict[str, Any]:
+        return residual(forward, torch.stack([self.means[frame] for frame in forward.frames]))
+
+
 GOOD: list[Check] = [
     *kernel_checks(NNField()),
     *kernel_checks(NNField(block=3)),
     *kernel_checks(FlowWeighted()),
     *editor_checks(PnP()),
     *editor_checks(SDEdit(strength=0.5, noise="independent")),
+    *editor_checks(ByFrame()),
 ]
 
 
@@ -414,14 +438,6 @@ class ReplacesProcessors(PnP):
 class WritesSource(PnP):
     def edits(self, unet: UNet2DConditionModel) -> Sequence[Edit]:
         return edit_of(unet, lambda edited, source: source.mul_(1.1).expand_as(edited))
-
-
-def residual(forward: Pass, value: Tensor) -> dict[str, Any]:
-    """A mid-block residual of one value per frame, in every branch."""
-    size = [side // 8 for side in forward.latents.shape[-2:]]
-    value = value.repeat(len(forward.branches)).view(-1, 1, 1, 1).expand(-1, 16, *size)
-    none = [torch.zeros(1)] * 12
-    return {"mid_block_additional_residual": value, "down_block_additional_residuals": none}
 
 
 class ConditionsSource(PnP):

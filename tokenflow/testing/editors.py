@@ -16,6 +16,8 @@ from torch import Tensor
 
 from tokenflow.diffusion import Backbone, Trajectory
 from tokenflow.editors import Edit, Editor, Start, contract
+from tokenflow.engine import Settings
+from tokenflow.engine.editing import conditions_all
 from tokenflow.engine.frame_group import FrameGroup
 from tokenflow.testing.checks import (
     Check,
@@ -261,9 +263,10 @@ def two_ranks_agree(editor: Editor, backbone: Backbone | None) -> None:
     whole = Stage.of(editor, backbone).edit(batch=1)
     halves = (range(FRAMES // 2), range(FRAMES // 2, FRAMES))
     stages = [Stage.of(copy.deepcopy(editor), backbone) for _ in halves]
+    shown = range(FRAMES) if conditions_all(Settings(), editor) else None  # as the engine does
 
     def edit(group: FrameGroup) -> Tensor:
-        own = stages[group.rank].part(halves[group.rank])
+        own = stages[group.rank].part(halves[group.rank], shown)
         return own.edit(batch=1, group=group)
 
     shared = torch.cat(on_ranks(len(halves), edit))

@@ -71,16 +71,18 @@ class Stage:
             editor.prepare(backbone, clip)
         return cls(editor, backbone, clip, schedule, trajectory, x)
 
-    def part(self, frames: range) -> Stage:
-        """What a rank that has these frames alone sees; the editor is prepared for it anew."""
+    def part(self, frames: range, shown: range | None = None) -> Stage:
+        """What a rank that has these frames alone sees.
+
+        The editor is prepared anew, for these frames or the more that are `shown`.
+        """
         own, whole = slice(frames.start, frames.stop), self.trajectory
         trajectory = dataclasses.replace(
             whole, latents=whole.latents[:, own], clean=whole.clean[own],
             noisiest=whole.noisiest[own], first=frames.start, whole=FRAMES,
         )  # fmt: skip
-        clip = self.clip.part(frames)
-        self.editor.prepare(self.backbone, clip)
-        return dataclasses.replace(self, clip=clip, trajectory=trajectory)
+        self.editor.prepare(self.backbone, self.clip.part(shown or frames))
+        return dataclasses.replace(self, clip=self.clip.part(frames), trajectory=trajectory)
 
     def edit(
         self,
