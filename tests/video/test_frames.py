@@ -95,7 +95,7 @@ def test_a_reel_holds_its_budget_and_begins_anew() -> None:
         assert torch.equal(reel.frame(number), WHOLE[number])
         assert reel.size == sum(image.nbytes for image in reel.kept.values()) <= reel.budget
     assert (decoder.begun, decoder.converted) == (2, [0, 1, 2, 0, 3])
-    with pytest.raises(IndexError, match="the file has changed"):
+    with pytest.raises(IndexError, match="there is no frame 6"):
         reel.frame(6)
 
 
@@ -140,7 +140,7 @@ def test_a_clip_that_is_not_in_memory_is_the_same(
     for what in ("times", "rate", "name", "display_size", "audio"):
         assert getattr(clip, what) == getattr(whole, what)
     path.unlink()
-    with pytest.raises(VideoError, match="found nothing"):
+    with pytest.raises(VideoError, match="has changed since it was read first .*found nothing"):
         clip.frames[:]
 
 

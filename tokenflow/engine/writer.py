@@ -205,11 +205,13 @@ class RunWriter(BasePredictionWriter):
         try:
             with staged(folder) as place:
                 write_video(
-                    place / EDITED, edited.frames, edited.times, edited.rate,
+                    place / EDITED, edited.frames, edited.times, edited.rate,  end=edited.end,
                     size=edited.display_size, audio=edited.audio, crf=self.crf,
                 )  # fmt: skip
                 both = starmap(side_by_side, zip(shown(source), shown(edited), strict=True))
-                write_video(place / COMPARE, both, source.times, source.rate, crf=self.crf)
+                write_video(
+                    place / COMPARE, both, source.times, source.rate, end=source.end, crf=self.crf
+                )
                 rows = source.frames, edited.frames
                 write_image(place / SHEET, contact_sheet(rows, size=source.display_size))
                 run = Run(folder, self.summary(prediction), each, place)

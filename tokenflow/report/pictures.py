@@ -80,7 +80,7 @@ class Space:
         """A source's frames as a small video."""
         with TemporaryDirectory() as folder:
             path = Path(folder) / "source.mp4"
-            write_video(path, clip.frames, clip.times, clip.rate, crf=SOURCE_CRF)
+            write_video(path, clip.frames, clip.times, clip.rate, end=clip.end, crf=SOURCE_CRF)
             return self.file(path)
 
 

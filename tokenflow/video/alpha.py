@@ -4,8 +4,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from tokenflow.video.image_folder import FORMATS, SUFFIXES, UNREADABLE
-from tokenflow.video.video_file import open_container
+from tokenflow.video.image_folder import FORMATS, UNREADABLE, image_paths
+from tokenflow.video.video_file import open_container, picture_stream
 
 OPAQUE = 255
 
@@ -17,15 +17,16 @@ def transparent(path: Path) -> str | None:
     channel does, whatever it holds. What cannot be read is left for `read_clip` to refuse.
     """
     if path.is_dir():
-        images = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
-        return next((image.name for image in images if _is_transparent(image)), None)
+        return next((image.name for image in image_paths(path) if _is_transparent(image)), None)
     with open_container(path) as container:
-        for stream in container.streams.video:
-            format = stream.codec_context.format if stream.codec_context else None
-            hidden = stream.metadata.get("alpha_mode") == "1"  # WebM keeps it beside the picture
-            if hidden or (format and any(c.is_alpha for c in format.components)):
-                return path.name
-    return None
+        stream = picture_stream(container)
+        if stream is None:
+            return None
+        format = stream.codec_context.format if stream.codec_context else None
+        hidden = stream.metadata.get("alpha_mode") == "1"  # WebM keeps it beside the picture
+        return (
+            path.name if hidden or (format and any(c.is_alpha for c in format.components)) else None
+        )
 
 
 def _is_transparent(path: Path) -> bool:

@@ -12,6 +12,8 @@ from torch import Tensor
 from tokenflow.errors import InputError
 from tokenflow.video.frames import Frames
 
+MAX_RATE = 1000  # frames per second; beyond, times are finer than files keep them
+
 
 class VideoError(InputError):
     """A video, an image folder or a request for one that cannot be served."""
@@ -21,13 +23,24 @@ class VideoError(InputError):
 class AudioSpan:
     """The part of a file's sound that belongs to a clip.
 
-    path: the file whose first audio stream is meant.
+    path: the file whose default audio stream is meant.
     start, stop: presentation times in that file, in seconds.
+    state: the file's size and time of change when the clip was read, if they are to be compared.
     """
 
     path: Path
     start: Fraction
     stop: Fraction
+    state: tuple[int, int] | None = None
+
+
+def file_state(path: Path) -> tuple[int, int] | None:
+    """A file's size and time of change, which differ where it was written again."""
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return state.st_size, state.st_mtime_ns
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,12 +50,13 @@ class Clip:
     frames: RGB, float32, 0..1, upright, in square pixels; a tensor, or `Frames`, which are indexed
         and walked through as one but are not all in memory.
     times: when each frame is shown, in seconds from the whole clip's first; they increase.
-    rate: nominal frames per second, greater than 0.
+    rate: nominal frames per second, greater than 0 and at most 1000.
     name: the file's stem, or the folder's name.
     display_size: (height, width) that videos made from this clip should have.
     audio: the sound that belongs to the whole clip, if there is any.
     first: the position of frames[0] in the whole clip.
     whole: how many frames the whole clip has; as many as this one if not given.
+    end: when the last frame goes, in seconds as `times`; 1/rate after it came if not given.
 
     Raises VideoError for no frames, or times that do not fit them.
     """
@@ -55,13 +69,13 @@ class Clip:
     audio: AudioSpan | None = None
     first: int = 0
     whole: int | None = None
+    end: Fraction | None = None
 
     def __post_init__(self) -> None:
         if len(self.frames) == 0:
             raise VideoError(f"clip {self.name!r} has no frames; give at least one.")
-        if self.rate <= 0:
-            raise VideoError(f"clip {self.name!r}: rate must be greater than 0, got {self.rate}.")
-        check_times(self.times, len(self.frames), f"clip {self.name!r}")
+        check_rate(self.rate, f"clip {self.name!r}")
+        check_times(self.times, len(self.frames), f"clip {self.name!r}", self.end)
         if self.first == 0 and self.times[0] != 0:
             raise VideoError(f"clip {self.name!r}: times must start at 0, not at {self.times[0]}.")
         if not 0 <= self.first <= self.total - len(self):
@@ -115,6 +129,7 @@ class Clip:
             times=self.times[chosen],
             first=positions[0],
             whole=self.total,
+            end=(*self.times, self.end)[chosen.stop],
         )
 
     @classmethod
@@ -125,15 +140,25 @@ class Clip:
         name: str = "clip",
     ) -> "Clip":
         """A silent clip of evenly spaced frames, to be shown at their own size."""
-        if rate <= 0:
-            raise VideoError(f"clip {name!r}: rate must be greater than 0, got {rate}.")
+        check_rate(rate, f"clip {name!r}")
         times = tuple(index / rate for index in range(len(frames)))
         height, width = frames.shape[-2:]
         return cls(frames, times, rate, name, (height, width))
 
 
-def check_times(times: Sequence[Fraction], count: int, what: str) -> None:
-    """Raise VideoError unless there are `count` times, from 0 or later on, increasing."""
+def check_rate(rate: Fraction, what: str) -> None:
+    """Raise VideoError unless files keep so many frames per second."""
+    if not 0 < rate <= MAX_RATE:
+        raise VideoError(
+            f"{what}: expected a rate greater than 0 and at most {MAX_RATE} frames per second, "
+            f"got {rate}."
+        )
+
+
+def check_times(
+    times: Sequence[Fraction], count: int, what: str, end: Fraction | None = None
+) -> None:
+    """Raise VideoError unless there are `count` times, from 0 on, increasing, and then the end."""
     if len(times) != count:
         raise VideoError(f"{what}: expected one time for each of {count} frames, got {len(times)}.")
     for index, time in enumerate(times):
@@ -143,3 +168,5 @@ def check_times(times: Sequence[Fraction], count: int, what: str) -> None:
                 f"{', '.join(str(t) for t in times[max(0, index - 1) : index + 1])} s "
                 f"up to frame {index}."
             )
+    if end is not None and end <= times[-1]:
+        raise VideoError(f"{what}: expected an end after {times[-1]} s, the last time, got {end}.")

@@ -122,7 +122,7 @@ class Reel:
                 return self.keep(number, convert())
             if here >= number - reach and here not in self.kept:
                 self.keep(here, convert())
-        raise IndexError(f"frame {number} was there before, and now is not: the file has changed")
+        raise IndexError(f"there is no frame {number}")
 
     @property
     def has_room(self) -> bool:

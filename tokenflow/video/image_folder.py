@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from fractions import Fraction
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,20 +24,38 @@ UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 def image_source(folder: Path, rate: Fraction) -> Source:
-    """The folder's images by name, 2 before 10; other files are passed over.
+    """The folder's images by name, 2 before 10; other files and hidden ones are passed over.
 
-    EXIF orientation is applied, transparency is dropped. VideoError names what cannot be read.
+    EXIF orientation is applied, transparency is dropped. VideoError names what cannot be read, and
+    names whose order is not clear.
     """
     paths = image_paths(folder)
     if not paths:
         raise VideoError(f"{folder}: expected images ({', '.join(SUFFIXES)}), found none.")
+    _require_one_order(folder, paths)
     return Source(rate, _pictures(paths, rate))
 
 
 def image_paths(folder: Path) -> list[Path]:
-    """A folder's images, in the order of their names."""
-    paths = [p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()]
+    """A folder's images, in the order of their names; those that begin with a dot are hidden."""
+    paths = [path for path in folder.iterdir() if _is_image(path)]
     return sorted(paths, key=_natural)
+
+
+def _is_image(path: Path) -> bool:
+    visible = not path.name.startswith(".")
+    return visible and path.suffix.lower() in SUFFIXES and path.is_file()
+
+
+def _require_one_order(folder: Path, paths: list[Path]) -> None:
+    """Raises VideoError for names that count differently as decimal fractions, as 0.033 and 0.1."""
+    for path, after in pairwise(paths):
+        a, b = (re.split(r"(\d+\.\d+)", p.stem.lower()) for p in (path, after))
+        if a[::2] == b[::2] and [float(n) for n in a[1::2]] > [float(n) for n in b[1::2]]:
+            raise VideoError(
+                f"{folder}: {path.name} comes before {after.name} by whole numbers, and after it "
+                f"by decimal fractions; give all names as many digits behind the point."
+            )
 
 
 def _natural(path: Path) -> tuple[list[tuple[str, int]], str]:
@@ -46,7 +65,7 @@ def _natural(path: Path) -> tuple[list[tuple[str, int]], str]:
 
 def _pictures(paths: list[Path], rate: Fraction) -> Iterator[Picture]:
     for index, path in enumerate(paths):
-        yield Picture(path.name, index / rate, Fraction(1), partial(_read, path))
+        yield Picture(path.name, index / rate, 1 / rate, Fraction(1), partial(_read, path))
 
 
 def _read(path: Path) -> UInt8[Tensor, "3 height width"]:

@@ -1,11 +1,12 @@
 """Read a clip from a video file or from a folder of images."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
+from hashlib import blake2b
 from math import prod
 from pathlib import Path
 from sys import maxsize
@@ -15,14 +16,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokenflow.scratch import BUDGET
-from tokenflow.video.clip import AudioSpan, Clip, VideoError
+from tokenflow.video.clip import MAX_RATE, AudioSpan, Clip, VideoError, file_state
+from tokenflow.video.clock import repaired
 from tokenflow.video.frames import Frames, Reel
 from tokenflow.video.image_folder import image_source
 from tokenflow.video.sizing import Fit, Framing, framing
 from tokenflow.video.source import MAX_PIXELS, Picture, Source
 from tokenflow.video.video_file import video_source
 
-FINEST_RATE = 10_000  # image_rate's largest denominator, and so the inverse of its least value
+SLOWEST = Fraction(1, 10_000)  # image_rate
 
 
 def read_clip(
@@ -55,7 +57,7 @@ def read_clip(
         fit: how both sides become multiples of `multiple`: "resize" stretches the picture a
             little, and `display_size` undoes that; "crop" cuts the edges off for good.
         multiple: what both sides must be divisible by, in pixels; the nearest is taken.
-        image_rate: frames per second of an image folder, from 0.0001 to 10000.
+        image_rate: frames per second of an image folder, from 0.0001 to 1000.
         in_memory: whether all frames are to be in memory; otherwise they are `Frames`, looked at
             once, and of a longer clip decoded again when they are asked for.
         each: called after each frame, which may take long: what it raises ends the reading.
@@ -76,36 +78,40 @@ def read_clip(
             raise VideoError(f"{path}: expected {name} to be at least {least}, got {value}.")
     if fit not in ("resize", "crop"):
         raise VideoError(f'{path}: expected fit to be "resize" or "crop", got {fit!r}.')
-    if not 1 / FINEST_RATE <= image_rate <= FINEST_RATE:
+    if not SLOWEST <= image_rate <= MAX_RATE:
         raise VideoError(
-            f"{path}: expected image_rate to be from {1 / FINEST_RATE} to {FINEST_RATE} frames "
+            f"{path}: expected image_rate to be from {float(SLOWEST)} to {MAX_RATE} frames "
             f"per second, got {image_rate}."
         )
 
     reading = Reading(
         path, start, stop, stride, max_frames, resolution, fit, multiple,
-        Fraction(image_rate).limit_denominator(FINEST_RATE),
+        Fraction(image_rate).limit_denominator(SLOWEST.denominator),
     )  # fmt: skip
     reel = Reel(reading.frames, maxsize if in_memory else BUDGET)
     known: list[Fraction | None] = []
+    state = file_state(path)
     with reading.opened() as source:
-        for number, picture in enumerate(reading.chosen(source)):
+        pictures = iter(source.pictures)
+        for number, picture in enumerate(reading.chosen(pictures)):
             known.append(picture.time)
-            image = reading.whole(picture)
+            image = reading.whole(number, picture)
             if reel.has_room:
                 reel.keep(number, reading.plan.apply(image / 255))
             each()
+        period = stride / source.rate
+        times = _times(path, known, period, start / source.rate)
+        end = _end(source, reading, pictures, times[-1], period)
 
-    rate = source.rate / stride
-    times = _times(path, known, start, stride, source.rate)
     frames = Frames(reel.frame, range(len(times)), reading.plan.working)
     return Clip(
         frames=frames[:] if in_memory else frames,
         times=tuple(time - times[0] for time in times),
-        rate=rate,
+        rate=source.rate / stride,
         name=clip_name(path),
         display_size=reading.plan.display,
-        audio=AudioSpan(path, times[0], times[-1] + 1 / rate) if source.has_audio else None,
+        audio=AudioSpan(path, times[0], end, state) if source.has_audio else None,
+        end=end - times[0],
     )
 
 
@@ -113,7 +119,9 @@ def read_clip(
 class Reading:
     """Which frames are read from where, and how; as the arguments of `read_clip`.
 
-    The first frame that is looked at says how all of them are scaled.
+    The first frame that is looked at says how all of them are scaled. `last` is the source's latest
+    picture so far, chosen or not; `digests` are of what each chosen frame was when it was first
+    read.
     """
 
     path: Path
@@ -127,6 +135,8 @@ class Reading:
     image_rate: Fraction
     shape: torch.Size | None = None
     plan: Framing = field(init=False)
+    last: Picture | None = None
+    digests: dict[int, bytes] = field(default_factory=dict)
 
     @contextmanager
     def opened(self) -> Iterator[Source]:
@@ -141,10 +151,11 @@ class Reading:
                 f"{self.path}: expected a video file or a folder of images, found nothing."
             )
 
-    def chosen(self, source: Source) -> Iterator[Picture]:
+    def chosen(self, pictures: Iterable[Picture]) -> Iterator[Picture]:
         """The frames that are asked for; VideoError where there are not so many."""
         start, stop, count, taken = self.start, self.stop, 0, 0
-        for index, picture in enumerate(source.pictures):
+        for index, picture in enumerate(pictures):
+            self.last = picture
             if index >= start and (index - start) % self.stride == 0:
                 yield picture
                 taken += 1
@@ -157,8 +168,11 @@ class Reading:
             asked = f"start={start}" if start >= count else f"stop={stop}"
             raise VideoError(f"{self.path} has {count} frames (0 to {count - 1}), got {asked}.")
 
-    def whole(self, picture: Picture) -> Float[Tensor, "3 height width"]:
-        """A frame as it is in the file, 0..255; VideoError unless it has the first one's size."""
+    def whole(self, number: int, picture: Picture) -> Float[Tensor, "3 height width"]:
+        """A frame as it is in the file, 0..255.
+
+        VideoError unless it has the first one's size, and is what it was when it was first read.
+        """
         image = picture.rgb()
         if self.shape is None:
             self.shape, size = image.shape, (image.shape[1], image.shape[2])
@@ -177,17 +191,33 @@ class Reading:
                 f"{_size(image.shape)} and those before it {_size(self.shape)}; "
                 "choose other frames or scale them to one size first."
             )
+        digest = blake2b(image.contiguous().numpy().data, digest_size=16).digest()
+        if self.digests.setdefault(number, digest) != digest:
+            raise self.changed(f"{picture.label} is another")
         return image.float()
+
+    def changed(self, reason: str) -> VideoError:
+        """What there is to say when the source is no longer what it was."""
+        return VideoError(
+            f"{self.path} has changed since it was read first ({reason}); start again, and leave "
+            f"it as it is until the edit is done."
+        )
 
     def frames(self) -> Iterator[Callable[[], Float[Tensor, "3 height width"]]]:
         """Decodes from the beginning; each frame is scaled if it is wanted."""
 
-        def scaled(picture: Picture) -> Float[Tensor, "3 height width"]:
-            return self.plan.apply(self.whole(picture) / 255)
+        def scaled(number: int, picture: Picture) -> Float[Tensor, "3 height width"]:
+            return self.plan.apply(self.whole(number, picture) / 255)
 
-        with self.opened() as source:
-            for picture in self.chosen(source):
-                yield partial(scaled, picture)
+        number = -1
+        try:
+            with self.opened() as source:
+                for number, picture in enumerate(self.chosen(source.pictures)):
+                    yield partial(scaled, number, picture)
+        except VideoError as error:  # what was there before
+            raise self.changed(str(error)) from error
+        if number + 1 < len(self.digests):
+            raise self.changed(f"it has {number + 1} of {len(self.digests)} frames")
 
 
 def clip_name(path: Path) -> str:
@@ -196,17 +226,35 @@ def clip_name(path: Path) -> str:
 
 
 def _times(
-    path: Path, times: list[Fraction | None], start: int, stride: int, rate: Fraction
+    path: Path, known: list[Fraction | None], period: Fraction, first: Fraction
 ) -> list[Fraction]:
-    known = [time for time in times if time is not None]
-    if len(known) == len(times) and known == sorted(set(known)):
-        return known
-    warnings.warn(
-        f"{path}: its frame times are missing or out of order; frames are spaced evenly, "
-        f"at {float(rate):.3f} per second.",
-        stacklevel=3,
-    )
-    return [(start + index * stride) / rate for index in range(len(times))]
+    times, new = repaired(known, period, first)
+    if new:
+        warnings.warn(
+            f"{path}: the times of {new} of {len(times)} frames are missing or out of order; they "
+            f"are spaced evenly between the others.",
+            stacklevel=3,
+        )
+    return times
+
+
+def _end(
+    source: Source,
+    reading: Reading,
+    pictures: Iterator[Picture],
+    time: Fraction,
+    period: Fraction,
+) -> Fraction:
+    """When the last chosen frame, of this time, goes: with the next one, or at the source's end."""
+    try:
+        after = next(pictures, None)
+    except VideoError:  # it is not asked for
+        return time + period
+    if after is not None:
+        near = reading.stride == 1 and after.time is not None and after.time > time
+        return after.time if near and after.time is not None else time + period
+    ends = (source.end, reading.last.end if reading.last else None)
+    return next((end for end in ends if end is not None and end > time), time + period)
 
 
 def _size(shape: torch.Size) -> str:

@@ -10,26 +10,23 @@ from typing import Any
 
 import av
 import numpy as np
-import torch
 from av.audio.stream import AudioStream
 from av.container import InputContainer
-from av.stream import Disposition
+from av.packet import Packet
+from av.stream import Disposition, Stream
 from av.video.frame import VideoFrame
-from av.video.reformatter import Colorspace, Interpolation
 from av.video.stream import VideoStream
 from jaxtyping import UInt8
 from torch import Tensor
 
-from tokenflow.video.clip import VideoError
+from tokenflow.video import colour
+from tokenflow.video.clip import MAX_RATE, VideoError
+from tokenflow.video.clock import continuous, restarts
+from tokenflow.video.decoder import DamagedError, clean_frames, configure
 from tokenflow.video.source import MAX_PIXELS, Picture, Source
 
 # By name, since a playlist (m3u8, concat, dash) can pull in any other file or address.
 CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif,yuv4mpegpipe"
-# swscale's shortcuts cost a level or two.
-EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-# A damaged frame is an error, rather than something made up in its place.
-DECODER_OPTIONS = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
-UNTAGGED = 2  # AVCOL_SPC_UNSPECIFIED
 
 
 def open_container(path: Path) -> InputContainer:
@@ -48,34 +45,50 @@ def open_container(path: Path) -> InputContainer:
 
 
 def audio_stream(container: InputContainer) -> AudioStream | None:
-    """The sound that goes with the picture: the first that can be decoded."""
-    return next((s for s in container.streams.audio if s.codec_context is not None), None)
+    """The sound that goes with the picture: the default, or the first, that can be decoded."""
+    streams = [s for s in container.streams.audio if s.codec_context is not None]
+    return next((s for s in streams if s.disposition & Disposition.default), None) or next(
+        iter(streams), None
+    )
+
+
+def picture_stream(container: InputContainer) -> VideoStream | None:
+    """The first video stream that is no cover picture."""
+    streams = [s for s in container.streams if isinstance(s, VideoStream)]
+    return next((s for s in streams if not s.disposition & Disposition.attached_pic), None)
+
+
+def timed_packets(container: InputContainer, *wanted: Stream) -> Iterator[Packet]:
+    """The packets of the wanted streams, pictures and sound on one clock."""
+    both = (picture_stream(container), audio_stream(container))
+    # on a clock that may begin anew, all streams say when it does
+    streams = [s for s in both if s is not None] if restarts(container) else wanted
+    indices = [stream.index for stream in wanted]
+    return (p for p in continuous(container, *streams) if p.stream.index in indices)
 
 
 @contextmanager
 def video_source(path: Path) -> Iterator[Source]:
-    """The pictures of a file's first video stream, upright, with their true times.
+    """The pictures of a file's first video stream, upright, with their true times, in BT.709.
 
-    Colours follow each frame's own tags. Untagged frames are taken for BT.709 if they are wider
-    than 1279 or higher than 576, else for BT.601, in limited range, as players do. High dynamic
-    range is not tone-mapped. VideoError says what is wrong with the file, and at which frame.
+    VideoError says what is wrong with the file, and at which frame. What cannot be decoded before
+    the first picture is skipped with a warning.
     """
     with open_container(path) as container:
-        stream = _video_stream(path, container)
-        stream.codec_context.options = DECODER_OPTIONS
+        stream = _require_picture(path, container)
+        configure(stream, MAX_PIXELS)
         yield Source(
-            rate=stream.average_rate or stream.guessed_rate or Fraction(25),
+            rate=_rate(path, stream),
             pictures=_pictures(path, container, stream),
+            end=_end(container, stream),
             has_audio=audio_stream(container) is not None,
         )
 
 
-def _video_stream(path: Path, container: InputContainer) -> VideoStream:
-    # A cover image counts as a video stream, too.
-    streams = [s for s in container.streams if not s.disposition & Disposition.attached_pic]
-    stream = next((s for s in streams if isinstance(s, VideoStream)), None)
+def _require_picture(path: Path, container: InputContainer) -> VideoStream:
+    stream = picture_stream(container)
     if stream is None:
-        kinds = ", ".join(sorted({s.type for s in streams})) or "none"
+        kinds = ", ".join(sorted({s.type for s in container.streams} - {"video"})) or "none"
         raise VideoError(f"{path}: expected a video stream, found {kinds}; choose another file.")
     if stream.codec_context is None:
         raise VideoError(f"{path}: no decoder for its video; re-encode it, for example as H.264.")
@@ -87,41 +100,69 @@ def _video_stream(path: Path, container: InputContainer) -> VideoStream:
     return stream
 
 
+def _rate(path: Path, stream: VideoStream) -> Fraction:
+    rates = [rate for rate in (stream.average_rate, stream.guessed_rate) if rate]
+    if rates and min(rates) > MAX_RATE:
+        raise VideoError(
+            f"{path}: expected at most {MAX_RATE} frames per second, got {float(rates[0]):.0f}; "
+            f"correct its rate, for example by ffmpeg -r 30 -i {path.name} …"
+        )
+    return next((rate for rate in rates if rate <= MAX_RATE), Fraction(25))
+
+
+def _end(container: InputContainer, stream: VideoStream) -> Fraction | None:
+    """When the last picture goes, as QuickTime's edit list says; else the picture itself knows."""
+    base = stream.time_base
+    if "mov" not in container.format.name.split(",") or stream.duration is None or base is None:
+        return None
+    return ((stream.start_time or 0) + stream.duration) * base
+
+
 def _pictures(path: Path, container: InputContainer, stream: VideoStream) -> Iterator[Picture]:
     aspect = stream.sample_aspect_ratio or Fraction(1)
-    index = 0
-    start = end = None
+    index, end = 0, None
     # Asked once, as a frame whose side data was looked at stays until Python looks for cycles.
     axes: dict[int, tuple[int, int, int, int]] = {}
+    said: set[str] = set()
+
+    def warn(what: str) -> None:
+        if what not in said:
+            said.add(what)
+            warnings.warn(f"{path}: {what}", stacklevel=5)
+
+    def skipped(count: int) -> None:
+        warn(f"{count} packets before its first picture cannot be decoded; they are skipped.")
+
     try:
-        for packet in container.demux(stream):
-            if packet.is_corrupt:
-                raise _damaged(path, index, "its packet is marked corrupt")
-            for frame in packet.decode():
-                if frame.is_corrupt:
-                    raise _damaged(path, index, "it is marked corrupt")
-                if frame.rotation not in axes:
-                    axes[frame.rotation] = _display_axes(frame)
-                picture = _picture(index, frame, aspect, axes[frame.rotation])
-                yield picture
-                index += 1
-                if picture.time is not None and frame.time_base is not None:
-                    start = picture.time if start is None else start
-                    end = picture.time + frame.duration * frame.time_base
+        for frame in clean_frames(timed_packets(container, stream), skipped):
+            if high := colour.dynamic_range(frame):
+                warn(f"its high dynamic range ({high}) is converted; the edit is SDR, in BT.709.")
+            if frame.interlaced_frame:
+                warn(
+                    "it is interlaced, so moving edges are combed; deinterlace it first, for "
+                    f"example by ffmpeg -i {path.name} -vf bwdif …"
+                )
+            if frame.rotation not in axes:
+                axes[frame.rotation] = _display_axes(frame)
+            picture = _picture(path, index, frame, aspect, axes[frame.rotation])
+            yield picture
+            index += 1
+            end = picture.end or picture.time or end
+    except DamagedError as error:
+        raise _damaged(path, index, str(error)) from error
     except av.FFmpegError as error:
         raise _damaged(path, index, str(error.strerror)) from error
     # Some formats just end where they are cut off.
-    announced = _announced(container, stream)
-    if start is not None and end is not None and end - start < 0.9 * announced:
-        warnings.warn(
-            f"{path}: the picture lasts {float(end - start):.2f} s, but the file announces "
-            f"{announced:.2f} s; it may have been cut short.",
-            stacklevel=4,
+    announced = None if restarts(container) else _announced_end(container, stream)
+    if end is not None and announced is not None and end < 0.9 * announced:
+        warn(
+            f"the picture ends at {float(end):.2f} s, but the file announces {announced:.2f} s; "
+            "it may have been cut short."
         )
 
 
-def _announced(container: InputContainer, stream: VideoStream) -> float:
-    """Seconds that the file says its picture lasts, 0 if it does not.
+def _announced_end(container: InputContainer, stream: VideoStream) -> float | None:
+    """When the picture ends, as the file says; None if it does not.
 
     In Matroska a tag says so, and what is called the stream's duration is that of the longest.
     """
@@ -129,9 +170,10 @@ def _announced(container: InputContainer, stream: VideoStream) -> float:
         hours, minutes, seconds = stream.metadata["DURATION"].split(":")
         return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
     except (KeyError, ValueError):
+        start = (stream.start_time or 0) * (stream.time_base or 0)
         if stream.duration is not None and stream.time_base is not None:
-            return float(stream.duration * stream.time_base)
-        return (container.duration or 0) / av.time_base
+            return float(start + stream.duration * stream.time_base)
+        return None if container.duration is None else container.duration / av.time_base
 
 
 def _damaged(path: Path, index: int, reason: str) -> VideoError:
@@ -143,16 +185,18 @@ def _damaged(path: Path, index: int, reason: str) -> VideoError:
 
 
 def _picture(
-    index: int, frame: VideoFrame, aspect: Fraction, axes: tuple[int, int, int, int]
+    path: Path, index: int, frame: VideoFrame, aspect: Fraction, axes: tuple[int, int, int, int]
 ) -> Picture:
-    time = None
+    time = duration = None
     if frame.pts is not None and frame.time_base is not None:
         time = frame.pts * frame.time_base
+        duration = frame.duration * frame.time_base or None
     right_x, right_y, down_x, down_y = axes
     transpose = abs(right_y) > abs(right_x)
     down, right = (right_y, down_x) if transpose else (down_y, right_x)
-    rgb = partial(_upright, frame, transpose, down < 0, right < 0)
-    return Picture(f"frame {index}", time, 1 / aspect if transpose else aspect, rgb)
+    label = f"frame {index}"
+    rgb = partial(_upright, f"{path}, {label}", frame, transpose, down < 0, right < 0)
+    return Picture(label, time, duration, 1 / aspect if transpose else aspect, rgb)
 
 
 def _display_axes(frame: VideoFrame) -> tuple[int, int, int, int]:
@@ -168,18 +212,9 @@ def _display_axes(frame: VideoFrame) -> tuple[int, int, int, int]:
 
 
 def _upright(
-    frame: VideoFrame, transpose: bool, flip_rows: bool, flip_columns: bool
+    what: str, frame: VideoFrame, transpose: bool, flip_rows: bool, flip_columns: bool
 ) -> UInt8[Tensor, "3 height width"]:
-    pixels = frame.to_ndarray(
-        format="rgb24", src_colorspace=_colorspace(frame), interpolation=EXACT, threads=1
-    )
-    image = torch.from_numpy(pixels).permute(2, 0, 1)
+    image = colour.rgb(frame, what)
     if transpose:
         image = image.transpose(1, 2)
     return image.flip([axis for axis, flip in ((1, flip_rows), (2, flip_columns)) if flip])
-
-
-def _colorspace(frame: VideoFrame) -> Colorspace | None:
-    if frame.colorspace != UNTAGGED or frame.format.is_rgb:
-        return None
-    return Colorspace.ITU709 if frame.width >= 1280 or frame.height > 576 else Colorspace.ITU601

@@ -17,11 +17,11 @@ from PIL import Image
 from torch import Tensor
 
 from tokenflow.video.atomic import atomic
-from tokenflow.video.audio import audio_track
-from tokenflow.video.clip import AudioSpan, Clip, VideoError, check_times
+from tokenflow.video.audio import audio_track, increasing
+from tokenflow.video.clip import AudioSpan, Clip, VideoError, check_rate, check_times
+from tokenflow.video.colour import EXACT
 from tokenflow.video.frames import Frames, levels
 from tokenflow.video.sizing import Size, nearest, resized
-from tokenflow.video.video_file import EXACT
 
 FINEST = 1_000_000  # ticks per second, for times that share no coarser unit
 
@@ -34,6 +34,7 @@ def write_video(
     times: Sequence[Fraction],
     rate: Fraction,
     *,
+    end: Fraction | None = None,
     size: Size | None = None,
     audio: AudioSpan | None = None,
     crf: int = 16,
@@ -44,7 +45,8 @@ def write_video(
         path: where to, ending in .mp4; it is replaced only once the whole video is written.
         frames: RGB, 0..1 (clamped), on any device; an iterable is taken one frame at a time.
         times: when each frame is shown, in seconds, increasing; kept as they are.
-        rate: nominal frames per second; the last frame is shown for 1/rate.
+        rate: nominal frames per second, at most 1000.
+        end: when the last frame goes, in seconds as `times`; 1/rate after it came if not given.
         size: (height, width) to scale to; None is the first frame's. H.264 in yuv420p needs
             even sides, so odd ones become the next even number, by scaling.
         audio: the sound to copy without re-encoding; what mp4 cannot carry becomes AAC.
@@ -56,14 +58,15 @@ def write_video(
     path = Path(path)
     if path.suffix.lower() != ".mp4":
         raise VideoError(f"{path}: expected a name that ends in .mp4.")
-    if rate <= 0 or not 0 <= crf <= 51:
-        raise VideoError(f"{path}: expected rate > 0 and crf in 0..51, got {rate} and {crf}.")
-    check_times(
-        times, len(frames) if isinstance(frames, Tensor | Frames) else len(times), str(path)
-    )
+    check_rate(rate, str(path))
+    if not 0 <= crf <= 51:
+        raise VideoError(f"{path}: expected crf in 0..51, got {crf}.")
+    count = len(frames) if isinstance(frames, Tensor | Frames) else len(times)
+    check_times(times, count, str(path), end)
     images = _checked(path, frames, len(times))
     first = next(images)
     height, width = size or first.shape[1:]
+    end = times[-1] + 1 / rate if end is None else end
 
     with (
         atomic(path) as temporary,
@@ -74,7 +77,7 @@ def write_video(
             rate=rate.limit_denominator(100_000),
             width=nearest(width, 2),
             height=nearest(height, 2),
-            time_base=_tick([*times, times[-1] + 1 / rate]),
+            time_base=_tick([*times, end]),
             # Without B-frames packets are in the order of display, and so every frame of a
             # variable rate, the last included, lasts as long as it should.
             options={"crf": str(crf), "bf": "0"},
@@ -85,8 +88,8 @@ def write_video(
         context.color_primaries = ColorPrimaries.BT709
         context.color_trc = ColorTrc.BT709
         with audio_track(audio, output) as sound:
-            picture = _encoded(stream, zip(chain([first], images), times, strict=True))
-            for packet in merge(picture, sound, key=_decoding_time):
+            picture = _encoded(stream, zip(chain([first], images), times, strict=True), end)
+            for packet in merge(picture, increasing(sound, output), key=_decoding_time):
                 output.mux(packet)
     return path
 
@@ -127,8 +130,9 @@ def _tick(times: Sequence[Fraction]) -> Fraction:
 def _encoded(
     stream: VideoStream,
     shown: Iterable[tuple[Float[Tensor, "3 height width"], Fraction]],
+    end: Fraction,
 ) -> Iterator[Packet]:
-    size, tick = (stream.height, stream.width), stream.codec_context.time_base
+    size, tick, last = (stream.height, stream.width), stream.codec_context.time_base, -1
     for image, time in shown:
         pixels = _pixels(resized(image.float(), size)).numpy()
         frame = VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
@@ -139,9 +143,12 @@ def _encoded(
             threads=1,
         )
         frame.time_base = tick
-        frame.pts = round(time / tick)
+        frame.pts = last = max(round(time / tick), last + 1)
         yield from stream.encode(frame)
-    yield from stream.encode(None)
+    for packet in stream.encode(None):
+        if packet.pts == last:  # else the muxer repeats the duration before
+            packet.duration = max(1, round(end / tick) - last)
+        yield packet
 
 
 def _decoding_time(packet: Packet) -> Fraction:
@@ -156,5 +163,6 @@ def _pixels(image: Float[Tensor, "3 height width"]) -> UInt8[Tensor, "height wid
 def write_clip(path: str | Path, clip: Clip, *, crf: int = 16) -> Path:
     """Write a clip as `write_video` does, at its display size, with its times and its sound."""
     return write_video(
-        path, clip.frames, clip.times, clip.rate, size=clip.display_size, audio=clip.audio, crf=crf
-    )
+        path, clip.frames, clip.times, clip.rate, end=clip.end,
+        size=clip.display_size, audio=clip.audio, crf=crf,
+    )  # fmt: skip
