@@ -140,7 +140,7 @@ def test_a_clip_that_is_not_in_memory_is_the_same(
     for what in ("times", "rate", "name", "display_size", "audio"):
         assert getattr(clip, what) == getattr(whole, what)
     path.unlink()
-    with pytest.raises(VideoError, match="has changed since it was read first .*found nothing"):
+    with pytest.raises(VideoError, match=r"has changed since it was read first .*found nothing"):
         clip.frames[:]
 
 

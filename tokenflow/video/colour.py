@@ -124,7 +124,7 @@ def _to_bt709(primaries: tuple[tuple[float, float], ...]) -> Float[Tensor, "3 3"
 
 def _to_xyz(primaries: tuple[tuple[float, float], ...]) -> np.ndarray:
     def xyz(x: float, y: float) -> list[float]:
-        return [x / y, 1, (1 - x - y) / y]
+        return [x / y, 1.0, (1 - x - y) / y]
 
     columns = np.array([xyz(*point) for point in primaries]).T
     return columns * np.linalg.solve(columns, xyz(*D65))

@@ -1,5 +1,6 @@
 """Pictures that decode clean, of streams that begin or pause as real ones do."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 import av
@@ -42,12 +43,12 @@ def clean_frames(
     early: list[int] = []  # times of the packets before the first picture
     failed: list[int | None] = []  # times of those that gave no clean one
     reason: Exception | None = None
-    for packet, following in _with_next(_flushed(packets)):
+    for packet, *following in _with_next(_flushed(packets), 2):
         if not started and packet.pts is not None and not packet.is_discard:
             early.append(packet.pts)
         try:
-            # marked as well where streams were joined: that goes on with a key frame
-            if packet.is_corrupt and not (following and following.is_keyframe):
+            # marked as well where streams were joined, just before the key frame of the next part
+            if packet.is_corrupt and not any(later.is_keyframe for later in following):
                 raise DamagedError("its packet is marked corrupt")
             frames = packet.decode()
         except (av.FFmpegError, DamagedError) as error:
@@ -87,15 +88,17 @@ def _flushed(packets: Iterable[Packet]) -> Iterator[Packet]:
         yield flush
 
 
-def _with_next(packets: Iterable[Packet]) -> Iterator[tuple[Packet, Packet | None]]:
-    """Each, with the one that follows."""
-    before = None
+def _with_next(packets: Iterable[Packet], count: int) -> Iterator[tuple[Packet, ...]]:
+    """Each, with those that follow, `count` of them but at the end."""
+    ahead: deque[Packet] = deque()
     for packet in packets:
-        if before is not None:
-            yield before, packet
-        before = packet
-    if before is not None:
-        yield before, None
+        ahead.append(packet)
+        if len(ahead) > count:
+            yield tuple(ahead)
+            ahead.popleft()
+    while ahead:
+        yield tuple(ahead)
+        ahead.popleft()
 
 
 def _after(a: int | None, b: int | None) -> bool:

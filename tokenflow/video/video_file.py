@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
+from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,7 @@ def _pictures(path: Path, container: InputContainer, stream: VideoStream) -> Ite
     # Asked once, as a frame whose side data was looked at stays until Python looks for cycles.
     axes: dict[int, tuple[int, int, int, int]] = {}
     said: set[str] = set()
+    shown: list[int] | None = [] if container.format.name == "avi" else None
 
     def warn(what: str) -> None:
         if what not in said:
@@ -131,10 +133,16 @@ def _pictures(path: Path, container: InputContainer, stream: VideoStream) -> Ite
             warnings.warn(f"{path}: {what}", stacklevel=5)
 
     def skipped(count: int) -> None:
+        for _ in range(count):
+            if shown:
+                heappop(shown)
         warn(f"{count} packets before its first picture cannot be decoded; they are skipped.")
 
     try:
-        for frame in clean_frames(timed_packets(container, stream), skipped):
+        packets = timed_packets(container, stream)
+        for frame in clean_frames(_noted(packets, shown), skipped):
+            if shown:  # AVI has times in the order of decoding only: the earliest is the next
+                frame.pts = heappop(shown)
             if high := colour.dynamic_range(frame):
                 warn(f"its high dynamic range ({high}) is converted; the edit is SDR, in BT.709.")
             if frame.interlaced_frame:
@@ -159,6 +167,14 @@ def _pictures(path: Path, container: InputContainer, stream: VideoStream) -> Ite
             f"the picture ends at {float(end):.2f} s, but the file announces {announced:.2f} s; "
             "it may have been cut short."
         )
+
+
+def _noted(packets: Iterator[Packet], times: list[int] | None) -> Iterator[Packet]:
+    """The same; the decoding times of those that hold anything go to a heap, if one is given."""
+    for packet in packets:
+        if times is not None and packet.size and packet.dts is not None:
+            heappush(times, packet.dts)
+        yield packet
 
 
 def _announced_end(container: InputContainer, stream: VideoStream) -> float | None:
