@@ -1,3 +1,4 @@
+import dataclasses
 import math
 from fractions import Fraction
 
@@ -7,7 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-from tokenflow.video import Clip, VideoError, read_clip, write_image, write_video
+from tokenflow.video import (
+    AudioSpan,
+    Clip,
+    VideoError,
+    read_clip,
+    require_writable,
+    write_image,
+    write_video,
+)
 
 from .making import as_frames, noise
 
@@ -166,3 +175,13 @@ def test_an_image_is_written_whole(tmp_path):
     expected = ((image * 1.5 - 0.1).clamp(0, 1) * 255).round().permute(1, 2, 0)
     assert np.array_equal(np.array(Image.open(path)), expected.numpy())
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_cannot_be_written_is_told_before(tmp_path):
+    clip = Clip.from_frames(torch.rand(2, 3, 16, 16))
+    assert require_writable(clip).times == clip.times
+    with pytest.raises(VideoError, match="a video of 40000x16 cannot be written"):
+        require_writable(clip, (16, 40_000))
+    gone = AudioSpan(tmp_path / "gone.mp4", Fraction(0), Fraction(1))
+    with pytest.warns(UserWarning, match="left out or cut short: .*No such file"):
+        assert require_writable(dataclasses.replace(clip, audio=gone)).audio is None

@@ -26,7 +26,7 @@ from tokenflow.engine.windows import split_windows
 from tokenflow.errors import InputError
 from tokenflow.plugins import origin
 from tokenflow.propagation import Propagation
-from tokenflow.video import Clip, Spool, levels
+from tokenflow.video import Clip, Spool, both_sides, levels, require_writable
 
 
 def forget_frames(error: BaseException | None) -> None:
@@ -180,6 +180,8 @@ class TokenFlow(LightningModule):
         observer = self.observer()
         with self.group.together():
             clip = job.source.read(backbone.multiple, each=self.group.heed)
+            if self.group.rank == 0:  # which writes
+                clip = require_writable(clip, both_sides(clip.display_size))
         self.group.leave()
         result = edit_clip(
             backbone,

@@ -40,6 +40,7 @@ from tokenflow.report import Run, draw, write_report
 from tokenflow.video import (
     Clip,
     Frames,
+    VideoError,
     atomic,
     contact_sheet,
     require_room,
@@ -218,11 +219,16 @@ class RunWriter(BasePredictionWriter):
                 self.measure(run)
                 self.show(run, prediction)
                 (place / RECORD).write_text(yaml.safe_dump(run.record, sort_keys=False))
-        except OSError as error:
+        except (OSError, VideoError) as error:
             again = "free some space or choose another --output.folder, and start again"
             safe = result.kept is not None and not result.kept.cache.full
             keeps = "; the edit is kept and only written then" if safe else ""
-            raise InputError(f"{folder} cannot be written ({error}): {again}{keeps}") from error
+            what = (
+                error
+                if isinstance(error, VideoError)
+                else (f"{folder} cannot be written ({error}): {again}")
+            )
+            raise InputError(f"{what}{keeps}") from error
 
     def show(self, run: Run, prediction: Prediction) -> None:
         """Writes the run's page; the run is whole without it."""

@@ -5,10 +5,10 @@ from tokenflow.video.atomic import atomic, remove_leftovers, require_room
 from tokenflow.video.clip import AudioSpan, Clip, VideoError
 from tokenflow.video.frames import Frames, Spool, levels
 from tokenflow.video.image_folder import image_paths
-from tokenflow.video.layout import contact_sheet, halves, side_by_side
+from tokenflow.video.layout import both_sides, contact_sheet, halves, side_by_side
 from tokenflow.video.reader import clip_name, read_clip
 from tokenflow.video.sizing import resized
-from tokenflow.video.writer import write_clip, write_image, write_video
+from tokenflow.video.writer import require_writable, write_clip, write_image, write_video
 
 __all__ = [
     "AudioSpan",
@@ -17,6 +17,7 @@ __all__ = [
     "Spool",
     "VideoError",
     "atomic",
+    "both_sides",
     "clip_name",
     "contact_sheet",
     "halves",
@@ -25,6 +26,7 @@ __all__ = [
     "read_clip",
     "remove_leftovers",
     "require_room",
+    "require_writable",
     "resized",
     "side_by_side",
     "transparent",

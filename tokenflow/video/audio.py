@@ -44,7 +44,7 @@ def audio_track(span: AudioSpan | None, output: OutputContainer) -> Iterator[Ite
     left out, from there on, with a warning: it does not cost the user the picture. So each way is
     tried before, with an output that goes nowhere.
     """
-    way = None if span is None else _way(span)
+    way = None if span is None else way_of(span)
     if span is None or way is None:
         yield iter(())
         return
@@ -52,7 +52,7 @@ def audio_track(span: AudioSpan | None, output: OutputContainer) -> Iterator[Ite
         yield _forgiving(span, way(span, source, _stream(source), output))
 
 
-def _way(span: AudioSpan) -> Way | None:
+def way_of(span: AudioSpan) -> Way | None:
     """How the sound can be carried over; None, after a warning, if it cannot."""
     reason = "it has changed since its picture was read"
     if span.state in (None, file_state(span.path)):

@@ -12,20 +12,26 @@ from tokenflow.video.frames import Frames
 from tokenflow.video.sizing import Size, resized
 
 WHITE = 1.0
+GAP = 4
 
 
 def side_by_side(
     a: Float[Tensor, "*frames 3 height width_a"],
     b: Float[Tensor, "*frames 3 height width_b"],
     *,
-    gap: int = 4,
+    gap: int = GAP,
 ) -> Float[Tensor, "*frames 3 height width"]:
     """Two frames, or all of two clips, next to each other, `gap` white pixels between them."""
     return torch.cat([pad(a, (0, gap), value=WHITE), b], dim=-1)
 
 
+def both_sides(size: Size) -> Size:
+    """What `side_by_side` makes of two frames of this size."""
+    return size[0], 2 * size[1] + GAP
+
+
 def halves(
-    both: Float[Tensor, "*frames 3 height both_widths"], *, gap: int = 4
+    both: Float[Tensor, "*frames 3 height both_widths"], *, gap: int = GAP
 ) -> tuple[Float[Tensor, "*frames 3 height width"], Float[Tensor, "*frames 3 height width"]]:
     """The two frames or clips of one width that `side_by_side` has put next to each other."""
     width = (both.shape[-1] - gap) // 2
@@ -37,7 +43,7 @@ def contact_sheet(
     columns: int = 8,
     *,
     size: Size | None = None,
-    gap: int = 4,
+    gap: int = GAP,
 ) -> Float[Tensor, "3 sheet_height sheet_width"]:
     """One row for each clip, of frames spaced evenly from its first to its last.
 

@@ -1,6 +1,8 @@
 """Write clips and pictures, whole or not at all."""
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from heapq import merge
 from itertools import chain
@@ -8,6 +10,8 @@ from math import lcm
 from pathlib import Path
 
 import av
+import torch
+from av.container import OutputContainer
 from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
@@ -17,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from tokenflow.video.atomic import atomic
-from tokenflow.video.audio import audio_track, increasing
+from tokenflow.video.audio import Nowhere, audio_track, increasing, way_of
 from tokenflow.video.clip import AudioSpan, Clip, VideoError, check_rate, check_times
 from tokenflow.video.colour import EXACT
 from tokenflow.video.frames import Frames, levels
@@ -70,28 +74,71 @@ def write_video(
 
     with (
         atomic(path) as temporary,
+        _as_video_error(path),
         av.open(f"file:{temporary}", "w", options={"movflags": "faststart"}) as output,
     ):
-        stream = output.add_stream(
-            "libx264",
-            rate=rate.limit_denominator(100_000),
-            width=nearest(width, 2),
-            height=nearest(height, 2),
-            time_base=_tick([*times, end]),
-            # Without B-frames packets are in the order of display, and so every frame of a
-            # variable rate, the last included, lasts as long as it should.
-            options={"crf": str(crf), "bf": "0"},
-        )
-        context = stream.codec_context
-        context.colorspace = Colorspace.ITU709
-        context.color_range = ColorRange.MPEG
-        context.color_primaries = ColorPrimaries.BT709
-        context.color_trc = ColorTrc.BT709
+        stream = _stream(output, (height, width), rate, _tick([*times, end]), crf)
         with audio_track(audio, output) as sound:
             picture = _encoded(stream, zip(chain([first], images), times, strict=True), end)
             for packet in merge(picture, increasing(sound, output), key=_decoding_time):
                 output.mux(packet)
     return path
+
+
+@contextmanager
+def _as_video_error(what: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except av.FFmpegError as error:
+        if isinstance(error, OSError):  # the disk's
+            raise
+        raise VideoError(f"{what} cannot be written ({error.strerror}).") from error
+
+
+def _stream(
+    output: OutputContainer, size: Size, rate: Fraction, tick: Fraction, crf: int
+) -> VideoStream:
+    stream = output.add_stream(
+        "libx264",
+        rate=rate.limit_denominator(100_000),
+        height=nearest(size[0], 2),
+        width=nearest(size[1], 2),
+        time_base=tick,
+        # Without B-frames packets are in the order of display, and so every frame of a
+        # variable rate, the last included, lasts as long as it should.
+        options={"crf": str(crf), "bf": "0"},
+    )
+    context = stream.codec_context
+    context.colorspace = Colorspace.ITU709
+    context.color_range = ColorRange.MPEG
+    context.color_primaries = ColorPrimaries.BT709
+    context.color_trc = ColorTrc.BT709
+    return stream
+
+
+def require_writable(clip: Clip, size: Size | None = None) -> Clip:
+    """The clip, without its sound where that cannot be written, which a warning says.
+
+    To be called before a clip is edited for nothing.
+
+    Args:
+        clip: As `write_clip` is to write it.
+        size: (height, width) of the largest video; the clip's display size if not given.
+
+    Raises:
+        VideoError: Its frames cannot be written in this size.
+    """
+    height, width = size or clip.display_size
+    with (
+        _as_video_error(f"a video of {width}x{height}"),
+        av.open(Nowhere(), "w", format="mp4") as output,
+    ):
+        tick = _tick([*clip.times, clip.end or Fraction(0)])
+        stream = _stream(output, (height, width), clip.rate, tick, 51)
+        for packet in _encoded(stream, [(torch.zeros(3, 1, 1), Fraction(0))], Fraction(1)):
+            output.mux(packet)
+    sound = clip.audio if clip.audio is not None and way_of(clip.audio) else None
+    return dataclasses.replace(clip, audio=sound)
 
 
 def write_image(path: str | Path, image: Float[Tensor, "3 height width"]) -> Path:
