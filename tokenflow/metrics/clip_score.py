@@ -42,9 +42,14 @@ class ClipEmbedder:
         require_safetensors(folder)
         self.network = load_network(CLIPModel, model, "CLIP", HOLDS).to(device).eval()
         self.processor = load_pretrained(
-            CLIPImageProcessorPil, model, "the image processor", "preprocessor_config.json"
+            CLIPImageProcessorPil.from_pretrained,
+            model,
+            "the image processor",
+            "preprocessor_config.json",
         )
-        self.tokenizer = load_pretrained(CLIPTokenizer, model, "the tokenizer", "tokenizer.json")
+        self.tokenizer = load_pretrained(
+            CLIPTokenizer.from_pretrained, model, "the tokenizer", "tokenizer.json"
+        )
 
     @torch.no_grad()
     def __call__(
