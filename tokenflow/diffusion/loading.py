@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from tokenflow.errors import InputError
 from tokenflow.memory import ran_out
+from tokenflow.paths import local
 
 VARIANTS = ("", ".fp32", ".fp16", ".bf16")
 """What may stand before the suffix of a file of weights, the best first."""
@@ -31,7 +31,7 @@ def folder_or_id(model: str, holds: str) -> str:
     Raises:
         ModelError: It can be neither.
     """
-    path = Path(os.path.expanduser(model))  # unlike Path's own, leaves a ~nobody as it is
+    path = local(model)
     looks_like_path = model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model
     if not model.strip():
         found = "none was given"

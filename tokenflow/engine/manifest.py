@@ -16,6 +16,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from tokenflow.engine.job import CHOICE, PROMPTS, ClipSource, Job
 from tokenflow.engine.settings import Settings
 from tokenflow.errors import InputError
+from tokenflow.paths import local
 from tokenflow.safe_yaml import LARGEST, parse_yaml, require_once
 from tokenflow.video import VideoError, image_paths, read_clip
 
@@ -133,7 +134,7 @@ def job(
         raise InputError(f"{where}: {error}") from error
     if not given.get("video"):
         raise InputError(f"{where}: expected video: PATH, got none")
-    video = root / given["video"]
+    video = root / local(given["video"])
     try:
         video.exists()  # raises where a name is too long
         paths = [video, *linked_images(video)]
