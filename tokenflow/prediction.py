@@ -29,6 +29,7 @@ from lightning.pytorch.strategies.launchers import (
 from transformers.utils import logging as transformers_logging
 
 from tokenflow.cli import PARENT, stop
+from tokenflow.configurations import configs_first
 from tokenflow.engine.data import Video
 from tokenflow.engine.frame_group import FrameGroup
 from tokenflow.engine.guard import guarded
@@ -45,12 +46,13 @@ from tokenflow.plugins import describe, installed_plugins, origin, require_usabl
 
 DESCRIPTION = """\
 Edit a video by text. Needed are --data.video and --model.prompt, or --data.manifest for many
-videos; a YAML file (--config) may hold any of the options, and the command line overrules it. A
-YAML file can name classes of tokenflow, of installed plugins and a few of Lightning's;
---allow_imports PACKAGE, on the command line only, lets it name those of another package, and so run
-its code. Options are also read from the environment, --model.prompt from
-TOKENFLOW_PREDICT__MODEL__PROMPT, and all of Lightning's Trainer are accepted, of which a few are
-shown here."""
+videos; a YAML file (--config) may hold any of the options, and the command line overrules it,
+whatever the order; of several files the later overrule the earlier. --config pnp takes the pnp.yaml
+that comes with tokenflow where there is no file of this name. A YAML file can name classes of
+tokenflow, of installed plugins and a few of Lightning's; --allow_imports PACKAGE, on the command
+line only, lets it name those of another package, and so run its code. Options are also read from
+the environment, --model.prompt from TOKENFLOW_PREDICT__MODEL__PROMPT, and all of Lightning's
+Trainer are accepted, of which a few are shown here."""
 GROUPS = {"editor": "tokenflow.editors", "propagation": "tokenflow.propagation"}
 MEETING = timedelta(minutes=5)
 """How long a job's processes wait for each other to begin."""
@@ -220,6 +222,7 @@ def run(words: list[str], callbacks: Sequence[Callback] = ()) -> None:
     if LightningEnvironment().local_rank() > 0 and not TorchElasticEnvironment.detect():
         end_with_parent(PARENT)  # which may be killed before it has met this process
     words, allowed = split_allowed(words)
+    words = configs_first(words)
     restrict(allowed)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
