@@ -42,6 +42,7 @@ from tokenflow.engine.settings import Settings
 from tokenflow.engine.writer import RunWriter, writer_of
 from tokenflow.errors import InputError, Interrupted, Preempted
 from tokenflow.imports import OPTION, names_by_entry_point, require_local, restrict, split_allowed
+from tokenflow.memory import told_if_short
 from tokenflow.plugins import describe, installed_plugins, origin, require_usable
 
 DESCRIPTION = """\
@@ -163,7 +164,11 @@ class PredictCLI(LightningCLI):
 
     def predict(self, model: TokenFlow, datamodule: Video) -> None:
         """As the trainer's own, which would keep every clip's result until the last is done."""
-        self.trainer.predict(model, datamodule=datamodule, return_predictions=False)
+        remedy = (
+            "lower --data.resolution or --model.batch, or take --model.dtype float16 or bfloat16"
+        )
+        with told_if_short(f"on {self.trainer.strategy.root_device} for the edit", remedy):
+            self.trainer.predict(model, datamodule=datamodule, return_predictions=False)
 
     def after_predict(self) -> None:
         """Exit code 1, of the first process, where some of many clips failed."""
@@ -189,6 +194,13 @@ class PredictCLI(LightningCLI):
             raise
         except (MisconfigurationException, ValueError, ImportError) as error:
             raise InputError(f"the configuration cannot be used: {error}") from error
+        except TypeError as error:
+            if "'dict_kwargs'" not in str(self.config.as_dict()):
+                raise
+            raise InputError(
+                f"the configuration cannot be used: {error}; dict_kwargs are for classes that take "
+                f"any option: give those that a class has under init_args"
+            ) from error
         except SystemExit as error:  # a plugin's, which would end a job as if it were done
             raise InputError(f"the configuration cannot be used: SystemExit: {error}") from error
 
