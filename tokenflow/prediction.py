@@ -135,6 +135,11 @@ class PredictCLI(LightningCLI):
         for option, group in GROUPS.items():
             require_usable(self.config.predict.model[option].class_path, group)
         require_local(self.config.predict.trainer.as_dict())
+        if self.config.predict.trainer.profiler == "xla":  # which fails once more at its end
+            raise InputError(
+                "the configuration cannot be used: --trainer.profiler xla is for TPUs; expected "
+                "simple, advanced or pytorch"
+            )
 
     def before_predict(self) -> None:
         if self.trainer.precision != "32-true":
