@@ -1,7 +1,7 @@
 # tokenflow for CPUs and NVIDIA GPUs:
 #   docker build --tag tokenflow .
 #   docker run --rm --gpus all --ipc host --volume "$PWD:/work" tokenflow predict \
-#     --config /opt/tokenflow/configs/pnp.yaml --data.video in.mp4 --model.prompt "a robot"
+#     --config pnp --data.video in.mp4 --model.prompt "a robot"
 # Leave out --gpus on a machine without. Keep what is cached by --volume tokenflow:/root/.cache
 FROM python:3.12-slim
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility PIP_NO_CACHE_DIR=1

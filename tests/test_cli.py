@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from tests.installing import install
 from tests.video.making import beeps, make_video, noise
 from tokenflow import doctor
 from tokenflow.cli import COMMANDS, main
+from tokenflow.diffusion import Backbone
 from tokenflow.video import Clip, read_clip, write_clip, write_image
 
 
@@ -236,6 +238,14 @@ BAD = {
     "no window": (["--model.keyframe_every=0"], "keyframe_every must be at least 1"),
     "Lightning's precision": (["--trainer.precision=bf16-true"], "--model.dtype"),
     "a package that is missing": (["--trainer.profiler=xla"], "cannot be used"),
+    "an unknown profiler": (
+        ["--trainer.profiler=fast"],
+        "['simple', 'advanced', 'pytorch', 'xla']",
+    ),
+    "an option that an editor lacks": (
+        ["--model.editor={class_path: PnP, dict_kwargs: {strength: 1}}"],
+        "unexpected keyword argument 'strength'; dict_kwargs are for",
+    ),
     "a huge resolution": (
         ["--data.resolution=1000000"],
         "at most 67108864 pixels, got 2000000x1000000",
@@ -264,6 +274,23 @@ def test_bad_input_says_what_to_do_and_leaves_nothing(
     # Lightning's half-made profiler fails once more when it is collected; told of that while the
     # next test's options are found by parsing code, Python 3.11 may fail to parse it
     gc.collect()
+
+
+@pytest.mark.parametrize("where", ["encode", "embed"])
+def test_too_little_memory_for_the_edit(
+    where: str,
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*args: Any) -> None:
+        raise RuntimeError("could not create a primitive")
+
+    monkeypatch.setattr(Backbone, where, fail)
+    refused(
+        words, "not enough memory on cpu for the edit (RuntimeError: could not", tmp_path, capsys
+    )
 
 
 def refused(

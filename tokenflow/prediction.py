@@ -29,6 +29,7 @@ from lightning.pytorch.strategies.launchers import (
 from transformers.utils import logging as transformers_logging
 
 from tokenflow.cli import PARENT, stop
+from tokenflow.configurations import configs_first
 from tokenflow.engine.data import Video
 from tokenflow.engine.frame_group import FrameGroup
 from tokenflow.engine.guard import guarded
@@ -41,16 +42,18 @@ from tokenflow.engine.settings import Settings
 from tokenflow.engine.writer import RunWriter, writer_of
 from tokenflow.errors import InputError, Interrupted, Preempted
 from tokenflow.imports import OPTION, names_by_entry_point, require_local, restrict, split_allowed
+from tokenflow.memory import told_if_short
 from tokenflow.plugins import describe, installed_plugins, origin, require_usable
 
 DESCRIPTION = """\
 Edit a video by text. Needed are --data.video and --model.prompt, or --data.manifest for many
-videos; a YAML file (--config) may hold any of the options, and the command line overrules it. A
-YAML file can name classes of tokenflow, of installed plugins and a few of Lightning's;
---allow_imports PACKAGE, on the command line only, lets it name those of another package, and so run
-its code. Options are also read from the environment, --model.prompt from
-TOKENFLOW_PREDICT__MODEL__PROMPT, and all of Lightning's Trainer are accepted, of which a few are
-shown here."""
+videos; a YAML file (--config) may hold any of the options, and the command line overrules it,
+whatever the order; of several files the later overrule the earlier. --config pnp takes the pnp.yaml
+that comes with tokenflow where there is no file of this name. A YAML file can name classes of
+tokenflow, of installed plugins and a few of Lightning's; --allow_imports PACKAGE, on the command
+line only, lets it name those of another package, and so run its code. Options are also read from
+the environment, --model.prompt from TOKENFLOW_PREDICT__MODEL__PROMPT, and all of Lightning's
+Trainer are accepted, of which a few are shown here."""
 GROUPS = {"editor": "tokenflow.editors", "propagation": "tokenflow.propagation"}
 MEETING = timedelta(minutes=5)
 """How long a job's processes wait for each other to begin."""
@@ -132,6 +135,11 @@ class PredictCLI(LightningCLI):
         for option, group in GROUPS.items():
             require_usable(self.config.predict.model[option].class_path, group)
         require_local(self.config.predict.trainer.as_dict())
+        if self.config.predict.trainer.profiler == "xla":  # which fails once more at its end
+            raise InputError(
+                "the configuration cannot be used: --trainer.profiler xla is for TPUs; expected "
+                "simple, advanced or pytorch"
+            )
 
     def before_predict(self) -> None:
         if self.trainer.precision != "32-true":
@@ -161,7 +169,11 @@ class PredictCLI(LightningCLI):
 
     def predict(self, model: TokenFlow, datamodule: Video) -> None:
         """As the trainer's own, which would keep every clip's result until the last is done."""
-        self.trainer.predict(model, datamodule=datamodule, return_predictions=False)
+        remedy = (
+            "lower --data.resolution or --model.batch, or take --model.dtype float16 or bfloat16"
+        )
+        with told_if_short(f"on {self.trainer.strategy.root_device} for the edit", remedy):
+            self.trainer.predict(model, datamodule=datamodule, return_predictions=False)
 
     def after_predict(self) -> None:
         """Exit code 1, of the first process, where some of many clips failed."""
@@ -187,6 +199,13 @@ class PredictCLI(LightningCLI):
             raise
         except (MisconfigurationException, ValueError, ImportError) as error:
             raise InputError(f"the configuration cannot be used: {error}") from error
+        except TypeError as error:
+            if "'dict_kwargs'" not in str(self.config.as_dict()):
+                raise
+            raise InputError(
+                f"the configuration cannot be used: {error}; dict_kwargs are for classes that take "
+                f"any option: give those that a class has under init_args"
+            ) from error
         except SystemExit as error:  # a plugin's, which would end a job as if it were done
             raise InputError(f"the configuration cannot be used: SystemExit: {error}") from error
 
@@ -220,6 +239,7 @@ def run(words: list[str], callbacks: Sequence[Callback] = ()) -> None:
     if LightningEnvironment().local_rank() > 0 and not TorchElasticEnvironment.detect():
         end_with_parent(PARENT)  # which may be killed before it has met this process
     words, allowed = split_allowed(words)
+    words = configs_first(words)
     restrict(allowed)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()

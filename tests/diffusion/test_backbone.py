@@ -1,6 +1,9 @@
 import json
+import re
 import shutil
 import warnings
+from errno import ENOMEM
+from os import strerror
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from transformers import CLIPTokenizer
 
 from tokenflow.diffusion import Backbone, ModelError
 from tokenflow.diffusion.backbone import COMPONENTS, NETWORKS
+from tokenflow.errors import InputError
 
 
 @pytest.fixture
@@ -101,6 +105,77 @@ def test_a_folder_with_weights_in_half_precision_alone(folder: Path, backbone: B
     assert loaded.dtype == torch.float32
     text = loaded.embed(["a ball"])
     assert torch.allclose(text, backbone.embed(["a ball"]), atol=1e-2)  # of half precision
+
+
+@pytest.mark.parametrize("other", ["{}.non_ema", "{}.ema", "pytorch_lora_weights"])
+@pytest.mark.parametrize("variant", ["fp16", "bf16", "fp32"])
+def test_a_variant_beside_other_files(
+    folder: Path, backbone: Backbone, variant: str, other: str
+) -> None:
+    for name in NETWORKS:
+        (file,) = (folder / name).glob("*.safetensors")
+        file.rename(file.with_name(f"{file.stem}.{variant}.safetensors"))
+        file.with_name(f"{other.format(file.stem)}.safetensors").write_bytes(b"not to be read")
+    assert Backbone.load(folder, device="cpu").fingerprint == backbone.fingerprint
+
+
+def test_plain_weights_go_before_variants(folder: Path, backbone: Backbone) -> None:
+    for name in NETWORKS:
+        (file,) = (folder / name).glob("*.safetensors")
+        file.with_name(file.name.replace(".", ".fp16.")).write_bytes(b"not to be read")
+    assert Backbone.load(folder, device="cpu").fingerprint == backbone.fingerprint
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_weights_in_parts(folder: Path, backbone: Backbone, variant: str | None) -> None:
+    for name in NETWORKS:
+        for file in (folder / name).glob("*.safetensors"):
+            file.unlink()
+        network = getattr(backbone, name)
+        network.save_pretrained(folder / name, max_shard_size="100KB", variant=variant)
+        (folder / name / "a.lora.safetensors").write_bytes(b"not to be read")
+    assert list((folder / "unet").glob("*.index*.json"))
+    assert Backbone.load(folder, device="cpu").fingerprint == backbone.fingerprint
+
+
+@pytest.mark.parametrize("only", [".non_ema", "_lora"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_weights_of_other_names_are_listed(folder: Path, name: str, only: str) -> None:
+    (file,) = (folder / name).glob("*.safetensors")
+    stem = file.stem
+    file.rename(other := file.with_name(f"{stem}{only}.safetensors"))
+    message = rf"{name} has no .* expected {stem}\.safetensors, .* found {re.escape(other.name)};"
+    with pytest.raises(ModelError, match=message):
+        Backbone.load(folder, device="cpu")
+
+
+@pytest.mark.parametrize("value", ["1", None, 0, -1.0, float("nan"), [1]])
+def test_a_scaling_factor_that_is_no_number(folder: Path, value: Any) -> None:
+    set_config(folder / "vae" / "config.json", scaling_factor=value)
+    with pytest.raises(ModelError, match=r"scaling_factor is .*, expected a number above 0; mend"):
+        Backbone.load(folder, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("could not create a primitive"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        OSError(ENOMEM, strerror(ENOMEM)),
+    ],
+)
+@pytest.mark.parametrize("method", ["from_pretrained", "to"])
+def test_a_model_that_the_memory_does_not_hold(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, method: str, error: Exception
+) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(UNet2DConditionModel, method, fail)
+    with pytest.raises(InputError, match=r"not enough memory on cpu for the model .*; take a sm"):
+        Backbone.load(model_folder, device="cpu")
 
 
 def test_a_hub_model_without_safetensors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,9 +291,10 @@ def test_a_hub_model_without_network() -> None:
         Backbone.load("nobody/no-such-model", device="cpu")
 
 
-def test_an_unknown_prediction(folder: Path) -> None:
-    set_config(folder / "scheduler" / "scheduler_config.json", prediction_type="sample")
-    with pytest.raises(ModelError, match="predicts 'sample', expected 'epsilon' or 'v_prediction'"):
+@pytest.mark.parametrize("kind", ["sample", "flow_prediction", None])
+def test_an_unknown_prediction(folder: Path, kind: str | None) -> None:
+    set_config(folder / "scheduler" / "scheduler_config.json", prediction_type=kind)
+    with pytest.raises(ModelError, match=f"predicts {kind!r}, expected 'epsilon' or 'v_predict"):
         Backbone.load(folder, device="cpu")
 
 

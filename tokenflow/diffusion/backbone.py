@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
@@ -24,6 +25,8 @@ from tokenflow.diffusion.loading import (
     require_safetensors,
 )
 from tokenflow.diffusion.sampling import Schedule
+from tokenflow.diffusion.scheduler import check_noise, read_scheduler
+from tokenflow.memory import told_if_short
 
 COMPONENTS = {
     "unet": UNet2DConditionModel,
@@ -69,11 +72,13 @@ class Backbone:
                 f"the scheduler predicts {prediction!r}, expected 'epsilon' or 'v_prediction'"
             )
         check_unet(unet, vae, text_encoder)
-        if float(scheduler.alphas_cumprod[-1]) == 0:
+        scale = vae.config.scaling_factor
+        if not isinstance(scale, int | float) or not 0 < scale < math.inf:
             raise ModelError(
-                "the scheduler has rescale_betas_zero_snr: its noisiest latents hold no signal, "
-                "and inversion cannot reach them; turn it off in scheduler_config.json"
+                f"the VAE's scaling_factor is {scale!r}, expected a number above 0; mend it in "
+                f"vae/config.json (Stable Diffusion 1.x and 2.x have 0.18215)"
             )
+        check_noise(scheduler)
         if 2 * len(tokenizer) < (words := text_encoder.config.vocab_size):
             raise ModelError(
                 f"the tokenizer knows {len(tokenizer)} tokens and the text encoder {words}: "
@@ -97,6 +102,7 @@ class Backbone:
 
         Raises:
             ModelError: A component is missing, has no safetensors, or cannot be fetched.
+            InputError: There is not enough memory.
         """
         if dtype not in ("auto", *DTYPES):
             raise ModelError(f"dtype must be one of {('auto', *DTYPES)}, got {dtype!r}")
@@ -107,12 +113,14 @@ class Backbone:
             check_folder(Path(model))
         where = device if device != "auto" else default_device()
         auto = torch.float32 if torch.device(where).type == "cpu" else torch.float16
-        parts: dict[str, Any] = {
-            name: load_component(str(model), name, auto if dtype == "auto" else DTYPES[dtype])
-            for name in COMPONENTS
-        }
-        for name in NETWORKS:
-            parts[name] = parts[name].to(where)
+        remedy = "take a smaller model, dtype float16 or bfloat16, or a device with more"
+        with told_if_short(f"on {where} for the model {model}", remedy):
+            parts: dict[str, Any] = {
+                name: load_component(str(model), name, auto if dtype == "auto" else DTYPES[dtype])
+                for name in COMPONENTS
+            }
+            for name in NETWORKS:
+                parts[name] = parts[name].to(where)
         return cls(**parts)
 
     @property
@@ -263,7 +271,8 @@ def load_component(model: str, name: str, dtype: torch.dtype) -> Any:
     """One component by its own class, with errors that say what to do."""
     kind = COMPONENTS[name]
     if name not in NETWORKS:
-        return load_pretrained(kind, model, name, INDEX, subfolder=name)
+        load = read_scheduler if name == "scheduler" else kind.from_pretrained
+        return load_pretrained(load, model, name, INDEX, subfolder=name)
     # said here, or else a model's configuration may name an attention kernel's code on a hub
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa"}  # transformers'
     if name != "text_encoder":

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME
+
 from tokenflow.errors import InputError
+from tokenflow.memory import ran_out
+from tokenflow.paths import local
+
+VARIANTS = ("", ".fp32", ".fp16", ".bf16")
+"""What may stand before the suffix of a file of weights, the best first."""
 
 
 class ModelError(InputError):
@@ -22,7 +31,7 @@ def folder_or_id(model: str, holds: str) -> str:
     Raises:
         ModelError: It can be neither.
     """
-    path = Path(os.path.expanduser(model))  # unlike Path's own, leaves a ~nobody as it is
+    path = local(model)
     looks_like_path = model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model
     if not model.strip():
         found = "none was given"
@@ -63,28 +72,52 @@ def require_safetensors(folder: Path) -> None:
             )
 
 
-def variant_of(folder: Path) -> str | None:
-    """ "fp16" of a folder that has its weights in that form alone, as many downloads do."""
-    names = [file.name for file in folder.glob("*.safetensors")]
-    return "fp16" if names and all(".fp16" in name for name in names) else None
+def variant_of(kind: Any, folder: Path) -> str | None:
+    """What stands in the names of a folder's weights: nothing if it has plain ones, or "fp16".
 
-
-def load_pretrained(kind: Any, model: str, what: str, holds: str, **options: Any) -> Any:
-    """`kind.from_pretrained(model, ...)`, with errors that say what to do.
+    Other files beside them, as a LoRA, are left alone.
 
     Args:
         kind: A class of diffusers or transformers.
+        folder: Whose weights it is to read, with safetensors of some name.
+
+    Raises:
+        ModelError: None of them has the name of weights.
+    """
+    file = SAFE_WEIGHTS_NAME if issubclass(kind, PreTrainedModel) else SAFETENSORS_WEIGHTS_NAME
+    stem, suffix = file.split(".")
+    names = {path.name for path in folder.iterdir()}
+    for variant in VARIANTS:
+        if names & {f"{stem}{variant}.{suffix}", f"{stem}.{suffix}.index{variant}.json"}:
+            return variant.removeprefix(".") or None
+    found = sorted(name for name in names if name.endswith(suffix))
+    taken = ", ".join(f"{stem}{variant}.{suffix}" for variant in VARIANTS)
+    raise ModelError(
+        f"{folder} has no weights of a name that is read: expected {taken}, or the index of one in "
+        f"parts, found {', '.join(found)}; rename the one that holds the network, or fetch it again"
+    )
+
+
+def load_pretrained(
+    load: Callable[..., Any], model: str, what: str, holds: str, **options: Any
+) -> Any:
+    """`load(model, ...)`, with errors that say what to do.
+
+    Args:
+        load: `from_pretrained` of a class of diffusers or transformers.
         model: A folder or a hub id.
         what: What errors call it, like "unet".
         holds: A file that the model's folder has.
-        options: Further arguments of `from_pretrained`.
+        options: Further arguments of `load`.
 
     Raises:
         ModelError: It cannot be fetched, is damaged, or lacks weights.
     """
     try:
-        part = kind.from_pretrained(model, **options)
+        part = load(model, **options)
     except Exception as error:  # of a damaged file: a tokenizer's is a plain Exception
+        if isinstance(error, ModelError) or ran_out(error):
+            raise
         if Path(model).is_dir():
             raise ModelError(
                 f"{what} of the model folder {model} does not load: {error}"
@@ -108,8 +141,8 @@ def load_network(kind: Any, model: str, what: str, holds: str, **options: Any) -
     """As `load_pretrained`, for what has weights: every parameter must have come from the file."""
     folder = Path(model) / options.get("subfolder", "")
     network, loading = load_pretrained(
-        kind, model, what, holds, use_safetensors=True, output_loading_info=True,
-        variant=variant_of(folder), **options,
+        kind.from_pretrained, model, what, holds, use_safetensors=True, output_loading_info=True,
+        variant=variant_of(kind, folder) if folder.is_dir() else None, **options,
     )  # fmt: skip
     if missing := sorted(loading["missing_keys"]):
         raise ModelError(

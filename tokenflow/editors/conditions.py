@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from math import log
-from pathlib import Path
 
 import cv2
 import torch
@@ -12,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokenflow.errors import InputError
+from tokenflow.paths import local
 from tokenflow.video import Clip, Frames, VideoError, read_clip, transparent
 from tokenflow.video.sizing import Framing
 
@@ -77,7 +77,7 @@ class ControlVideo(Condition):
         self.path, self.start, self.stop, self.stride = path, start, stop, stride
 
     def of(self, clip: Clip) -> Float[Tensor, "frames 3 height width"] | Frames:
-        path, count = Path(self.path), clip.total
+        path, count = local(self.path), clip.total
         if path.exists() and (name := transparent(path)) is not None:
             raise VideoError(
                 f"the control video {path} has an alpha channel (in {name}), and what lies under "

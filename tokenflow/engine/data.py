@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Literal
 
 from lightning.pytorch import LightningDataModule
@@ -12,6 +11,7 @@ from torch.utils.data import DataLoader
 from tokenflow.engine.job import ClipSource, Job
 from tokenflow.engine.manifest import part_of, read_manifest
 from tokenflow.errors import InputError
+from tokenflow.paths import local
 from tokenflow.video import VideoError
 
 
@@ -68,7 +68,7 @@ class Video(LightningDataModule):
                 + ("neither" if video is None else "both")
             )
         if manifest is not None:
-            listed = read_manifest(Path(manifest), Path(root) if root else None, choice)
+            listed = read_manifest(local(manifest), local(root) if root else None, choice)
             self.jobs = part_of(listed, part)
             self.none = f"part {part} of the {len(listed)} clips of {manifest} has none"
         elif root is not None or part != "1/1":
@@ -77,7 +77,7 @@ class Video(LightningDataModule):
                 "none; leave them out"
             )
         else:
-            self.jobs = [Job(ClipSource(Path(str(video)), **choice))]
+            self.jobs = [Job(ClipSource(local(str(video)), **choice))]
 
     def setup(self, stage: str) -> None:
         if not self.jobs and self.trainer is not None and self.trainer.is_global_zero:

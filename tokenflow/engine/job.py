@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,10 @@ from tokenflow.errors import InputError
 from tokenflow.video import Clip, clip_name, read_clip
 
 CHOICE = ("start", "stop", "stride", "max_frames", "resolution", "fit", "image_rate")
+LONGEST = 255
+"""Bytes that a folder's name may have."""
+UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")
+"""Unicode's categories of control characters, lone surrogates, and ends of lines."""
 PROMPTS = ("prompt", "negative_prompt", "inversion_prompt")
 
 
@@ -79,8 +84,20 @@ class Job:
                 f"{place}expected the name of a folder for {source.path}, got {self.name!r}; "
                 f"rename the video, or give its row of a manifest another name"
             )
+        if where is not None and (reason := unfit(self.name)):
+            raise InputError(
+                f"{where}: the name {self.name!r:.80} {reason}; give the row another name"
+            )
         self.prompts, self.settings = dict(prompts or {}), dict(settings or {})
         self.where = where
+
+
+def unfit(name: str) -> str:
+    """Why a listed name is none for a folder and for the lines of a terminal, or nothing."""
+    if not name.isprintable() and any(unicodedata.category(sign) in UNPRINTABLE for sign in name):
+        return "has characters that control a terminal or belong to no text"
+    size = len(name.encode(errors="replace"))
+    return f"has {size} bytes, expected at most {LONGEST}" if size > LONGEST else ""
 
 
 class Outcome:

@@ -11,12 +11,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from tokenflow.engine.job import CHOICE, PROMPTS, ClipSource, Job
 from tokenflow.engine.settings import Settings
 from tokenflow.errors import InputError
+from tokenflow.paths import local
+from tokenflow.safe_yaml import LARGEST, parse_yaml, require_once
 from tokenflow.video import VideoError, image_paths, read_clip
 
 
@@ -36,8 +37,8 @@ def read_manifest(path: Path, root: Path | None, choice: Mapping[str, Any]) -> l
             folder, or a video, or an image of a folder, lies outside of the root.
     """
     root = (root or path.parent).resolve()
-    parser = row_parser()
-    jobs = [job(row, f"{path}, clip {i}", parser, root, choice) for i, row in rows(path)]
+    options = Options()
+    jobs = [job(row, f"{path}, clip {i}", options, root, choice) for i, row in rows(path)]
     if not jobs:
         raise InputError(f"{path} lists no clip; expected at least one, with a video")
     names = Counter(job.name for job in jobs)
@@ -69,10 +70,7 @@ def rows(path: Path) -> Sequence[tuple[int, dict[str, Any]]]:
                 )
         table: Any = [{k: v or None for k, v in line.items()} for line in lines]
     elif path.suffix.lower() in (".yaml", ".yml"):
-        try:
-            table = yaml.load(text, OnceLoader)
-        except (yaml.YAMLError, RecursionError, ValueError) as error:
-            raise InputError(f"the manifest {path} is no YAML: {error}") from error
+        table = parse_yaml(text, f"the manifest {path}")
     else:
         raise InputError(f"expected a manifest that ends in .yaml, .yml or .csv, got {path}")
     if not isinstance(table, list) or not all(isinstance(row, dict) for row in table):
@@ -81,53 +79,64 @@ def rows(path: Path) -> Sequence[tuple[int, dict[str, Any]]]:
     return list(enumerate(given, start=1))
 
 
-class OnceLoader(yaml.SafeLoader):
-    """Refuses a mapping that names something twice, where others would take the last."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        require_once([str(key.value) for key, _ in node.value])
-        return super().construct_mapping(node, deep)
-
-
-def require_once(names: Sequence[str]) -> None:
-    """Raises `ValueError` for a name that comes again."""
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise ValueError(f"a clip has {twice[0]!r} twice")
-
-
 def filled(cell: str | list[str] | None) -> bool:
     """Whether a cell holds anything but space."""
     return bool(cell.strip() if isinstance(cell, str) else cell)
 
 
-def row_parser() -> ArgumentParser:
-    """What a row may say, with types; nothing has a default."""
-    parser = ArgumentParser(exit_on_error=False)
-    for name in ("video", "name", *PROMPTS):
-        parser.add_argument(f"--{name}", type=str)
-    hints = get_type_hints(read_clip) | get_type_hints(Settings)
-    for name in (*CHOICE, *inspect.signature(Settings).parameters):
-        parser.add_argument(f"--{name}", type=hints[name])
-    return parser
+class Options:
+    """What a row may say, with types; a value that many rows have is parsed once."""
+
+    def __init__(self) -> None:
+        self.settings = tuple(inspect.signature(Settings).parameters)
+        hints = get_type_hints(read_clip) | get_type_hints(Settings)
+        texts = dict.fromkeys(("video", "name", *PROMPTS), str)
+        self.types = texts | {name: hints[name] for name in (*CHOICE, *self.settings)}
+        # one for each, as a parser looks at all of its options for any value
+        self.parsers = {name: ArgumentParser(exit_on_error=False) for name in self.types}
+        for name, parser in self.parsers.items():
+            parser.add_argument(f"--{name}", type=self.types[name])
+        self.known: dict[tuple[str, str], Any] = {}
+
+    def parsed(self, name: Any, value: Any) -> Any:
+        """An option's value in its type.
+
+        Raises:
+            ValueError: There is no such option, or the value is not of its type.
+        """
+        if name not in self.types:
+            raise ValueError(f"{name!r} is no option; expected any of {', '.join(self.types)}")
+        if type(value) is self.types[name]:  # no int that is a bool
+            return value
+        key = name, repr(value)
+        if key not in self.known:
+            try:
+                found = self.parsers[name].parse_object({name: value})[name]
+            except (ArgumentError, TypeError, ValueError, OverflowError) as error:
+                raise ValueError(str(error)) from error
+            if isinstance(found, int) and abs(found) >= LARGEST:
+                raise ValueError(f"expected {name} of at most 64 bits, got {value!r:.20}…")
+            self.known[key] = found
+        return self.known[key]
 
 
 def job(
     row: Mapping[str, Any],
     where: str,
-    parser: ArgumentParser,
+    options: Options,
     root: Path,
     choice: Mapping[str, Any],
 ) -> Job:
     """What one row says."""
     try:
-        parsed = parser.parse_object(dict(row)).as_dict()
-    except (ArgumentError, TypeError, ValueError) as error:
+        given = {name: options.parsed(name, value) for name, value in row.items()}
+    except ValueError as error:
         raise InputError(f"{where}: {error}") from error
-    given = {name: parsed[name] for name in row}
     if not given.get("video"):
         raise InputError(f"{where}: expected video: PATH, got none")
-    video = root / given["video"]
+    video = root / local(given["video"])
     try:
+        video.exists()  # raises where a name is too long
         paths = [video, *linked_images(video)]
         outside = [path for path in paths if not path.resolve().is_relative_to(root)]
     except (OSError, ValueError, RuntimeError) as error:  # a NUL in it, links in a circle
@@ -140,7 +149,7 @@ def job(
     own = {key: value for key, value in given.items() if key in CHOICE}
     source = ClipSource(video, **{**choice, **own})
     prompts = {key: value for key, value in given.items() if key in PROMPTS}
-    settings = {k: v for k, v in given.items() if k in inspect.signature(Settings).parameters}
+    settings = {k: v for k, v in given.items() if k in options.settings}
     return Job(source, given.get("name"), prompts, settings, where)
 
 

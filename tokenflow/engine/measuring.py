@@ -24,6 +24,7 @@ from tokenflow.engine.module import TokenFlow
 from tokenflow.engine.writer import writer_of
 from tokenflow.errors import InputError
 from tokenflow.metrics import Measures, Motions
+from tokenflow.paths import local
 from tokenflow.report import Run
 from tokenflow.scratch import room
 from tokenflow.video import Clip, atomic, read_clip, resized
@@ -62,7 +63,7 @@ def read_mask(path: str) -> Bool[Tensor, "frames height width"]:
     Raises:
         InputError: It cannot be read.
     """
-    frames = read_clip(path, in_memory=False).frames
+    frames = read_clip(local(path), in_memory=False).frames
     return torch.stack([frame.mean(dim=0) > 0.5 for frame in frames])
 
 

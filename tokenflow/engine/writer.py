@@ -36,6 +36,7 @@ from tokenflow.engine.folder import (
 from tokenflow.engine.job import ClipSource, Job, Outcome
 from tokenflow.engine.module import Prediction, TokenFlow
 from tokenflow.errors import InputError
+from tokenflow.paths import local
 from tokenflow.report import Run, draw, write_report
 from tokenflow.video import (
     Clip,
@@ -68,7 +69,7 @@ class RunWriter(BasePredictionWriter):
         super().__init__(write_interval="batch")
         if not 0 <= crf <= 51:
             raise InputError(f"crf is x264's quality from 0 to 51, got {crf}")
-        self.folder, self.overwrite, self.crf = Path(folder), overwrite, crf
+        self.folder, self.overwrite, self.crf = local(folder), overwrite, crf
         self.configuration: dict[str, Any] = {}
         self.allowed: list[str] = []
         self.outcomes: list[Outcome] = []

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -16,6 +14,7 @@ from tokenflow.diffusion.loading import (
     require_safetensors,
 )
 from tokenflow.metrics.average import Average
+from tokenflow.paths import local
 from tokenflow.video import levels
 
 HOLDS = "config.json"
@@ -33,18 +32,23 @@ class ClipEmbedder:
     """
 
     def __init__(self, model: str, device: str = "cpu") -> None:
-        folder = Path(model)
+        folder = local(model)
         if not (folder / HOLDS).is_file():
             raise ModelError(
                 f"expected a folder with a CLIP model in transformers' layout, but {model!r} has "
                 f"no {HOLDS}; download one, like openai/clip-vit-large-patch14, and give its folder"
             )
         require_safetensors(folder)
-        self.network = load_network(CLIPModel, model, "CLIP", HOLDS).to(device).eval()
+        self.network = load_network(CLIPModel, str(folder), "CLIP", HOLDS).to(device).eval()
         self.processor = load_pretrained(
-            CLIPImageProcessorPil, model, "the image processor", "preprocessor_config.json"
+            CLIPImageProcessorPil.from_pretrained,
+            str(folder),
+            "the image processor",
+            "preprocessor_config.json",
         )
-        self.tokenizer = load_pretrained(CLIPTokenizer, model, "the tokenizer", "tokenizer.json")
+        self.tokenizer = load_pretrained(
+            CLIPTokenizer.from_pretrained, str(folder), "the tokenizer", "tokenizer.json"
+        )
 
     @torch.no_grad()
     def __call__(

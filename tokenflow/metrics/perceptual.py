@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokenflow.errors import InputError
 from tokenflow.metrics.average import Average
+from tokenflow.paths import local
 from tokenflow.propagation.raft import loading, read_weights
 
 SMALLEST = 35
@@ -29,7 +28,7 @@ def load_lpips(weights: str, device: str = "cpu") -> nn.Module:
     # not the public class: that one fetches AlexNet's weights, without asking
     from torchmetrics.functional.image.lpips import _NoTrainLpips
 
-    file = Path(weights)
+    file = local(weights)
     if not file.is_file():
         raise InputError(
             f"there are no AlexNet weights at {file}; expected a file of torchvision's alexnet as "

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tokenflow import digests
 from tokenflow.errors import InputError
+from tokenflow.paths import local
 from tokenflow.propagation.optical_flow import OpticalFlow, require_flow, warp
 from tokenflow.video import Clip
 
@@ -39,7 +40,7 @@ class FlowFiles(OpticalFlow):
     """
 
     def __init__(self, folder: str, first: int = 0) -> None:
-        self.folder, self.first = Path(folder), first
+        self.folder, self.first = local(folder), first
         self.files: dict[tuple[int, int], Path] = {}
 
     def prepare(self, clip: Clip) -> None:

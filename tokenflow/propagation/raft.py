@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from tokenflow.errors import InputError
+from tokenflow.paths import local
 from tokenflow.propagation.optical_flow import OpticalFlow
 from tokenflow.video import Clip
 
@@ -48,7 +49,7 @@ class RAFT(OpticalFlow):
             raise InputError(f"size must be 'large' or 'small', got {size!r}")
         if updates < 1:
             raise InputError(f"updates must be at least 1, got {updates}")
-        self.weights, self.size, self.updates = Path(weights), size, updates
+        self.weights, self.size, self.updates = local(weights), size, updates
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         self.device = str(accelerator or "cpu") if device == "auto" else device
         self.network: nn.Module | None = None

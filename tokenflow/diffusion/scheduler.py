@@ -1,0 +1,77 @@
+"""The noise schedule of a model, whatever sampler its configuration names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import diffusers
+from diffusers import DDIMScheduler
+
+from tokenflow.diffusion.loading import ModelError
+
+FAMILIES = (
+    "DDIM", "DDPM", "DEIS", "DPMSolver", "Euler", "Heun", "KDPM2", "LCM", "LMS", "PNDM", "SASolver",
+    "TCD", "UniPC",
+)  # fmt: skip
+"""How the names of diffusers' samplers begin whose noise is given by betas, as DDIM's is."""
+SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+SPACINGS = ("leading", "linspace", "trailing")
+BETAS = ("beta_start", "beta_end", "beta_schedule")
+FILE = "scheduler_config.json"
+
+
+def read_scheduler(model: str, **options: Any) -> DDIMScheduler:
+    """DDIM with the noise schedule of a folder's or hub model's `scheduler_config.json`.
+
+    Raises:
+        ModelError: Its noise is not given by betas, or is something else that is not taken.
+    """
+    config = DDIMScheduler.load_config(model, **options)
+    check_config(config)
+    return DDIMScheduler.from_config(config)
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Raises `ModelError` for a configuration that DDIM would fill up with its own defaults."""
+    kind = config.get("_class_name")
+    who = f"the scheduler is {'of no class' if kind is None else kind}"
+    foreign = hasattr(diffusers, str(kind)) and not str(kind).startswith(FAMILIES)
+    if foreign or config.get("use_flow_sigmas"):
+        raise ModelError(
+            f"{who}{'' if foreign else ' with use_flow_sigmas'}, whose noise is not given by "
+            f"betas; expected one of diffusers' {', '.join(FAMILIES)}, as Stable Diffusion 1.x and "
+            f"2.x have"
+        )
+    missing = [name for name in BETAS if config.get(name) is None]
+    if config.get("beta_schedule") == "squaredcos_cap_v2":
+        missing = []  # which has no other parameters
+    if config.get("trained_betas") is None and missing:
+        raise ModelError(
+            f"{who} and {FILE} has no {', '.join(missing)}; expected {', '.join(BETAS)}, or "
+            f"trained_betas, as Stable Diffusion 1.x and 2.x have: use the file of the model that "
+            f"this one was made from"
+        )
+    for name, taken in (("beta_schedule", SCHEDULES), ("timestep_spacing", SPACINGS)):
+        value = config.get(name, taken[0])  # DDIM's default, and that of the families
+        if value not in taken:
+            raise ModelError(f"{who} with {name} {value!r}, expected {' or '.join(taken)}")
+    if not isinstance(offset := config.get("steps_offset", 0), int):
+        raise ModelError(f"{who} with steps_offset {offset!r}, expected a whole number, as 1")
+
+
+def check_noise(scheduler: DDIMScheduler) -> None:
+    """Raises `ModelError` unless the share of signal falls from below 1 to above 0."""
+    alphas, steps = scheduler.alphas_cumprod, scheduler.config.num_train_timesteps
+    if float(alphas[-1]) == 0:
+        raise ModelError(
+            "the scheduler has rescale_betas_zero_snr: its noisiest latents hold no signal, "
+            f"and inversion cannot reach them; turn it off in {FILE}"
+        )
+    falls = bool((alphas.diff() < 0).all()) and 1 > float(alphas[0]) > float(alphas[-1]) > 0
+    if len(alphas) != steps or not falls:
+        raise ModelError(
+            f"the scheduler's betas make no noise schedule: expected {steps} shares of signal that "
+            f"fall from 1 towards 0, got {len(alphas)} from {float(alphas[0]):.3g} to "
+            f"{float(alphas[-1]):.3g}; mend the betas in {FILE}"
+        )
