@@ -33,7 +33,7 @@ class Video(LightningDataModule):
         resolution: Pixels of the shorter side; the source's when not given.
         fit: How frames come to a multiple of what the model needs: "resize" stretches them
             slightly, and the output back; "crop" cuts what is too much.
-        image_rate: Frames per second of a folder of images, from 0.0001 to 10000.
+        image_rate: Frames per second of a folder of images, from 0.0001 to 1000.
     """
 
     allow_zero_length_dataloader_with_multiple_devices = True
