@@ -116,6 +116,8 @@ BAD = {
     "no YAML": ("- {video", "is no YAML"),
     "something twice": ("- {video: a.mp4, prompt: x, prompt: y}", "is no YAML: .*'prompt' twice"),
     "too deep": ("[" * 5000, "is no YAML"),
+    "in a circle": ("&a [{video: a.mp4}, *a]", "is no YAML: expected no cycles"),
+    "a huge number": (f"- {{video: a.mp4, seed: {'4' * 400}}}", "is no YAML: .*64 bits, got 444"),
     "a path that is none": ('- video: "a\\0.mp4"', r"clip 1: 'a\\x00.mp4' is no path: .*null"),
 }
 
@@ -148,7 +150,7 @@ BAD_CSV = {
         'video,prompt\na.mp4,"a ball\nb.mp4,',
         "is no CSV: unexpected end",
     ),
-    "a name twice": ("video,prompt,prompt\na.mp4,x,y\n", "is no CSV: a clip has 'prompt' twice"),
+    "a name twice": ("video,prompt,prompt\na.mp4,x,y\n", "is no CSV: .*'prompt' twice"),
     "too long": (f"video,prompt\na.mp4,{'x' * 140_000}\n", "is no CSV: field larger"),
     "no number": ("video,steps\na.mp4,null\n", "clip 1: .*steps"),
     "no seed": ("video,seed\na.mp4,null\n", "clip 1: .*seed"),

@@ -11,12 +11,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from tokenflow.engine.job import CHOICE, PROMPTS, ClipSource, Job
 from tokenflow.engine.settings import Settings
 from tokenflow.errors import InputError
+from tokenflow.safe_yaml import parse_yaml, require_once
 from tokenflow.video import VideoError, image_paths, read_clip
 
 
@@ -69,30 +69,13 @@ def rows(path: Path) -> Sequence[tuple[int, dict[str, Any]]]:
                 )
         table: Any = [{k: v or None for k, v in line.items()} for line in lines]
     elif path.suffix.lower() in (".yaml", ".yml"):
-        try:
-            table = yaml.load(text, OnceLoader)
-        except (yaml.YAMLError, RecursionError, ValueError) as error:
-            raise InputError(f"the manifest {path} is no YAML: {error}") from error
+        table = parse_yaml(text, f"the manifest {path}")
     else:
         raise InputError(f"expected a manifest that ends in .yaml, .yml or .csv, got {path}")
     if not isinstance(table, list) or not all(isinstance(row, dict) for row in table):
         raise InputError(f"{path}: expected a list of clips, each with video: PATH")
     given = ({k: v for k, v in row.items() if v is not None} for row in table)
     return list(enumerate(given, start=1))
-
-
-class OnceLoader(yaml.SafeLoader):
-    """Refuses a mapping that names something twice, where others would take the last."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        require_once([str(key.value) for key, _ in node.value])
-        return super().construct_mapping(node, deep)
-
-
-def require_once(names: Sequence[str]) -> None:
-    """Raises `ValueError` for a name that comes again."""
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise ValueError(f"a clip has {twice[0]!r} twice")
 
 
 def filled(cell: str | list[str] | None) -> bool:
