@@ -14,12 +14,14 @@ def printable(name: object) -> str:
     >>> printable("caf\\udce9\\x1b[2J")  # as os.fsdecode gives b"caf\\xe9\\x1b[2J"
     'caf\\\\xe9\\\\x1b[2J'
     """
-    return "".join(map(escaped, str(name)))
+    text = str(name)
+    return text if text.isprintable() else "".join(map(escaped, text))
 
 
 def printable_lines(text: object) -> str:
     """A text of several lines, each as `printable` gives it; tabs stay, too."""
-    return "".join(c if c in "\n\t" else escaped(c) for c in str(text))
+    lines = ("\t".join(map(printable, line.split("\t"))) for line in str(text).split("\n"))
+    return "\n".join(lines)
 
 
 def escaped(character: str) -> str:

@@ -20,6 +20,7 @@ from tokenflow.engine.job import Job
 from tokenflow.engine.module import Prediction, TokenFlow
 from tokenflow.engine.writer import writer_of
 from tokenflow.report import read_run
+from tokenflow.text import printable_lines
 from tokenflow.video import Frames, levels, read_clip
 
 SHOWN = 64
@@ -45,7 +46,8 @@ class Logged(Callback):
                 log_run(logger, job.name, folder)
             except Exception as error:  # whatever it is, the videos are there
                 by, why = type(logger).__name__, f"{type(error).__name__}: {error}"
-                print(f"from {folder} on nothing is logged by {by}: {why}", file=sys.stderr)
+                said = f"from {folder} on nothing is logged by {by}: {why}"
+                print(printable_lines(said), file=sys.stderr)
                 trainer.loggers = [other for other in trainer.loggers if other is not logger]
 
 
