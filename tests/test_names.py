@@ -12,7 +12,7 @@ from tokenflow.engine.job import ClipSource, Job, Outcome
 from tokenflow.engine.writer import print_outcomes
 from tokenflow.report import read_run
 from tokenflow.testing import tiny_clip
-from tokenflow.text import printable
+from tokenflow.text import printable, printable_lines
 from tokenflow.video import read_clip, write_clip
 
 
@@ -32,7 +32,7 @@ def test_a_clip_of_any_name_is_edited(
     folder = tmp_path / "runs" / name
     assert len(read_clip(folder / "edited.mp4")) == 3
     assert read_run(folder).came["source"]["video"] == str(video)
-    assert printable(name) in (folder / "report.html").read_text("utf-8")
+    assert printable_lines(name) in (folder / "report.html").read_text("utf-8")
     main(["evaluate", str(folder), "--distances=[1]"])
     main(["report", str(folder)])
     main(["cache", f"--folder={cache_folder}"])
@@ -48,6 +48,6 @@ def test_outcomes_of_many_clips_are_a_line_each(capsys: pytest.CaptureFixture[st
     print_outcomes([Outcome(job, "failed", "no\nroom\x07") for job in jobs])
     assert capsys.readouterr().out.splitlines() == [
         r"a\x1b[2J\nb  failed               no\nroom\x07",
-        r"caf\xe9       failed               no\nroom\x07",
+        r"caf\xe9      failed               no\nroom\x07",
         "2 clips: 0 done, 0 skipped, 2 failed",
     ]
