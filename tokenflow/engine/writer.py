@@ -37,7 +37,7 @@ from tokenflow.engine.job import ClipSource, Job, Outcome
 from tokenflow.engine.module import Prediction, TokenFlow
 from tokenflow.errors import InputError
 from tokenflow.report import Run, draw, record_text, write_report
-from tokenflow.text import printable
+from tokenflow.text import printable, printable_lines
 from tokenflow.video import (
     Clip,
     Frames,
@@ -147,7 +147,7 @@ class RunWriter(BasePredictionWriter):
             outcome = prediction
         if outcome.what == "failed" and self.lock is not None:  # else the folder is not this run's
             with suppress(OSError), atomic(folder / FAILED) as file:
-                file.write_text(yaml.safe_dump({"failed": outcome.why}))
+                file.write_text(yaml.safe_dump({"failed": printable_lines(outcome.why)}))
         self.release()
         if module.group.rank == 0:
             self.outcomes.append(outcome)
