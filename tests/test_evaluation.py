@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from tokenflow.diffusion import Backbone
 from tokenflow.engine.finished_run import FinishedRun
 from tokenflow.engine.frame_group import StopRequested
 from tokenflow.engine.measuring import Sources, leave, measure_run
-from tokenflow.evaluation import show, telling
+from tokenflow.evaluation import show, telling, write_csv
 from tokenflow.metrics import Measures
 from tokenflow.report import read_run
 from tokenflow.video import Clip, read_clip, write_clip, write_image
@@ -407,6 +408,42 @@ def test_a_record_that_cannot_be_used(
         place[group] = None if values is None else place[group] | values
     (other / "run.yaml").write_text(yaml.safe_dump(record if change else "nothing"))
     refused([str(other)], message, capsys)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"source": 3},
+        {"source": {"video": "in.mp4", "start": "x"}},
+        {"source": {"video": "in.mp4", "max_frames": {}}},
+        {"consistency": {}},
+        {"multiple": 0},
+        {"multiple": True},
+        {"prompt": None},
+    ],
+)
+def test_a_bad_record_costs_no_other_run_its_row(
+    change: dict[str, object], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Path(shutil.copytree(run, tmp_path / "in"))
+    record = yaml.safe_load((other / "run.yaml").read_text())
+    record["run"] |= change
+    (other / "run.yaml").write_text(yaml.safe_dump(record))
+    table = tmp_path / "table.csv"
+    words = [str(other), str(run), f"--csv={table}", "--distances=[1]"]
+    refused(words, f"{other} is not measured: ", capsys)
+    (row,) = csv.DictReader(table.open())
+    assert row["video"] == str(run)
+
+
+def test_names_of_any_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name, table = os.fsdecode(b"caf\xe9\x1b[2J"), tmp_path / "table.csv"
+    show({name: {"psnr": 20.0}})
+    write_csv(str(table), {name: {"psnr": 20.0}})
+    out = capsys.readouterr().out
+    assert r"caf\xe9\x1b[2J" in out
+    assert "\x1b" not in out
+    assert b"caf\xe9" in table.read_bytes()
 
 
 def test_help_tells_of_the_options(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, version
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +175,30 @@ def test_the_list_names_every_plugin_and_its_state(
     outdated = rows["Outdated", "editor", "tokenflow-broken", "0.3"]
     assert "unusable: it was written for interface 0 of Editor, this is interface 1" in outdated
     assert "import of leaving:Leaving failed: SystemExit: no licence" in out
+
+
+@pytest.mark.parametrize("name", ["tokenflow evil", "tokenflow-evil", "tokenflow_evil", "zz"])
+def test_only_our_distribution_keeps_our_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Whatever another one is called, and even if it offers our own class."""
+    install(tmp_path, name, "[tokenflow.editors]\nPnP = tokenflow.editors:PnP\n", "6.6")
+    monkeypatch.syspath_prepend(tmp_path)
+    installed_plugins.cache_clear()
+    try:
+        both = [p for p in installed_plugins() if p.name == "PnP"]
+        assert {p.distribution: p.usable for p in both} == {
+            f"{name} 6.6": False,
+            f"tokenflow {version('tokenflow')}": True,
+        }
+        assert plugins.origin(PnP) == f"tokenflow {version('tokenflow')}"
+    finally:
+        installed_plugins.cache_clear()
+
+
+def test_a_distributions_name_has_several_spellings() -> None:
+    assert plugins.canonical("TokenFlow") == "tokenflow"
+    assert {plugins.canonical(n) for n in ("Token.Flow", "token__flow")} == {"token-flow"}
 
 
 def test_an_interrupted_import_is_no_fault_of_the_plugin(

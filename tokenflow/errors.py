@@ -10,6 +10,11 @@ class InputError(ValueError):
     """
 
 
+def explained(error: Exception) -> str:
+    """What a user is told of an error: the message, and of one that is a bug its type, too."""
+    return str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+
+
 class DivergedError(InputError, FloatingPointError):
     """A latent became NaN or infinite; the message names the stage and the step."""
 

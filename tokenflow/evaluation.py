@@ -24,9 +24,10 @@ from tokenflow.engine.finished_run import FinishedRun
 from tokenflow.engine.job import ClipSource
 from tokenflow.engine.measuring import Sources, Values, measure_run, read_mask, round_trip
 from tokenflow.engine.progress import on_terminal, pace, say
-from tokenflow.errors import InputError
+from tokenflow.errors import InputError, explained
 from tokenflow.imports import restrict
 from tokenflow.metrics import Measures
+from tokenflow.text import printable
 from tokenflow.video import atomic, read_clip, require_room
 
 USAGE = """\
@@ -164,8 +165,8 @@ def of_runs(runs: Sequence[str], sources: Sources) -> tuple[dict[str, Values], l
             try:
                 one = FinishedRun.read(folder)
                 found = measure_run(one, sources)
-            except InputError as error:
-                failed.append(f"{folder} is not measured: {error}")
+            except Exception as error:  # whatever is wrong with one record, others are measured
+                failed.append(f"{folder} is not measured: {explained(error)}")
                 continue
             name, floor = f"VAE round trip of {one.source.path}", found["round_trip"]
             # one source has several where its frames, their size or the prompt are others
@@ -227,7 +228,7 @@ def telling(total: int) -> Iterator[Callable[[str], None]]:
             done = next(numbers)
             each = (time.monotonic() - began) / done if done else 0.0
             how_fast = pace(each, total - done)
-            bars.update(task, completed=done, name=name, pace=how_fast)
+            bars.update(task, completed=done, name=printable(name), pace=how_fast)
             if not bar:
                 say(f"measuring {done + 1}/{total}", name, how_fast)
 
@@ -256,7 +257,7 @@ def show(rows: Mapping[str, Values]) -> None:
             f"{values[name] * c.factor:.{c.digits}f}" if name in values else "–"
             for name, c in shown
         ]
-        table.add_row(Text(row), *cells)  # no markup: a folder may be named a[/b]
+        table.add_row(Text(printable(row)), *cells)  # no markup: a folder may be named a[/b]
     console = Console()
     # a file or pipe has no width; whoever reads it wants the table whole
     (console if console.is_terminal else Console(width=200)).print(table)
@@ -269,7 +270,11 @@ def every_name(rows: Mapping[str, Values]) -> list[str]:
 
 def write_csv(file: str, rows: Mapping[str, Values]) -> None:
     """A line for each row, with every metric as it is in `metrics.json`."""
-    with writing(file, "--csv") as temporary, temporary.open("w", newline="") as opened:
+    with (
+        writing(file, "--csv") as temporary,
+        # names that are no UTF-8 stay as they are
+        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as opened,
+    ):
         writer: Any = csv.DictWriter(opened, ["video", *every_name(rows)])
         writer.writeheader()
         writer.writerows({"video": video, **values} for video, values in rows.items())

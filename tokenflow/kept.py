@@ -11,6 +11,7 @@ from jsonargparse import auto_cli
 
 from tokenflow.engine.cache import FOLDER, Cache, Entry, File
 from tokenflow.errors import InputError
+from tokenflow.text import printable
 
 HEADER = ("clip", "what", "files", "GB", "used, days ago")
 
@@ -24,7 +25,7 @@ def show(folder: Path = Path(FOLDER)) -> None:
     cache = opened(folder)
     entries = cache.entries()
     print(table(entries))
-    print(f"{cache.folder}: {gigabytes(entries):.3f} GB")
+    print(f"{printable(cache.folder)}: {gigabytes(entries):.3f} GB")
 
 
 def prune(leave: float, folder: Path = Path(FOLDER)) -> None:
@@ -37,8 +38,8 @@ def prune(leave: float, folder: Path = Path(FOLDER)) -> None:
     if not leave >= 0:
         raise InputError(f"expected to leave 0 gigabytes or more, got {leave}")
     cache = opened(folder)
-    gone = cache.prune(int(leave * 1e9))
-    print(f"{cache.folder}: {len(gone)} files removed, {gigabytes(gone):.3f} GB")
+    gone = cache.prune(leave * 1e9)
+    print(f"{printable(cache.folder)}: {len(gone)} files removed, {gigabytes(gone):.3f} GB")
 
 
 def opened(folder: Path) -> Cache:
@@ -57,14 +58,19 @@ def table(entries: Iterable[Entry]) -> str:
     """A line for each clip and kind."""
 
     def what(entry: Entry) -> tuple[str, str]:
-        return entry.clip, entry.kind
+        return printable(entry.clip), printable(entry.kind)
 
     rows = []
     for (clip, kind), those in groupby(sorted(entries, key=what), key=what):
         some = list(those)
         used = max(entry.used for entry in some)
         days = f"{(time.time() - used) / 86400:.1f}"
-        rows.append((used, (clip, kind, str(len(some)), f"{gigabytes(some):.3f}", days)))
+        rows.append(
+            (
+                used,
+                (clip, kind, str(len(some)), f"{gigabytes(some):.3f}", days),
+            )
+        )
     lines = [HEADER, *(line for _, line in sorted(rows))]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)

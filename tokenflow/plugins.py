@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -22,7 +23,8 @@ class Plugin:
     """One entry point: its class, or the reason why it cannot be used.
 
     `distribution` is the package's name and version, `path` the class path that is offered. A
-    plugin that is unusable for its name alone has both a class and a reason.
+    plugin that is unusable for its name alone has both a class and a reason. `ours` are those of
+    tokenflow itself.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Plugin:
     path: str
     kind: type[Any] | None
     reason: str = ""
+    ours: bool = False
 
     @property
     def usable(self) -> bool:
@@ -41,6 +44,7 @@ def load(entry: EntryPoint) -> Plugin:
     """Imports one entry point; whatever goes wrong is recorded and stops nobody else."""
     dist = entry.dist
     where = f"{dist.name} {dist.version}" if dist is not None else "unknown distribution"
+    ours = dist is not None and canonical(dist.name or "") == "tokenflow"
     path = entry.value.replace(":", ".")
     expected: Any = GROUPS[entry.group]
     try:
@@ -65,8 +69,13 @@ def load(entry: EntryPoint) -> Plugin:
                 f"this is interface {expected.interface}"
             )
         else:
-            return Plugin(entry.name, entry.group, where, path, kind)
-    return Plugin(entry.name, entry.group, where, path, None, reason)
+            return Plugin(entry.name, entry.group, where, path, kind, ours=ours)
+    return Plugin(entry.name, entry.group, where, path, None, reason, ours)
+
+
+def canonical(name: str) -> str:
+    """A distribution's name in the one form of all its spellings (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def stated_interface(kind: type[Any]) -> int | None:
@@ -96,7 +105,7 @@ def installed_plugins() -> tuple[Plugin, ...]:
 
     def settled(p: Plugin) -> Plugin:
         by = offered[p.group, p.name]
-        if len(by) == 1 or p.distribution.split()[0] == "tokenflow":
+        if len(by) == 1 or p.ours:
             return p
         reason = (
             f"the name is offered by {' and '.join(by)}; uninstall one, or choose by class path"
@@ -115,7 +124,8 @@ def describe(plugins: list[Plugin] | tuple[Plugin, ...]) -> str:
 
 def origin(kind: type[Any]) -> str:
     """The package and version that offers a class, else the module that holds it."""
-    offered = {p.kind: p.distribution for p in installed_plugins() if p.kind is not None}
+    # others may offer ours, too, and are then unusable: who is usable comes last
+    offered = {p.kind: p.distribution for p in sorted(installed_plugins(), key=lambda p: p.usable)}
     if kind in offered:
         return offered[kind]
     return f"{kind.__module__} (not installed as a plugin)"

@@ -443,3 +443,44 @@ def test_ranks_stop_at_the_same_step_and_others_go_on(
         assert torch.equal(frames, both) if size == 2 else torch.allclose(frames, both, 0, 1e-4)
         if stop[0] == "edit":
             assert all(steps["edit"] == 1 for _, steps in again)
+
+
+UNFIT: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
+    "names": lambda known: {"x": next(iter(known.values()))},
+    "shapes": lambda known: {name: value[None] for name, value in known.items()},
+    "types": lambda known: {name: value.double() for name, value in known.items()},
+    "values": lambda known: known | {"latents": known["latents"] / 0},
+    "a step past the last": lambda known: known | {"done": torch.tensor(5)},
+    "a step before the first": lambda known: known | {"done": torch.tensor(-1)},
+}
+
+
+@pytest.mark.parametrize("change", UNFIT)
+@pytest.mark.parametrize("kind", ["inversion", "sampling"])
+def test_what_is_whole_but_does_not_fit_is_computed_anew(
+    backbone: Backbone, cache: Cache, kind: str, change: str
+) -> None:
+    """As another version, or another program, may have left it under a key."""
+    expected = edit(backbone, None).clip.frames
+    with pytest.raises(Preempted):
+        edit(backbone, cache, counting=Counting(("edit", 3)))
+    path = next(entry.path for entry in cache.entries() if entry.kind == kind)
+    kept = cache.load(path.stem)
+    assert kept is not None
+    cache.save(path.stem, UNFIT[change](kept), kind, "clip")
+    with pytest.warns(UserWarning, match="what it should hold is computed anew"):
+        result = edit(backbone, cache)
+    assert torch.equal(result.clip.frames, expected)
+    assert cache.load(path.stem) is not None or kind == "sampling"
+
+
+def test_another_clips_file_under_a_key_is_not_used(backbone: Backbone, cache: Cache) -> None:
+    edit(backbone, cache)
+    mine = next(entry.path for entry in cache.entries() if entry.kind == "inversion")
+    kept = set(cache.entries())
+    edit(backbone, cache, clip=Clip.from_frames(1 - CLIP.frames))
+    other = next(e.path for e in cache.entries() if e.kind == "inversion" and e not in kept)
+    shutil.copy(other, mine)
+    expected = edit(backbone, None).clip.frames
+    with pytest.warns(UserWarning, match="what it should hold is computed anew"):
+        assert torch.equal(edit(backbone, cache).clip.frames, expected)

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from tokenflow import digests
 from tokenflow.errors import InputError
+from tokenflow.text import printable
 from tokenflow.video import atomic
 
 FOLDER = "~/.cache/tokenflow"
-CHECKSUM = "sha256"
+CHECKSUM, KEY = "sha256", "key"
 STALE = 3600.0  # seconds after which a temporary file is no writer's any more
 # whatever else lies in the folder is not the cache's
-OWN = re.compile(r"(\.?)([0-9a-f]{2})[0-9a-f]*(\.\w+)?\.safetensors")
+PART = re.compile(r"[0-9a-f]{2}")
+OWN = re.compile(r"([0-9a-f]{64})\.safetensors")
+LEFT = re.compile(r"\.([0-9a-f]{64})\.[0-9a-f]{8}\.safetensors")  # as `atomic` names them
 
 
 @dataclass(frozen=True)
@@ -45,20 +49,24 @@ class Entry(File):
 
 
 class Cache:
-    """Tensors by key. Those not used for longest go first where the limit is exceeded.
+    """Tensors by key, a digest of `tokenflow.digests`. Those not used for longest go first where
+    the limit is exceeded.
 
     Several processes may use one folder: a file is written beside its name and renamed, and one
     that is damaged or gone counts as not there.
 
     Args:
         folder: Made when something is first kept.
-        gigabytes: The limit, 10⁹ bytes each; `prune` holds to it.
+        gigabytes: The limit, 10⁹ bytes each; `prune` holds to it. Infinity is none.
+
+    Raises:
+        InputError: The folder's name is none, or the limit no number above 0.
     """
 
     def __init__(self, folder: str | Path, gigabytes: float = 20.0) -> None:
         if not gigabytes > 0:
             raise InputError(f"a cache's limit must be more than 0 gigabytes, got {gigabytes}")
-        self.folder, self.limit = Path(folder).expanduser(), int(gigabytes * 1e9)
+        self.folder, self.limit = folder_of(folder), gigabytes * 1e9
         self.full = False
 
     def require_writable(self) -> None:
@@ -77,14 +85,22 @@ class Cache:
         """Where a key's tensors are, or would be."""
         return self.folder / key[:2] / f"{key}.safetensors"
 
-    def load(self, key: str) -> dict[str, Tensor] | None:
-        """A key's tensors, in host memory; None where there are none, or damaged ones."""
+    def load(
+        self, key: str, fits: Callable[[Mapping[str, Tensor]], bool] = lambda tensors: True
+    ) -> dict[str, Tensor] | None:
+        """A key's tensors, in host memory; None where there are none, or others.
+
+        What is damaged, was kept under another key, or does not fit, is removed.
+        """
         path = self.path(key)
         try:
+            if not stat.S_ISREG(path.lstat().st_mode):  # opening a FIFO would wait for its writer
+                return None
             with safe_open(path, framework="pt") as file:
                 about = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if about.get(CHECKSUM) == digests.of_tensors(tensors):
+            whole = about.get(KEY) == key and fits(tensors)
+            if whole and about.get(CHECKSUM) == digests.of_tensors(tensors):
                 with suppress(OSError):  # it may be another user's
                     os.utime(path)
                 return tensors
@@ -92,24 +108,29 @@ class Cache:
             return None
         except SafetensorError:
             pass
-        warnings.warn(f"{path} is damaged; what it held is computed anew", stacklevel=2)
+        warnings.warn(
+            f"{printable(path)} is damaged or holds something else; what it should hold is "
+            f"computed anew",
+            stacklevel=2,
+        )
         self.remove(key)
         return None
 
     def save(self, key: str, tensors: Mapping[str, Tensor], kind: str, clip: str) -> None:
         """Keeps tensors; where the disk refuses, a warning says so and the run goes on."""
         own = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-        about = {CHECKSUM: digests.of_tensors(own), "kind": kind, "clip": clip}
+        about = {CHECKSUM: digests.of_tensors(own), KEY: key, "kind": kind, "clip": printable(clip)}
         try:
             with atomic(self.path(key)) as temporary:
-                save_file(own, temporary, about)
+                # save_file's own file would be for its owner's eyes only, whatever the umask
+                temporary.write_bytes(save(own, about))
         except (OSError, SafetensorError) as error:
             told, self.full = self.full, True
             if not told:
                 warnings.warn(
-                    f"nothing can be kept in {self.folder} ({error}): the run goes on, but if it "
-                    f"is interrupted it begins anew; free some space, or choose another "
-                    f"--model.cache",
+                    f"nothing can be kept in {printable(self.folder)} ({printable(error)}): the "
+                    f"run goes on, but if it is interrupted it begins anew; free some space, or "
+                    f"choose another --model.cache",
                     stacklevel=2,
                 )
 
@@ -136,17 +157,21 @@ class Cache:
 
     def files(self, left: bool = False) -> list[File]:
         """The files of all entries, longest unused first, or those `left` by writers; unopened."""
-        found = []
-        with suppress(OSError):  # folders, as files, may go while they are looked through
-            for path in self.folder.glob("??/*.safetensors"):
-                own = OWN.fullmatch(path.name)
-                if own and own[2] == path.parent.name and bool(own[1]) is left:
-                    with suppress(OSError):
-                        state = path.stat()
-                        found.append(File(path, state.st_size, state.st_mtime))
+        found, form = [], LEFT if left else OWN
+        for part in listed(self.folder):
+            # what a link leads to is another's
+            if not PART.fullmatch(part.name) or not part.is_dir(follow_symlinks=False):
+                continue
+            for file in listed(part.path):
+                own = form.fullmatch(file.name)
+                if own and own[1].startswith(part.name):
+                    with suppress(OSError):  # files may go while they are looked through
+                        state = file.stat(follow_symlinks=False)
+                        if stat.S_ISREG(state.st_mode):
+                            found.append(File(Path(file.path), state.st_size, state.st_mtime))
         return sorted(found, key=lambda file: file.used)
 
-    def prune(self, limit: int | None = None) -> list[File]:
+    def prune(self, limit: int | float | None = None) -> list[File]:
         """Removes what is longest unused until the rest has at most `limit` bytes, and returns it.
 
         So do temporary files that a killed process left more than an hour ago. What cannot be
@@ -166,3 +191,27 @@ class Cache:
                 size -= file.size
                 gone.append(file)
         return gone
+
+
+def folder_of(path: str | Path) -> Path:
+    """A folder as the user has named it, with `~` as the home.
+
+    Raises:
+        InputError: It cannot be the name of a folder.
+    """
+    try:
+        folder = Path(path).expanduser()
+        if b"\0" in os.fsencode(folder):
+            raise ValueError("it holds a NUL")
+    except (ValueError, RuntimeError) as error:  # lone surrogates; a user without a home
+        raise InputError(
+            f"the cache folder {printable(path)} is no path ({error}); choose another "
+            f"--model.cache, or null for none"
+        ) from error
+    return folder
+
+
+def listed(folder: str | Path) -> Iterator[os.DirEntry[str]]:
+    """What is in a folder, as far as it can be read: it may go meanwhile."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        yield from entries

@@ -198,7 +198,7 @@ def edit_latents(
         begin = guarded(editor, editor.start)(trajectory, schedule, s.seed)
         require_none(contract.of_start(begin, trajectory, schedule), f"{named(editor)} in start")
     steps = len(begin.timesteps)
-    before, x = (kept and kept.load()) or (0, begin.latents.clone())
+    before, x = (kept and kept.load(begin.latents, steps)) or (0, begin.latents.clone())
     for done, t in enumerate(begin.timesteps[before:], start=before + 1):
         step = schedule.timesteps.index(t)
         if s.consistency == "none":

@@ -52,9 +52,9 @@ class FinishedRun:
             record = run.record["run"]
             source = ClipSource.of_record(record["source"])
             prompts = [record[name] for name in ("prompt", "inversion_prompt")]
-            usable = isinstance(record["multiple"], int) and all(
-                isinstance(p, str) for p in prompts
-            )
+            words = [*prompts, record.get("consistency", "tokenflow")]
+            usable = type(record["multiple"]) is int and record["multiple"] >= 1
+            usable = usable and all(isinstance(word, str) for word in words)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"{folder / RECORD} is no record of a run of this version "

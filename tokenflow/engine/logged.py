@@ -20,6 +20,7 @@ from tokenflow.engine.job import Job
 from tokenflow.engine.module import Prediction, TokenFlow
 from tokenflow.engine.writer import writer_of
 from tokenflow.report import read_run
+from tokenflow.text import printable, printable_lines
 from tokenflow.video import Frames, levels, read_clip
 
 SHOWN = 64
@@ -42,10 +43,11 @@ class Logged(Callback):
         folder = writer.folder / job.name
         for logger in trainer.loggers if writer.outcomes[-1].what == "done" else []:
             try:
-                log_run(logger, job.name, folder)
+                log_run(logger, printable(job.name), folder)
             except Exception as error:  # whatever it is, the videos are there
                 by, why = type(logger).__name__, f"{type(error).__name__}: {error}"
-                print(f"from {folder} on nothing is logged by {by}: {why}", file=sys.stderr)
+                said = f"from {folder} on nothing is logged by {by}: {why}"
+                print(printable_lines(said), file=sys.stderr)
                 trainer.loggers = [other for other in trainer.loggers if other is not logger]
 
 

@@ -27,6 +27,7 @@ from tokenflow.metrics import Measures, Motions
 from tokenflow.paths import local
 from tokenflow.report import Run
 from tokenflow.scratch import room
+from tokenflow.text import printable_lines
 from tokenflow.video import Clip, atomic, read_clip, resized
 
 Values = dict[str, float]
@@ -179,4 +180,5 @@ def leave(sources: Sources, run: Run) -> None:
         measure_run(FinishedRun.of(run), sources)
     except Exception as error:  # whatever it is, the videos are there
         why = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-        print(f"{run.folder} is not measured: {why}{error}", file=sys.stderr)
+        said = f"{run.folder} is not measured: {why}{error}"
+        print(printable_lines(said), file=sys.stderr)

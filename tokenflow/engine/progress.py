@@ -24,6 +24,7 @@ from rich.progress import (
 from tokenflow.engine.job import Job
 from tokenflow.engine.module import Prediction, TokenFlow
 from tokenflow.engine.settings import Settings
+from tokenflow.text import printable
 
 
 class StageProgress(Callback):
@@ -160,4 +161,4 @@ def pace(each: float, left: int) -> str:
 def say(*parts: str) -> None:
     """A line of the parts that are not empty."""
     with suppress(OSError):  # whoever listens is gone; the clip is edited all the same
-        print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)
+        print(printable(", ".join(filter(None, parts))), file=sys.stderr, flush=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,18 +78,19 @@ class KeptInversion:
         alone = frame_digests(clip, each) if cache is not None else []
         self.frames = list(map(digests.of_values, alone, content))
         seen = self.frames if influential else alone
-        self.keys = [digests.of_values("inversion", 2, *inversion, frame) for frame in seen]
+        self.keys = [digests.of_values("inversion", 3, *inversion, frame) for frame in seen]
 
     def fill(self, trajectory: Trajectory, here: Int64[Tensor, " some"]) -> bool:
         """Fills in the frames with these numbers; whether all of them were kept."""
         if self.cache is None:
             return False
         for number in here.tolist():
-            kept = self.cache.load(self.keys[number])
+            frame = frame_of(trajectory, number)
+            kept = self.cache.load(self.keys[number], partial(alike, frame))
             if kept is None:
                 return False
-            trajectory.latents[:, number] = kept["latents"]
-            trajectory.clean[number], trajectory.noisiest[number] = kept["clean"], kept["noisiest"]
+            for name, values in kept.items():
+                frame[name].copy_(values)
         return True
 
     def keep(self, trajectory: Trajectory, here: Int64[Tensor, " some"]) -> None:
@@ -96,12 +98,26 @@ class KeptInversion:
         if self.cache is None:
             return
         for number in here.tolist():
-            tensors = {
-                "latents": trajectory.latents[:, number],
-                "clean": trajectory.clean[number],
-                "noisiest": trajectory.noisiest[number],
-            }
+            tensors = frame_of(trajectory, number)
             self.cache.save(self.keys[number], tensors, "inversion", self.name)
+
+
+def frame_of(trajectory: Trajectory, number: int) -> dict[str, Tensor]:
+    """What is kept of one frame: views of a trajectory's tensors."""
+    return {
+        "latents": trajectory.latents[:, number],
+        "clean": trajectory.clean[number],
+        "noisiest": trajectory.noisiest[number],
+    }
+
+
+def alike(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> bool:
+    """Whether tensors have the names, shapes and types of others, and finite values."""
+    return tensors.keys() == expected.keys() and all(
+        (tensor.shape, tensor.dtype) == (expected[name].shape, expected[name].dtype)
+        and bool(tensor.isfinite().all())
+        for name, tensor in tensors.items()
+    )
 
 
 class KeptSampling:
@@ -129,12 +145,23 @@ class KeptSampling:
         self.positions, self.counts, self.group = clip.positions, counts, group
         own = list(frames[: counts[group.rank]])
         every = [frame for part in group.tell(own) for frame in part]
-        self.key = digests.of_values("sampling", 2, clip.name, *sampling, every)
+        self.key = digests.of_values("sampling", 3, clip.name, *sampling, every)
 
-    def load(self) -> tuple[int, Float[Tensor, "frames c h w"]] | None:
-        """How many steps are done, and this rank's latents after them; None to begin anew."""
+    def load(
+        self, begin: Float[Tensor, "frames c h w"], steps: int
+    ) -> tuple[int, Float[Tensor, "frames c h w"]] | None:
+        """How many of the steps are done, and this rank's latents after them; None to begin anew.
+
+        `begin` are this rank's latents before the first step.
+        """
+        whole = begin.new_empty(()).expand(sum(self.counts), *begin.shape[1:])
+        expected = {"latents": whole, "done": torch.tensor(0)}
+
+        def fits(tensors: Mapping[str, Tensor]) -> bool:
+            return alike(expected, tensors) and 0 <= int(tensors["done"]) <= steps
+
         with self.group.together():
-            kept = self.cache.load(self.key) if self.group.rank == 0 else None
+            kept = self.cache.load(self.key, fits) if self.group.rank == 0 else None
         latents = self.group.from_first(None if kept is None else kept["latents"])
         done = self.group.tell(0 if kept is None else int(kept["done"]))[0]
         if latents is None:

@@ -34,7 +34,8 @@ def draw_keyframes(
     that is too short for it).
     """
     if policy == "random":
-        digest = hashlib.sha256(f"{seed}/{clip}/{step}".encode()).digest()
+        # a name that is no UTF-8 has lone surrogates
+        digest = hashlib.sha256(f"{seed}/{clip}/{step}".encode(errors="surrogatepass")).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         shares = torch.rand(len(windows), generator=generator).tolist()
         return [w[int(u * len(w))] for w, u in zip(windows, shares, strict=True)]

@@ -37,7 +37,8 @@ from tokenflow.engine.job import ClipSource, Job, Outcome
 from tokenflow.engine.module import Prediction, TokenFlow
 from tokenflow.errors import InputError
 from tokenflow.paths import local
-from tokenflow.report import Run, draw, write_report
+from tokenflow.report import Run, draw, record_text, write_report
+from tokenflow.text import printable, printable_lines
 from tokenflow.video import (
     Clip,
     Frames,
@@ -148,14 +149,14 @@ class RunWriter(BasePredictionWriter):
             outcome = prediction
         if outcome.what == "failed" and self.lock is not None:  # else the folder is not this run's
             with suppress(OSError), atomic(folder / FAILED) as file:
-                file.write_text(yaml.safe_dump({"failed": outcome.why}))
+                file.write_text(yaml.safe_dump({"failed": printable_lines(outcome.why)}))
         self.release()
         if module.group.rank == 0:
             self.outcomes.append(outcome)
         if trainer.is_global_zero and outcome.what == "done":
             for file in (folder / name for name in FILES):
                 if file.exists():
-                    print(file)
+                    print(printable(file))
 
     def written(self, module: TokenFlow, job: Job, prediction: Prediction) -> Outcome:
         """What became of a job that was edited, once its files are there.
@@ -219,7 +220,7 @@ class RunWriter(BasePredictionWriter):
                 run = Run(folder, self.summary(prediction), each, place)
                 self.measure(run)
                 self.show(run, prediction)
-                (place / RECORD).write_text(yaml.safe_dump(run.record, sort_keys=False))
+                (place / RECORD).write_text(record_text(run.record))
         except (OSError, VideoError) as error:
             again = "free some space or choose another --output.folder, and start again"
             safe = result.kept is not None and not result.kept.cache.full
@@ -240,8 +241,10 @@ class RunWriter(BasePredictionWriter):
             write_report(run)
         except Exception as error:  # whatever it is, the videos are there
             warnings.warn(
-                f"{run.folder / REPORT} is not written ({type(error).__name__}: {error}); "
-                f"tokenflow report {run.folder} tries again",
+                printable(
+                    f"{run.folder / REPORT} is not written ({type(error).__name__}: {error}); "
+                    f"tokenflow report {run.folder} tries again"
+                ),
                 stacklevel=2,
             )
 
@@ -284,10 +287,11 @@ def shown(clip: Clip) -> Frames:
 
 def print_outcomes(outcomes: Sequence[Outcome]) -> None:
     """A line for each clip, and how many are done, skipped and failed."""
-    width = max((len(outcome.name) for outcome in outcomes), default=0)
-    for outcome in outcomes:
+    names = [printable(outcome.name) for outcome in outcomes]
+    width = max(map(len, names), default=0)
+    for name, outcome in zip(names, outcomes, strict=True):
         time = f"{outcome.seconds:8.1f} s" if outcome.seconds else " " * 10
-        print(f"{outcome.name:{width}}  {outcome.what:7}  {time}  {outcome.why}".rstrip())
+        print(f"{name:{width}}  {outcome.what:7}  {time}  {printable(outcome.why)}".rstrip())
     counts = Counter(outcome.what for outcome in outcomes)
     kinds = ("done", "skipped", "failed")
     print(f"{len(outcomes)} clips: " + ", ".join(f"{counts[kind]} {kind}" for kind in kinds))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
 
 from tokenflow.cli import stop
-from tokenflow.errors import InputError
+from tokenflow.errors import InputError, explained
 from tokenflow.imports import OPTION, split_allowed
 from tokenflow.report.features import Features, draw
 from tokenflow.report.page import write_comparison, write_report
-from tokenflow.report.run import Run, read_run
+from tokenflow.report.run import Run, read_run, require_shown
+from tokenflow.text import printable
 
 DESCRIPTION = """\
 Makes the page of a finished run again, as after `tokenflow evaluate`, or with pictures of its
@@ -66,17 +68,41 @@ def run(words: list[str]) -> None:
     chosen = (options.site, options.step, options.frame)
     if not options.features and any(value is not None for value in chosen):
         raise InputError("--site, --step and --frame are of --features; give that, too")
-    runs = [read_run(folder) for folder in options.runs]
-    if len(runs) > 1:
+    if len(options.runs) > 1:
         if options.features:
-            raise InputError(f"--features is for one run, got {len(runs)}")
+            raise InputError(f"--features is for one run, got {len(options.runs)}")
         if output is None:
             raise InputError("expected --output PAGE.html for the page of several runs")
-        print(write_comparison(runs, output))
+        several(options.runs, output)
         return
-    (one,) = runs
+    one = read_run(options.runs[0])
     features = observed(one, options, allowed) if options.features else None
-    print(write_report(one, output, features))
+    try:
+        print(printable(write_report(one, output, features)))
+    except InputError:
+        raise
+    except Exception as error:  # whatever somebody has written into its files
+        raise InputError(f"{one.folder} is not shown: {explained(error)}") from error
+
+
+def several(folders: Sequence[str], output: Path) -> None:
+    """Writes the page of several runs, without those that cannot be shown.
+
+    Raises:
+        InputError: Some cannot, which the message names; the page of the others is written.
+    """
+    runs, failed = [], []
+    for folder in folders:
+        try:
+            run = read_run(folder)
+            require_shown(run)
+            runs.append(run)
+        except Exception as error:  # whatever is wrong with one, the others are shown
+            failed.append(f"{folder} is not shown: {explained(error)}")
+    if runs:
+        print(printable(write_comparison(runs, output)))
+    if failed:
+        raise InputError("\n".join(failed))
 
 
 def observed(run: Run, options: Namespace, allowed: list[str]) -> Features:

@@ -50,7 +50,7 @@ class Features:
             found = json.loads(file.read_text())
             links = [(caption, uri) for caption, uri in found.pop("links")]
             return cls(**found, links=links)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except Exception as error:  # whatever the file holds instead
             raise InputError(
                 f"{file} holds no features ({error}); remove it, and see tokenflow report "
                 f"--features"

@@ -30,7 +30,8 @@ from tokenflow.report.pictures import (
     slices,
     warp_errors,
 )
-from tokenflow.report.run import Run
+from tokenflow.report.run import Run, require_alike
+from tokenflow.text import printable_lines
 from tokenflow.video import atomic, contact_sheet
 
 SQUARED = "mean of squared difference × 1000, along the source's flow"
@@ -52,6 +53,7 @@ def write_report(run: Run, output: Path | None = None, features: Features | None
         InputError: One of the run's files cannot be read.
     """
     source, edited = run.source(), run.edited()
+    require_alike(source, edited, run)
     kept = run.place / FEATURES
     if features is None and kept.exists():
         features = Features.load(kept)
@@ -93,7 +95,7 @@ def write_comparison(runs: Sequence[Run], output: Path) -> Path:
     Raises:
         InputError: A run's files cannot be read.
     """
-    names, prompts = names_of(runs), {run.settings.get("prompt") for run in runs}
+    names, prompts = names_of(runs), {str(run.settings.get("prompt") or "") for run in runs}
     space = Space(SPACE)
     named = list(zip(names, runs, strict=True))
     tiles = [(name, space.file(run.folder / EDITED, sound=run.sound)) for name, run in named]
@@ -167,7 +169,7 @@ def number(value: Any) -> str:
 
 
 def write_page(template: str, output: Path, **values: Any) -> Path:
-    """Fills in a template; whatever text comes in is escaped.
+    """Fills in a template; whatever text comes in is escaped, as are names that are no UTF-8.
 
     The page allows no script but its own, and loads nothing.
     """
@@ -175,6 +177,7 @@ def write_page(template: str, output: Path, **values: Any) -> Path:
         loader=PackageLoader("tokenflow.report"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=lambda value: printable_lines(value) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -19,6 +19,7 @@ from torch import Tensor
 from tokenflow.engine.folder import COMPARE, EDITED, FAILED, METRICS, RECORD, finished
 from tokenflow.errors import InputError
 from tokenflow.imports import OPTION
+from tokenflow.safe_yaml import parse_yaml
 from tokenflow.video import Clip, Frames, halves, read_clip
 
 QUALITY = ("reconstruction_psnr", "round_trip_psnr")
@@ -84,7 +85,7 @@ class Run:
             return {}
         try:
             found: Any = json.loads(file.read_text())
-        except ValueError as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{file} is no JSON ({error}); measure the run again") from error
         if what == "round_trip" and isinstance(found, dict) and found.get(what) is None:
             return {}
@@ -95,7 +96,10 @@ class Run:
         )
         if not numbers:
             raise InputError(f"{file}: expected {what}, names with numbers, got {found!r:.200}")
-        return {k: None if v is None else float(v) for k, v in found.items()}
+        try:
+            return {k: None if v is None else float(v) for k, v in found.items()}
+        except OverflowError as error:  # a whole number of hundreds of digits
+            raise InputError(f"{file}: expected numbers of {what}: {error}") from error
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -169,10 +173,13 @@ def read_run(folder: str | Path) -> Run:
         hint = f"; it holds runs in {', '.join(inside)}" if inside else ""
         hint = f"; its edit failed, as {FAILED} says" if (folder / FAILED).exists() else hint
         raise InputError(f"{folder}: expected a finished run's folder, with a {RECORD}{hint}")
+    if not (folder / RECORD).is_file():  # reading a FIFO would wait for its writer
+        raise InputError(f"{folder / RECORD} is no file; expected a run's record")
     try:
-        record = yaml.safe_load((folder / RECORD).read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{folder / RECORD} is no YAML: {error}") from error
+        text = (folder / RECORD).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{folder / RECORD} cannot be read: {error}") from error
+    record = as_names(parse_yaml(text, str(folder / RECORD)))
     if not isinstance(record, dict):
         raise InputError(f"{folder / RECORD}: expected a run's record, got {record!r:.200}")
     came = record.get("run") or {}
@@ -182,6 +189,55 @@ def read_run(folder: str | Path) -> Run:
             f"mapping, with numbers of seconds and names in allow_imports; edit again"
         )
     return Run(folder, record)
+
+
+def require_shown(run: Run) -> None:
+    """Raises `InputError` for a run of which a page of several could not show all that it has."""
+    require_alike(run.source(), run.edited(), run)
+    _ = run.settings, run.metrics, run.round_trip, run.sound
+
+
+def require_alike(source: Clip, edited: Clip, run: Run) -> None:
+    """Raises `InputError` where a run's videos are not of one size and length."""
+    if source.frames.shape != edited.frames.shape:
+        raise InputError(
+            f"expected {run.place / COMPARE} to show the frames of {EDITED} beside their source, "
+            f"got {described(source)} there and {described(edited)} here; edit again"
+        )
+
+
+def described(clip: Clip) -> str:
+    """How many frames a clip has, and of which size."""
+    height, width = clip.frames.shape[-2:]
+    return f"{len(clip)} frames of {width}x{height}"
+
+
+class RecordDumper(yaml.SafeDumper):
+    """Writes names that are no UTF-8 as their bytes: YAML's escapes of them are read by few."""
+
+    def represent_name(self, name: str) -> yaml.Node:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            return self.represent_binary(name.encode(errors="surrogateescape"))
+        return self.represent_str(name)
+
+
+RecordDumper.add_representer(str, RecordDumper.represent_name)
+
+
+def record_text(record: dict[str, Any]) -> str:
+    """What `run.yaml` holds of a run; `read_run` reads it."""
+    return yaml.dump(record, Dumper=RecordDumper, sort_keys=False)
+
+
+def as_names(value: Any) -> Any:
+    """A record's values, with bytes as the names that they are of."""
+    if isinstance(value, dict):
+        return {key: as_names(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [as_names(inner) for inner in value]
+    return os.fsdecode(value) if isinstance(value, bytes) else value
 
 
 def usable(came: dict[str, Any]) -> bool:
