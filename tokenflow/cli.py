@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any, NoReturn
 
 from tokenflow.errors import InputError, Interrupted, Preempted
+from tokenflow.text import printable_lines
 
 USAGE = """\
 usage: tokenflow COMMAND [OPTIONS]
@@ -50,14 +52,21 @@ def main(args: Sequence[str] | None = None) -> None:
     Ctrl-C ends it, cleaning up, with exit code 130; SIGTERM and SIGUSR1 with 75, "try again".
     """
     before = {number: signal.signal(number, does) for number, does in SIGNALS.items()}
+    warnings.formatwarning, formatted = warning_line, warnings.formatwarning
     try:
         dispatch(list(sys.argv[1:] if args is None else args))
     except Interrupted:
         print("tokenflow: interrupted", file=sys.stderr)
         raise
     finally:
+        warnings.formatwarning = formatted
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def warning_line(message: Warning | str, *_: Any, **__: Any) -> str:
+    """A warning as users read it, without the place in the code that gave it."""
+    return f"{printable_lines(f'tokenflow: warning: {message}')}\n"
 
 
 def interrupt(*_: Any) -> NoReturn:
@@ -96,7 +105,7 @@ def dispatch(words: list[str]) -> None:
 
 def stop(message: str) -> NoReturn:
     """Prints an error and exits with code 2."""
-    print(f"tokenflow: error: {message}", file=sys.stderr)
+    print(printable_lines(f"tokenflow: error: {message}"), file=sys.stderr)
     raise SystemExit(2)
 
 

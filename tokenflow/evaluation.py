@@ -27,6 +27,7 @@ from tokenflow.engine.progress import on_terminal, pace, say
 from tokenflow.errors import InputError, explained
 from tokenflow.imports import restrict
 from tokenflow.metrics import Measures
+from tokenflow.paths import local
 from tokenflow.text import printable
 from tokenflow.video import atomic, read_clip, require_room
 
@@ -133,7 +134,7 @@ def run(words: list[str]) -> None:
     for file, option in ((table, "--csv"), (record, "--json")):
         if file is not None:
             with told(file, option):  # before all is measured for nothing
-                require_room(Path(file).parent)
+                require_room(local(file).parent)
     disable_progress_bar()
     measures = Measures(**given)
     backbone = None if model is None else Backbone.load(model)
@@ -160,7 +161,7 @@ def of_runs(runs: Sequence[str], sources: Sources) -> tuple[dict[str, Values], l
     rows: dict[str, Values] = {}
     failed: list[str] = []
     with telling(len(runs)) as tell:
-        for folder in map(Path, runs):
+        for folder in map(local, runs):
             tell(str(folder))
             try:
                 one = FinishedRun.read(folder)
@@ -187,14 +188,14 @@ def of_pair(
     mask: str | None,
 ) -> dict[str, Any]:
     """An edit measured, in the form of `metrics.json`."""
-    old, new = (read_clip(path, in_memory=False) for path in (source, edited))
+    old, new = (read_clip(path, in_memory=False) for path in map(local, (source, edited)))
     hidden = None if mask is None else read_mask(mask)
     motions, floor = measures.motions(old), None
     measures.check(new, old, hidden)
     with telling(1) as tell:
         tell(edited)
         if backbone is not None:
-            back = round_trip(backbone, ClipSource(Path(source)), like=old)
+            back = round_trip(backbone, ClipSource(local(source)), like=old)
             floor = measures.of(back, motions, prompts[1], prompts[1], hidden)
         found = measures.of(new, motions, *prompts, hidden)
     return {
@@ -289,7 +290,7 @@ def write_json(file: str, found: Mapping[str, Any]) -> None:
 @contextmanager
 def writing(file: str, option: str) -> Iterator[Path]:
     """A temporary path that becomes an option's file; `InputError` if it cannot be written."""
-    with told(file, option), atomic(file) as temporary:
+    with told(file, option), atomic(local(file)) as temporary:
         yield temporary
 
 

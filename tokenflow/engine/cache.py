@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tokenflow import digests
 from tokenflow.errors import InputError
+from tokenflow.paths import local
 from tokenflow.text import printable
 from tokenflow.video import atomic
 
@@ -200,10 +201,10 @@ def folder_of(path: str | Path) -> Path:
         InputError: It cannot be the name of a folder.
     """
     try:
-        folder = Path(path).expanduser()
+        folder = local(path)
         if b"\0" in os.fsencode(folder):
             raise ValueError("it holds a NUL")
-    except (ValueError, RuntimeError) as error:  # lone surrogates; a user without a home
+    except ValueError as error:  # lone surrogates, too
         raise InputError(
             f"the cache folder {printable(path)} is no path ({error}); choose another "
             f"--model.cache, or null for none"

@@ -12,6 +12,7 @@ from tokenflow.engine.job import ClipSource, Job
 from tokenflow.engine.manifest import part_of, read_manifest
 from tokenflow.errors import InputError
 from tokenflow.paths import local
+from tokenflow.text import printable
 from tokenflow.video import VideoError
 
 
@@ -81,7 +82,7 @@ class Video(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         if not self.jobs and self.trainer is not None and self.trainer.is_global_zero:
-            print(self.none, file=sys.stderr)
+            print(printable(self.none), file=sys.stderr)
         for job in self.jobs:
             if job.where is None and not job.source.path.exists():  # before the model is loaded
                 raise VideoError(

@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 from tokenflow.cli import stop
 from tokenflow.errors import InputError, explained
 from tokenflow.imports import OPTION, split_allowed
+from tokenflow.paths import local
 from tokenflow.report.features import Features, draw
 from tokenflow.report.page import write_comparison, write_report
 from tokenflow.report.run import Run, read_run, require_shown
@@ -125,4 +126,4 @@ def check_output(output: str | None) -> Path | None:
     """
     if output is not None and Path(output).suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--output is a page, expected a name that ends in .html, got {output!r}")
-    return None if output is None else Path(output)
+    return None if output is None else local(output)

@@ -19,6 +19,7 @@ from torch import Tensor
 from tokenflow.engine.folder import COMPARE, EDITED, FAILED, METRICS, RECORD, finished
 from tokenflow.errors import InputError
 from tokenflow.imports import OPTION
+from tokenflow.paths import local
 from tokenflow.safe_yaml import parse_yaml
 from tokenflow.video import Clip, Frames, halves, read_clip
 
@@ -167,7 +168,7 @@ def read_run(folder: str | Path) -> Run:
     Raises:
         InputError: It holds no finished run.
     """
-    folder = Path(folder)
+    folder = local(folder)
     if not finished(folder):
         inside = sorted(file.parent.name for file in folder.glob(f"[!.]*/{RECORD}"))
         hint = f"; it holds runs in {', '.join(inside)}" if inside else ""
