@@ -293,7 +293,7 @@ def test_no_limit(cache: Cache) -> None:
     assert endless.load(AA) is not None
 
 
-@pytest.mark.parametrize("name", ["a\0b", "~nobody-of-this-name/cache", "\ud800"])
+@pytest.mark.parametrize("name", ["a\0b", "\ud800"])
 def test_a_folder_that_is_no_path(name: str) -> None:
     with pytest.raises(InputError, match=r"is no path .*; choose another --model\.cache"):
         Cache(name)

@@ -3,6 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
+from itertools import pairwise
 
 from av.container import InputContainer
 from av.format import Flags
@@ -93,6 +94,9 @@ def repaired(
     Those that are missing or out of order are spaced evenly between their neighbours, or one
     `period` apart at the ends, and from `first` on where none is known.
     """
+    given = [time for time in times if time is not None]
+    if len(given) == len(times) and all(a < b for a, b in pairwise(given)):
+        return given, 0
     good = longest_increasing(times)
     if not good:
         return [first + index * period for index in range(len(times))], len(times)
