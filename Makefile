@@ -16,6 +16,7 @@ test: .venv/test .venv/example
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations 40 \
 	  $(LONGEST) tests $(EXAMPLE)
 	$(BIN)/tokenflow plugins check LocalPnP

@@ -23,7 +23,8 @@ from tokenflow.engine import Settings, edit_latents
 from tokenflow.metrics import warp_error
 from tokenflow.miniature.edits import EDITOR, suite
 from tokenflow.propagation import ClipFlow, FlowWeighted, NNField, Propagation
-from tokenflow.video import atomic, contact_sheet, levels
+from tokenflow.storage.atomic import atomic
+from tokenflow.video import contact_sheet, levels
 
 Frames = Float[Tensor, "frames 3 h w"]
 CELL, LABEL, COLORS = 96, 150, 96  # pixels, pixels, and of the palette without the labels

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from tokenflow.diffusion import Backbone
 from tokenflow.engine import Settings, edit_clip
-from tokenflow.engine.cache import Cache
 from tokenflow.engine.denoising import Denoiser
 from tokenflow.engine.recall import Recall
 from tokenflow.engine.windows import draw_keyframes
@@ -34,6 +33,7 @@ from tokenflow.miniature.scenes import Path as Motion
 from tokenflow.miniature.scenes import Scene
 from tokenflow.propagation import NNField
 from tokenflow.propagation.optical_flow import warp
+from tokenflow.storage.cache import Cache
 from tokenflow.video import contact_sheet, write_image
 
 ENDS = 8

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tokenflow.engine.cache import Cache
+from tokenflow.storage.cache import Cache
 from tokenflow.video import Clip, read_clip
 
-PREDICT = [sys.executable, "-m", "tokenflow.cli", "predict"]
+PREDICT = [sys.executable, "-m", "tokenflow.cli.main", "predict"]
 JOB = ["bash", "configs/cluster/tokenflow.sbatch"]
 LAUNCHERS = {
     "lightning": [*PREDICT, "--trainer.devices=2", "--trainer.strategy=ddp"],

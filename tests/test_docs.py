@@ -16,7 +16,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.installing import install
-from tokenflow.cli import main
+from tokenflow.cli.main import main
 from tokenflow.engine.data import Video
 from tokenflow.engine.editing import Settings
 from tokenflow.engine.module import TokenFlow
@@ -98,9 +98,9 @@ def test_a_page_is_followed_to_its_end(page: str, tmp_path: Path) -> None:
     commands = [shlex.split(line) for line in shell.splitlines()]
     check, predict = (command[1:] for command in commands)
     assert (check[0], predict[0]) == ("plugins", "predict")
-    assert "all is well" in run("-m", "tokenflow.cli", *check, where=ROOT)
+    assert "all is well" in run("-m", "tokenflow.cli.main", *check, where=ROOT)
     out = f"--output.folder={tmp_path / 'runs'}"
-    run("-m", "tokenflow.cli", *predict, *QUICK, out, where=ROOT)
+    run("-m", "tokenflow.cli.main", *predict, *QUICK, out, where=ROOT)
     assert (tmp_path / "runs" / "blue_ball" / "edited.mp4").exists()
 
 

@@ -15,11 +15,10 @@ from torch import Tensor
 from tests.diffusion.making import make_controlnet
 from tests.engine.ranks import on_ranks
 from tests.metrics.making import noise, write_random_alexnet, write_tiny_clip
-from tokenflow.cli import main
+from tokenflow.cli.main import main
 from tokenflow.diffusion import Backbone
 from tokenflow.editors import ControlNet, Editor, PnP, SDEdit
 from tokenflow.engine import Settings, edit_clip
-from tokenflow.engine.cache import Cache
 from tokenflow.engine.editing import needed
 from tokenflow.engine.frame_group import FrameGroup
 from tokenflow.engine.recall import Recall
@@ -27,6 +26,7 @@ from tokenflow.engine.windows import split_windows
 from tokenflow.errors import Preempted
 from tokenflow.metrics import ClipEmbedder, load_lpips, lpips
 from tokenflow.propagation import RAFT, FlowWeighted, NNField, Propagation
+from tokenflow.storage.cache import Cache
 from tokenflow.testing import tiny_clip
 from tokenflow.video import Clip, read_clip, write_clip
 

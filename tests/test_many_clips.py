@@ -15,7 +15,7 @@ import yaml
 from torch import OutOfMemoryError
 
 from tests.engine.ranks import command, ended, launched
-from tokenflow.cli import main
+from tokenflow.cli.main import main
 from tokenflow.engine import denoising
 from tokenflow.engine.denoising import Denoiser
 from tokenflow.engine.job import Job

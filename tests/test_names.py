@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tokenflow.cli import main
+from tokenflow.cli.main import main
 from tokenflow.engine.job import ClipSource, Job, Outcome
 from tokenflow.engine.writer import print_outcomes
 from tokenflow.report import read_run

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tests.installing import install
 from tokenflow import plugins
-from tokenflow.cli import main
+from tokenflow.cli.main import main
 from tokenflow.diffusion import Backbone, Schedule, Trajectory
 from tokenflow.editors import Edit, Editor, Pass, PnP, Start
 from tokenflow.engine import Settings, edit_clip

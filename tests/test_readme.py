@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.test_docs import blocks
-from tokenflow.cli import COMMANDS
+from tokenflow.cli.main import COMMANDS
 from tokenflow.engine import editing
 from tokenflow.video import read_clip
 

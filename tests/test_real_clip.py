@@ -8,7 +8,7 @@ from pathlib import Path
 import av
 import torch
 
-from tokenflow.cli import main
+from tokenflow.cli.main import main
 from tokenflow.video import read_clip
 
 

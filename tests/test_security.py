@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 
 from tests.conftest import ROOT
 from tests.installing import install
-from tokenflow.cli import main
+from tokenflow.cli.allowlist import require_local, split_allowed
+from tokenflow.cli.main import main
 from tokenflow.diffusion import Backbone, ModelError
 from tokenflow.errors import InputError
-from tokenflow.imports import require_local, split_allowed
 from tokenflow.plugins import installed_plugins
 
 MARK = "pwned"
@@ -237,7 +237,7 @@ def test_what_is_refused_is_named(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_value_of_any_type_stays_data() -> None:
-    from tokenflow.imports import restrict
+    from tokenflow.cli.allowlist import restrict
 
     restrict(["lightning", "os", "posix", "subprocess"])
     parser = jsonargparse.ArgumentParser(exit_on_error=False)

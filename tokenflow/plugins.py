@@ -12,6 +12,8 @@ from tokenflow.editors import Editor
 from tokenflow.errors import InputError, Interrupted
 from tokenflow.propagation import Propagation
 
+OPTION = "--allow_imports"
+"""Of the command line: it lets a configuration name classes of another package."""
 GROUPS: dict[str, type[Any]] = {
     "tokenflow.editors": Editor,
     "tokenflow.propagation": Propagation,

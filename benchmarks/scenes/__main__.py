@@ -30,8 +30,8 @@ from benchmarks.scenes.tables import complete, page_of, tables
 from tokenflow.diffusion import Backbone
 from tokenflow.errors import InputError
 from tokenflow.miniature.judge import Judge
+from tokenflow.storage.atomic import atomic
 from tokenflow.video import contact_sheet, write_image
-from tokenflow.video.atomic import atomic
 
 QUICK = Plan(frames=8, steps=4, reference_inversion=4, keyframe_every=4)
 QUICK_ROWS = (TRUTH, FLOOR, "per-frame PnP", "TokenFlow")

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from benchmarks.scenes.suite import EDITS, MOTIONS, Case, true_edit
 from tokenflow.errors import InputError
+from tokenflow.storage.atomic import atomic
 from tokenflow.video import contact_sheet
-from tokenflow.video.atomic import atomic
 from tokenflow.video.frames import levels
 
 CELL, BETWEEN, GAP, LEFT, TOP = 48, 2, 10, 72, 16

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.conftest import ROOT
 from tests.diffusion.making import make_controlnet
-from tokenflow.cli import main
+from tokenflow.cli.main import main
 from tokenflow.diffusion import Backbone, ModelError
 from tokenflow.editors import Canny, Condition, Control, ControlNet, Pass, SDEdit
 from tokenflow.editors.controlnet import require_controls

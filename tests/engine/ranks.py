@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import tokenflow.prediction
+import tokenflow.cli.predict
 import tokenflow.testing  # noqa: F401 (imported once, by the server that ranks are forked from)
-from tokenflow.cli import main
+from tokenflow.cli.main import main
 
 PATIENCE = 60.0
 """Seconds in which all ranks must end when one has."""

@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from tokenflow.cli import main
+from tokenflow.cli.main import main
 from tokenflow.diffusion import Backbone, invert
 from tokenflow.editors import PnP
 from tokenflow.engine import Settings, edit_clip, edit_latents

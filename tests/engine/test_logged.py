@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, WandbLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tokenflow.cli import main
+from tokenflow.cli.main import main
 from tokenflow.engine.logged import log_run
 from tokenflow.video import Clip, write_clip
 

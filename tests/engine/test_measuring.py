@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from tokenflow.cli import main
+from tokenflow.cli.main import main
 from tokenflow.editors import SDEdit
 from tokenflow.engine import measuring
 from tokenflow.engine.measuring import Measuring, Sources

@@ -20,12 +20,12 @@ from tests.engine.ranks import on_ranks
 from tokenflow.diffusion import Backbone
 from tokenflow.editors import ControlNet, ControlVideo, Editor, PnP, SDEdit
 from tokenflow.engine import Result, Settings, edit_clip
-from tokenflow.engine.cache import Cache
 from tokenflow.engine.frame_group import FrameGroup
 from tokenflow.engine.recall import Recall
 from tokenflow.engine.windows import split_windows
 from tokenflow.errors import Preempted
 from tokenflow.propagation import NNField
+from tokenflow.storage.cache import Cache
 from tokenflow.testing import tiny_clip
 from tokenflow.video import Clip, write_image
 

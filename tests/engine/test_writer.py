@@ -12,12 +12,12 @@ from lightning.pytorch import Trainer
 
 from tokenflow.editors import PnP
 from tokenflow.engine import Result
-from tokenflow.engine.folder import FolderLock
 from tokenflow.engine.job import ClipSource, Job, Outcome
 from tokenflow.engine.module import Prediction, TokenFlow
 from tokenflow.engine.writer import RunWriter
 from tokenflow.errors import InputError, Preempted
 from tokenflow.propagation import NNField
+from tokenflow.runs.files import FolderLock
 from tokenflow.video import Clip, read_clip
 
 TRAINER = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)

@@ -11,8 +11,8 @@ import torch
 
 from tokenflow.engine import Result
 from tokenflow.engine.module import Prediction
-from tokenflow.engine.observer import Observed
 from tokenflow.engine.writer import RunWriter
+from tokenflow.runs.observed import Observed
 from tokenflow.video import AudioSpan, Clip
 
 

@@ -17,10 +17,10 @@ from selenium.webdriver.support.ui import WebDriverWait
 from tests.report.conftest import look
 from tests.report.making import make_run
 from tests.video.making import beeps, make_video, noise
-from tokenflow.engine.observer import Observed
 from tokenflow.propagation import Correspondence, Window
 from tokenflow.report import page as report_page
 from tokenflow.report import read_run, write_comparison, write_report
+from tokenflow.runs.observed import Observed
 
 PROMPT = "<script>alert(1)</script>" + "a_very_long_word_" * 12
 TIMES = "return [...document.querySelectorAll('video')].map(v => v.currentTime)"

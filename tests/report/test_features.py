@@ -7,7 +7,6 @@ import math
 import torch
 
 from tests.report.making import bar
-from tokenflow.engine.observer import Observed
 from tokenflow.propagation import Correspondence, NNField, Window
 from tokenflow.report.features import (
     draw,
@@ -17,6 +16,7 @@ from tokenflow.report.features import (
     principal,
     tinted,
 )
+from tokenflow.runs.observed import Observed
 
 WINDOW = Window(
     frames=(0, 1, 2, 3),

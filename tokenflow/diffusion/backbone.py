@@ -16,7 +16,6 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from tokenflow import digests
 from tokenflow.diffusion.loading import (
     ModelError,
     folder_or_id,
@@ -27,6 +26,7 @@ from tokenflow.diffusion.loading import (
 from tokenflow.diffusion.sampling import Schedule
 from tokenflow.diffusion.scheduler import check_noise, read_scheduler
 from tokenflow.memory import told_if_short
+from tokenflow.storage import digests
 
 COMPONENTS = {
     "unet": UNet2DConditionModel,

@@ -13,7 +13,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from tokenflow.errors import InputError
 from tokenflow.memory import ran_out
-from tokenflow.paths import local
+from tokenflow.storage.paths import local
 
 VARIANTS = ("", ".fp32", ".fp16", ".bf16")
 """What may stand before the suffix of a file of weights, the best first."""

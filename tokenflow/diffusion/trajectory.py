@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from tokenflow.diffusion.sampling import Schedule
-from tokenflow.scratch import room
+from tokenflow.storage.scratch import room
 
 
 @dataclass(frozen=True)

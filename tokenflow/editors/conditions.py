@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokenflow.errors import InputError
-from tokenflow.paths import local
+from tokenflow.storage.paths import local
 from tokenflow.video import Clip, Frames, VideoError, read_clip, transparent
 from tokenflow.video.sizing import Framing
 

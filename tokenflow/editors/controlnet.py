@@ -11,13 +11,13 @@ from diffusers import ControlNetModel
 from jaxtyping import Float
 from torch import Tensor
 
-from tokenflow import digests
 from tokenflow.diffusion import Backbone, load_controlnet
 from tokenflow.diffusion.trajectory import rows
 from tokenflow.editors.base import Pass
 from tokenflow.editors.conditions import Canny, Condition
 from tokenflow.editors.sdedit import SDEdit
 from tokenflow.errors import InputError
+from tokenflow.storage import digests
 from tokenflow.video import Clip, Frames
 
 

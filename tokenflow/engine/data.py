@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from tokenflow.engine.job import ClipSource, Job
 from tokenflow.engine.manifest import part_of, read_manifest
 from tokenflow.errors import InputError
-from tokenflow.paths import local
+from tokenflow.storage.paths import local
 from tokenflow.text import printable
 from tokenflow.video import VideoError
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenflow.engine.folder import EDITED, RECORD
 from tokenflow.engine.job import ClipSource
 from tokenflow.engine.writer import shown
 from tokenflow.errors import InputError
 from tokenflow.report import Run, read_run
+from tokenflow.runs.files import EDITED, RECORD
 from tokenflow.video import Clip, read_clip
 
 

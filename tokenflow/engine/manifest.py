@@ -16,8 +16,8 @@ from jsonargparse import ArgumentError, ArgumentParser
 from tokenflow.engine.job import CHOICE, PROMPTS, ClipSource, Job
 from tokenflow.engine.settings import Settings
 from tokenflow.errors import InputError
-from tokenflow.paths import local
-from tokenflow.safe_yaml import LARGEST, parse_yaml, require_once
+from tokenflow.storage.paths import local
+from tokenflow.storage.safe_yaml import LARGEST, parse_yaml, require_once
 from tokenflow.video import VideoError, image_paths, read_clip
 
 

@@ -18,17 +18,18 @@ from torch import Tensor
 
 from tokenflow.diffusion import Backbone
 from tokenflow.engine.finished_run import FinishedRun
-from tokenflow.engine.folder import METRICS
 from tokenflow.engine.job import ClipSource
 from tokenflow.engine.module import TokenFlow
 from tokenflow.engine.writer import writer_of
 from tokenflow.errors import InputError
 from tokenflow.metrics import Measures, Motions
-from tokenflow.paths import local
 from tokenflow.report import Run
-from tokenflow.scratch import room
+from tokenflow.runs.files import METRICS
+from tokenflow.storage.atomic import atomic
+from tokenflow.storage.paths import local
+from tokenflow.storage.scratch import room
 from tokenflow.text import printable_lines
-from tokenflow.video import Clip, atomic, read_clip, resized
+from tokenflow.video import Clip, read_clip, resized
 
 Values = dict[str, float]
 

@@ -13,12 +13,11 @@ from lightning.pytorch import LightningModule
 
 from tokenflow.diffusion import Backbone
 from tokenflow.editors import Editor
-from tokenflow.engine.cache import FOLDER, Cache
 from tokenflow.engine.channel import Channel
 from tokenflow.engine.editing import Result, check_prompt, edit_clip
 from tokenflow.engine.frame_group import FrameGroup
 from tokenflow.engine.job import Job, Outcome
-from tokenflow.engine.observer import Observed, Observer
+from tokenflow.engine.observer import Observer
 from tokenflow.engine.recall import Recall
 from tokenflow.engine.settings import Settings
 from tokenflow.engine.source import Progress
@@ -26,6 +25,8 @@ from tokenflow.engine.windows import split_windows
 from tokenflow.errors import InputError
 from tokenflow.plugins import origin
 from tokenflow.propagation import Propagation
+from tokenflow.runs.observed import Observed
+from tokenflow.storage.cache import FOLDER, Cache
 from tokenflow.video import Clip, Spool, both_sides, levels, require_writable
 
 

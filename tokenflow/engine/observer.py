@@ -4,43 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from diffusers import UNet2DConditionModel
-from jaxtyping import Float
 from torch import Tensor
 
 from tokenflow.engine.attention import self_attention_sites
 from tokenflow.errors import InputError
 from tokenflow.propagation import Correspondence, Window
+from tokenflow.runs.observed import Observed
 
 SHOWN = 8
 """Frames whose tokens are kept."""
 
 Look = Callable[[str, Tensor, Window, Correspondence], None]
 """Is told of a site, a window's source tokens there, the window, and its correspondence."""
-
-
-@dataclass(frozen=True)
-class Observed:
-    """What a site saw at one step of sampling, in host memory.
-
-    Attributes:
-        site: The self-attention layer.
-        step: Of sampling, from 0.
-        steps: How many there are.
-        frames: Positions in the clip of some frames, evenly spaced.
-        tokens: Their source tokens, as they entered the self-attention.
-        parts: The windows that these frames are in, and the correspondence of each.
-    """
-
-    site: str
-    step: int
-    steps: int
-    frames: list[int]
-    tokens: Float[Tensor, "frames height width channels"]
-    parts: list[tuple[Window, Correspondence]]
 
 
 class Observer:

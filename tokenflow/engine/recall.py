@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from tokenflow import digests
 from tokenflow.diffusion import Backbone, Trajectory
-from tokenflow.engine.cache import Cache
 from tokenflow.engine.frame_group import FrameGroup
+from tokenflow.storage import digests
+from tokenflow.storage.cache import Cache
 from tokenflow.video import Clip
 
 

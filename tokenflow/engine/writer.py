@@ -19,7 +19,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from torch import Tensor
 
-from tokenflow.engine.folder import (
+from tokenflow.engine.job import ClipSource, Job, Outcome
+from tokenflow.engine.module import Prediction, TokenFlow
+from tokenflow.errors import InputError
+from tokenflow.report import Run, draw, record_text, write_report
+from tokenflow.runs.files import (
     COMPARE,
     EDITED,
     FAILED,
@@ -33,11 +37,7 @@ from tokenflow.engine.folder import (
     require_free,
     staged,
 )
-from tokenflow.engine.job import ClipSource, Job, Outcome
-from tokenflow.engine.module import Prediction, TokenFlow
-from tokenflow.errors import InputError
-from tokenflow.paths import local
-from tokenflow.report import Run, draw, record_text, write_report
+from tokenflow.storage.paths import local
 from tokenflow.text import printable, printable_lines
 from tokenflow.video import (
     Clip,

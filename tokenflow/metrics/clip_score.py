@@ -14,7 +14,7 @@ from tokenflow.diffusion.loading import (
     require_safetensors,
 )
 from tokenflow.metrics.average import Average
-from tokenflow.paths import local
+from tokenflow.storage.paths import local
 from tokenflow.video import levels
 
 HOLDS = "config.json"

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from tokenflow.propagation.optical_flow import luma
-from tokenflow.scratch import room
+from tokenflow.storage.scratch import room
 from tokenflow.video import Frames
 
 QUICK = 0.25

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tokenflow.propagation import OpticalFlow
 from tokenflow.propagation.optical_flow import require_flow, targets, warp
-from tokenflow.scratch import BUDGET
+from tokenflow.storage.scratch import BUDGET
 from tokenflow.video import Clip
 
 RELATIVE, ABSOLUTE = 0.01, 0.5

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from tokenflow.errors import InputError
 from tokenflow.metrics.average import Average
-from tokenflow.paths import local
 from tokenflow.propagation.raft import loading, read_weights
+from tokenflow.storage.paths import local
 
 SMALLEST = 35
 """Pixels of a side, of which AlexNet's last pooling leaves one."""

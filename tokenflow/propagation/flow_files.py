@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tokenflow import digests
 from tokenflow.errors import InputError
-from tokenflow.paths import local
 from tokenflow.propagation.optical_flow import OpticalFlow, require_flow, warp
+from tokenflow.storage import digests
+from tokenflow.storage.paths import local
 from tokenflow.video import Clip
 
 NAME = re.compile(r"(\d+)_(\d+)\.(npy|flo)")

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from tokenflow.errors import InputError
-from tokenflow.paths import local
 from tokenflow.propagation.optical_flow import OpticalFlow
+from tokenflow.storage.paths import local
 from tokenflow.video import Clip
 
 BROKEN = (EOFError, OSError, RuntimeError, SafetensorError, TypeError, pickle.UnpicklingError)

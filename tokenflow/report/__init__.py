@@ -2,6 +2,6 @@
 
 from tokenflow.report.features import draw
 from tokenflow.report.page import write_comparison, write_report
-from tokenflow.report.run import Run, read_run, record_text
+from tokenflow.runs.record import Run, read_run, record_text
 
 __all__ = ["Run", "draw", "read_run", "record_text", "write_comparison", "write_report"]

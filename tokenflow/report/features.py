@@ -12,11 +12,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from tokenflow.engine.observer import Observed
 from tokenflow.errors import InputError
 from tokenflow.propagation import Correspondence, Window
 from tokenflow.report.pictures import picture
-from tokenflow.video import Frames, atomic, contact_sheet
+from tokenflow.runs.observed import Observed
+from tokenflow.storage.atomic import atomic
+from tokenflow.video import Frames, contact_sheet
 
 CORNERS = ((1.0, 0.35, 0.2), (1.0, 0.9, 0.2), (0.35, 0.25, 1.0), (0.1, 0.9, 0.7))
 """Colours of a picture's upper left, upper right, lower left and lower right corner."""

@@ -16,7 +16,6 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from tokenflow.engine.folder import EDITED, FEATURES, REPORT
 from tokenflow.errors import InputError
 from tokenflow.report.features import Features
 from tokenflow.report.pictures import (
@@ -30,9 +29,11 @@ from tokenflow.report.pictures import (
     slices,
     warp_errors,
 )
-from tokenflow.report.run import Run, require_alike
+from tokenflow.runs.files import EDITED, FEATURES, REPORT
+from tokenflow.runs.record import Run, require_alike
+from tokenflow.storage.atomic import atomic
 from tokenflow.text import printable_lines
-from tokenflow.video import atomic, contact_sheet
+from tokenflow.video import contact_sheet
 
 SQUARED = "mean of squared difference × 1000, along the source's flow"
 ABSOLUTE = "mean of |difference|, of 255 levels"

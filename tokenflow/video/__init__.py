@@ -1,7 +1,7 @@
 """Videos in and out: clips, and pictures made of them."""
 
+from tokenflow.storage.atomic import atomic, remove_leftovers, require_room
 from tokenflow.video.alpha import transparent
-from tokenflow.video.atomic import atomic, remove_leftovers, require_room
 from tokenflow.video.clip import AudioSpan, Clip, VideoError
 from tokenflow.video.frames import Frames, Spool, levels
 from tokenflow.video.image_folder import image_paths

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from tokenflow.scratch import BUDGET, disk
+from tokenflow.storage.scratch import BUDGET, disk
 
 Image = Float[Tensor, "3 height width"]
 

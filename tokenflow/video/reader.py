@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tokenflow.scratch import BUDGET
+from tokenflow.storage.scratch import BUDGET
 from tokenflow.video.clip import MAX_RATE, AudioSpan, Clip, VideoError, file_state
 from tokenflow.video.clock import repaired
 from tokenflow.video.frames import Frames, Reel

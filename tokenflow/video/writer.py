@@ -20,7 +20,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from tokenflow.video.atomic import atomic
+from tokenflow.storage.atomic import atomic
 from tokenflow.video.audio import Nowhere, audio_track, increasing, way_of
 from tokenflow.video.clip import AudioSpan, Clip, VideoError, check_rate, check_times
 from tokenflow.video.colour import EXACT

@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from torch.nn.functional import interpolate
 
-from tokenflow.digests import of_tensors
 from tokenflow.editors import PnP
 from tokenflow.editors.conditions import same_aspect, sizes
 from tokenflow.errors import InputError
+from tokenflow.storage.digests import of_tensors
 from tokenflow.video import read_clip, transparent
 
 

@@ -19,17 +19,18 @@ from rich.table import Table
 from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
+from tokenflow.cli.allowlist import restrict
 from tokenflow.diffusion import Backbone
 from tokenflow.engine.finished_run import FinishedRun
 from tokenflow.engine.job import ClipSource
 from tokenflow.engine.measuring import Sources, Values, measure_run, read_mask, round_trip
 from tokenflow.engine.progress import on_terminal, pace, say
 from tokenflow.errors import InputError, explained
-from tokenflow.imports import restrict
 from tokenflow.metrics import Measures
-from tokenflow.paths import local
+from tokenflow.storage.atomic import atomic
+from tokenflow.storage.paths import local
 from tokenflow.text import printable
-from tokenflow.video import atomic, read_clip, require_room
+from tokenflow.video import read_clip, require_room
 
 USAGE = """\
 tokenflow evaluate RUN... [OPTIONS]

@@ -10,10 +10,10 @@ import torch
 from jsonargparse import _common as jsonargparse_state
 
 from tests.report.making import bar, make_run
-from tokenflow.cli import main
+from tokenflow.cli.main import main
 from tokenflow.errors import InputError
 from tokenflow.report import read_run
-from tokenflow.report.run import flat
+from tokenflow.runs.record import flat
 from tokenflow.video import write_clip
 
 

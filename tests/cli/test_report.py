@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from tests.report.making import make_run
-from tokenflow.cli import main
+from tokenflow.cli.main import main
 from tokenflow.video import Clip, write_clip
 
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 import yaml
 
-from tests.report.test_command import refused
-from tokenflow.cli import main
+from tests.cli.test_report import refused
+from tokenflow.cli.main import main
+from tokenflow.cli.probe import observe
 from tokenflow.diffusion import Backbone
 from tokenflow.engine import module
 from tokenflow.engine.attention import self_attention_sites
 from tokenflow.engine.observer import Observer
 from tokenflow.report import read_run
-from tokenflow.report.probe import observe
 from tokenflow.testing import tiny_clip
 from tokenflow.video import write_clip
 

@@ -8,13 +8,14 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
-from tokenflow.engine.folder import RECORD
+from tokenflow.cli.predict import run as predict
 from tokenflow.engine.job import Job
 from tokenflow.engine.module import TokenFlow
-from tokenflow.engine.observer import Observed, Observer
+from tokenflow.engine.observer import Observer
 from tokenflow.errors import InputError
-from tokenflow.prediction import run as predict
-from tokenflow.report.run import Run
+from tokenflow.runs.files import RECORD
+from tokenflow.runs.observed import Observed
+from tokenflow.runs.record import Run
 
 ALONE = [
     "--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto",

@@ -16,11 +16,11 @@ import yaml
 from jaxtyping import Float
 from torch import Tensor
 
-from tokenflow.engine.folder import COMPARE, EDITED, FAILED, METRICS, RECORD, finished
+from tokenflow.runs.files import COMPARE, EDITED, FAILED, METRICS, RECORD, finished
 from tokenflow.errors import InputError
-from tokenflow.imports import OPTION
-from tokenflow.paths import local
-from tokenflow.safe_yaml import parse_yaml
+from tokenflow.plugins import OPTION
+from tokenflow.storage.paths import local
+from tokenflow.storage.safe_yaml import parse_yaml
 from tokenflow.video import Clip, Frames, halves, read_clip
 
 QUALITY = ("reconstruction_psnr", "round_trip_psnr")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tokenflow.engine.folder import NEEDED, FolderLock, staged
+from tokenflow.runs.files import NEEDED, FolderLock, staged
 from tokenflow.errors import InputError
 
 

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import ROOT
 from tests.installing import install
 from tests.video.making import beeps, make_video, noise
-from tokenflow import doctor
-from tokenflow.cli import COMMANDS, main
+from tokenflow.cli import doctor
+from tokenflow.cli.main import COMMANDS, main
 from tokenflow.diffusion import Backbone
 from tokenflow.video import Clip, read_clip, write_clip, write_image
 
@@ -52,7 +52,7 @@ def words(video: Path, model_folder: Path, tmp_path: Path) -> list[str]:
 
 def test_help_is_quick_and_names_the_commands() -> None:
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "tokenflow.cli", "--help"],
+        [sys.executable, "-X", "importtime", "-m", "tokenflow.cli.main", "--help"],
         capture_output=True,
         text=True,
         check=True,
@@ -64,7 +64,7 @@ def test_help_is_quick_and_names_the_commands() -> None:
 
 def test_predict_help_starts_with_what_a_user_needs() -> None:
     # in a process of its own: the help names all plugins' classes, and other tests define some
-    command = [sys.executable, "-m", "tokenflow.cli", "predict", "--help"]
+    command = [sys.executable, "-m", "tokenflow.cli.main", "predict", "--help"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert text.index("--data.video") < text.index("--model.prompt") < text.index("--trainer.")
     assert "Scale of classifier-free guidance" in text
@@ -197,7 +197,7 @@ def test_the_output_never_lands_in_its_source(
 def test_a_signal_ends_a_run_and_leaves_nothing_half_written(
     sent: signal.Signals, code: int, words: list[str], tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "tokenflow.cli", *words, "--model.steps=900"]
+    command = [sys.executable, "-m", "tokenflow.cli.main", *words, "--model.steps=900"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
         assert run.stderr is not None
         for line in run.stderr:

@@ -28,8 +28,14 @@ from lightning.pytorch.strategies.launchers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from tokenflow.cli import PARENT, stop
-from tokenflow.configurations import configs_first
+from tokenflow.cli.allowlist import (
+    names_by_entry_point,
+    require_local,
+    restrict,
+    split_allowed,
+)
+from tokenflow.cli.configurations import configs_first
+from tokenflow.cli.main import PARENT, stop
 from tokenflow.engine.data import Video
 from tokenflow.engine.frame_group import FrameGroup
 from tokenflow.engine.guard import guarded
@@ -41,9 +47,8 @@ from tokenflow.engine.progress import StageProgress
 from tokenflow.engine.settings import Settings
 from tokenflow.engine.writer import RunWriter, writer_of
 from tokenflow.errors import InputError, Interrupted, Preempted
-from tokenflow.imports import OPTION, names_by_entry_point, require_local, restrict, split_allowed
 from tokenflow.memory import told_if_short
-from tokenflow.plugins import describe, installed_plugins, origin, require_usable
+from tokenflow.plugins import OPTION, describe, installed_plugins, origin, require_usable
 
 DESCRIPTION = """\
 Edit a video by text. Needed are --data.video and --model.prompt, or --data.manifest for many

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tokenflow.errors import InputError
-from tokenflow.safe_yaml import DEPTH, parse_yaml
+from tokenflow.storage.safe_yaml import DEPTH, parse_yaml
 
 
 def doubling(first: str, line: str, levels: int) -> str:
@@ -32,7 +32,7 @@ def test_aliases_repeat_values() -> None:
 
 
 def test_as_many_values_as_the_bound_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenflow.safe_yaml.NODES", 100)
+    monkeypatch.setattr("tokenflow.storage.safe_yaml.NODES", 100)
     text = "[" + "a," * 99 + "]"  # and the list itself
     assert len(parse_yaml(text, "it")) == 99
     with pytest.raises(InputError, match="it is no YAML: expected at most 100 values"):

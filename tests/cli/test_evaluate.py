@@ -17,12 +17,12 @@ import yaml
 
 from tests.conftest import ROOT
 from tests.metrics.making import write_tiny_clip
-from tokenflow.cli import main
+from tokenflow.cli.evaluate import show, telling, write_csv
+from tokenflow.cli.main import main
 from tokenflow.diffusion import Backbone
 from tokenflow.engine.finished_run import FinishedRun
 from tokenflow.engine.frame_group import StopRequested
 from tokenflow.engine.measuring import Sources, leave, measure_run
-from tokenflow.evaluation import show, telling, write_csv
 from tokenflow.metrics import Measures
 from tokenflow.report import read_run
 from tokenflow.video import Clip, read_clip, write_clip, write_image

@@ -14,9 +14,8 @@ from lightning.pytorch import callbacks, loggers, profilers
 
 from tokenflow import HOMES
 from tokenflow.errors import InputError
-from tokenflow.plugins import GROUPS, installed_plugins
+from tokenflow.plugins import GROUPS, OPTION, installed_plugins
 
-OPTION = "--allow_imports"
 # classes one by one: whatever Lightning has with a function for an argument, as LambdaCallback,
 # would call for a configuration any function of the packages that are allowed, with any arguments
 LIGHTNING = (

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from tokenflow.engine import cache as cache_module
-from tokenflow.engine.cache import Cache
 from tokenflow.errors import InputError
+from tokenflow.storage import cache as cache_module
+from tokenflow.storage.cache import Cache
 from tokenflow.text import printable
 
 AA, BB, CC, KEY = (start.ljust(64, "0") for start in ("aa", "bb", "cc", "ab12"))
@@ -97,7 +97,7 @@ def test_pruning_leaves_what_is_not_the_caches(cache: Cache) -> None:
 
 def test_pruning_opens_nothing(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     keep(cache, AA, 1000.0)
-    monkeypatch.setattr("tokenflow.engine.cache.safe_open", None)
+    monkeypatch.setattr("tokenflow.storage.cache.safe_open", None)
     assert len(cache.prune(0)) == 1
 
 
@@ -253,7 +253,7 @@ def test_a_folder_that_vanishes_is_made_again(cache: Cache) -> None:
 
 FULL = """
 import resource, warnings, torch
-from tokenflow.engine.cache import Cache
+from tokenflow.storage.cache import Cache
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 warnings.simplefilter("error")
 cache = Cache({folder!r})

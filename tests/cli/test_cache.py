@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tokenflow.cli import main
-from tokenflow.engine.cache import Cache
+from tokenflow.cli.main import main
+from tokenflow.storage.cache import Cache
 
 
 @pytest.fixture

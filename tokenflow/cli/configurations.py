@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tokenflow.errors import InputError
-from tokenflow.paths import local
+from tokenflow.storage.paths import local
 
-INSTALLED = Path(__file__).parent / "configs"
+INSTALLED = Path(__file__).parents[1] / "configs"
 """A link in the repository, a folder in an installation."""
 OPTIONS = ("--config", "-c")
 NAME = re.compile(r"[\w./-]+")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
-from tokenflow.engine.cache import FOLDER, Cache, Entry, File
 from tokenflow.errors import InputError
+from tokenflow.storage.cache import FOLDER, Cache, Entry, File
 from tokenflow.text import printable
 
 HEADER = ("clip", "what", "files", "GB", "used, days ago")

@@ -10,8 +10,8 @@ import yaml
 from setuptools import build_meta
 
 from tests.conftest import ROOT
-from tokenflow.cli import main
-from tokenflow.configurations import INSTALLED, configs_first
+from tokenflow.cli.configurations import INSTALLED, configs_first
+from tokenflow.cli.main import main
 from tokenflow.errors import InputError
 
 

@@ -8,13 +8,14 @@ from typing import NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
 
-from tokenflow.cli import stop
+from tokenflow.cli.allowlist import split_allowed
+from tokenflow.cli.main import stop
 from tokenflow.errors import InputError, explained
-from tokenflow.imports import OPTION, split_allowed
-from tokenflow.paths import local
+from tokenflow.plugins import OPTION
 from tokenflow.report.features import Features, draw
 from tokenflow.report.page import write_comparison, write_report
-from tokenflow.report.run import Run, read_run, require_shown
+from tokenflow.runs.record import Run, read_run, require_shown
+from tokenflow.storage.paths import local
 from tokenflow.text import printable
 
 DESCRIPTION = """\
@@ -108,8 +109,8 @@ def several(folders: Sequence[str], output: Path) -> None:
 
 def observed(run: Run, options: Namespace, allowed: list[str]) -> Features:
     """The pictures of the run's features that the options ask for."""
+    from tokenflow.cli.probe import observe
     from tokenflow.engine.observer import Observer
-    from tokenflow.report.probe import observe
 
     source, frame = run.source().frames, options.frame
     if frame is not None and not 0 <= frame < len(source):

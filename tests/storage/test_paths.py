@@ -9,12 +9,12 @@ import pytest
 import torch
 import yaml
 
-from tokenflow.cli import main
+from tokenflow.cli.main import main
 from tokenflow.editors.conditions import ControlVideo
 from tokenflow.engine.data import Video
 from tokenflow.engine.measuring import read_mask
-from tokenflow.paths import local
 from tokenflow.propagation import RAFT, FlowFiles
+from tokenflow.storage.paths import local
 from tokenflow.video import Clip, write_clip
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
-from tokenflow import digests
+from tokenflow.storage import digests
 
 
 def test_tensors_count_with_names_shapes_types_and_values() -> None:

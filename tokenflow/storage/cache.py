@@ -17,11 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from tokenflow import digests
 from tokenflow.errors import InputError
-from tokenflow.paths import local
+from tokenflow.storage import digests
+from tokenflow.storage.atomic import atomic
+from tokenflow.storage.paths import local
 from tokenflow.text import printable
-from tokenflow.video import atomic
 
 FOLDER = "~/.cache/tokenflow"
 CHECKSUM, KEY = "sha256", "key"
@@ -50,7 +50,7 @@ class Entry(File):
 
 
 class Cache:
-    """Tensors by key, a digest of `tokenflow.digests`. Those not used for longest go first where
+    """Tensors by key, a digest of `storage.digests`. Those not used for longest go first where
     the limit is exceeded.
 
     Several processes may use one folder: a file is written beside its name and renamed, and one

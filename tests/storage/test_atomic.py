@@ -1,6 +1,6 @@
 import pytest
 
-from tokenflow.video import atomic
+from tokenflow.storage.atomic import atomic
 
 
 def test_the_file_appears_only_at_the_end(tmp_path):

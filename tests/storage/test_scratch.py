@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tokenflow.errors import InputError
-from tokenflow.scratch import room
+from tokenflow.storage.scratch import room
 
 
 @pytest.mark.parametrize("budget", [0, 10**6])

@@ -111,21 +111,21 @@ def stop(message: str) -> NoReturn:
 
 def predict(words: list[str]) -> None:
     """Edits a video, through Lightning's command line."""
-    from tokenflow.prediction import run
+    from tokenflow.cli.predict import run
 
     run(words)
 
 
 def evaluate(words: list[str]) -> None:
     """Measures finished runs, or a pair of videos."""
-    from tokenflow.evaluation import run
+    from tokenflow.cli.evaluate import run
 
     run(words)
 
 
 def report(words: list[str]) -> None:
     """Writes the page of a run, or of several."""
-    from tokenflow.report.command import run
+    from tokenflow.cli.report import run
 
     run(words)
 
@@ -135,14 +135,14 @@ def plugins(words: list[str]) -> None:
     if words[:1] and words[0] in HELP:
         print(PLUGINS, end="")
         return
-    from tokenflow.catalogue import run
+    from tokenflow.cli.plugins import run
 
     raise SystemExit(run(words))
 
 
 def cache(words: list[str]) -> None:
     """Lists what is kept between runs, or makes it less."""
-    from tokenflow.kept import run
+    from tokenflow.cli.cache import run
 
     run(words)
 
@@ -154,7 +154,7 @@ def doctor(words: list[str]) -> None:
         return
     if words:
         stop(f"tokenflow doctor takes no options, got {' '.join(words)!r}")
-    from tokenflow.doctor import examine
+    from tokenflow.cli.doctor import examine
 
     raise SystemExit(examine())
 
