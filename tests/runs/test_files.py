@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tokenflow.runs.files import NEEDED, FolderLock, staged
 from tokenflow.errors import InputError
+from tokenflow.runs.files import NEEDED, FolderLock, staged
 
 
 def test_one_run_at_a_time_and_nothing_stays(tmp_path: Path) -> None:

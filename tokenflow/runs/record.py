@@ -16,9 +16,9 @@ import yaml
 from jaxtyping import Float
 from torch import Tensor
 
-from tokenflow.runs.files import COMPARE, EDITED, FAILED, METRICS, RECORD, finished
 from tokenflow.errors import InputError
 from tokenflow.plugins import OPTION
+from tokenflow.runs.files import COMPARE, EDITED, FAILED, METRICS, RECORD, finished
 from tokenflow.storage.paths import local
 from tokenflow.storage.safe_yaml import parse_yaml
 from tokenflow.video import Clip, Frames, halves, read_clip
