@@ -215,6 +215,14 @@ def test_a_run_that_is_asked_to_stop_while_it_writes(
     assert not (tmp_path / "in").exists()
 
 
+def test_frames_that_the_encoder_refuses(tmp_path: Path, source: Job) -> None:
+    clip = Clip.from_frames(torch.rand(2, 3, 16, 20_000))
+    wide = Prediction(Result(clip, clip, torch.zeros(2, 4, 8, 8), 4, {"edit": 1.5}), {})
+    with pytest.raises(InputError, match=r"edited\.mp4 cannot be written \("):
+        write(RunWriter(str(tmp_path)), source, wide)
+    assert not (tmp_path / "in").exists()
+
+
 def test_compare_shows_source_and_edit_side_by_side(
     tmp_path: Path, source: Job, prediction: Prediction
 ) -> None:
