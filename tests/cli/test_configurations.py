@@ -39,6 +39,7 @@ def printed(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, o
         ["--model.steps=33", "--config=one.yaml", "--config", "two.yaml"],
         ["--config", "one.yaml", "--model.steps", "33", "-c", "two.yaml"],
         ["--model.steps=33", "-c=one.yaml", "--config=two.yaml"],
+        ["--model.steps=33", "--conf=one.yaml", "-ctwo.yaml"],
     ],
 )
 def test_the_command_line_overrules_files_and_the_later_file_the_earlier(

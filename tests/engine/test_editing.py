@@ -338,6 +338,7 @@ def test_frames_of_a_wrong_size(backbone: Backbone, height: int, width: int) -> 
         ({"batch": -1}, "batch must be at least 1, got -1"),
         ({"span": 0}, "span must be at least 1, got 0"),
         ({"anchors": -1}, "anchors must be at least 0, got -1"),
+        ({"seed": 2**63}, "seed must be a number of 64 bits, got 9223372036854775808"),
         ({"steps": 5, "inversion_steps": 4}, "got inversion_steps 4 for steps 5; raise the one"),
         ({"inversion_steps": 0, "steps": 1}, "got inversion_steps 0 for steps 1"),
     ],

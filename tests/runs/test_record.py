@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tests.report.making import bar, make_run
 from tokenflow.cli.main import main
 from tokenflow.errors import InputError
 from tokenflow.report import read_run
-from tokenflow.runs.record import flat
+from tokenflow.runs.record import Run, flat
 from tokenflow.video import write_clip
 
 
@@ -155,3 +156,10 @@ def test_the_line_that_repeats_a_run_from_anywhere(
     assert shlex.split(read_run(folder).repeat)[-1] == again
     main(["report", folder])
     assert again in (tmp_path / "runs" / "bar" / "report.html").read_text()
+
+
+def test_metrics_that_are_no_file(tmp_path: Path) -> None:
+    run = Run(tmp_path, {})
+    os.mkfifo(tmp_path / "metrics.json")
+    with pytest.raises(InputError, match=r"metrics\.json is no file; remove it"):
+        _ = run.metrics

@@ -193,6 +193,22 @@ def repeated_pictures(tmp: Path) -> Path:
     )
 
 
+def not_coded(tmp: Path) -> Path:
+    """MPEG-4's packets that say that the picture stays (ISO/IEC 14496-2, vop_coded 0)."""
+
+    def change(kind: str, number: int, packet: Packet) -> list[Packet]:
+        if kind == "audio" or number not in range(8, 12):
+            return [packet]
+        empty = Packet(bytes([0, 0, 1, 0xB6, 0x51, 0xBF]))
+        empty.pts, empty.dts, empty.time_base = packet.pts, packet.dts, packet.time_base
+        return [empty]
+
+    source = stream_file(
+        tmp / "a.avi", codec="mpeg4", sound=("libmp3lame", 48_000, "mono"), options={"g": "300"}
+    )
+    return remuxed(source, tmp / "b.avi", change)
+
+
 def bad_time(tmp: Path, start: float = 0) -> Path:
     path = remuxed(plain(tmp / "a.mkv"), tmp / "b.mkv", starting_at(start))
     return mistimed(path, "video", 12, -700)
@@ -301,6 +317,14 @@ KINDS = {
     "a broken SEI": Kind(broken_sei),
     "pictures repeated by empty packets": Kind(
         repeated_pictures, 6, (0, 0.1, 0.2, 0.3, 0.6, 0.7), sound=()
+    ),
+    "packets without a picture, in AVI": Kind(
+        not_coded, 16, (0, *(n / 10 for n in range(2, 9)), 1.3), end=2.1, codec="mp3",
+        sound=FOUR[:2],
+    ),
+    "sound that outlasts a slide": Kind(
+        lambda tmp: plain(tmp / "a.mp4", 1, sound=beeps([0.5, 2.5], 3)), 10, end=3,
+        sound=(0.5, 2.5),
     ),
     "pictures ahead of their time, in AVI": Kind(
         lambda tmp: stream_file(
@@ -464,7 +488,9 @@ write_clip(sys.argv[2], read_clip(sys.argv[1]))
 """
 
 
-@pytest.mark.parametrize("layout", ["6.1", "7.1", "7.1(wide)", "hexagonal"])
+@pytest.mark.parametrize(
+    "layout", ["2.1", "4.0", "5.0(side)", "5.1(side)", "6.1", "7.1", "7.1(wide)", "hexagonal"]
+)
 def test_a_layout_of_its_own_does_not_end_the_process(tmp_path: Path, layout: str) -> None:
     """In a process of its own, as PyAV aborts it where such a layout is asked for its name."""
     source = stream_file(tmp_path / "a.mov", codec="mpeg4", sound=("pcm_s16le", 48_000, layout))

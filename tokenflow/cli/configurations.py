@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,25 +12,35 @@ from tokenflow.storage.paths import local
 
 INSTALLED = Path(__file__).parents[1] / "configs"
 """A link in the repository, a folder in an installation."""
-OPTIONS = ("--config", "-c")
+GROUPS = ("--data", "--metrics", "--model", "--output", "--trainer")
+"""Options that take a file as well, of a part of the configuration."""
 NAME = re.compile(r"[\w./-]+")
 
 
 def configs_first(words: Sequence[str]) -> list[str]:
-    """The words with every `--config FILE` first, in their order, so that the others overrule them.
+    """The words with every `--config FILE` first, then those of a part, so that the others overrule
+    them.
 
     Raises:
         InputError: There is no such file, and none is installed by this name.
     """
-    configs, rest, left = [], [], list(words)
+    configs, parts, rest, left = [], [], [], list(words)
     while left:
         word = left.pop(0)
+        if word.startswith("-c") and len(word) > 2:
+            word = f"--config={word[2:].removeprefix('=')}"
         name, equals, value = word.partition("=")
-        if name not in OPTIONS or not (equals or (left and not left[0].startswith("-"))):
+        whole = name == "-c" or (name.startswith("--c") and "--config".startswith(name))
+        follows = equals or (left and not left[0].startswith("-"))
+        if not follows or not (whole or name in GROUPS):
             rest.append(word)  # among them a --config without a file, which argparse tells
             continue
-        configs.append(f"--config={found(value if equals else left.pop(0))}")
-    return [*configs, *rest]
+        value = value if equals else left.pop(0)
+        if whole:
+            configs.append(f"--config={found(value)}")
+        else:
+            parts.append(f"{name}={value}")
+    return [*configs, *parts, *rest]
 
 
 def found(config: str) -> str:
@@ -39,8 +50,10 @@ def found(config: str) -> str:
         InputError: There is no such file, and none is installed by this name.
     """
     path = local(config)
-    if path.exists() or not NAME.fullmatch(config):
-        return str(path) if path.exists() else config
+    if os.path.exists(path):  # unlike Path's own, of no name that is too long
+        return str(path)
+    if not NAME.fullmatch(config):
+        return config
     names = {str(file.relative_to(INSTALLED).with_suffix("")): file for file in installed()}
     if file := names.get(config.removesuffix(".yaml")):
         return str(file)

@@ -86,7 +86,7 @@ def variant_of(kind: Any, folder: Path) -> str | None:
     """
     file = SAFE_WEIGHTS_NAME if issubclass(kind, PreTrainedModel) else SAFETENSORS_WEIGHTS_NAME
     stem, suffix = file.split(".")
-    names = {path.name for path in folder.iterdir()}
+    names = {path.name for path in folder.iterdir() if path.is_file()}
     for variant in VARIANTS:
         if names & {f"{stem}{variant}.{suffix}", f"{stem}.{suffix}.index{variant}.json"}:
             return variant.removeprefix(".") or None

@@ -53,7 +53,7 @@ def check_config(config: Mapping[str, Any]) -> None:
             f"this one was made from"
         )
     for name, taken in (("beta_schedule", SCHEDULES), ("timestep_spacing", SPACINGS)):
-        value = config.get(name, taken[0])  # DDIM's default, and that of the families
+        value = config.get(name, taken[0])  # DDIM's default
         if value not in taken:
             raise ModelError(f"{who} with {name} {value!r}, expected {' or '.join(taken)}")
     if not isinstance(offset := config.get("steps_offset", 0), int):
@@ -63,7 +63,7 @@ def check_config(config: Mapping[str, Any]) -> None:
 def check_noise(scheduler: DDIMScheduler) -> None:
     """Raises `ModelError` unless the share of signal falls from below 1 to above 0."""
     alphas, steps = scheduler.alphas_cumprod, scheduler.config.num_train_timesteps
-    if float(alphas[-1]) == 0:
+    if scheduler.config.rescale_betas_zero_snr and float(alphas[-1]) == 0:
         raise ModelError(
             "the scheduler has rescale_betas_zero_snr: its noisiest latents hold no signal, "
             f"and inversion cannot reach them; turn it off in {FILE}"

@@ -70,6 +70,8 @@ class Settings:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise InputError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise InputError(f"seed must be a number of 64 bits, got {self.seed}")
         if not math.isfinite(self.guidance):
             raise InputError(f"guidance must be a finite number, got {self.guidance}")
         if self.inversion_steps is not None and self.inversion_steps < self.steps:

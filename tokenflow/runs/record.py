@@ -84,6 +84,8 @@ class Run:
         file = self.place / METRICS
         if not file.exists():
             return {}
+        if not file.is_file():  # reading a FIFO would wait for its writer
+            raise InputError(f"{file} is no file; remove it, and measure the run again")
         try:
             found: Any = json.loads(file.read_text())
         except (OSError, ValueError, RecursionError) as error:

@@ -16,7 +16,7 @@ DEPTH = 100
 """How deep lists and mappings may be nested."""
 LARGEST = 2**64
 """What whole numbers are below; others overflow wherever they are used."""
-OF_TAGS = (AttributeError, LookupError, TypeError)
+OF_TAGS = (ArithmeticError, AttributeError, LookupError, TypeError)
 """What PyYAML raises of a value that its tag does not fit, as `!!bool maybe`."""
 
 Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times as fast

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import lru_cache
 from typing import cast
 
 import av
@@ -54,18 +55,27 @@ def audio_track(span: AudioSpan | None, output: OutputContainer) -> Iterator[Ite
 
 def way_of(span: AudioSpan) -> Way | None:
     """How the sound can be carried over; None, after a warning, if it cannot."""
-    reason = "it has changed since its picture was read"
-    if span.state in (None, file_state(span.path)):
-        for way in (_copied, _encoded):
-            try:
-                _rehearse(span, way)
-                return way
-            except (VideoError, UnsuitedError, ValueError) as error:
-                reason = str(error)
-            except av.FFmpegError as error:
-                reason = str(error.strerror)
-    _warn(span, reason)
-    return None
+    try:
+        if span.state not in (None, file_state(span.path)):
+            raise UnsuitedError("it has changed since its picture was read")
+        return _rehearsed(span)
+    except UnsuitedError as error:
+        _warn(span, str(error))
+        return None
+
+
+@lru_cache(maxsize=16)  # asked before an edit, and when it is written
+def _rehearsed(span: AudioSpan) -> Way:
+    reason = ""
+    for way in (_copied, _encoded):
+        try:
+            _rehearse(span, way)
+            return way
+        except (VideoError, UnsuitedError, ValueError) as error:
+            reason = str(error)
+        except av.FFmpegError as error:
+            reason = str(error.strerror)
+    raise UnsuitedError(reason)
 
 
 def _rehearse(span: AudioSpan, way: Way) -> None:
@@ -199,8 +209,7 @@ def _adts(packet: Packet) -> tuple[int, int] | None:
 def _encoded(
     span: AudioSpan, source: InputContainer, stream: AudioStream, output: OutputContainer
 ) -> Iterator[Packet]:
-    channels = _native(stream)
-    layout = "mono" if channels == 1 else "stereo"
+    layout = "mono" if _made_native(stream) == 1 else "stereo"
     target = output.add_stream("aac", rate=RATE, layout=layout)
     length, graph, kind, undecodable = span.stop - span.start, None, None, 0
     last = None
@@ -213,7 +222,7 @@ def _encoded(
             continue
         for frame in frames:
             assert isinstance(frame, AudioFrame)
-            now = (frame.format.name, frame.sample_rate, frame.layout.nb_channels)
+            now = (frame.format.name, frame.sample_rate, frame.layout.name)
             if graph is None or now != kind:
                 if graph is not None:
                     yield from _drained(graph, target)
@@ -234,7 +243,7 @@ def _encoded(
         _warn(span, f"{undecodable} of its packets cannot be decoded")
 
 
-def _native(stream: AudioStream) -> int:
+def _made_native(stream: AudioStream) -> int:
     """The number of channels, after the stream's layout has been made one that can be named.
 
     To be called once, before anything else asks for the layout: PyAV frees what tells of a custom
@@ -251,10 +260,8 @@ def _native(stream: AudioStream) -> int:
 
 
 def _graph(
-    format: str, rate: int, channels: int, target: AudioStream, length: Fraction
+    format: str, rate: int, layout: str, target: AudioStream, length: Fraction
 ) -> av.filter.Graph:
-    few = channels <= len(LAYOUTS)
-    layout = LAYOUTS[channels - 1] if few else f"0x{(1 << channels) - 1:x}"
     graph = av.filter.Graph()
     graph.link_nodes(
         graph.add_abuffer(sample_rate=rate, format=format, layout=layout),

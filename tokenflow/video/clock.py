@@ -59,6 +59,8 @@ class _Clock:
         if packet.dts is None or packet.stream.index not in self.due:
             return self.offsets[-1]
         time, due = packet.dts * packet.time_base, self.due[packet.stream.index]
+        if abs(time + self.offsets[-1] - due) <= BACK:
+            return self.offsets[-1]
         offset = min(self.offsets, key=lambda offset: abs(time + offset - due))
         near = due - BACK <= time + offset <= max(self.due.values()) + AHEAD
         return offset if near else None

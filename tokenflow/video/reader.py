@@ -76,6 +76,8 @@ def read_clip(
     ):
         if value is not None and value < least:
             raise VideoError(f"{path}: expected {name} to be at least {least}, got {value}.")
+        if value is not None and value > maxsize:
+            raise VideoError(f"{path}: expected {name} to be at most {maxsize}, got {value}.")
     if fit not in ("resize", "crop"):
         raise VideoError(f'{path}: expected fit to be "resize" or "crop", got {fit!r}.')
     if not SLOWEST <= image_rate <= MAX_RATE:

@@ -112,11 +112,16 @@ def _rate(path: Path, stream: VideoStream) -> Fraction:
 
 
 def _end(container: InputContainer, stream: VideoStream) -> Fraction | None:
-    """When the last picture goes, as QuickTime's edit list says; else the picture itself knows."""
+    """When the last picture goes, as QuickTime's edit list says; else the picture itself knows.
+
+    Where the sound goes on for longer than a picture, the last one stays, as players have it.
+    """
     base = stream.time_base
     if "mov" not in container.format.name.split(",") or stream.duration is None or base is None:
         return None
-    return ((stream.start_time or 0) + stream.duration) * base
+    end = ((stream.start_time or 0) + stream.duration) * base
+    whole = Fraction((container.start_time or 0) + (container.duration or 0), av.time_base)
+    return whole if whole > end + 1 / (stream.average_rate or Fraction(25)) else end
 
 
 def _pictures(path: Path, container: InputContainer, stream: VideoStream) -> Iterator[Picture]:
@@ -125,7 +130,8 @@ def _pictures(path: Path, container: InputContainer, stream: VideoStream) -> Ite
     # Asked once, as a frame whose side data was looked at stays until Python looks for cycles.
     axes: dict[int, tuple[int, int, int, int]] = {}
     said: set[str] = set()
-    shown: list[int] | None = [] if container.format.name == "avi" else None
+    context = stream.codec_context
+    decoded: list[int] = []  # a heap: with B-frames, the earliest is the next picture's
 
     def warn(what: str) -> None:
         if what not in said:
@@ -133,16 +139,17 @@ def _pictures(path: Path, container: InputContainer, stream: VideoStream) -> Ite
             warnings.warn(f"{path}: {what}", stacklevel=5)
 
     def skipped(count: int) -> None:
-        for _ in range(count):
-            if shown:
-                heappop(shown)
+        for _ in range(min(count, len(decoded))):
+            heappop(decoded)
         warn(f"{count} packets before its first picture cannot be decoded; they are skipped.")
 
     try:
         packets = timed_packets(container, stream)
-        for frame in clean_frames(_noted(packets, shown), skipped):
-            if shown:  # AVI has times in the order of decoding only: the earliest is the next
-                frame.pts = heappop(shown)
+        if container.format.name == "avi":  # which has times in the order of decoding only
+            packets = _noted(packets, decoded)
+        for frame in clean_frames(packets, skipped):
+            if decoded and context.has_b_frames:
+                frame.pts = heappop(decoded)
             if high := colour.dynamic_range(frame):
                 warn(f"its high dynamic range ({high}) is converted; the edit is SDR, in BT.709.")
             if frame.interlaced_frame:
@@ -169,10 +176,10 @@ def _pictures(path: Path, container: InputContainer, stream: VideoStream) -> Ite
         )
 
 
-def _noted(packets: Iterator[Packet], times: list[int] | None) -> Iterator[Packet]:
-    """The same; the decoding times of those that hold anything go to a heap, if one is given."""
+def _noted(packets: Iterator[Packet], times: list[int]) -> Iterator[Packet]:
+    """The same; the decoding times of those that hold anything go to a heap."""
     for packet in packets:
-        if times is not None and packet.size and packet.dts is not None:
+        if packet.size and packet.dts is not None:
             heappush(times, packet.dts)
         yield packet
 
