@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import inspect
 import io
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser
 
@@ -84,6 +85,10 @@ def filled(cell: str | list[str] | None) -> bool:
     return bool(cell.strip() if isinstance(cell, str) else cell)
 
 
+PLAIN = {int: re.compile(r"-?(0|[1-9]\d{0,17})"), float: re.compile(r"-?\d{1,15}\.\d{1,15}")}
+"""Numbers as they are written by most."""
+
+
 class Options:
     """What a row may say, with types; a value that many rows have is parsed once."""
 
@@ -108,6 +113,10 @@ class Options:
             raise ValueError(f"{name!r} is no option; expected any of {', '.join(self.types)}")
         if type(value) is self.types[name]:  # no int that is a bool
             return value
+        kinds = get_args(self.types[name]) or (self.types[name],)
+        for kind, plain in PLAIN.items():  # most cells of a CSV file: no parser needs to look
+            if kind in kinds and isinstance(value, str) and plain.fullmatch(value):
+                return kind(value)
         key = name, repr(value)
         if key not in self.known:
             try:
