@@ -11,7 +11,7 @@ class InputError(ValueError):
 
 
 def explained(error: Exception) -> str:
-    """What a user is told of an error: the message, and of one that is a bug its type, too."""
+    """An error's message for the user; of one that is a bug, its type as well."""
     return str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
 
 

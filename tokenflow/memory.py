@@ -22,7 +22,7 @@ def ran_out(error: BaseException) -> bool:
 
 @contextmanager
 def told_if_short(what: str, remedy: str) -> Iterator[None]:
-    """A block whose lack of memory is told, with what it was for and what to do.
+    """A block whose lack of memory becomes an `InputError` that names its purpose and a remedy.
 
     Raises:
         InputError: There was not enough.
