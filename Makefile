@@ -4,7 +4,7 @@ BIN := .venv/bin
 EXAMPLE := examples/tokenflow-local
 # begun first, so that no core waits for another at the end
 LONGEST := $(addprefix tests/,miniature/test_edits.py miniature/test_structure.py \
-  engine/test_frame_group.py test_interruption.py test_docs.py)
+  engine/ranks/test_group.py test_interruption.py test_docs.py)
 
 .PHONY: demo test docs setup
 .DELETE_ON_ERROR:

@@ -18,7 +18,7 @@ from torch.nn.functional import interpolate
 from tokenflow.diffusion import Backbone
 from tokenflow.engine.attention import Bank, JointAttention, processors
 from tokenflow.engine.denoising import at_site
-from tokenflow.engine.windows import draw_keyframes, neighbourhood, split_windows
+from tokenflow.engine.keyframes import draw_keyframes, neighbourhood, split_windows
 from tokenflow.miniature.edits import SceneFlow
 from tokenflow.miniature.scenes import Scene
 from tokenflow.propagation import ClipFlow, Correspondence, Window

@@ -26,8 +26,8 @@ from torch import Tensor
 from tokenflow.diffusion import Backbone
 from tokenflow.engine import Settings, edit_clip
 from tokenflow.engine.denoising import Denoiser
-from tokenflow.engine.recall import Recall
-from tokenflow.engine.windows import draw_keyframes
+from tokenflow.engine.keyframes import draw_keyframes
+from tokenflow.engine.resume import Recall
 from tokenflow.miniature.edits import EDITOR, SceneEdit, suite
 from tokenflow.miniature.scenes import Path as Motion
 from tokenflow.miniature.scenes import Scene

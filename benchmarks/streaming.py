@@ -42,8 +42,8 @@ def make(path: Path, frames: int) -> None:
 
 def through(path: Path, folder: Path, resolution: int) -> None:
     """What a run does with frames, and the process's peak memory before and after."""
-    from tokenflow.engine.job import ClipSource
-    from tokenflow.engine.recall import frame_digests
+    from tokenflow.engine.lightning.job import ClipSource
+    from tokenflow.engine.resume import frame_digests
     from tokenflow.video import Spool, contact_sheet, side_by_side, write_image, write_video
 
     def peak() -> float:

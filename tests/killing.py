@@ -12,9 +12,9 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-import tokenflow.engine.channel
-import tokenflow.engine.job
-import tokenflow.engine.writer
+import tokenflow.engine.lightning.job
+import tokenflow.engine.lightning.run_writer
+import tokenflow.engine.ranks.channel
 
 FILES = {"write": "edited.mp4", "compare": "compare.mp4"}
 PATIENCE = 60
@@ -48,7 +48,7 @@ class KillAt(Callback):
 
         module.progress = progress  # type: ignore[assignment]
         if self.moment == "read":
-            read, seen = tokenflow.engine.job.read_clip, []
+            read, seen = tokenflow.engine.lightning.job.read_clip, []
 
             def interrupted(*args: Any, each: Callable[[], None], **options: Any) -> Any:
                 def after() -> None:
@@ -60,9 +60,9 @@ class KillAt(Callback):
 
                 return read(*args, each=after, **options)
 
-            tokenflow.engine.job.read_clip = interrupted
+            tokenflow.engine.lightning.job.read_clip = interrupted
         if file := FILES.get(self.moment):
-            write = tokenflow.engine.writer.write_video
+            write = tokenflow.engine.lightning.run_writer.write_video
 
             def killed(path: Path, frames: Any, *args: Any, **options: Any) -> Any:
                 def some() -> Any:
@@ -73,7 +73,7 @@ class KillAt(Callback):
 
                 return write(path, some(), *args, **options)
 
-            tokenflow.engine.writer.write_video = killed
+            tokenflow.engine.lightning.run_writer.write_video = killed
         if self.moment == "end":
             meet = module.everyone.meet
 
@@ -113,7 +113,7 @@ class Slow(Callback):
     def on_predict_start(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.global_rank != self.rank:
             return
-        write = tokenflow.engine.writer.write_video
+        write = tokenflow.engine.lightning.run_writer.write_video
 
         def slowly(path: Path, frames: Any, *args: Any, **options: Any) -> Any:
             def some() -> Any:
@@ -125,14 +125,14 @@ class Slow(Callback):
 
             return write(path, some(), *args, **options)
 
-        tokenflow.engine.writer.write_video = slowly
+        tokenflow.engine.lightning.run_writer.write_video = slowly
 
 
 class Impatient(Callback):
     """Has a process count as lost after 5 seconds, and who needs it end after 2 more."""
 
     def __init__(self) -> None:
-        tokenflow.engine.channel.LOST, tokenflow.engine.channel.HOPELESS = 5, 2
+        tokenflow.engine.ranks.channel.LOST, tokenflow.engine.ranks.channel.HOPELESS = 5, 2
 
 
 class Noting(Callback):

@@ -17,10 +17,10 @@ import pytest
 from tests.conftest import ROOT
 from tests.installing import install
 from tokenflow.cli.main import main
-from tokenflow.engine.data import Video
 from tokenflow.engine.editing import Settings
-from tokenflow.engine.module import TokenFlow
-from tokenflow.engine.writer import RunWriter
+from tokenflow.engine.lightning.data import Video
+from tokenflow.engine.lightning.module import TokenFlow
+from tokenflow.engine.lightning.run_writer import RunWriter
 
 PAGES = ["docs/write-an-editor.md", "docs/write-a-kernel.md"]
 READMES = ["README.md", "examples/tokenflow-local/README.md", "tokenflow/miniature/README.md"]

@@ -13,16 +13,16 @@ import yaml
 from torch import Tensor
 
 from tests.diffusion.making import make_controlnet
-from tests.engine.ranks import on_ranks
 from tests.metrics.making import noise, write_random_alexnet, write_tiny_clip
+from tests.on_ranks import on_ranks
 from tokenflow.cli.main import main
 from tokenflow.diffusion import Backbone
 from tokenflow.editors import ControlNet, Editor, PnP, SDEdit
 from tokenflow.engine import Settings, edit_clip
 from tokenflow.engine.editing import needed
-from tokenflow.engine.frame_group import FrameGroup
-from tokenflow.engine.recall import Recall
-from tokenflow.engine.windows import split_windows
+from tokenflow.engine.keyframes import split_windows
+from tokenflow.engine.ranks.group import FrameGroup
+from tokenflow.engine.resume import Recall
 from tokenflow.errors import Preempted
 from tokenflow.metrics import ClipEmbedder, load_lpips, lpips
 from tokenflow.propagation import RAFT, FlowWeighted, NNField, Propagation

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from tests.engine.ranks import PATIENCE, command, ended, launched
+from tests.on_ranks import PATIENCE, command, ended, launched
 from tokenflow.testing import tiny_clip
 from tokenflow.video import Clip, read_clip, write_clip
 
@@ -239,6 +239,8 @@ def test_of_two_commands_into_one_folder_the_later_is_refused(
 
 def test_a_process_whose_launcher_has_ended_before_it_begins_does_not_begin() -> None:
     nobody = 1 << 30
-    code = f"from tokenflow.engine.preemption import end_with_parent\nend_with_parent({nobody})"
+    code = (
+        f"from tokenflow.engine.ranks.preemption import end_with_parent\nend_with_parent({nobody})"
+    )
     ended = subprocess.run([sys.executable, "-c", f"{code}\nprint('on')"], capture_output=True)
     assert (ended.returncode, ended.stdout) == (75, b"")

@@ -14,12 +14,12 @@ import torch
 import yaml
 from torch import OutOfMemoryError
 
-from tests.engine.ranks import command, ended, launched
+from tests.on_ranks import command, ended, launched
 from tokenflow.cli.main import main
 from tokenflow.engine import denoising
 from tokenflow.engine.denoising import Denoiser
-from tokenflow.engine.job import Job
-from tokenflow.engine.module import Prediction, TokenFlow
+from tokenflow.engine.lightning.job import Job
+from tokenflow.engine.lightning.module import Prediction, TokenFlow
 from tokenflow.errors import PluginError
 from tokenflow.video import Clip, read_clip, write_clip, write_video
 
@@ -72,7 +72,7 @@ def test_a_clip_that_cannot_be_written_is_not_logged_and_does_not_stop_the_rest(
             raise OSError(ENOSPC, strerror(ENOSPC))
         write_video(path, *args, **options)
 
-    monkeypatch.setattr("tokenflow.engine.writer.write_video", full)
+    monkeypatch.setattr("tokenflow.engine.lightning.run_writer.write_video", full)
     logger = f"{{class_path: CSVLogger, init_args: {{save_dir: {tmp_path}}}}}"
     with pytest.raises(SystemExit) as exit:
         main([*words, f"--trainer.logger={logger}"])
@@ -180,7 +180,7 @@ def test_a_clip_that_cannot_be_written_does_not_stop_the_rest(
             raise ValueError("no such pixel format")
         write_video(path, *args, **options)
 
-    monkeypatch.setattr("tokenflow.engine.writer.write_video", failing)
+    monkeypatch.setattr("tokenflow.engine.lightning.run_writer.write_video", failing)
     with pytest.raises(SystemExit) as exit:
         main([*words, f"--model.cache={tmp_path / 'cache'}"])
     assert exit.value.code == 1

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tokenflow.cli.main import main
-from tokenflow.engine.job import ClipSource, Job, Outcome
-from tokenflow.engine.writer import print_outcomes
+from tokenflow.engine.lightning.job import ClipSource, Job, Outcome
+from tokenflow.engine.lightning.run_writer import print_outcomes
 from tokenflow.report import read_run
 from tokenflow.testing import tiny_clip
 from tokenflow.text import printable, printable_lines

@@ -20,9 +20,9 @@ from tests.metrics.making import write_tiny_clip
 from tokenflow.cli.evaluate import show, telling, write_csv
 from tokenflow.cli.main import main
 from tokenflow.diffusion import Backbone
-from tokenflow.engine.finished_run import FinishedRun
-from tokenflow.engine.frame_group import StopRequested
-from tokenflow.engine.measuring import Sources, leave, measure_run
+from tokenflow.engine.lightning.finished_run import FinishedRun
+from tokenflow.engine.lightning.metrics import Sources, leave, measure_run
+from tokenflow.engine.ranks.group import StopRequested
 from tokenflow.metrics import Measures
 from tokenflow.report import read_run
 from tokenflow.video import Clip, read_clip, write_clip, write_image
@@ -343,7 +343,7 @@ def test_a_metric_that_breaks_costs_no_run(
     def broken(*_: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("tokenflow.engine.measuring.measure_run", broken)
+    monkeypatch.setattr("tokenflow.engine.lightning.metrics.measure_run", broken)
     main(["predict", f"--config={run / 'run.yaml'}", f"--output.folder={tmp_path}"])
     assert (tmp_path / "in" / "run.yaml").exists()
     assert "in is not measured: RuntimeError: out of memory" in capsys.readouterr().err

@@ -13,9 +13,9 @@ from tests.cli.test_report import refused
 from tokenflow.cli.main import main
 from tokenflow.cli.probe import observe
 from tokenflow.diffusion import Backbone
-from tokenflow.engine import module
 from tokenflow.engine.attention import self_attention_sites
-from tokenflow.engine.observer import Observer
+from tokenflow.engine.lightning import module
+from tokenflow.engine.probe import Observer
 from tokenflow.report import read_run
 from tokenflow.testing import tiny_clip
 from tokenflow.video import write_clip

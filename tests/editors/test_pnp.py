@@ -10,7 +10,7 @@ from tokenflow.editors import Editor, Pass, PnP, Start
 from tokenflow.editors.pnp import decoder_layers, take_source
 from tokenflow.engine.attention import installed
 from tokenflow.engine.denoising import BRANCHES, Denoiser
-from tokenflow.engine.frame_group import FrameGroup
+from tokenflow.engine.ranks.group import FrameGroup
 from tokenflow.errors import InputError
 
 

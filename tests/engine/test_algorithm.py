@@ -15,7 +15,7 @@ from tokenflow.diffusion import Backbone, Trajectory, invert
 from tokenflow.diffusion.backbone import COMPONENTS
 from tokenflow.editors import PnP
 from tokenflow.engine import Settings, edit_latents
-from tokenflow.engine.windows import draw_keyframes, split_windows
+from tokenflow.engine.keyframes import draw_keyframes, split_windows
 from tokenflow.propagation import NNField
 
 STEPS, FRAMES, EVERY, GUIDANCE = 4, 9, 2, 7.5

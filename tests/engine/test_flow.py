@@ -16,7 +16,7 @@ from tokenflow.cli.main import main
 from tokenflow.diffusion import Backbone, invert
 from tokenflow.editors import PnP
 from tokenflow.engine import Settings, edit_clip, edit_latents
-from tokenflow.engine.recall import Recall
+from tokenflow.engine.resume import Recall
 from tokenflow.errors import InputError
 from tokenflow.miniature.edits import SceneFlow
 from tokenflow.miniature.scenes import random_scene
@@ -252,7 +252,7 @@ def test_the_command_line_tells_other_flow_files_apart(
         seen.append(recall.propagation)
         raise InputError("seen")
 
-    monkeypatch.setattr("tokenflow.engine.module.edit_clip", looked_at)
+    monkeypatch.setattr("tokenflow.engine.lightning.module.edit_clip", looked_at)
     words = [
         f"--data.video={write_clip(tmp_path / 'scene.mp4', CLIP)}",
         f"--model.backbone={model_folder}", f"--model.prompt={PROMPT}",

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tokenflow.engine.frame_group import FrameGroup
 from tokenflow.engine.joint import full, windowed
+from tokenflow.engine.keyframes import draw_keyframes, split_windows
+from tokenflow.engine.ranks.group import FrameGroup
 from tokenflow.engine.spans import spans
-from tokenflow.engine.windows import draw_keyframes, split_windows
 
 
 def latents(frames: Sequence[int]) -> Tensor:

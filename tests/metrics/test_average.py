@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from tests.engine.ranks import on_ranks
 from tests.metrics.making import noise, write_random_alexnet
+from tests.on_ranks import on_ranks
 from tokenflow.metrics import (
     LPIPS,
     SSIM,

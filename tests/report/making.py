@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from tokenflow.engine import Result
-from tokenflow.engine.module import Prediction
-from tokenflow.engine.writer import RunWriter
+from tokenflow.engine.lightning.module import Prediction
+from tokenflow.engine.lightning.run_writer import RunWriter
 from tokenflow.runs.observed import Observed
 from tokenflow.video import AudioSpan, Clip
 

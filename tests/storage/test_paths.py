@@ -11,8 +11,8 @@ import yaml
 
 from tokenflow.cli.main import main
 from tokenflow.editors.conditions import ControlVideo
-from tokenflow.engine.data import Video
-from tokenflow.engine.measuring import read_mask
+from tokenflow.engine.lightning.data import Video
+from tokenflow.engine.lightning.metrics import read_mask
 from tokenflow.propagation import RAFT, FlowFiles
 from tokenflow.storage.paths import local
 from tokenflow.video import Clip, write_clip

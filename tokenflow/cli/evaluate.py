@@ -21,10 +21,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from tokenflow.cli.allowlist import restrict
 from tokenflow.diffusion import Backbone
-from tokenflow.engine.finished_run import FinishedRun
-from tokenflow.engine.job import ClipSource
-from tokenflow.engine.measuring import Sources, Values, measure_run, read_mask, round_trip
-from tokenflow.engine.progress import on_terminal, pace, say
+from tokenflow.engine.lightning.finished_run import FinishedRun
+from tokenflow.engine.lightning.job import ClipSource
+from tokenflow.engine.lightning.metrics import Sources, Values, measure_run, read_mask, round_trip
+from tokenflow.engine.lightning.progress import on_terminal, pace, say
 from tokenflow.errors import InputError, explained
 from tokenflow.metrics import Measures
 from tokenflow.storage.atomic import atomic

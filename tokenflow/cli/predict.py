@@ -36,16 +36,16 @@ from tokenflow.cli.allowlist import (
 )
 from tokenflow.cli.configurations import configs_first
 from tokenflow.cli.main import PARENT, stop
-from tokenflow.engine.data import Video
-from tokenflow.engine.frame_group import FrameGroup
 from tokenflow.engine.guard import guarded
-from tokenflow.engine.logged import Logged
-from tokenflow.engine.measuring import Measuring
-from tokenflow.engine.module import TokenFlow
-from tokenflow.engine.preemption import StopSignals, end_with_parent
-from tokenflow.engine.progress import StageProgress
+from tokenflow.engine.lightning.data import Video
+from tokenflow.engine.lightning.loggers import Logged
+from tokenflow.engine.lightning.metrics import Measuring
+from tokenflow.engine.lightning.module import TokenFlow
+from tokenflow.engine.lightning.progress import StageProgress
+from tokenflow.engine.lightning.run_writer import RunWriter, writer_of
+from tokenflow.engine.ranks.group import FrameGroup
+from tokenflow.engine.ranks.preemption import StopSignals, end_with_parent
 from tokenflow.engine.settings import Settings
-from tokenflow.engine.writer import RunWriter, writer_of
 from tokenflow.errors import InputError, Interrupted, Preempted
 from tokenflow.memory import told_if_short
 from tokenflow.plugins import OPTION, describe, installed_plugins, origin, require_usable

@@ -9,9 +9,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from tokenflow.cli.predict import run as predict
-from tokenflow.engine.job import Job
-from tokenflow.engine.module import TokenFlow
-from tokenflow.engine.observer import Observer
+from tokenflow.engine.lightning.job import Job
+from tokenflow.engine.lightning.module import TokenFlow
+from tokenflow.engine.probe import Observer
 from tokenflow.errors import InputError
 from tokenflow.runs.files import RECORD
 from tokenflow.runs.observed import Observed

@@ -110,7 +110,7 @@ def several(folders: Sequence[str], output: Path) -> None:
 def observed(run: Run, options: Namespace, allowed: list[str]) -> Features:
     """The pictures of the run's features that the options ask for."""
     from tokenflow.cli.probe import observe
-    from tokenflow.engine.observer import Observer
+    from tokenflow.engine.probe import Observer
 
     source, frame = run.source().frames, options.frame
     if frame is not None and not 0 <= frame < len(source):

@@ -25,11 +25,11 @@ from tokenflow.engine.attention import (
     installed,
     processors,
 )
-from tokenflow.engine.frame_group import FrameGroup
 from tokenflow.engine.guard import guarded, named
 from tokenflow.engine.joint import JointPass, full, windowed
-from tokenflow.engine.observer import Look
-from tokenflow.engine.share import Share
+from tokenflow.engine.probe import Look
+from tokenflow.engine.ranks.group import FrameGroup
+from tokenflow.engine.ranks.shard import Share
 from tokenflow.engine.spans import Span
 from tokenflow.propagation import (
     ClipFlow,

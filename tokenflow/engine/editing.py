@@ -19,15 +19,15 @@ from tokenflow.diffusion.inversion import inversion_timesteps
 from tokenflow.diffusion.sampling import ddim_step, require_finite
 from tokenflow.editors import Editor, contract
 from tokenflow.engine.denoising import Denoiser
-from tokenflow.engine.frame_group import FrameGroup
 from tokenflow.engine.guard import guarded, named
-from tokenflow.engine.observer import Observer
-from tokenflow.engine.recall import KeptSampling, Recall, sampling_of
+from tokenflow.engine.keyframes import draw_keyframes, neighbourhood, split_windows
+from tokenflow.engine.probe import Observer
+from tokenflow.engine.ranks.group import FrameGroup
+from tokenflow.engine.ranks.shard import Share
+from tokenflow.engine.resume import KeptSampling, Recall, sampling_of
 from tokenflow.engine.settings import Settings
-from tokenflow.engine.share import Share
 from tokenflow.engine.source import Progress, conditioned_noise, invert_clip, kept_inversion, timed
 from tokenflow.engine.spans import spans
-from tokenflow.engine.windows import draw_keyframes, neighbourhood, split_windows
 from tokenflow.errors import InputError
 from tokenflow.metrics import decibels
 from tokenflow.propagation import ClipFlow, Propagation

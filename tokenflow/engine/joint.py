@@ -10,8 +10,8 @@ from operator import itemgetter
 from jaxtyping import Float
 from torch import Tensor
 
-from tokenflow.engine.frame_group import FrameGroup
-from tokenflow.engine.share import Share
+from tokenflow.engine.ranks.group import FrameGroup
+from tokenflow.engine.ranks.shard import Share
 from tokenflow.engine.spans import Span
 
 Latents = Callable[[Sequence[int]], Float[Tensor, "frames 2 c h w"]]

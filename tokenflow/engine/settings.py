@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from tokenflow.engine.windows import Blend, Keyframes, Neighbours, draw_keyframes
+from tokenflow.engine.keyframes import Blend, Keyframes, Neighbours, draw_keyframes
 from tokenflow.errors import InputError
 
 Consistency = Literal["tokenflow", "joint", "none"]

@@ -14,9 +14,9 @@ from tokenflow.diffusion.inversion import Noise, inversion_steps
 from tokenflow.diffusion.sampling import require_finite
 from tokenflow.editors import Editor, Pass
 from tokenflow.engine.denoising import predicted
-from tokenflow.engine.frame_group import FrameGroup
 from tokenflow.engine.guard import guarded
-from tokenflow.engine.recall import KeptInversion, Recall
+from tokenflow.engine.ranks.group import FrameGroup
+from tokenflow.engine.resume import KeptInversion, Recall
 from tokenflow.video import Clip
 
 Progress = Callable[[str, int, int], None]

@@ -18,7 +18,7 @@ from tokenflow.diffusion import Backbone, Trajectory
 from tokenflow.editors import Edit, Editor, Start, contract
 from tokenflow.engine import Settings
 from tokenflow.engine.editing import conditions_all
-from tokenflow.engine.frame_group import FrameGroup
+from tokenflow.engine.ranks.group import FrameGroup
 from tokenflow.testing.checks import (
     Check,
     anew,

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from tokenflow.engine.frame_group import FrameGroup
+from tokenflow.engine.ranks.group import FrameGroup
 from tokenflow.testing.checks import require
 
 T = TypeVar("T")

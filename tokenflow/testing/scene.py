@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tokenflow.engine.windows import neighbourhood, split_windows
+from tokenflow.engine.keyframes import neighbourhood, split_windows
 from tokenflow.propagation import ClipFlow, Correspondence, Propagation, Window
 from tokenflow.propagation.contract import violations
 from tokenflow.testing.checks import require_kept

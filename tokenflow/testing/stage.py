@@ -16,7 +16,7 @@ from tokenflow.editors import Edit, Editor, Pass, contract
 from tokenflow.engine import Settings, edit_latents
 from tokenflow.engine.attention import installed
 from tokenflow.engine.denoising import BRANCHES, NAMES
-from tokenflow.engine.frame_group import FrameGroup
+from tokenflow.engine.ranks.group import FrameGroup
 from tokenflow.engine.settings import Consistency
 from tokenflow.propagation import NNField
 from tokenflow.testing.checks import require_kept

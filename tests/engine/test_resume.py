@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.diffusion.making import make_controlnet
-from tests.engine.ranks import on_ranks
+from tests.on_ranks import on_ranks
 from tokenflow.diffusion import Backbone
 from tokenflow.editors import ControlNet, ControlVideo, Editor, PnP, SDEdit
 from tokenflow.engine import Result, Settings, edit_clip
-from tokenflow.engine.frame_group import FrameGroup
-from tokenflow.engine.recall import Recall
-from tokenflow.engine.windows import split_windows
+from tokenflow.engine.keyframes import split_windows
+from tokenflow.engine.ranks.group import FrameGroup
+from tokenflow.engine.resume import Recall
 from tokenflow.errors import Preempted
 from tokenflow.propagation import NNField
 from tokenflow.storage.cache import Cache

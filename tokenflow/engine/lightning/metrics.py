@@ -17,10 +17,10 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from tokenflow.diffusion import Backbone
-from tokenflow.engine.finished_run import FinishedRun
-from tokenflow.engine.job import ClipSource
-from tokenflow.engine.module import TokenFlow
-from tokenflow.engine.writer import writer_of
+from tokenflow.engine.lightning.finished_run import FinishedRun
+from tokenflow.engine.lightning.job import ClipSource
+from tokenflow.engine.lightning.module import TokenFlow
+from tokenflow.engine.lightning.run_writer import writer_of
 from tokenflow.errors import InputError
 from tokenflow.metrics import Measures, Motions
 from tokenflow.report import Run

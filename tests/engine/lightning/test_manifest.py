@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tokenflow.engine.job import ClipSource, Job
-from tokenflow.engine.manifest import part_of, read_manifest
+from tokenflow.engine.lightning.job import ClipSource, Job
+from tokenflow.engine.lightning.manifest import part_of, read_manifest
 from tokenflow.errors import InputError
 
 CHOICE = {"start": 0, "resolution": 512}

@@ -10,10 +10,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from tokenflow.editors import PnP
-from tokenflow.engine import progress
-from tokenflow.engine.job import ClipSource, Job
-from tokenflow.engine.module import TokenFlow
-from tokenflow.engine.progress import StageProgress, pace
+from tokenflow.engine.lightning import progress
+from tokenflow.engine.lightning.job import ClipSource, Job
+from tokenflow.engine.lightning.module import TokenFlow
+from tokenflow.engine.lightning.progress import StageProgress, pace
 from tokenflow.propagation import NNField
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from tokenflow.diffusion import Backbone, Trajectory
-from tokenflow.engine.frame_group import FrameGroup
+from tokenflow.engine.ranks.group import FrameGroup
 from tokenflow.storage import digests
 from tokenflow.storage.cache import Cache
 from tokenflow.video import Clip

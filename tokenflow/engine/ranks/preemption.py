@@ -15,7 +15,7 @@ from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessS
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from tokenflow.engine.module import TokenFlow
+from tokenflow.engine.lightning.module import TokenFlow
 from tokenflow.errors import Preempted
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)

@@ -15,9 +15,9 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 from PIL import Image
 from torch import Tensor
 
-from tokenflow.engine.job import Job
-from tokenflow.engine.module import Prediction, TokenFlow
-from tokenflow.engine.writer import writer_of
+from tokenflow.engine.lightning.job import Job
+from tokenflow.engine.lightning.module import Prediction, TokenFlow
+from tokenflow.engine.lightning.run_writer import writer_of
 from tokenflow.report import read_run
 from tokenflow.runs.files import EDITED, SHEET
 from tokenflow.text import printable, printable_lines

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from tokenflow.engine.windows import (
+from tokenflow.engine.keyframes import (
     Blend,
     Keyframes,
     Neighbours,

@@ -12,9 +12,9 @@ from lightning.pytorch import Trainer
 
 from tokenflow.editors import PnP
 from tokenflow.engine import Result
-from tokenflow.engine.job import ClipSource, Job, Outcome
-from tokenflow.engine.module import Prediction, TokenFlow
-from tokenflow.engine.writer import RunWriter
+from tokenflow.engine.lightning.job import ClipSource, Job, Outcome
+from tokenflow.engine.lightning.module import Prediction, TokenFlow
+from tokenflow.engine.lightning.run_writer import RunWriter
 from tokenflow.errors import InputError, Preempted
 from tokenflow.propagation import NNField
 from tokenflow.runs.files import FolderLock
@@ -53,7 +53,7 @@ def test_the_configuration_is_written_last(
         raise OSError("No space left on device")
 
     writer = RunWriter(str(tmp_path / "runs"))
-    monkeypatch.setattr("tokenflow.engine.writer.write_image", fail)
+    monkeypatch.setattr("tokenflow.engine.lightning.run_writer.write_image", fail)
     with pytest.raises(InputError, match=r"No space left on device.*: free some space or choose"):
         write(writer, source, prediction)
     assert not (tmp_path / "runs" / "in" / "run.yaml").exists()
@@ -79,7 +79,7 @@ def test_a_run_stands_until_the_one_that_overwrites_it_is_whole(
 
     write(RunWriter(str(tmp_path)), source, prediction)
     before = {p.name: p.read_bytes() for p in (tmp_path / "in").iterdir()}
-    monkeypatch.setattr("tokenflow.engine.writer.write_image", fail)
+    monkeypatch.setattr("tokenflow.engine.lightning.run_writer.write_image", fail)
     with pytest.raises(InputError, match=r"No space left on device.*: free some space or choose"):
         write(RunWriter(str(tmp_path), overwrite=True), source, prediction)
     assert {p.name: p.read_bytes() for p in (tmp_path / "in").iterdir()} == before
@@ -193,7 +193,7 @@ def test_a_run_is_whole_without_its_page(
 
     write(RunWriter(str(tmp_path)), source, prediction)
     (tmp_path / "in" / "metrics.json").write_text("{}")
-    monkeypatch.setattr("tokenflow.engine.writer.write_report", fail)
+    monkeypatch.setattr("tokenflow.engine.lightning.run_writer.write_report", fail)
     with pytest.warns(match=r"report\.html is not written \(KeyError: 'width'\); tokenflow report"):
         write(RunWriter(str(tmp_path), overwrite=True), source, prediction)
     # nothing of the run before is left beside it

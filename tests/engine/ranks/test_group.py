@@ -18,14 +18,14 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from tests.diffusion.making import make_controlnet
-from tests.engine.ranks import on_ranks
+from tests.on_ranks import on_ranks
 from tokenflow.diffusion import Backbone
 from tokenflow.editors import ControlNet, ControlVideo, Edit, Editor, PnP, SDEdit
-from tokenflow.engine import Settings, edit_clip, frame_group
+from tokenflow.engine import Settings, edit_clip
 from tokenflow.engine.attention import self_attention_sites
 from tokenflow.engine.editing import needed
-from tokenflow.engine.frame_group import FrameGroup
-from tokenflow.engine.windows import split_windows
+from tokenflow.engine.keyframes import split_windows
+from tokenflow.engine.ranks.group import FrameGroup
 from tokenflow.errors import InputError
 from tokenflow.propagation import FlowFiles, FlowWeighted, NNField, Propagation
 from tokenflow.testing import tiny_clip
@@ -320,7 +320,7 @@ def test_who_works_alone_does_not_go_on_without_the_others(
             heed()
         done.append("the record that says that all is there")
 
-    monkeypatch.setattr(frame_group, "PULSE", 0.0)
+    monkeypatch.setattr(group_module, "PULSE", 0.0)
     group.tell = lost  # type: ignore[method-assign, assignment]
     with pytest.raises(RuntimeError, match="closed by peer"):
         group.first_alone(work)

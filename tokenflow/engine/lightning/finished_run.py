@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenflow.engine.job import ClipSource
-from tokenflow.engine.writer import shown
+from tokenflow.engine.lightning.job import ClipSource
+from tokenflow.engine.lightning.run_writer import shown
 from tokenflow.errors import InputError
 from tokenflow.report import Run, read_run
 from tokenflow.runs.files import EDITED, RECORD

@@ -12,10 +12,10 @@ from lightning.pytorch import Trainer
 
 from tokenflow.cli.main import main
 from tokenflow.editors import SDEdit
-from tokenflow.engine import measuring
-from tokenflow.engine.measuring import Measuring, Sources
-from tokenflow.engine.module import TokenFlow
-from tokenflow.engine.writer import RunWriter
+from tokenflow.engine.lightning import metrics as metrics_module
+from tokenflow.engine.lightning.metrics import Measuring, Sources
+from tokenflow.engine.lightning.module import TokenFlow
+from tokenflow.engine.lightning.run_writer import RunWriter
 from tokenflow.propagation import NNField
 from tokenflow.report import Run
 from tokenflow.video import Clip, write_clip, write_image
@@ -27,7 +27,7 @@ def test_nothing_of_a_clip_is_kept_for_the_next(monkeypatch: pytest.MonkeyPatch)
     def leave(sources: Sources, *_: Any) -> None:
         seen.append(sources)
 
-    monkeypatch.setattr(measuring, "leave", leave)
+    monkeypatch.setattr(metrics_module, "leave", leave)
     writer, metrics = RunWriter(), Measuring(measure=True)
     trainer = Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[writer, metrics]

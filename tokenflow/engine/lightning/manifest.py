@@ -14,7 +14,7 @@ from typing import Any, get_args, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from tokenflow.engine.job import CHOICE, PROMPTS, ClipSource, Job
+from tokenflow.engine.lightning.job import CHOICE, PROMPTS, ClipSource, Job
 from tokenflow.engine.settings import Settings
 from tokenflow.errors import InputError
 from tokenflow.storage.paths import local

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from jaxtyping import Shaped
 from torch import Tensor
 
-from tokenflow.engine.share import Share
+from tokenflow.engine.ranks.shard import Share
 from tokenflow.errors import InputError, Preempted
 
 T = TypeVar("T")

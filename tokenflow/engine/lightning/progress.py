@@ -21,8 +21,8 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from tokenflow.engine.job import Job
-from tokenflow.engine.module import Prediction, TokenFlow
+from tokenflow.engine.lightning.job import Job
+from tokenflow.engine.lightning.module import Prediction, TokenFlow
 from tokenflow.engine.settings import Settings
 from tokenflow.text import printable
 

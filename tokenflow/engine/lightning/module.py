@@ -13,15 +13,15 @@ from lightning.pytorch import LightningModule
 
 from tokenflow.diffusion import Backbone
 from tokenflow.editors import Editor
-from tokenflow.engine.channel import Channel
 from tokenflow.engine.editing import Result, check_prompt, edit_clip
-from tokenflow.engine.frame_group import FrameGroup
-from tokenflow.engine.job import Job, Outcome
-from tokenflow.engine.observer import Observer
-from tokenflow.engine.recall import Recall
+from tokenflow.engine.keyframes import split_windows
+from tokenflow.engine.lightning.job import Job, Outcome
+from tokenflow.engine.probe import Observer
+from tokenflow.engine.ranks.channel import Channel
+from tokenflow.engine.ranks.group import FrameGroup
+from tokenflow.engine.resume import Recall
 from tokenflow.engine.settings import Settings
 from tokenflow.engine.source import Progress
-from tokenflow.engine.windows import split_windows
 from tokenflow.errors import InputError
 from tokenflow.plugins import origin
 from tokenflow.propagation import Propagation

@@ -19,8 +19,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from torch import Tensor
 
-from tokenflow.engine.job import ClipSource, Job, Outcome
-from tokenflow.engine.module import Prediction, TokenFlow
+from tokenflow.engine.lightning.job import ClipSource, Job, Outcome
+from tokenflow.engine.lightning.module import Prediction, TokenFlow
 from tokenflow.errors import InputError
 from tokenflow.report import Run, draw, record_text, write_report
 from tokenflow.runs.files import (

@@ -8,7 +8,7 @@ import torch
 from tests.engine.test_editing import edit, random_clip
 from tokenflow.diffusion import Backbone
 from tokenflow.engine.attention import self_attention_sites
-from tokenflow.engine.observer import SHOWN, Observer
+from tokenflow.engine.probe import SHOWN, Observer
 from tokenflow.errors import InputError
 from tokenflow.propagation import NNField
 

@@ -16,7 +16,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tokenflow.cli.main import main
-from tokenflow.engine.logged import log_run
+from tokenflow.engine.lightning.loggers import log_run
 from tokenflow.video import Clip, write_clip
 
 

@@ -8,8 +8,8 @@ from typing import Literal
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from tokenflow.engine.job import ClipSource, Job
-from tokenflow.engine.manifest import part_of, read_manifest
+from tokenflow.engine.lightning.job import ClipSource, Job
+from tokenflow.engine.lightning.manifest import part_of, read_manifest
 from tokenflow.errors import InputError
 from tokenflow.storage.paths import local
 from tokenflow.text import printable

@@ -1,0 +1,1 @@
+"""How ranks share a clip: their group, their windows, and how they stop."""
