@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
-from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
-from tokenflow.diffusion import Schedule, Trajectory
-from tokenflow.editors.base import Edit, Editor, Start
+from tokenflow.diffusion import Backbone, Schedule, Source
+from tokenflow.editors.base import Batch, Editor, Injection, Start
 from tokenflow.errors import InputError
 
 
@@ -45,54 +41,20 @@ class PnP(Editor):
         self.attention, self.features = attention, features
         self.feature_layers, self.start_from = feature_layers, start_from
 
-    def start(self, trajectory: Trajectory, schedule: Schedule, seed: int) -> Start:
-        first = schedule.timesteps[0]
+    def start(self, source: Source, schedule: Schedule, seed: int) -> Start:
         if self.start_from == "inverted":
-            return Start(trajectory.at(first), schedule.timesteps)
-        a = trajectory.noisiest_alpha
-        noise = (trajectory.noisiest - a**0.5 * trajectory.clean) / (1 - a) ** 0.5
-        a = schedule.alpha(first)
-        return Start(a**0.5 * trajectory.clean + (1 - a) ** 0.5 * noise, schedule.timesteps)
+            return Start(source.at(0))
+        return Start(schedule.mix(source.clean, source.noise, 0))
 
-    def edits(self, unet: UNet2DConditionModel) -> Sequence[Edit]:
-        layers = decoder_layers(unet)[len(decoder_layers(unet)) // 3 :]
-        projections = [
-            projection
-            for layer in layers
-            for attention in layer.attentions
-            for projection in (attention.to_q, attention.to_k)
-        ]
+    def injections(self, model: Backbone) -> Sequence[Injection]:
+        structure = model.layers("structure")[: self.feature_layers]
+        projections = [*model.layers("queries"), *model.layers("keys")]
         return [
-            *(
-                Edit(layer.resnet.conv2, take_source, self.features)
-                for layer in layers[: self.feature_layers]
-            ),
-            *(Edit(projection, take_source, self.attention) for projection in projections),
+            *(Injection(layer, take_source, end=self.features) for layer in structure),
+            *(Injection(layer, take_source, end=self.attention) for layer in projections),
         ]
 
 
-class Layer(NamedTuple):
-    """One residual block of the decoder and the self-attentions that follow it."""
-
-    resnet: ResnetBlock2D
-    attentions: tuple[Attention, ...]
-
-
-def decoder_layers(unet: UNet2DConditionModel) -> list[Layer]:
-    """All layers of the decoder, deepest first.
-
-    Stable Diffusion 1.x and 2.x have twelve. The paper's feature layer is the one a third of the
-    way up, index 4, and its attention layers are this one and all above it, 4 to 11.
-    """
-    layers = []
-    for block in unet.up_blocks:
-        transformers = getattr(block, "attentions", [None] * len(block.resnets))
-        for resnet, transformer in zip(block.resnets, transformers, strict=True):
-            blocks = transformer.transformer_blocks if transformer is not None else ()
-            layers.append(Layer(resnet, tuple(b.attn1 for b in blocks)))
-    return layers
-
-
-def take_source(edited: Tensor, source: Tensor) -> Tensor:
+def take_source(edited: Tensor, source: Tensor, batch: Batch) -> Tensor:
     """Every edited branch gets the source branch's output."""
     return source.expand_as(edited)

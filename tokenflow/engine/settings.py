@@ -37,6 +37,7 @@ class Settings:
         seed: Of everything random.
         batch: Frames in one forward pass; changes memory and speed, not the result. The keyframes
             of a joint pass, and all frames where consistency is "joint", go through at once.
+        report_reconstruction: Also sample back without an edit and report the PSNR.
     """
 
     steps: int = 50
@@ -52,6 +53,7 @@ class Settings:
     anchors: int = 2
     seed: int = 0
     batch: int = 8
+    report_reconstruction: bool = False
 
     def __post_init__(self) -> None:
         names = {

@@ -2,9 +2,9 @@
 
 from tokenflow.propagation.base import Correspondence, Motion, Propagation, Window
 from tokenflow.propagation.clip_flow import ClipFlow
-from tokenflow.propagation.contract import check_correspondence
 from tokenflow.propagation.flow_files import FlowFiles
 from tokenflow.propagation.flow_weighted import FlowWeighted
+from tokenflow.propagation.kernel_contract import check_correspondence
 from tokenflow.propagation.nn_field import NNField
 from tokenflow.propagation.optical_flow import DIS, OpticalFlow
 from tokenflow.propagation.raft import RAFT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -40,6 +41,9 @@ class Window:
         height: Latent pixels of a frame at this site, so that tokens = height × width.
         width: See `height`.
         motion: By optical flow, for a kernel that asks for it.
+        site: The attention layer's name.
+        step: Of sampling, from 0.
+        steps: Of sampling.
     """
 
     frames: tuple[int, ...]
@@ -49,6 +53,15 @@ class Window:
     height: int = 0
     width: int = 0
     motion: Motion | None = None
+    site: str = ""
+    step: int = 0
+    steps: int = 1
+
+    def at_site(self, site: str, tokens: int, size: tuple[int, int]) -> Window:
+        """The window at a site with so many tokens, of latents of this height and width."""
+        height, width = size
+        scale = round((height * width / tokens) ** 0.5)
+        return dataclasses.replace(self, site=site, height=height // scale, width=width // scale)
 
 
 @dataclass(frozen=True)
