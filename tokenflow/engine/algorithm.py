@@ -61,6 +61,7 @@ class Sampling:
     def step(self, index: int) -> Step:
         """A step of sampling, as the editor sees it."""
         s = self.settings
+        assert s.guidance is not None, "Settings.for_model comes before"
         return Step(index, self.schedule, s.guidance, s.seed, self.network.branches)
 
     def inputs(self, x: Latents, frames: Sequence[int], step: Step) -> Outputs:
