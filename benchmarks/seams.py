@@ -29,10 +29,8 @@ from tokenflow.engine.denoising import Denoiser
 from tokenflow.engine.keyframes import draw_keyframes
 from tokenflow.engine.resume import Recall
 from tokenflow.miniature.edits import EDITOR, SceneEdit, suite
-from tokenflow.miniature.scenes import Path as Motion
-from tokenflow.miniature.scenes import Scene
-from tokenflow.propagation import NNField
-from tokenflow.propagation.optical_flow import warp
+from tokenflow.miniature.scenes import LayerPath, Scene
+from tokenflow.propagation import NNField, warp
 from tokenflow.storage.cache import Cache
 from tokenflow.video import contact_sheet, write_image
 
@@ -49,10 +47,10 @@ def wandering(edit: SceneEdit, frames: int) -> SceneEdit:
 
     scene = Scene(
         edit.scene.attributes,
-        Motion(
+        LayerPath(
             64 + wave(22, 140, 0), 64 + wave(16, 90, 1), 30 * wave(0.12, 170, 2).exp(), 0.02 * t
         ),
-        Motion(64 + wave(20, 200, 0.5), 64 + wave(12, 130, 2), wave(0.05, 160, 1).exp(), 0 * t),
+        LayerPath(64 + wave(20, 200, 0.5), 64 + wave(12, 130, 2), wave(0.05, 160, 1).exp(), 0 * t),
         edit.scene.texture,
         edit.scene.phase,
     )
