@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Bool, Float
-from propagation import KERNELS, inverted, kernel_of, textured
+from miniature_edits import KERNELS, inverted, kernel_of, textured
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
