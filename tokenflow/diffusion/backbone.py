@@ -111,6 +111,11 @@ class Backbone(ABC):
         """Pixels of a frame along the side of one latent pixel."""
 
     @property
+    def size(self) -> int:
+        """Height and width, in latent pixels, of the images that the model was trained for."""
+        raise NotImplementedError(f"{type(self).__name__} names no image size")
+
+    @property
     @abstractmethod
     def multiple(self) -> int:
         """What frames' height and width must be multiples of, in pixels."""

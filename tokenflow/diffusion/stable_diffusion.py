@@ -146,6 +146,10 @@ class StableDiffusion(Backbone):
         return int(self.latent_scale * 2 ** (len(self.unet.config.block_out_channels) - 1))
 
     @property
+    def size(self) -> int:
+        return int(self.unet.config.sample_size)
+
+    @property
     def latent_channels(self) -> int:
         return int(self.unet.config.in_channels)
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -213,7 +212,7 @@ def sample(
     consistency, trajectory = way(sampling), sampling.trajectory
     with sampling.network.installed():
         for index in range(first, len(sampling.schedule)):
-            step, following = sampling.step(index), torch.empty_like(x)
+            step, following = sampling.step(index), x.clone()
             for frames, outputs in consistency.outputs(x, step):
                 here, source = rows(trajectory.positions, frames), trajectory.source(frames)
                 branches = dict(zip(step.branches, outputs.to(x.device), strict=True))

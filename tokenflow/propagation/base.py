@@ -10,7 +10,7 @@ from typing import ClassVar
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tokenflow.propagation.optical_flow import OpticalFlow
+from tokenflow.propagation.flow.base import OpticalFlow
 
 
 @dataclass(frozen=True)

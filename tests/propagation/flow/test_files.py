@@ -3,6 +3,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -20,8 +21,7 @@ def constant(x: float, y: float) -> Any:
 
 
 def write_flo(file: Path, flow: Any) -> None:
-    height, width, _ = flow.shape
-    file.write_bytes(struct.pack("<fii", 202021.25, width, height) + flow.astype("<f4").tobytes())
+    assert cv2.writeOpticalFlow(str(file), flow)
 
 
 @pytest.fixture
@@ -155,20 +155,21 @@ def test_unknown_motion_in_a_flo_file(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "message"),
+    "data",
     [
-        (b"PI", "does not begin as a .flo file does"),
-        (b"PIEH1", "does not begin as a .flo file does"),
-        (b"", r"does not begin as a \.flo file"),
-        (b"\0" * 400, r"does not begin as a \.flo file"),
-        (struct.pack("<fii", 202021.25, 8, 6), r"says that it holds 8x6 pixels, but has 12 bytes"),
-        (struct.pack("<fii", 202021.25, 1 << 30, 1 << 30), r"says that it holds 1073741824x"),
-        (struct.pack("<fii", 202021.25, -8, -6) + b"\0" * 384, r"says that it holds -8x-6"),
+        b"PI",
+        b"PIEH1",
+        b"",
+        b"\0" * 400,
+        struct.pack("<fii", 202021.25, 8, 6),
+        struct.pack("<fii", 202021.25, 8, 6) + b"\0" * 385,
+        struct.pack("<fii", 202021.25, 1 << 30, 1 << 30),
+        struct.pack("<fii", 202021.25, -8, -6) + b"\0" * 384,
     ],
 )
-def test_a_broken_flo_file(folder: Path, data: bytes, message: str) -> None:
+def test_a_broken_flo_file(folder: Path, data: bytes) -> None:
     (folder / "1_0.flo").write_bytes(data)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=r"1_0\.flo is no complete \.flo file; write it again"):
         read(folder, 1, 0)
 
 

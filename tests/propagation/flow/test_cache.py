@@ -47,9 +47,19 @@ def test_each_pair_is_computed_once_and_a_frame_with_itself_never() -> None:
     assert sorted(provider.asked) == [(1, 2), (2, 1), (2, 3), (3, 2), (3, 5), (5, 3)]
 
 
+def test_pairs_beyond_the_budget_are_measured_each_time() -> None:
+    provider = Panning()
+    flow = ClipFlow(CLIP, provider, budget=2 * 24 * HEIGHT * WIDTH)
+    first, again = ([flow.between(i, i + 1)[0] for i in range(3)] for _ in range(2))
+    assert [a is b for a, b in zip(first, again, strict=True)] == [True, True, False]
+    assert torch.equal(first[2], again[2])
+    assert len(provider.asked) == 8
+
+
 def test_displacement_is_in_latent_pixels_of_the_site() -> None:
     flow = ClipFlow(CLIP, Panning(), SCALE)
-    full = flow.between(3, 5)
+    full, back = flow.between(3, 5)
+    assert torch.equal(back[:2], -full[:2])
     assert full.shape == (3, HEIGHT // SCALE, WIDTH // SCALE)
     assert torch.equal(full[:, 2, 3], torch.tensor([2.0, -1.0, 0.0]))
     motion = flow.motion(WINDOW, CPU)  # 8 pixels of a frame in one of the site's
@@ -85,7 +95,7 @@ def test_inconsistency_is_what_the_way_there_and_back_misses() -> None:
                 flow[0, :, WIDTH // 2 :] = -WIDTH / 2
             return flow
 
-    there = ClipFlow(CLIP, Covered(), SCALE).between(0, 1)
+    there, _ = ClipFlow(CLIP, Covered(), SCALE).between(0, 1)
     assert (there[2, :, :6] == 0).all(), "the moving half comes back"
     assert (there[2, :, 6:] == 6).all(), "what is covered comes back 24 pixels away, 6 latents"
 

@@ -1,4 +1,4 @@
-"""Trains the miniature: `python -m tokenflow.miniature.train --folder DIR`.
+"""Trains the miniature: `python -m training.train --folder DIR`.
 
 Ordinary Lightning modules on scenes rendered from seeds. Every stage keeps checkpoints in `DIR`
 and goes on from the last one when it is started again.
@@ -19,18 +19,20 @@ from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import save_model
 from torch.utils.data import DataLoader
 
-from tokenflow.diffusion import Backbone
+from tokenflow.diffusion import StableDiffusion
+from tokenflow.miniature import WEIGHTS
 from tokenflow.miniature.judge import labels
-from tokenflow.miniature.networks import new_scheduler
 from tokenflow.miniature.scenes import random_scene
-from tokenflow.miniature.stages import (
-    Autoencoder,
+from tokenflow.miniature.tokenizer import save_tokenizer
+from training.modules import (
+    AutoencoderTraining,
     ControlTraining,
-    Denoiser,
+    DenoiserTraining,
     JudgeTraining,
-    Stage,
+    TrainingModule,
 )
-from tokenflow.miniature.stills import (
+from training.networks import new_scheduler
+from training.stills import (
     SCENES,
     Endless,
     canny_edges,
@@ -39,14 +41,16 @@ from tokenflow.miniature.stills import (
     to_signed,
     without_shape,
 )
-from tokenflow.miniature.tokenizer import save_tokenizer
-
-WEIGHTS = Path(__file__).parent / "weights"
 
 
 def fit(
-    stage: Stage, data: Endless, steps: int, folder: Path, precision: str, average: bool = False
-) -> Stage:
+    stage: TrainingModule,
+    data: Endless,
+    steps: int,
+    folder: Path,
+    precision: str,
+    average: bool = False,
+) -> TrainingModule:
     """Trains up to `steps`, from the last checkpoint in `folder` if there is one.
 
     With `average`, the stage ends with the moving average of its weights.
@@ -77,7 +81,7 @@ def fit(
 
 def train_vae(folder: Path, steps: int, precision: str) -> None:
     """Trains the autoencoder and writes `vae/`, with the scaling factor of its latents."""
-    stage = Autoencoder()
+    stage = AutoencoderTraining()
     fit(stage, Endless(rendered(folder), batch=16), steps, folder / "vae", precision)
     with torch.inference_mode():
         sample = to_signed(rendered(folder)[:512])
@@ -95,13 +99,13 @@ def train_unet(folder: Path, steps: int, precision: str) -> None:
     vae = AutoencoderKL.from_pretrained(WEIGHTS / "vae", torch_dtype=torch.float32)
     tokens = tokenizer(captions, padding="max_length", return_tensors="pt")["input_ids"]
     nothing = tokenizer("", padding="max_length", return_tensors="pt")["input_ids"][0]
-    stage = Denoiser(len(tokenizer), nothing)
+    stage = DenoiserTraining(len(tokenizer), nothing)
     data = Endless(encoded(folder, vae), tokens, batch=16)
     fit(stage, data, steps, folder / "unet", precision, average=True)
     save_denoiser(stage)
 
 
-def save_denoiser(stage: Denoiser) -> None:
+def save_denoiser(stage: DenoiserTraining) -> None:
     """Writes UNet, text encoder, scheduler and index of the diffusers folder."""
     stage.unet.half().save_pretrained(WEIGHTS / "unet")
     stage.text_encoder.half().save_pretrained(WEIGHTS / "text_encoder")
@@ -133,7 +137,7 @@ def train_controlnet(folder: Path, steps: int, precision: str) -> None:
     """
     unet = WEIGHTS / "unet" / "diffusion_pytorch_model.safetensors"
     drawn = sha256(unet.read_bytes()).hexdigest()[:8]
-    backbone = Backbone.load(WEIGHTS, device="cpu", dtype="float32")
+    backbone = StableDiffusion.load(WEIGHTS, device="cpu", dtype="float32")
     shown = [random_scene(seed).attributes for seed in range(SCENES)]
     tokens, shapeless, nothing = (
         backbone.tokenizer(captions, padding="max_length", return_tensors="pt")["input_ids"]
@@ -155,7 +159,7 @@ def main(
     controlnet_steps: int = 3000,
     precision: str = "32-true",
 ) -> None:
-    """Trains the miniature, or one stage of it, and writes its weights into this package.
+    """Trains the miniature, or one stage of it, and writes its weights into the package.
 
     Args:
         folder: Where rendered images, latents and checkpoints are kept between sittings.

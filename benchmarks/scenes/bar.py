@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tokenflow.miniature.scenes import SIZE, Path, Scene, pixel_grid, step
+from tokenflow.miniature.scenes import SIZE, LayerPath, Scene, pixel_grid, step
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class BarScene(Scene):
     `bar` is its path: x of its middle, half its width as scale; it stands upright.
     """
 
-    bar: Path
+    bar: LayerPath
 
     def frame(self, index: int, size: int = SIZE) -> Float[Tensor, "3 {size} {size}"]:
         across, _ = self.bar.to_layer(index, pixel_grid(size))

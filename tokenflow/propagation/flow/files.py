@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokenflow.errors import InputError
-from tokenflow.propagation.optical_flow import OpticalFlow, require_flow, warp
+from tokenflow.propagation.flow.base import OpticalFlow, require_flow, warp
 from tokenflow.storage import digests
 from tokenflow.storage.paths import local
 from tokenflow.video import Clip
@@ -38,6 +38,8 @@ class FlowFiles(OpticalFlow):
         folder: Where the files are.
         first: The number that the names give to the clip's first frame.
     """
+
+    measures_frames = False
 
     def __init__(self, folder: str, first: int = 0) -> None:
         self.folder, self.first = local(folder), first
@@ -111,19 +113,19 @@ def read_npy(file: Path) -> np.ndarray:
 
 
 def read_flo(file: Path) -> np.ndarray:
-    """Middlebury's format: the magic number, width, height, then x and y of each pixel."""
+    """Middlebury's format: a magic number, width, height, then x and y of each pixel.
+
+    Not by cv2.readOpticalFlow, which ends the process where the header has a negative size.
+    """
     try:
         data = file.read_bytes()
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}; write it again") from error
-    head = data[:12].ljust(12, b"\0")
-    magic, width, height = struct.unpack("<fii", head)
-    if len(data) < 12 or magic != FLO:
-        raise InputError(f"{file} does not begin as a .flo file does; write it again")
-    if min(width, height) < 1 or len(data) != 12 + 8 * width * height:
+    magic, width, height = struct.unpack("<fii", data[:12].ljust(12, b"\0"))
+    if magic != FLO or min(width, height) < 1 or len(data) != 12 + 8 * width * height:
         raise InputError(
-            f"{file} says that it holds {width}x{height} pixels, but has {len(data)} bytes, "
-            f"expected 12 + 8 for each pixel; write it again"
+            f"{file} is no complete .flo file; write it again, for example with "
+            f"cv2.writeOpticalFlow"
         )
     flow = np.frombuffer(data[12:], "<f4").reshape(height, width, 2)
     # Middlebury marks pixels whose motion is not known with 1e9 and more

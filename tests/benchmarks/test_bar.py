@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.scenes.bar import BarScene
 from tokenflow.metrics import warp_error
-from tokenflow.miniature.bar import BarScene
-from tokenflow.miniature.scenes import Attributes, Path, random_scene
+from tokenflow.miniature.scenes import Attributes, LayerPath, random_scene
 
 
 def passing(frames: int = 3, step: float = 12.0) -> BarScene:
     """A bar of 20 pixels before a scene, on its way to the right."""
     base = random_scene(31, frames, Attributes("plain", "red", "ball", "grass"))
     one = torch.ones(frames)
-    path = Path(40 + step * torch.arange(frames), 64 * one, 10 * one, 0 * one)
+    path = LayerPath(40 + step * torch.arange(frames), 64 * one, 10 * one, 0 * one)
     return BarScene(base.attributes, base.object, base.background, base.texture, base.phase, path)
 
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import mean
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tokenflow.diffusion import Backbone
-from tokenflow.diffusion.sampling import ddim_step, guide
-from tokenflow.editors import Editor, Pass
+from tokenflow.diffusion.text_to_image import text_to_image
+from tokenflow.editors import Batch, Editor
 from tokenflow.miniature.judge import Judge, answers
 from tokenflow.miniature.scenes import Scene, random_scene
-from tokenflow.miniature.stills import without_shape
 from tokenflow.video import Clip
+from training.stills import without_shape
 
 FIRST_SEED = 4_000_000
 # looks whose object stands out from the background by colour
@@ -29,7 +31,7 @@ SHAPE_BAR, OVERLAP_BAR = 0.80, 0.60
 
 
 @dataclass(frozen=True)
-class Structure:
+class ControlAccuracy:
     """Means over samples: `shape` is the share of shapes judged right, `overlap` the IoU of the
     object's mask with the source's."""
 
@@ -37,14 +39,14 @@ class Structure:
     overlap: float
 
 
-def judge_structure(
+def judge_control(
     backbone: Backbone,
     editor: Editor,
     judge: Judge,
     each: int,
     steps: int = 50,
     guidance: float = 3.0,
-) -> Structure:
+) -> ControlAccuracy:
     """Samples from noise under the editor's control by `each` held-out stills for every look."""
     shapes, overlaps = [], []
     for number, look in enumerate(LOOKS):
@@ -53,46 +55,29 @@ def judge_structure(
         wanted = [scene.with_attributes(**look) for scene in scenes]
         stills = Clip.from_frames(torch.stack([scene.frame(0) for scene in scenes]))
         prompt = without_shape(wanted[0].attributes)
-        samples = sample(backbone, prompt, editor, stills, steps, guidance, seed).cpu()
+        inputs = control(backbone, editor, stills, prompt, steps)
+        prompts = [prompt] * each
+        samples = text_to_image(backbone, prompts, steps, guidance, seed, inputs).cpu()
         right = answers(judge, samples, [scene.attributes for scene in wanted])["shape"]
         shapes += right.tolist()
         overlaps += [overlap(image, scene) for image, scene in zip(samples, wanted, strict=True)]
-    return Structure(mean(map(float, shapes)), mean(overlaps))
+    return ControlAccuracy(mean(map(float, shapes)), mean(overlaps))
 
 
-@torch.inference_mode()
-def sample(
-    backbone: Backbone,
-    prompt: str,
-    editor: Editor,
-    clip: Clip,
-    steps: int,
-    guidance: float,
-    seed: int,
-) -> Float[Tensor, "frames 3 h w"]:
-    """Text to image by DDIM, one image for each frame; of the clip only the editor knows."""
+def control(
+    backbone: Backbone, editor: Editor, clip: Clip, prompt: str, steps: int
+) -> Callable[[Tensor, int], dict[str, Any]]:
+    """What an editor that is prepared for a clip gives the network, one image for each frame."""
     editor.prepare(backbone, clip)
-    schedule = backbone.schedule(steps)
-    embeddings = backbone.embed(["", prompt])
-    size = backbone.unet.config.sample_size
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(len(clip), 4, size, size, generator=generator).to(backbone.device)
-    for t in schedule.timesteps:
-        both = torch.stack([x, x])
-        forward = Pass(
-            ("negative", "prompt"), tuple(range(len(x))), both, embeddings, t, schedule.share(t)
-        )
-        noise = backbone.epsilon(
-            both.flatten(0, 1),
-            t,
-            embeddings.repeat_interleave(len(x), dim=0),
-            schedule,
-            **editor.conditioning(forward),
-        )
-        negative, prompted = noise.chunk(2)
-        epsilon = guide(negative, prompted, guidance)
-        x = ddim_step(x, epsilon, schedule.alpha(t), schedule.alpha(schedule.following(t)))
-    return backbone.decode(x)
+    schedule, frames = backbone.schedule(steps), tuple(clip.positions)
+    conditioning = backbone.embed(["", prompt]).per_frame(len(frames))
+
+    def inputs(latents: Tensor, step: int) -> dict[str, Any]:
+        both, t = latents.unflatten(0, (2, -1)), schedule.timesteps[step]
+        names = ("negative", "prompt")
+        return editor.model_inputs(Batch(names, frames, both, conditioning, t, step, steps))
+
+    return inputs
 
 
 def overlap(image: Float[Tensor, "3 h w"], wanted: Scene, frame: int = 0) -> float:

@@ -59,7 +59,7 @@ def test_frames_come_in_the_order_asked_for(folder: Path) -> None:
 
 
 def test_no_weights(tmp_path: Path) -> None:
-    message = r"no RAFT weights at .*none\.pth; expected a file of torchvision's raft_small"
+    message = r"no weights at .*none\.pth; expected a file of torchvision's raft_small"
     with pytest.raises(InputError, match=message):
         raft(tmp_path / "none.pth").prepare(CLIP)
 

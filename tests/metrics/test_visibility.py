@@ -3,10 +3,10 @@ import torch
 
 from tests.metrics.making import translation
 from tokenflow.errors import InputError
-from tokenflow.metrics import Motions, visible
+from tokenflow.metrics import visible, visible_flow
 from tokenflow.miniature.edits import SceneFlow
 from tokenflow.miniature.scenes import random_scene
-from tokenflow.propagation import DIS
+from tokenflow.propagation import DIS, ClipFlow
 from tokenflow.video import Clip
 
 
@@ -31,8 +31,7 @@ def test_the_constants_of_the_check(length: float, missed: float, seen: bool) ->
 
 def test_exact_flow_finds_what_the_scene_hides() -> None:
     scene = random_scene(3, 9)
-    motions = Motions(Clip.from_frames(scene.render()), SceneFlow(scene))
-    flow, seen = motions.between(0, 8)
+    flow, seen = visible_flow(ClipFlow(Clip.from_frames(scene.render()), SceneFlow(scene)))(0, 8)
     truth = scene.visible(0, 8)
     assert torch.equal(flow, scene.flow(0, 8))
     # the scene's own mask also leaves out the outline's pixels, which mix two layers
@@ -40,20 +39,6 @@ def test_exact_flow_finds_what_the_scene_hides() -> None:
     assert (seen & ~truth).sum() / seen.sum() < 0.05
 
 
-def test_each_pair_is_asked_for_once() -> None:
-    motions = Motions(Clip.from_frames(translation(2, 32, 32)), DIS())
-    assert motions.between(0, 1)[0] is motions.between(0, 1)[0]
-
-
-def test_pairs_are_kept_as_long_as_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenflow.metrics.motion.BUDGET", 2 * 9 * 32 * 32)
-    motions = Motions(Clip.from_frames(translation(4, 32, 32)), DIS())
-    first = [motions.between(i, i + 1) for i in range(3)]
-    again = [motions.between(i, i + 1) for i in range(3)]
-    assert [a is b for a, b in zip(first, again, strict=True)] == [True, True, False]
-    assert torch.equal(first[2][0], again[2][0])
-
-
 def test_a_clip_that_is_too_small_is_refused() -> None:
     with pytest.raises(InputError, match="12x12"):
-        Motions(Clip.from_frames(translation(2, 8, 8)), DIS())
+        ClipFlow(Clip.from_frames(translation(2, 8, 8)), DIS())

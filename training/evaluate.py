@@ -1,12 +1,11 @@
-"""Judges the miniature on held-out seeds: `python -m tokenflow.miniature.evaluate`."""
+"""Judges the miniature on held-out seeds: `python -m training.evaluate`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 
 import torch
-from einops import reduce
 from jaxtyping import Float
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
@@ -14,12 +13,13 @@ from rich.table import Table
 from torch import Tensor
 
 from tokenflow.diffusion import Backbone
-from tokenflow.diffusion.sampling import ddim_step, guide
+from tokenflow.diffusion.text_to_image import text_to_image
 from tokenflow.editors import ControlNet, SDEdit
+from tokenflow.metrics import psnr
 from tokenflow.miniature.judge import Judge, accuracy
 from tokenflow.miniature.scenes import VOCABULARY, random_scene
-from tokenflow.miniature.structure import OVERLAP_BAR, SHAPE_BAR, judge_structure
 from tokenflow.video import contact_sheet, write_image
+from training.control import OVERLAP_BAR, SHAPE_BAR, judge_control
 
 HELD_OUT = 1_000_000
 BAR = {"background": 0.90, "color": 0.85, "shape": 0.80, "pattern": 0.65}
@@ -29,26 +29,7 @@ BAR = {"background": 0.90, "color": 0.85, "shape": 0.80, "pattern": 0.65}
 def round_trip_psnr(backbone: Backbone, images: Float[Tensor, "n 3 h w"]) -> float:
     """Mean over images of the PSNR in dB of encoding and decoding."""
     back = torch.cat([backbone.decode(backbone.encode(part)) for part in images.split(16)])
-    error = reduce((back - images).square(), "n c h w -> n", "mean")
-    return float((-10 * error.log10()).mean())
-
-
-@torch.inference_mode()
-def sample(
-    backbone: Backbone, prompts: Sequence[str], steps: int, guidance: float, seed: int
-) -> Float[Tensor, "n 3 h w"]:
-    """Text to image by DDIM with guidance, from noise drawn from `seed`."""
-    schedule = backbone.schedule(steps)
-    embeddings = torch.cat([backbone.embed([""] * len(prompts)), backbone.embed(prompts)])
-    size = backbone.unet.config.sample_size
-    noise = torch.Generator().manual_seed(seed)
-    x = torch.randn(len(prompts), 4, size, size, generator=noise).to(backbone.device)
-    for t in schedule.timesteps:
-        both = backbone.epsilon(torch.cat([x, x]), t, embeddings, schedule)
-        negative, prompt = both.chunk(2)
-        epsilon = guide(negative, prompt, guidance)
-        x = ddim_step(x, epsilon, schedule.alpha(t), schedule.alpha(schedule.following(t)))
-    return backbone.decode(x)
+    return mean(psnr(*pair) for pair in zip(back, images, strict=True))
 
 
 def main(
@@ -70,10 +51,11 @@ def main(
     backbone, judge = Backbone.load(model), Judge.load()
     scenes = [random_scene(HELD_OUT + i) for i in range(samples)]
     shown = [scene.attributes for scene in scenes]
+    captions = [str(attributes) for attributes in shown]
     renders = torch.stack([scene.frame(0) for scene in scenes])
     images = torch.cat(
         [
-            sample(backbone, [str(a) for a in shown[i : i + 16]], steps, guidance, HELD_OUT + i)
+            text_to_image(backbone, captions[i : i + 16], steps, guidance, HELD_OUT + i)
             for i in range(0, samples, 16)
         ]
     ).cpu()
@@ -102,7 +84,7 @@ def structure_table(
     for column in ("", "shape judged right", "mask IoU"):
         table.add_column(column, justify="left" if not column else "right")
     for name, editor in (("with the ControlNet", ControlNet()), ("without", SDEdit())):
-        found = judge_structure(backbone, editor, judge, each, steps, guidance)
+        found = judge_control(backbone, editor, judge, each, steps, guidance)
         table.add_row(name, f"{found.shape:.1%}", f"{found.overlap:.2f}")
     table.add_row("bar", f"{SHAPE_BAR:.0%}", f"{OVERLAP_BAR:.2f}")
     return table

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal, get_args
+from typing import ClassVar
 
 import torch
-from jaxtyping import Float, UInt8
-from numpy import ndarray
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
 from tokenflow.errors import InputError
 from tokenflow.video import Clip
-
-Preset = Literal["ultrafast", "fast", "medium"]
 
 
 class OpticalFlow(ABC):
@@ -24,6 +21,10 @@ class OpticalFlow(ABC):
     what frame `start` shows at p, frame `end` shows at p + flow(p). Subclasses are chosen by
     their name; their constructor's typed arguments are their options.
     """
+
+    measures_frames: ClassVar[bool] = True
+    """Whether it looks at the frames that it is given: it can then measure an edit's motion, too.
+    Files and scenes hold the source's motion only."""
 
     def prepare(self, clip: Clip) -> None:  # noqa: B027 (need not be overridden)
         """Called once for every clip, before any work.
@@ -42,51 +43,6 @@ class OpticalFlow(ABC):
 
         A pure function of the clip and the two positions, asked for once per clip.
         """
-
-
-class DIS(OpticalFlow):
-    """Dense inverse search on grey images, OpenCV's: fast, and without weights.
-
-    Source: Kroeger et al. 2016 (arXiv 1603.03590).
-
-    Args:
-        preset: Trades accuracy for speed: "ultrafast", "fast" or "medium".
-    """
-
-    def __init__(self, preset: Preset = "medium") -> None:
-        if preset not in get_args(Preset):
-            raise InputError(f"preset must be one of {get_args(Preset)}, got {preset!r}")
-        self.preset = preset
-
-    def prepare(self, clip: Clip) -> None:
-        height, width = clip.frames.shape[-2:]
-        if min(height, width) < 12:
-            raise InputError(
-                f"DIS needs frames of 12x12 pixels or more, got {height}x{width}; raise the "
-                f"resolution or use another optical flow"
-            )
-
-    def between(self, clip: Clip, start: int, end: int) -> Float[Tensor, "2 height width"]:
-        import cv2  # late: `tokenflow --help` need not wait for it
-
-        search: Any = cv2.DISOpticalFlow.create(
-            getattr(cv2, f"DISOPTICAL_FLOW_PRESET_{self.preset.upper()}")
-        )
-        found = search.calc(grey(clip.frame(start)), grey(clip.frame(end)), None)
-        return torch.from_numpy(found).movedim(-1, 0)
-
-
-def grey(frame: Float[Tensor, "3 height width"]) -> UInt8[ndarray, "height width"]:
-    """The luma of a frame, 0 to 255."""
-    return (255 * luma(frame)).round().to(torch.uint8).numpy()
-
-
-def luma(frames: Float[Tensor, "*frames 3 height width"]) -> Float[Tensor, "*frames height width"]:
-    """The brightness (BT.601) of colours in 0..1, in 0..1."""
-    if not frames.is_floating_point():
-        raise TypeError(f"expected colours as floats in 0..1, got {frames.dtype}; divide by 255")
-    weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
-    return (frames * weights.to(frames)).sum(dim=-3)
 
 
 def warp(

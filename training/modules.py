@@ -14,20 +14,14 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from tokenflow.miniature.judge import Judge
-from tokenflow.miniature.networks import (
-    new_controlnet,
-    new_scheduler,
-    new_text_encoder,
-    new_unet,
-    new_vae,
-)
 from tokenflow.miniature.scenes import SIZE, VOCABULARY
-from tokenflow.miniature.stills import to_signed
+from training.networks import new_controlnet, new_scheduler, new_text_encoder, new_unet, new_vae
+from training.stills import to_signed
 
 CROPPED = 0.6  # of a denoiser's steps see crops of 3/4 of the side, at less than half the cost
 
 
-class Stage(LightningModule):
+class TrainingModule(LightningModule):
     """AdamW with warm-up and cosine decay over `max_steps`, and a loss that is logged."""
 
     loss: Callable[..., Tensor]
@@ -53,7 +47,7 @@ class Stage(LightningModule):
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
-class Autoencoder(Stage):
+class AutoencoderTraining(TrainingModule):
     """Stage `vae`, on random crops of a quarter of the area."""
 
     def __init__(self) -> None:
@@ -73,7 +67,7 @@ class Autoencoder(Stage):
         return fidelity + 0.25 * edges + 1e-6 * posterior.kl().mean()
 
 
-class NoisePrediction(Stage):
+class NoisePrediction(TrainingModule):
     """What the stages that denoise latents have in common: crops, noise, and the loss's weights."""
 
     def __init__(self, rate: float) -> None:
@@ -113,7 +107,7 @@ class NoisePrediction(Stage):
         return x, t, noise, snr.clamp(max=5) / snr / (a + 0.1)
 
 
-class Denoiser(NoisePrediction):
+class DenoiserTraining(NoisePrediction):
     """Stage `unet`: UNet and text encoder predict the noise in the autoencoder's latents."""
 
     def __init__(self, vocabulary: int, nothing: Int[Tensor, " length"]) -> None:
@@ -179,7 +173,7 @@ class ControlTraining(NoisePrediction):
         return (weight * (predicted - noise).square()).mean()
 
 
-class JudgeTraining(Stage):
+class JudgeTraining(TrainingModule):
     """Stage `judge`: four classifications of mirrored and slightly noisy scenes."""
 
     def __init__(self) -> None:

@@ -5,9 +5,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokenflow.diffusion import Backbone
-from tokenflow.miniature.stages import Stage
-from tokenflow.miniature.stills import Endless, encoded, to_signed, version
-from tokenflow.miniature.train import WEIGHTS, fit
+from tokenflow.miniature import WEIGHTS
+from training.modules import TrainingModule
+from training.stills import Endless, encoded, to_signed, version
+from training.train import fit
 
 MIB = 2**20
 
@@ -19,7 +20,7 @@ def test_the_weights_are_small_and_of_a_safe_kind() -> None:
     assert sum(file.stat().st_size for file in files) < 32 * MIB
 
 
-class Line(Stage):
+class Line(TrainingModule):
     """Fits y = 2x, and keeps its weight at every batch."""
 
     def __init__(self) -> None:

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from tokenflow.errors import InputError
-from tokenflow.propagation.optical_flow import OpticalFlow
+from tokenflow.propagation.flow.base import OpticalFlow
 from tokenflow.storage.paths import local
+from tokenflow.storage.weights import load_torchvision
 from tokenflow.video import Clip
 
-BROKEN = (EOFError, OSError, RuntimeError, SafetensorError, TypeError, pickle.UnpicklingError)
 SMALLEST = 128
 """Pixels of a side: the coarsest of the network's four correlation levels needs two by two."""
 
@@ -83,37 +78,6 @@ def load_network(size: str, weights: Path) -> nn.Module:
             f"RAFT needs torchvision beside the installed torch {torch.__version__}, which does "
             f"not import ({error}); install it with: pip install 'tokenflow[raft]'"
         ) from error
-    if not weights.is_file():
-        raise InputError(
-            f"there are no RAFT weights at {weights}; expected a file of torchvision's "
-            f"raft_{size} as .pth or .safetensors"
-        )
     network: nn.Module = getattr(optical_flow, f"raft_{size}")(weights=None, progress=False)
-    with loading(weights, f"raft_{size}"):
-        network.load_state_dict(read_weights(weights))
+    load_torchvision(network, weights, f"raft_{size}")
     return network.requires_grad_(False).eval()
-
-
-@contextmanager
-def loading(file: Path, network: str) -> Iterator[None]:
-    """A block that loads weights; `InputError` for those that are not this network's."""
-    try:
-        yield
-    except BROKEN as error:
-        # torch's own words advise to load pickles that may run code
-        tensors_only = isinstance(error, pickle.UnpicklingError)
-        reason = "it holds more than tensors, or is damaged" if tensors_only else error
-        raise InputError(
-            f"{file} does not load as torchvision's {network}: {reason}; give the file of this "
-            f"very network, as it was published"
-        ) from error
-
-
-def read_weights(file: Path) -> dict[str, Any]:
-    """Tensors by name; a pickle may hold nothing else."""
-    if file.suffix == ".safetensors":
-        return load_file(file)
-    held = torch.load(file, map_location="cpu", weights_only=True)
-    if not (isinstance(held, dict) and all(isinstance(name, str) for name in held)):
-        raise TypeError(f"expected tensors by name, got a {type(held).__name__}")
-    return held

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from tokenflow.diffusion import Backbone
 from tokenflow.editors import Canny
-from tokenflow.miniature.networks import new_controlnet, new_unet
 from tokenflow.miniature.scenes import Attributes, random_scene
-from tokenflow.miniature.stages import CROPPED, ControlTraining, Denoiser, NoisePrediction
-from tokenflow.miniature.stills import Endless, canny_edges, without_shape
 from tokenflow.video import Clip
+from training.modules import CROPPED, ControlTraining, DenoiserTraining, NoisePrediction
+from training.networks import new_controlnet, new_unet
+from training.stills import Endless, canny_edges, without_shape
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_an_untrained_controlnet_changes_nothing(
 
 
 def test_the_parts_of_a_denoisers_checkpoint_are_named_as_they_were(nothing: Tensor) -> None:
-    names = {name.split(".")[0] for name in Denoiser(94, nothing).state_dict()}
+    names = {name.split(".")[0] for name in DenoiserTraining(94, nothing).state_dict()}
     assert names == {"unet", "text_encoder"}
 
 
