@@ -23,7 +23,7 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tokenflow.diffusion import StableDiffusion
+from tokenflow.diffusion import Backbone, StableDiffusion
 from tokenflow.engine import Sampling, Settings, edit_clip
 from tokenflow.engine.keyframes import draw_keyframes
 from tokenflow.engine.resume import ResumeStore
@@ -79,7 +79,7 @@ def main(
         fixed: Those of them that are also done with seams at the same place in every step.
     """
     edit = wandering(suite(1)[number], frames)
-    backbone = StableDiffusion.load("miniature")
+    backbone = Backbone.load("miniature")
     common: dict[str, Any] = {
         "steps": steps, "guidance": guidance, "keyframe_every": keyframe_every
     }  # fmt: skip

@@ -137,7 +137,7 @@ def train_controlnet(folder: Path, steps: int, precision: str) -> None:
     """
     unet = WEIGHTS / "unet" / "diffusion_pytorch_model.safetensors"
     drawn = sha256(unet.read_bytes()).hexdigest()[:8]
-    backbone = StableDiffusion.load(WEIGHTS, device="cpu", dtype="float32")
+    backbone = StableDiffusion.from_model(str(WEIGHTS), "cpu", torch.float32)
     shown = [random_scene(seed).attributes for seed in range(SCENES)]
     tokens, shapeless, nothing = (
         backbone.tokenizer(captions, padding="max_length", return_tensors="pt")["input_ids"]
