@@ -33,8 +33,8 @@ class OpticalFlow(ABC):
             InputError: There can be no flow of this clip; the message says what to do.
         """
 
-    def content(self) -> str:
-        """What else than options and clip it depends on, as a digest of files: nothing."""
+    def cache_key(self) -> str:
+        """A digest of what flow depends on besides options and clip, such as files: nothing."""
         return ""
 
     @abstractmethod
