@@ -200,10 +200,11 @@ def sample(
     sampling: Sampling,
     way: type[Consistency],
     x: Latents,
-    first: int,
+    first: int = 0,
     after_step: AfterStep = lambda done, x: False,
+    last: int | None = None,
 ) -> Latents:
-    """Algorithm 1: from the latents at level `first` to the clean ones.
+    """Algorithm 1: from the latents at level `first` to those at `last`, by default clean ones.
 
     Raises:
         DivergedError: A latent became NaN or infinite.
@@ -211,7 +212,7 @@ def sample(
     """
     consistency, trajectory = way(sampling), sampling.trajectory
     with sampling.network.installed():
-        for index in range(first, len(sampling.schedule)):
+        for index in range(first, len(sampling.schedule) if last is None else last):
             step, following = sampling.step(index), x.clone()
             for frames, outputs in consistency.outputs(x, step):
                 here, source = rows(trajectory.positions, frames), trajectory.source(frames)
