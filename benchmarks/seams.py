@@ -120,7 +120,7 @@ def main(
 
 
 def way(row: str) -> dict[str, Any]:
-    """The settings that a row's name says."""
+    """The settings of a row's name."""
     if row == "full":
         return {"keyframe_attention": "full"}
     span, anchors = map(int, row.split("/"))
@@ -137,7 +137,7 @@ class Wanted:
     """Leaves out, in each step, the frames that are not measured and become no keyframes later on.
 
     Frames have an influence on others as keyframes alone, so those that are left are what they
-    would be. It is told of progress.
+    would be. It counts the steps as a progress callback.
     """
 
     def __init__(self, name: str, settings: Settings, measured: list[int]) -> None:

@@ -1,4 +1,4 @@
-"""How much structure a control gives: samples whose prompts do not say the shape, judged."""
+"""How much structure a control gives: accuracy of samples whose prompts omit the shape."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ class DenoiserTraining(NoisePrediction):
 
 
 class ControlTraining(NoisePrediction):
-    """Stage `controlnet`: a ControlNet tells the frozen UNet where the edges of a picture are.
+    """Stage `controlnet`: a ControlNet for Canny edges, with the UNet frozen.
 
     Half of the prompts keep something from it, so that it learns to see for itself: a quarter
     lack the shape, a quarter say nothing.

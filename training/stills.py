@@ -71,5 +71,5 @@ def canny_edges(
 
 
 def without_shape(attributes: Attributes) -> str:
-    """A caption that does not say the shape; a filler keeps the other words in their places."""
+    """A caption without the shape; a filler keeps the other words in their places."""
     return str(attributes).replace(attributes.shape, "a")

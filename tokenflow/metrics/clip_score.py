@@ -1,4 +1,4 @@
-"""CLIP: whether frames show what the text says, and the same from frame to frame."""
+"""CLIP: agreement of frames with a text, and of neighbouring frames with each other."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ class ClipEmbedder:
         images = []
         for some in pixels.split(16):
             inputs = self.processor(list(some.numpy()), return_tensors="pt")
-            said = self.network(**inputs.to(self.network.device), **words.to(self.network.device))
-            images.append(said.image_embeds.float().cpu())
-        return torch.cat(images), said.text_embeds[0].float().cpu()
+            found = self.network(**inputs.to(self.network.device), **words.to(self.network.device))
+            images.append(found.image_embeds.float().cpu())
+        return torch.cat(images), found.text_embeds[0].float().cpu()
 
 
 def text_alignment(

@@ -23,7 +23,7 @@ def psnr(
         -10 log10 (mean over frames, pixels p outside of the mask and channels of (a(p) - b(p))²).
 
     Unit dB; 0 (black against white) to infinity (equal), NaN where the mask leaves nothing. Outside
-    of a mask of what is edited, it says how near the edit stays to the source. Blind to where an
+    of a mask of what is edited, it measures what the edit should preserve. Blind to where an
     error is: a shift of one pixel may cost more than an object that is missing.
     Source: the usual one, 10 log10 (MAX² / MSE) with MAX = 1 (Huynh-Thu and Ghanbari 2008), of a
     whole clip: not the mean over frames of each one's PSNR, which some papers report.

@@ -12,9 +12,9 @@ from tokenflow.video import Frames, luma
 QUICK = 0.25
 """Cycles per frame, above which change is quick; 0.5 is the quickest there can be."""
 FLOOR = (0.5 / 255) ** 2
-"""Power of changes that nobody sees: half a level of 256."""
+"""Power of invisible changes: half a level of 256."""
 LEAST = 4
-"""Frames; of fewer no change can be told to be quick."""
+"""Frames: quick and slow change of fewer cannot be distinguished."""
 
 
 def flicker(frames: Float[Tensor, "frames 3 height width"] | Frames) -> float:
@@ -25,7 +25,7 @@ def flicker(frames: Float[Tensor, "frames 3 height width"] | Frames) -> float:
     P the power over time of Y_{t+1} - Y_t, by the discrete Fourier transform and averaged over
     pixels; the constant keeps what is too faint to be seen from counting. No unit, 0..1: 0 for a
     static clip, 0.82 = (π + 2) / 2π for independent noise in each frame. Moving edges are quick,
-    too: it is the excess over the source that tells. Needs 4 frames or more. Blind to slow drift,
+    too: compare with the source's. Needs 4 frames or more. Blind to slow drift,
     to colour at equal brightness, and to how strong visible flicker is.
     Source: our own; the spectrum of white noise under a difference is 4 sin²(πω).
     """

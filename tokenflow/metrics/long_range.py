@@ -29,8 +29,8 @@ def long_range(
 
     The flow leads from one to the other at once. Unit: squared intensity, 0..1; 0 is perfect. What
     drifts slowly is small at a distance of 1 and shows here. Blind to objects that turn away or
-    leave, and to whatever the flow does not find over so long a way: the visible share, 0..1, says
-    how much was looked at, and the error is NaN where that is 0.
+    leave, and where the flow fails over so long a distance. The visible share, 0..1, is that of the
+    pixels measured; the error is NaN where it is 0.
     Source: `warp_error`'s, of frames further apart; the long-term loss of Lai et al. 2018 (arXiv
     1808.00449) is between each frame and the first.
     """

@@ -108,8 +108,7 @@ class Measures:
         source_prompt: str = "",
         mask: Bool[Tensor, "frames height width"] | None = None,
     ) -> dict[str, float]:
-        """Every measure by its name; left out is what is not chosen, has too few frames or pixels
-        to be measured in, or is no number.
+        """Every measure by its name; undefined values (too few frames or pixels) are omitted.
 
         Args:
             edited: The edit.
@@ -156,7 +155,7 @@ class Measures:
         prompt: str,
         source_prompt: str,
     ) -> dict[str, Shaped[Tensor, "some ..."]]:
-        """What is of each frame on its own, of as many as memory holds; of CLIP the vectors."""
+        """The measures of single frames, for as many as memory holds; CLIP's as vectors."""
         squared = (new - old).square().double().mean(dim=1)
         found = {"squared": squared.mean(dim=(1, 2))}
         found |= {"ssim": ssim(new, old), "structure": structure(new, old)}
@@ -207,7 +206,7 @@ class Measures:
 
 
 def options_of(flow: OpticalFlow) -> dict[str, str | int | float]:
-    """A flow's options, as far as they are words and numbers; a scene, of exact flow, is not."""
+    """A flow's options that are strings, paths or numbers."""
     given = {name: getattr(flow, name, None) for name in signature(type(flow)).parameters}
     words = {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
     return {k: v for k, v in words.items() if isinstance(v, str | int | float)}
@@ -221,7 +220,7 @@ def described(frames: Tensor | Frames) -> str:
 def judged(
     judge: Judge, frames: Float[Tensor, "frames 3 height width"], prompt: str, source_prompt: str
 ) -> dict[str, Float[Tensor, " frames"]]:
-    """Which frames show what was to change, and what was to stay: 1, the others 0."""
+    """`judge_accuracy` by the two prompts, as 0 and 1."""
     try:
         source, target = Attributes.parse(source_prompt), Attributes.parse(prompt)
     except ValueError as error:

@@ -14,7 +14,7 @@ from tokenflow.propagation import OpticalFlow
 from tokenflow.video import Clip
 
 EDITOR = PnP(attention=0.5, features=0.3, feature_layers=5)
-"""PnP as it suits the miniature; docs/miniature.md tells why so and not as in the paper."""
+"""PnP for the miniature; docs/miniature.md explains the differences from the paper."""
 
 
 @dataclass(frozen=True)

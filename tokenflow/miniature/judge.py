@@ -1,4 +1,4 @@
-"""A small classifier that says what a picture of a scene shows."""
+"""A small classifier of pictures of scenes."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ def answers(
     """Whether each image shows what it should, for each attribute."""
     wanted = [shown] * len(images) if isinstance(shown, Attributes) else shown
     truth = torch.stack([labels(a) for a in wanted])
-    said = [judge(part) for part in images.split(32)]
+    scores = [judge(part) for part in images.split(32)]
     return {
-        name: torch.cat([logits[name] for logits in said]).argmax(dim=1) == truth[:, i]
+        name: torch.cat([logits[name] for logits in scores]).argmax(dim=1) == truth[:, i]
         for i, name in enumerate(VOCABULARY)
     }
 

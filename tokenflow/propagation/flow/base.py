@@ -23,18 +23,18 @@ class OpticalFlow(ABC):
     """
 
     measures_frames: ClassVar[bool] = True
-    """Whether it looks at the frames that it is given: it can then measure an edit's motion, too.
-    Files and scenes hold the source's motion only."""
+    """Whether it measures the motion of the frames that it is given, so of an edit's, too. Files
+    and scenes hold the source's motion only."""
 
     def prepare(self, clip: Clip) -> None:  # noqa: B027 (need not be overridden)
         """Called once for every clip, before any work.
 
         Raises:
-            InputError: There can be no flow of this clip; the message says what to do.
+            InputError: The clip has no flow by it; the message says what to do.
         """
 
     def cache_key(self) -> str:
-        """A digest of what flow depends on besides options and clip, such as files: nothing."""
+        """A digest of the files that it depends on besides options and clip; none by default."""
         return ""
 
     @abstractmethod
