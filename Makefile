@@ -3,22 +3,33 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXAMPLE := examples/tokenflow-local
 # begun first, so that no core waits for another at the end
-LONGEST := $(addprefix tests/,miniature/test_edits.py miniature/test_structure.py \
-  engine/ranks/test_group.py test_interruption.py test_docs.py)
+LONGEST := $(addprefix tests/,miniature/test_edits.py engine/test_resume.py \
+  engine/ranks/test_group.py miniature/test_structure.py)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --durations 40
 
-.PHONY: demo test docs setup
+.PHONY: demo test test-full suite checks docs setup
 .DELETE_ON_ERROR:
 
 demo: .venv/demo
 	$(BIN)/tokenflow predict --config configs/demo.yaml --output.overwrite true
 
-test: .venv/test .venv/example
+# What a style checker finds at once comes first; the rest runs side by side.
+test: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(MAKE) --jobs 2 --keep-going suite checks
+
+# The long forms of tests, minutes each, which `make test` leaves out.
+test-full: setup
+	$(PYTEST) -m full tests
+
+suite: setup
+	$(PYTEST) $(LONGEST) tests $(EXAMPLE)
+
+checks: export OMP_NUM_THREADS = 1
+checks: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations 40 \
-	  $(LONGEST) tests $(EXAMPLE)
 	$(BIN)/tokenflow plugins check LocalPnP
 	$(BIN)/tokenflow plugins check LocalField
 	$(BIN)/tokenflow predict --config $(EXAMPLE)/local.yaml --model.steps 2 --data.max_frames 9 \

@@ -33,7 +33,7 @@ from tokenflow.miniature.judge import Judge
 from tokenflow.storage.atomic import atomic
 from tokenflow.video import contact_sheet, write_image
 
-QUICK = Plan(frames=8, steps=4, reference_inversion=4, keyframe_every=4)
+QUICK = Plan(frames=4, steps=2, reference_inversion=2, keyframe_every=2)
 QUICK_ROWS = (TRUTH, FLOOR, "per-frame PnP", "TokenFlow")
 SOME = (0, 6, 12, 18, 24, 25, 31)
 """A clip of each kind of motion, in which every kind of edit is."""
@@ -57,7 +57,7 @@ def main(
         rows: Which rows.
         clips: Which clips, numbers from 0 in the suite; all when not given.
         choices: Compare settings of TokenFlow instead, on one clip of each motion if none is given.
-        quick: Two clips of 8 frames, 4 rows and 4 steps instead, to see that it works.
+        quick: Two clips of 4 frames, 4 rows and 2 steps instead, to see that it works.
         page: A Markdown page that gets the tables, between its two marks for them.
         sheet: Only write a picture to this PNG: of the suite's clips and their true edits, or, if
             clips are given, of what the rows made of these, from the folder's pictures.
