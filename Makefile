@@ -4,7 +4,7 @@ BIN := .venv/bin
 EXAMPLE := examples/tokenflow-local
 # begun first, so that no core waits for another at the end
 LONGEST := $(addprefix tests/,miniature/test_edits.py engine/test_resume.py \
-  engine/ranks/test_group.py miniature/test_structure.py)
+  engine/ranks/test_group.py training/test_control.py)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --durations 40
 
 .PHONY: demo test test-full suite checks docs setup
