@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from urllib.parse import unquote, urlsplit
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("*.md", "docs/*.md", "examples/*/*.md", "tokenflow/*/*.md")
+PAGES = ("*.md", "docs/*.md", "examples/*/*.md", "training/*.md")
 FILES = ("LICENSE", "docs/*.png", "examples/*.ipynb")
 
 

@@ -13,17 +13,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from tokenflow.engine.editing import Settings
 
 from tests.conftest import ROOT
 from tests.installing import install
 from tokenflow.cli.main import main
-from tokenflow.engine.editing import Settings
 from tokenflow.engine.lightning.data import Video
 from tokenflow.engine.lightning.module import TokenFlow
 from tokenflow.engine.lightning.run_writer import RunWriter
 
 PAGES = ["docs/write-an-editor.md", "docs/write-a-kernel.md"]
-READMES = ["README.md", "examples/tokenflow-local/README.md", "tokenflow/miniature/README.md"]
+READMES = ["README.md", "examples/tokenflow-local/README.md", "training/README.md"]
 QUICK = ["--model.steps=1", "--data.max_frames=2", "--data.resolution=64"]
 
 
@@ -117,7 +117,7 @@ def test_no_block_is_left_out() -> None:
 
 PROSE = [
     file
-    for pattern in ("*.md", "docs/*.md", "examples/*.ipynb", "examples/*/*.md", "tokenflow/*/*.md")
+    for pattern in ("*.md", "docs/*.md", "examples/*.ipynb", "examples/*/*.md", "training/*.md")
     for file in ROOT.glob(pattern)
 ]
 

@@ -18,7 +18,7 @@ SPEC.loader.exec_module(site)
 
 def test_it_builds(tmp_path: Path) -> None:
     site.build(tmp_path / "site")
-    for page in ("index.html", "docs/faq.html", "tokenflow/miniature/index.html"):
+    for page in ("index.html", "docs/faq.html", "training/index.html"):
         assert (tmp_path / "site" / page).exists()
     assert (tmp_path / "site/docs/demo.png").exists()
 

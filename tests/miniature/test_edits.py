@@ -9,7 +9,8 @@ import torch
 
 from tokenflow.diffusion import Backbone, invert
 from tokenflow.engine import Settings, edit_latents
-from tokenflow.miniature.edits import EDITOR, Verdict, judge_edit, suite
+from tokenflow.metrics import Verdict, judge_edit
+from tokenflow.miniature.edits import EDITOR, suite
 from tokenflow.miniature.judge import Judge
 from tokenflow.propagation import NNField
 

@@ -10,18 +10,18 @@ from tokenflow.editors import ControlNet, Editor, SDEdit
 from tokenflow.engine import Settings, edit_clip
 from tokenflow.miniature.judge import Judge, answers
 from tokenflow.miniature.scenes import random_scene
-from tokenflow.miniature.stills import without_shape
-from tokenflow.miniature.structure import (
+from tokenflow.propagation import NNField
+from tokenflow.video import Clip
+from training.control import (
     LOOKS,
     OVERLAP_BAR,
     SHAPE_BAR,
-    Structure,
-    judge_structure,
+    ControlAccuracy,
+    judge_control,
     object_mask,
     overlap,
 )
-from tokenflow.propagation import NNField
-from tokenflow.video import Clip
+from training.stills import without_shape
 
 
 @pytest.mark.parametrize("look", LOOKS, ids=lambda look: f"{look['color']} on {look['background']}")
@@ -43,10 +43,10 @@ def test_a_pixel_is_the_objects_whose_colour_is_nearer() -> None:
 
 def test_edges_alone_give_shape_and_place() -> None:
     backbone, judge = Backbone.load("miniature", device="cpu"), Judge.load()
-    controlled = judge_structure(backbone, ControlNet(), judge, each=8, steps=15)
+    controlled = judge_control(backbone, ControlNet(), judge, each=8, steps=15)
     assert controlled.shape >= SHAPE_BAR, controlled
     assert controlled.overlap >= OVERLAP_BAR, controlled
-    free = judge_structure(backbone, SDEdit(), judge, each=8, steps=15)
+    free = judge_control(backbone, SDEdit(), judge, each=8, steps=15)
     assert free.shape < SHAPE_BAR, free
     assert free.overlap < OVERLAP_BAR, free
 
@@ -57,7 +57,7 @@ def test_edges_alone_give_shape_and_place_in_a_moving_scene() -> None:
     scene = random_scene(4_700_000, frames=4)
     wanted = scene.with_attributes(**LOOKS[0])
 
-    def found(editor: Editor) -> Structure:
+    def found(editor: Editor) -> ControlAccuracy:
         result = edit_clip(
             backbone,
             Clip.from_frames(scene.render()),
@@ -68,7 +68,7 @@ def test_edges_alone_give_shape_and_place_in_a_moving_scene() -> None:
         )
         right = answers(judge, result.clip.frames, wanted.attributes)["shape"]
         overlaps = [overlap(frame, wanted, i) for i, frame in enumerate(result.clip.frames)]
-        return Structure(float(right.float().mean()), sum(overlaps) / len(overlaps))
+        return ControlAccuracy(float(right.float().mean()), sum(overlaps) / len(overlaps))
 
     controlled = found(ControlNet(strength=1.0, noise="shared"))
     assert controlled.shape >= SHAPE_BAR, controlled

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,25 @@ GROUP, DEFAULT = "tokenflow.backbones", "StableDiffusionPipeline"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 Role = Literal["structure", "queries", "keys", "values"]
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Options of an edit that depend on the model, where the user gives none.
+
+    The values here are the paper's, for Stable Diffusion 1 and 2.
+
+    Attributes:
+        guidance: Scale of classifier-free guidance.
+        attention: PnP's injection threshold of self-attention, a share of the steps.
+        features: PnP's injection threshold of features, a share of the steps.
+        feature_layers: How many decoder layers take PnP's features.
+    """
+
+    guidance: float = 7.5
+    attention: float = 0.5
+    features: float = 0.8
+    feature_layers: int = 1
 
 
 class Backbone(ABC):
@@ -91,6 +111,11 @@ class Backbone(ABC):
         """Pixels of a frame along the side of one latent pixel."""
 
     @property
+    def size(self) -> int:
+        """Height and width, in latent pixels, of the images that the model was trained for."""
+        raise NotImplementedError(f"{type(self).__name__} names no image size")
+
+    @property
     @abstractmethod
     def multiple(self) -> int:
         """What frames' height and width must be multiples of, in pixels."""
@@ -150,9 +175,10 @@ class Backbone(ABC):
         projections of the self-attentions from there upwards.
         """
 
-    def defaults(self) -> Mapping[str, Any]:
-        """Options of an edit that suit this model better than the paper's, by name; none."""
-        return {}
+    @property
+    def defaults(self) -> Defaults:
+        """The options of an edit that suit this model; the paper's by default."""
+        return Defaults()
 
 
 def family(model: str) -> type[Backbone]:

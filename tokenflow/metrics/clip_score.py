@@ -13,7 +13,6 @@ from tokenflow.diffusion.loading import (
     load_pretrained,
     require_safetensors,
 )
-from tokenflow.metrics.average import Average
 from tokenflow.storage.paths import local
 from tokenflow.video import levels
 
@@ -87,17 +86,3 @@ def frame_consistency(images: Float[Tensor, "frames dim"]) -> Float[Tensor, " pa
     Source: Esser et al. 2023 (arXiv 2302.03011), section 4.
     """
     return (images[1:] * images[:-1]).sum(dim=1)
-
-
-class TextAlignment(Average):
-    """Mean over frames of `text_alignment`."""
-
-    def update(self, images: Float[Tensor, "frames dim"], text: Float[Tensor, " dim"]) -> None:
-        self.add(text_alignment(images, text))
-
-
-class FrameConsistency(Average):
-    """Mean over pairs of neighbouring frames of `frame_consistency`."""
-
-    def update(self, images: Float[Tensor, "frames dim"]) -> None:
-        self.add(frame_consistency(images))

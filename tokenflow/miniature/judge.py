@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_model
 from torch import Tensor, nn
 
+from tokenflow.miniature import WEIGHTS
 from tokenflow.miniature.scenes import VOCABULARY, Attributes
 
 
@@ -39,7 +39,7 @@ class Judge(nn.Module):
     def load(cls) -> Judge:
         """The trained judge that the package carries, in float32."""
         judge = cls()
-        load_model(judge.half(), str(Path(__file__).parent / "weights" / "judge.safetensors"))
+        load_model(judge.half(), str(WEIGHTS / "judge.safetensors"))
         return judge.float().eval()
 
     def forward(self, images: Float[Tensor, "n 3 h w"]) -> dict[str, Float[Tensor, "n _"]]:
