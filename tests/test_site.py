@@ -49,9 +49,11 @@ def test_the_reference_has_what_packages_export(built: Path) -> None:
 def test_search_works_from_a_folder(built: Path, browser: Chrome) -> None:
     browser.get((built / "docs/faq.html").as_uri())
     browser.find_element(By.CSS_SELECTOR, ".md-search__button").click()
+    dialog, wait = "document.activeElement.shadowRoot", WebDriverWait(browser, 30)
+    wait.until(lambda browser: browser.execute_script(f"return {dialog} !== null"))
     browser.switch_to.active_element.send_keys("miniature")
-    found = "return document.querySelectorAll('.md-search a[href*=\"miniature\"]').length"
-    WebDriverWait(browser, 30).until(lambda browser: browser.execute_script(found) > 0)
+    found = f"return {dialog}.querySelectorAll('a[href*=miniature]').length"
+    wait.until(lambda browser: browser.execute_script(found) > 0)
 
 
 def test_no_word_of_a_table_breaks_on_a_phone(built: Path, browser: Chrome) -> None:
