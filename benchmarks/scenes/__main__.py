@@ -126,7 +126,7 @@ def measure(
 
 
 def write_up(records: list[Record], rows: tuple[str, ...], plan: Plan, console: Console) -> str:
-    """Prints the tables; returns them as Markdown, with where they come from."""
+    """Prints the tables; returns them as Markdown, with their provenance, the long ones folded."""
     seeds = sorted({r["case"]["seed"] for r in records})
     if not seeds:
         return "No clip has all rows yet."
@@ -139,7 +139,9 @@ def write_up(records: list[Record], rows: tuple[str, ...], plan: Plan, console: 
     )
     found = tables(records, rows)
     console.print(about, *(table.rich() for table in found))
-    return "\n\n".join([about, *(table.markdown() for table in found)])
+    every, *parts = (table.markdown() for table in found)
+    fold = "<details markdown>\n<summary>By motion and by edit</summary>"
+    return "\n\n".join([every, about, fold, *parts, "</details>"])
 
 
 def write(file: Path, text: str) -> None:
