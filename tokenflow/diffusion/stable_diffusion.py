@@ -272,8 +272,8 @@ def check_unet(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLI
     further = [f"{name} {value!r}" for name in FURTHER if (value := unet.config.get(name))]
     if further:
         raise ModelError(
-            f"the UNet needs more inputs than latents and a prompt ({', '.join(further)}), as those of "
-            f"SDXL, unCLIP and consistency models do; expected a Stable Diffusion 1.x or 2.x"
+            f"the UNet needs more inputs than latents and a prompt ({', '.join(further)}), as "
+            f"those of SDXL, unCLIP and consistency models do; expected a Stable Diffusion 1.x or 2.x"
         )
     blocks = (block for name, block in unet.named_modules() if name.endswith(".attn1"))
     if any(block.is_cross_attention for block in blocks):

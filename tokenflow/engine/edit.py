@@ -39,10 +39,10 @@ from tokenflow.video import Clip, FrameBuffer, Frames
 
 @dataclass(frozen=True)
 class Result:
-    """An edited clip and its latents, seconds for each stage, and the inversion's quality if measured.
+    """An edited clip, its latents, and the seconds of each stage.
 
-    `round_trip_psnr` is the VAE's alone, `reconstruction_psnr` that of inverting and sampling
-    back, both in dB against the source frames. The `checkpoint` of the sampling is to be removed
+    If `Settings.report_reconstruction` is on, `round_trip_psnr` is the VAE's alone and
+    `reconstruction_psnr` that of inverting and sampling back, both in dB against the source frames. The `checkpoint` of the sampling is to be removed
     when the result has been written.
     """
 

@@ -157,7 +157,7 @@ class Cache:
         return found
 
     def files(self, left: bool = False) -> list[File]:
-        """The files of all entries, least recently used first, or those `left` by writers; unopened."""
+        """The entries' files, least recently used first, or those `left` by writers; unopened."""
         found, form = [], LEFT if left else OWN
         for part in listed(self.folder):
             # what a link leads to is another's
