@@ -273,7 +273,7 @@ def check_unet(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLI
     if further:
         raise ModelError(
             f"the UNet needs more inputs than latents and a prompt ({', '.join(further)}), as "
-            f"those of SDXL, unCLIP and consistency models do; expected a Stable Diffusion 1.x or 2.x"
+            f"those of SDXL, unCLIP and consistency models do; expected Stable Diffusion 1.x or 2.x"
         )
     blocks = (block for name, block in unet.named_modules() if name.endswith(".attn1"))
     if any(block.is_cross_attention for block in blocks):

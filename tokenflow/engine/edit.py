@@ -42,8 +42,8 @@ class Result:
     """An edited clip, its latents, and the seconds of each stage.
 
     If `Settings.report_reconstruction` is on, `round_trip_psnr` is the VAE's alone and
-    `reconstruction_psnr` that of inverting and sampling back, both in dB against the source frames. The `checkpoint` of the sampling is to be removed
-    when the result has been written.
+    `reconstruction_psnr` that of inverting and sampling back, both in dB against the source frames.
+    The `checkpoint` of the sampling is to be removed when the result has been written.
     """
 
     source: Clip
