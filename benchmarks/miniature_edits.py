@@ -122,8 +122,7 @@ def main(
             )
             begin = perf_counter()
             edited = edit_latents(
-                backbone, trajectory, schedule, editor, kernel, str(edit.target),
-                inversion_prompt=str(edit.scene.attributes), settings=settings, flow=flow,
+                backbone, trajectory, schedule, edit.prompts, editor, kernel, settings, flow=flow,
             )  # fmt: skip
             seconds = (perf_counter() - begin) / frames
             shown.append(decoded(backbone, edited))

@@ -125,8 +125,8 @@ def main(
             row.editor.prepare(backbone, edit.clip)
             provider = row.kernel.flow
             edited = edit_latents(
-                backbone, trajectory, schedule, row.editor, row.kernel, target,
-                inversion_prompt=source, settings=replace(row.settings, steps=steps),
+                backbone, trajectory, schedule, edit.prompts, row.editor, row.kernel,
+                replace(row.settings, steps=steps),
                 flow=provider and ClipFlow(edit.clip, provider, backbone.latent_scale),
             )  # fmt: skip
             shown.append((row.label, backbone.decode(edited).cpu()))

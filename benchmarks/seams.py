@@ -23,11 +23,10 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tokenflow.diffusion import Backbone
-from tokenflow.engine import Settings, edit_clip
-from tokenflow.engine.denoising import Denoiser
+from tokenflow.diffusion import Backbone, StableDiffusion
+from tokenflow.engine import Sampling, Settings, edit_clip
 from tokenflow.engine.keyframes import draw_keyframes
-from tokenflow.engine.resume import Recall
+from tokenflow.engine.resume import ResumeStore
 from tokenflow.miniature.edits import EDITOR, SceneEdit, suite
 from tokenflow.miniature.scenes import LayerPath, Scene
 from tokenflow.propagation import NNField, warp
@@ -91,12 +90,12 @@ def main(
         settings = Settings(**common, **way(row))
         wanted = Wanted(edit.clip.name, settings, measured(frames))
         if not file.exists():
-            recall = Recall(Cache(folder / "cache"), "EDITOR", name, save_every=1)
-            unmoved = patch("tokenflow.engine.spans.shift", lambda span, step: 0)
+            store = ResumeStore(Cache(folder / "cache"), "EDITOR", name, save_every=1)
+            unmoved = patch("tokenflow.engine.keyframes.shift", lambda span, step: 0)
             with unmoved if still else nullcontext(), wanted.alone():
                 result = edit_clip(
-                    backbone, edit.clip, str(edit.target), EDITOR, NNField(), settings=settings,
-                    inversion_prompt=str(edit.scene.attributes), recall=recall, progress=wanted,
+                    backbone, edit.clip, edit.prompts, EDITOR, NNField(), settings,
+                    store=store, on_step=wanted,
                 )  # fmt: skip
             chosen = decoded(backbone, result.latents[wanted.measured])
             save_file({"frames": (255 * chosen).round().byte()}, file)
@@ -151,16 +150,18 @@ class Wanted:
     def alone(self) -> Any:
         """A block in which the others are left out, and nothing is decoded."""
 
-        def parts(denoiser: Denoiser, frames: range) -> list[range]:
-            s, windows = self.settings, denoiser.share.windows
+        def parts(sampling: Sampling, frames: range) -> list[range]:
+            s, windows = self.settings, sampling.shard.windows
             later = range(self.done + 1, s.steps)
             drawn = [draw_keyframes(windows, s.keyframes, s.seed, self.name, i) for i in later]
             wanted = {*self.measured, *itertools.chain(*drawn)}
             return [range(frame, frame + 1) for frame in frames if frame in wanted]
 
-        blank = patch.object(Backbone, "decode", lambda _, codes: torch.zeros(len(codes), 3, 1, 1))
+        blank = patch.object(
+            StableDiffusion, "decode", lambda _, codes: torch.zeros(len(codes), 3, 1, 1)
+        )
         stack = ExitStack()
-        for change in (patch.object(Denoiser, "parts", parts), blank):
+        for change in (patch.object(Sampling, "parts", parts), blank):
             stack.enter_context(change)
         return stack
 

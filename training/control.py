@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokenflow.diffusion import Backbone
 from tokenflow.diffusion.text_to_image import text_to_image
-from tokenflow.editors import Editor, Pass
+from tokenflow.editors import Batch, Editor
 from tokenflow.miniature.judge import Judge, answers
 from tokenflow.miniature.scenes import Scene, random_scene
 from tokenflow.video import Clip
@@ -67,14 +67,15 @@ def judge_control(
 def control(
     backbone: Backbone, editor: Editor, clip: Clip, prompt: str, steps: int
 ) -> Callable[[Tensor, int], dict[str, Any]]:
-    """What an editor that is prepared for a clip gives the UNet, one image for each frame."""
+    """What an editor that is prepared for a clip gives the network, one image for each frame."""
     editor.prepare(backbone, clip)
-    schedule, embeddings = backbone.schedule(steps), backbone.embed(["", prompt])
+    schedule, frames = backbone.schedule(steps), tuple(clip.positions)
+    conditioning = backbone.embed(["", prompt]).per_frame(len(frames))
 
-    def inputs(latents: Tensor, t: int) -> dict[str, Any]:
-        both = latents.unflatten(0, (2, -1))
-        names, frames = ("negative", "prompt"), tuple(clip.positions)
-        return editor.conditioning(Pass(names, frames, both, embeddings, t, schedule.share(t)))
+    def inputs(latents: Tensor, step: int) -> dict[str, Any]:
+        both, t = latents.unflatten(0, (2, -1)), schedule.timesteps[step]
+        names = ("negative", "prompt")
+        return editor.model_inputs(Batch(names, frames, both, conditioning, t, step, steps))
 
     return inputs
 

@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import save_model
 from torch.utils.data import DataLoader
 
-from tokenflow.diffusion import Backbone
+from tokenflow.diffusion import StableDiffusion
 from tokenflow.miniature import WEIGHTS
 from tokenflow.miniature.judge import labels
 from tokenflow.miniature.scenes import random_scene
@@ -137,7 +137,7 @@ def train_controlnet(folder: Path, steps: int, precision: str) -> None:
     """
     unet = WEIGHTS / "unet" / "diffusion_pytorch_model.safetensors"
     drawn = sha256(unet.read_bytes()).hexdigest()[:8]
-    backbone = Backbone.load(WEIGHTS, device="cpu", dtype="float32")
+    backbone = StableDiffusion.from_model(str(WEIGHTS), "cpu", torch.float32)
     shown = [random_scene(seed).attributes for seed in range(SCENES)]
     tokens, shapeless, nothing = (
         backbone.tokenizer(captions, padding="max_length", return_tensors="pt")["input_ids"]

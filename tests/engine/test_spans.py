@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 
-from tokenflow.engine.spans import seams, spans
+from tokenflow.engine.keyframes import seams, spans
 
 
 @pytest.mark.parametrize("windows", [1, 2, 7, 8, 9, 30])

@@ -88,7 +88,8 @@ def codecs() -> str:
 
 def miniature() -> str:
     """Raises where the embedded model is not in the package."""
-    from tokenflow.diffusion.backbone import EMBEDDED, check_folder
+    from tokenflow.diffusion.backbone import EMBEDDED
+    from tokenflow.diffusion.stable_diffusion import check_folder
 
     check_folder(EMBEDDED)
     size = sum(file.stat().st_size for file in EMBEDDED.rglob("*") if file.is_file())

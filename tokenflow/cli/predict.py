@@ -16,8 +16,6 @@ from typing import Any, NoReturn, get_args, get_type_hints
 import torch.distributed as dist
 import yaml
 from jsonargparse import Namespace
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -35,16 +33,16 @@ from tokenflow.cli.allowlist import (
     split_allowed,
 )
 from tokenflow.cli.configurations import configs_first
-from tokenflow.cli.main import PARENT, stop
-from tokenflow.engine.guard import guarded
+from tokenflow.cli.main import stop
+from tokenflow.engine.checked import blamed
 from tokenflow.engine.lightning.data import Video
 from tokenflow.engine.lightning.loggers import Logged
 from tokenflow.engine.lightning.metrics import Measuring
 from tokenflow.engine.lightning.module import TokenFlow
 from tokenflow.engine.lightning.progress import StageProgress
 from tokenflow.engine.lightning.run_writer import RunWriter, writer_of
+from tokenflow.engine.lightning.stopping import Stopping
 from tokenflow.engine.ranks.group import FrameGroup
-from tokenflow.engine.ranks.preemption import StopSignals, end_with_parent
 from tokenflow.engine.settings import Settings
 from tokenflow.errors import InputError, Interrupted, Preempted
 from tokenflow.memory import told_if_short
@@ -225,8 +223,8 @@ class PredictCLI(LightningCLI):
             f"{origin(type(plugin))}\n{yaml.safe_dump(options[option])}"
             for option, plugin in (("editor", self.model.editor), ("propagation", kernel))
         )
-        content = guarded(kernel, kernel.content)()
-        self.model.described = editor, f"{propagation}{content}"
+        with blamed(kernel, "cache_key"):
+            self.model.plugin_keys = editor, f"{propagation}{kernel.cache_key()}"
 
 
 def require_values(given: Namespace, kind: type, group: str) -> None:
@@ -241,8 +239,6 @@ def require_values(given: Namespace, kind: type, group: str) -> None:
 
 def run(words: list[str], callbacks: Sequence[Callback] = ()) -> None:
     """Parses the words after `tokenflow predict` and edits; further callbacks may look on."""
-    if LightningEnvironment().local_rank() > 0 and not TorchElasticEnvironment.detect():
-        end_with_parent(PARENT)  # which may be killed before it has met this process
     words, allowed = split_allowed(words)
     words = configs_first(words)
     restrict(allowed)
@@ -273,9 +269,7 @@ def run(words: list[str], callbacks: Sequence[Callback] = ()) -> None:
                 seed_everything_default=False,
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
-                trainer_defaults={
-                    "callbacks": [StageProgress(), StopSignals(), Logged(), *callbacks]
-                },
+                trainer_defaults={"callbacks": [StageProgress(), Stopping(), Logged(), *callbacks]},
             )
     except Preempted as stopped:
         if dist.is_initialized():

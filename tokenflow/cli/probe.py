@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 
 from tokenflow.cli.predict import run as predict
+from tokenflow.engine.lightning.callback import EditCallback
 from tokenflow.engine.lightning.job import Job
 from tokenflow.engine.lightning.module import TokenFlow
-from tokenflow.engine.probe import Observer
+from tokenflow.engine.probe import Probe
+from tokenflow.engine.settings import Settings
 from tokenflow.errors import InputError
+from tokenflow.propagation import Correspondence, Window
 from tokenflow.runs.files import RECORD
 from tokenflow.runs.observed import Observed
 from tokenflow.runs.record import Run
 
 ALONE = [
     "--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto",
-    "--model.ranks_per_clip=null", "--trainer.logger=false", "--metrics.measure=false",
+    "--model.ranks_per_clip=null", "--model.save_every=null", "--trainer.logger=false",
+    "--metrics.measure=false",
 ]  # fmt: skip
 
 
@@ -27,26 +32,23 @@ class Enough(BaseException):
     """Ends a sampling that has shown what it should; no failure of a clip."""
 
 
-class Probe(Callback):
-    """Lets one clip's sampling be watched, and ends it after the step that was asked for.
+class Probing(EditCallback):
+    """Probes one clip's sampling, and ends it after the step that was asked for.
 
     Args:
         run: Whose clip.
-        observer: Who watches.
+        asked: The site, step and frame of the probe.
     """
 
-    def __init__(self, run: Run, observer: Observer) -> None:
-        self.run, self.observer = run, observer
+    def __init__(self, run: Run, asked: Sequence[Any]) -> None:
+        self.run, self.asked = run, asked
+        self.probe: Probe | None = None
 
-    def on_predict_batch_start(  # type: ignore[override]
-        self, trainer: Trainer, module: TokenFlow, job: Job, *_: Any
-    ) -> None:
-        asked = job.where is None or (
-            job.name == self.run.name and job.source.record == self.run.came.get("source")
-        )
-        module.admit = lambda job: None if asked else "not asked for"
-        if not asked:
-            return
+    def admit(self, trainer: Trainer, module: TokenFlow, job: Job) -> str | None:  # type: ignore[override]
+        if job.where is not None and (
+            job.name != self.run.name or job.source.record != self.run.came.get("source")
+        ):
+            return "not asked for"
         job.where = None  # an error ends the command, and is no note in the run's folder
         settings = module.options(job)[1]
         if settings.consistency != "tokenflow":
@@ -54,39 +56,54 @@ class Probe(Callback):
                 f"{self.run.folder} has no correspondences: its consistency is "
                 f"{settings.consistency!r}, expected 'tokenflow'"
             )
+        self.made(module, range(0), settings)  # refuses a wrong step or site at once
+        return None
+
+    def made(self, module: TokenFlow, frames: range, settings: Settings) -> Probe:
+        """A probe of a clip's frames."""
         assert module.backbone is not None, "setup comes before a clip"
-        # refuses a wrong step or site before the clip is inverted
-        self.observer.during(0, settings.steps, range(0), module.backbone.unet)
-        module.observer = lambda: self.observer
-        module.described = (None, None)  # inversions are recalled, samplings are not
-        before = module.progress
+        return Probe(module.backbone.sites(), frames, settings.steps, *self.asked)
 
-        def progress(stage: str, done: int, steps: int) -> None:
-            before(stage, done, steps)
-            if self.observer.seen is not None:
-                raise Enough
+    def on_edit_start(  # type: ignore[override]
+        self, trainer: Trainer, module: TokenFlow, job: Job, frames: range
+    ) -> None:
+        self.probe = self.made(module, frames, module.options(job)[1])
 
-        module.progress = progress
+    def on_correspondence(self, source: Tensor, window: Window, found: Correspondence) -> None:
+        if self.probe is not None:
+            self.probe(source, window, found)
+
+    def on_edit_step(self, *_: Any) -> None:
+        if self.probe is not None and self.probe.seen is not None:
+            raise Enough
 
 
-def observe(run: Run, observer: Observer, words: list[str] | None = None) -> Observed:
+def observe(
+    run: Run,
+    site: str | None = None,
+    step: int | None = None,
+    frame: int | None = None,
+    words: list[str] | None = None,
+) -> Observed:
     """What a site of a run's model sees at a step; its clip is inverted and sampled for it.
 
     Args:
         run: A run whose consistency is "tokenflow".
-        observer: Of which site and step.
+        site: As of `Probe`.
+        step: As of `Probe`.
+        frame: As of `Probe`.
         words: Further options, as of `tokenflow predict`.
 
     Raises:
         InputError: The run cannot be repeated, or has no such site or step.
     """
-    probe = Probe(run, observer)
+    probing = Probing(run, (site, step, frame))
     options = ["--config", str(run.folder / RECORD), *ALONE, *(words or [])]
     with suppress(Enough):
-        predict(options, [probe])
-    if observer.seen is None:
+        predict(options, [probing])
+    if probing.probe is None or probing.probe.seen is None:
         raise InputError(
             f"{run.folder / RECORD} lists no clip {run.name!r} any more, or other frames; expected "
             f"the folder to have its clip's name, and the manifest to be as it was"
         )
-    return observer.seen
+    return probing.probe.seen

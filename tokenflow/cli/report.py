@@ -110,13 +110,12 @@ def several(folders: Sequence[str], output: Path) -> None:
 def observed(run: Run, options: Namespace, allowed: list[str]) -> Features:
     """The pictures of the run's features that the options ask for."""
     from tokenflow.cli.probe import observe
-    from tokenflow.engine.probe import Observer
 
     source, frame = run.source().frames, options.frame
     if frame is not None and not 0 <= frame < len(source):
         raise InputError(f"expected a frame from 0 to {len(source) - 1}, got {frame}")
     words = [word for name in allowed for word in (OPTION, name)]
-    return draw(observe(run, Observer(options.site, options.step, frame), words), source, frame)
+    return draw(observe(run, options.site, options.step, frame, words), source, frame)
 
 
 def check_output(output: str | None) -> Path | None:

@@ -1,19 +1,27 @@
-"""The frozen model and its mathematics."""
+"""The frozen models and their mathematics."""
 
 from tokenflow.diffusion.backbone import Backbone
+from tokenflow.diffusion.conditioning import Conditioning
 from tokenflow.diffusion.controlnet import load_controlnet
-from tokenflow.diffusion.inversion import invert, reconstruct, source_noise
+from tokenflow.diffusion.inversion import invert, reconstruct, source_prediction
 from tokenflow.diffusion.loading import ModelError
-from tokenflow.diffusion.sampling import Schedule
-from tokenflow.diffusion.trajectory import Trajectory
+from tokenflow.diffusion.schedule import Schedule, guide
+from tokenflow.diffusion.sites import Site
+from tokenflow.diffusion.stable_diffusion import StableDiffusion
+from tokenflow.diffusion.trajectory import Source, Trajectory
 
 __all__ = [
     "Backbone",
+    "Conditioning",
     "ModelError",
     "Schedule",
+    "Site",
+    "Source",
+    "StableDiffusion",
     "Trajectory",
+    "guide",
     "invert",
     "load_controlnet",
     "reconstruct",
-    "source_noise",
+    "source_prediction",
 ]

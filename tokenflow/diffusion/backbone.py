@@ -1,97 +1,65 @@
-"""The frozen model on one device: loads its parts, and calls them."""
+"""The contract of a frozen model family: its networks, its latents, its layers' names."""
 
 from __future__ import annotations
 
-import json
-import math
-import warnings
-from collections.abc import Sequence
-from functools import cached_property
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from jaxtyping import Float
-from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from torch import Tensor, nn
 
-from tokenflow.diffusion.loading import (
-    ModelError,
-    folder_or_id,
-    load_network,
-    load_pretrained,
-    require_safetensors,
-)
-from tokenflow.diffusion.sampling import Schedule
-from tokenflow.diffusion.scheduler import check_noise, read_scheduler
-from tokenflow.memory import told_if_short
-from tokenflow.storage import digests
+from tokenflow.diffusion.conditioning import Conditioning
+from tokenflow.diffusion.loading import ModelError, folder_or_id, load_pretrained
+from tokenflow.diffusion.schedule import Schedule
+from tokenflow.diffusion.sites import Site
 
-COMPONENTS = {
-    "unet": UNet2DConditionModel,
-    "vae": AutoencoderKL,
-    "text_encoder": CLIPTextModel,
-    "tokenizer": CLIPTokenizer,
-    "scheduler": DDIMScheduler,
-}
-NETWORKS = ("unet", "vae", "text_encoder")
 EMBEDDED = Path(__file__).parents[1] / "miniature" / "weights"
-# what makes a UNet ask for further inputs
-FURTHER = (
-    "addition_embed_type",
-    "class_embed_type",
-    "num_class_embeds",
-    "encoder_hid_dim",
-    "encoder_hid_dim_type",
-    "time_cond_proj_dim",
-)
-VOCABULARIES = ({"tokenizer.json"}, {"vocab.json", "merges.txt"})
 INDEX = "model_index.json"
+GROUP, DEFAULT = "tokenflow.backbones", "StableDiffusionPipeline"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
+Role = Literal["structure", "queries", "keys", "values"]
 
-class Backbone:
-    """UNet, VAE, text encoder, tokenizer and scheduler configuration, on one device.
 
-    Latents go in and come out in float32 whatever the networks' dtype, so that a sampler's sums
-    do not lose bits.
+@dataclass(frozen=True)
+class Defaults:
+    """Options of an edit that depend on the model, where the user gives none.
+
+    The values here are the paper's, for Stable Diffusion 1 and 2.
+
+    Attributes:
+        guidance: Scale of classifier-free guidance.
+        attention: PnP's injection threshold of self-attention, a share of the steps.
+        features: PnP's injection threshold of features, a share of the steps.
+        feature_layers: How many decoder layers take PnP's features.
     """
 
-    def __init__(
-        self,
-        unet: UNet2DConditionModel,
-        vae: AutoencoderKL,
-        text_encoder: CLIPTextModel,
-        tokenizer: CLIPTokenizer,
-        scheduler: DDIMScheduler,
-    ) -> None:
-        prediction = scheduler.config.prediction_type
-        if prediction not in ("epsilon", "v_prediction"):
-            raise ModelError(
-                f"the scheduler predicts {prediction!r}, expected 'epsilon' or 'v_prediction'"
-            )
-        check_unet(unet, vae, text_encoder)
-        scale = vae.config.scaling_factor
-        if not isinstance(scale, int | float) or not 0 < scale < math.inf:
-            raise ModelError(
-                f"the VAE's scaling_factor is {scale!r}, expected a number above 0; mend it in "
-                f"vae/config.json (Stable Diffusion 1.x and 2.x have 0.18215)"
-            )
-        check_noise(scheduler)
-        if 2 * len(tokenizer) < (words := text_encoder.config.vocab_size):
-            raise ModelError(
-                f"the tokenizer knows {len(tokenizer)} tokens and the text encoder {words}: "
-                f"prompts would be ignored; give the model its own, whole tokenizer"
-            )
-        self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
-        self.tokenizer, self.scheduler = tokenizer, scheduler
-        for network in (unet, vae, text_encoder):
-            network.requires_grad_(False).eval()
+    guidance: float = 7.5
+    attention: float = 0.5
+    features: float = 0.8
+    feature_layers: int = 1
+
+
+class Backbone(ABC):
+    """A frozen text-to-image model on one device.
+
+    Subclasses are found by the pipeline that a model's `model_index.json` names in `_class_name`,
+    through the entry point group `tokenflow.backbones`. Latents go in and come out in float32
+    whatever the networks' dtype, so that a sampler's sums do not lose bits.
+    """
+
+    network: nn.Module
+    """The denoising network: layers' names are those of its modules."""
 
     @classmethod
     def load(cls, model: str | Path, device: str = "auto", dtype: str = "auto") -> Backbone:
-        """Loads a Stable Diffusion 1.x or 2.x model, component by component.
+        """Loads a model of whichever family it belongs to.
 
         Args:
             model: A folder in diffusers' layout, the id of a hub model ("owner/name"), or
@@ -101,180 +69,141 @@ class Backbone:
                 float32 on the CPU.
 
         Raises:
-            ModelError: A component is missing, has no safetensors, or cannot be fetched.
+            ModelError: The model's family is not known; a component is missing, has no
+                safetensors, or cannot be fetched.
             InputError: There is not enough memory.
         """
         if dtype not in ("auto", *DTYPES):
             raise ModelError(f"dtype must be one of {('auto', *DTYPES)}, got {dtype!r}")
-        if model == "miniature":
-            model = EMBEDDED
-        model = folder_or_id(str(model), INDEX)
-        if Path(model).is_dir():
-            check_folder(Path(model))
+        found = folder_or_id(str(EMBEDDED if model == "miniature" else model), INDEX)
         where = device if device != "auto" else default_device()
         auto = torch.float32 if torch.device(where).type == "cpu" else torch.float16
-        remedy = "take a smaller model, dtype float16 or bfloat16, or a device with more"
-        with told_if_short(f"on {where} for the model {model}", remedy):
-            parts: dict[str, Any] = {
-                name: load_component(str(model), name, auto if dtype == "auto" else DTYPES[dtype])
-                for name in COMPONENTS
-            }
-            for name in NETWORKS:
-                parts[name] = parts[name].to(where)
-        return cls(**parts)
+        return family(found).from_model(found, where, auto if dtype == "auto" else DTYPES[dtype])
+
+    @classmethod
+    @abstractmethod
+    def from_model(cls, model: str, device: str, dtype: torch.dtype) -> Backbone:
+        """Loads a model of this family from a folder or a hub id."""
 
     @property
+    @abstractmethod
     def device(self) -> torch.device:
-        return self.unet.device
+        """Where the network is."""
 
     @property
+    @abstractmethod
     def dtype(self) -> torch.dtype:
-        return self.unet.dtype
+        """In what the network computes."""
 
-    @cached_property
+    @property
+    @abstractmethod
     def fingerprint(self) -> str:
-        """What tells this model from another: weights, configurations, vocabulary, device.
-
-        All weights are read, once: Stable Diffusion 1.5 takes about 3 s in float32.
-        """
-        networks = [digests.of_network(part) for part in (self.unet, self.vae, self.text_encoder)]
-        tokens = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        for state in ("padding", "truncation"):  # as the last call left them
-            del tokens[state]
-        schedule = {k: v for k, v in self.scheduler.config.items() if not k.startswith("_")}
-        special = self.tokenizer.special_tokens_map
-        return digests.of_values(networks, tokens, special, schedule, self.device.type)
+        """A digest of weights, configurations and vocabulary: part of every cache key."""
 
     @property
+    @abstractmethod
+    def latent_channels(self) -> int:
+        """Channels of a latent."""
+
+    @property
+    @abstractmethod
     def latent_scale(self) -> int:
-        """How many pixels wide one latent is."""
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+        """Pixels of a frame along the side of one latent pixel."""
 
     @property
+    def size(self) -> int:
+        """Height and width, in latent pixels, of the images that the model was trained for."""
+        raise NotImplementedError(f"{type(self).__name__} names no image size")
+
+    @property
+    @abstractmethod
     def multiple(self) -> int:
-        """What frames' height and width must be multiples of: the UNet's deepest latent."""
-        return int(self.latent_scale * 2 ** (len(self.unet.config.block_out_channels) - 1))
+        """What frames' height and width must be multiples of, in pixels."""
 
+    @abstractmethod
     def schedule(self, steps: int) -> Schedule:
-        """The model's noise schedule with `steps` sampling timesteps."""
-        return Schedule.from_scheduler(self.scheduler, steps)
+        """The model's noise schedule with `steps` sampling steps.
 
-    @torch.no_grad()
-    def embed(self, prompts: Sequence[str]) -> Float[Tensor, "prompts tokens width"]:
-        """The text encoder's last hidden state; prompts are padded or cut to all its positions.
-
-        A prompt that is cut gives a warning.
+        Raises:
+            InputError: The model has fewer.
         """
-        length = self.text_encoder.config.max_position_embeddings
-        for prompt in prompts:
-            self._warn_if_cut(prompt, length)
-        tokens = self.tokenizer(
-            list(prompts),
-            padding="max_length",
-            truncation=True,
-            max_length=length,
-            return_tensors="pt",
-        )
-        return self.text_encoder(tokens["input_ids"].to(self.device))[0]
 
-    def _warn_if_cut(self, prompt: str, length: int) -> None:
-        tokens = self.tokenizer(prompt, return_offsets_mapping=True, verbose=False)
-        count = len(tokens["input_ids"])
-        if count > length:
-            begin, _ = tokens["offset_mapping"][length - 1]  # the last position is the end's
-            warnings.warn(
-                f"the text encoder takes at most {length - 2} tokens, got {count - 2}; the end is "
-                f"cut off: {prompt[begin:]!r} of {prompt!r}",
-                stacklevel=1,
-            )
+    @abstractmethod
+    def embed(self, prompts: Sequence[str]) -> Conditioning:
+        """The text encoders' output, one row per prompt."""
 
-    @torch.no_grad()
+    @abstractmethod
     def encode(self, frames: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n c h w"]:
-        """Frames in 0..1 to scaled latents, the mean of the VAE's posterior."""
-        pixels = (2 * frames.to(self.device) - 1).to(self.vae.dtype)
-        return self.vae.encode(pixels).latent_dist.mean.float() * self.vae.config.scaling_factor
+        """Frames in 0..1 to latents as the network takes them, without randomness."""
 
-    @torch.no_grad()
+    @abstractmethod
     def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 height width"]:
-        """Scaled latents to frames in 0..1."""
-        codes = (latents / self.vae.config.scaling_factor).to(self.device, self.vae.dtype)
-        return (self.vae.decode(codes).sample.float() / 2 + 0.5).clamp(0, 1)
+        """Latents to frames in 0..1."""
 
-    def epsilon(
+    @abstractmethod
+    def predict(
         self,
         latents: Float[Tensor, "n c h w"],
-        t: int,
-        embeddings: Float[Tensor, "n tokens width"],
-        schedule: Schedule,
-        **extra: Any,
+        t: float,
+        conditioning: Conditioning,
+        **inputs: Any,
     ) -> Float[Tensor, "n c h w"]:
-        """The noise that the UNet sees in `latents`; `extra` goes to the UNet as it is."""
-        output = self.unet(
-            latents.to(self.device, self.dtype), t, encoder_hidden_states=embeddings, **extra
-        ).sample
-        return schedule.epsilon(output.float(), latents.float(), t)
+        """The network's output, which `Schedule.split` reads; `inputs` go to it as they are.
+
+        `conditioning` has n rows. The result is float32, on the network's device.
+        """
+
+    @property
+    @abstractmethod
+    def further_inputs(self) -> frozenset[str]:
+        """The names of the inputs that `predict` passes on, such as a ControlNet's residuals."""
+
+    @abstractmethod
+    def sites(self) -> Mapping[str, Site]:
+        """The attention among a frame's own tokens, by layer name, in the network's order."""
+
+    def cross_attention(self) -> Mapping[str, Site]:
+        """The attention from a frame's tokens to the prompt's, where that is a layer of its own."""
+        return {}
+
+    @abstractmethod
+    def layers(self, role: Role) -> Sequence[str]:
+        """The layers whose outputs editors replace, by name.
+
+        "structure" are the residual blocks' outputs of the decoder, from the one that holds the
+        picture's layout in the fewest channels upwards; "queries", "keys" and "values" the
+        projections of the self-attentions from there upwards.
+        """
+
+    @property
+    def defaults(self) -> Defaults:
+        """The options of an edit that suit this model; the paper's by default."""
+        return Defaults()
 
 
-def check_unet(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel) -> None:
-    """Raises `ModelError` for a UNet that asks for other inputs than latents, a time and a text."""
-    if unet.config.in_channels != vae.config.latent_channels:
+def family(model: str) -> type[Backbone]:
+    """The class of the backbone that a folder or hub model needs.
+
+    What names no pipeline, or a variant of one with a UNet, is taken for Stable Diffusion.
+
+    Raises:
+        ModelError: No family is installed for what the model's index names.
+    """
+    index: dict[str, Any] = {"unet": []}
+    if not Path(model).is_dir() or (Path(model) / INDEX).exists():
+        index = load_pretrained(DiffusionPipeline.load_config, model, INDEX, INDEX)
+    known = {entry.name: entry for entry in entry_points(group=GROUP)}
+    name = index.get("_class_name")
+    entry = known.get(str(name)) or (known.get(DEFAULT) if "unet" in index else None)
+    if entry is None:
         raise ModelError(
-            f"the UNet takes {unet.config.in_channels} channels and the VAE's latents have "
-            f"{vae.config.latent_channels}; models for inpainting or upscaling do not fit"
+            f"the model {model} is a {name}, expected one of {', '.join(sorted(known))}; choose a "
+            f"model of one of these families"
         )
-    asked = [f"{name} {value!r}" for name in FURTHER if (value := unet.config.get(name))]
-    if asked:
-        raise ModelError(
-            f"the UNet asks for more than latents and a prompt ({', '.join(asked)}), as those of "
-            f"SDXL, unCLIP and consistency models do; expected a Stable Diffusion 1.x or 2.x"
-        )
-    blocks = (block for name, block in unet.named_modules() if name.endswith(".attn1"))
-    if any(block.is_cross_attention for block in blocks):
-        raise ModelError(
-            "the UNet has only cross-attention, none among a frame's tokens, in which a video's "
-            "frames could take part; expected a Stable Diffusion 1.x or 2.x"
-        )
-    taken, given = unet.config.cross_attention_dim, text_encoder.config.hidden_size
-    if {given} != set(taken if isinstance(taken, list | tuple) else [taken]):
-        raise ModelError(
-            f"the UNet takes embeddings of width {taken} and the text encoder makes {given}; "
-            f"expected parts of one Stable Diffusion 1.x or 2.x, not of several models"
-        )
+    return entry.load()
 
 
 def default_device() -> str:
     """The accelerator's name if there is one, else "cpu"."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator.type if accelerator is not None else "cpu"
-
-
-def check_folder(folder: Path) -> None:
-    """Raises `ModelError` unless all components are there, with safetensors and vocabulary."""
-    for name in COMPONENTS:
-        part = folder / name
-        if not part.is_dir():
-            raise ModelError(
-                f"the model folder {folder} has no {name}/; expected diffusers' layout with "
-                f"{', '.join(COMPONENTS)}"
-            )
-        if name in NETWORKS:
-            require_safetensors(part)
-    files = {file.name for file in (folder / "tokenizer").iterdir()}
-    if not any(files.issuperset(needed) for needed in VOCABULARIES):
-        raise ModelError(
-            f"{folder / 'tokenizer'} has no vocabulary; expected tokenizer.json, or vocab.json and "
-            f"merges.txt"
-        )
-
-
-def load_component(model: str, name: str, dtype: torch.dtype) -> Any:
-    """One component by its own class, with errors that say what to do."""
-    kind = COMPONENTS[name]
-    if name not in NETWORKS:
-        load = read_scheduler if name == "scheduler" else kind.from_pretrained
-        return load_pretrained(load, model, name, INDEX, subfolder=name)
-    # said here, or else a model's configuration may name an attention kernel's code on a hub
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa"}  # transformers'
-    if name != "text_encoder":
-        options = {"torch_dtype": dtype}  # diffusers'
-    return load_network(kind, model, name, INDEX, subfolder=name, **options)

@@ -14,6 +14,7 @@ from tokenflow.diffusion.loading import (
     load_network,
     require_safetensors,
 )
+from tokenflow.diffusion.stable_diffusion import StableDiffusion
 
 # what makes a ControlNet's inputs and residuals the UNet's
 SHARED = {
@@ -42,6 +43,10 @@ def load_controlnet(model: str | Path, backbone: Backbone) -> ControlNetModel:
         ModelError: It is missing, has no safetensors, cannot be fetched, or was made for another
             kind of model than the backbone.
     """
+    if not isinstance(backbone, StableDiffusion):
+        raise ModelError(
+            f"ControlNets are for Stable Diffusion 1.x and 2.x, got a {type(backbone).__name__}"
+        )
     if model == "miniature":
         model = EMBEDDED / "controlnet"
     model = folder_or_id(str(model), "config.json")
@@ -54,7 +59,7 @@ def load_controlnet(model: str | Path, backbone: Backbone) -> ControlNetModel:
     return network.requires_grad_(False).eval().to(backbone.device)
 
 
-def check_fit(network: ControlNetModel, backbone: Backbone, name: str) -> None:
+def check_fit(network: ControlNetModel, backbone: StableDiffusion, name: str) -> None:
     """Raises `ModelError` with all that a ControlNet and a backbone do not have in common."""
     pairs = {
         word: (found_in(backbone.unet.config, field), found_in(network.config, field))

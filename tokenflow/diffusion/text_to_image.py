@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokenflow.diffusion.backbone import Backbone
-from tokenflow.diffusion.sampling import ddim_step, guide
+from tokenflow.diffusion.schedule import guide
 
 
 @torch.inference_mode()
@@ -27,21 +27,21 @@ def text_to_image(
     Args:
         backbone: The frozen model.
         prompts: What the images show.
-        steps: DDIM steps.
+        steps: Of sampling.
         guidance: Scale of classifier-free guidance; the negative prompt is empty.
         seed: Of the initial noise.
-        inputs: Further arguments of the UNet, by its latents (those of the negative prompt first)
-            and the timestep.
+        inputs: Further inputs of the network, by its latents (those of the negative prompt first)
+            and the step.
     """
     schedule = backbone.schedule(steps)
-    embeddings = torch.cat([backbone.embed([""] * len(prompts)), backbone.embed(prompts)])
-    size = backbone.unet.config.sample_size
+    conditioning = backbone.embed([*[""] * len(prompts), *prompts])
+    size = backbone.size
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(len(prompts), 4, size, size, generator=generator).to(backbone.device)
-    for t in schedule.timesteps:
+    x = torch.randn(len(prompts), backbone.latent_channels, size, size, generator=generator)
+    x = x.to(backbone.device)
+    for i, t in enumerate(schedule.timesteps):
         both = torch.cat([x, x])
-        extra = {} if inputs is None else inputs(both, t)
-        negative, prompt = backbone.epsilon(both, t, embeddings, schedule, **extra).chunk(2)
-        epsilon = guide(negative, prompt, guidance)
-        x = ddim_step(x, epsilon, schedule.alpha(t), schedule.alpha(schedule.following(t)))
+        extra = {} if inputs is None else inputs(both, i)
+        negative, prompt = backbone.predict(both, t, conditioning, **extra).chunk(2)
+        x = schedule.step(guide(negative, prompt, guidance), x, i)
     return backbone.decode(x)

@@ -1,21 +1,23 @@
-"""Image editing methods: what becomes of the keyframes."""
+"""Image editing methods: how keyframes are edited."""
 
-from tokenflow.editors.base import Edit, Editor, Pass, Start
+from tokenflow.editors.base import Batch, Editor, Injection, Prompts, Start, Step
 from tokenflow.editors.conditions import Canny, Condition, ControlVideo
 from tokenflow.editors.controlnet import Control, ControlNet
 from tokenflow.editors.pnp import PnP
 from tokenflow.editors.sdedit import SDEdit
 
 __all__ = [
+    "Batch",
     "Canny",
     "Condition",
     "Control",
     "ControlNet",
     "ControlVideo",
-    "Edit",
     "Editor",
-    "Pass",
+    "Injection",
     "PnP",
+    "Prompts",
     "SDEdit",
     "Start",
+    "Step",
 ]

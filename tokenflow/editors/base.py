@@ -2,83 +2,172 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from abc import ABC
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from diffusers import UNet2DConditionModel
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from tokenflow.diffusion import Backbone, Schedule, Trajectory
+from tokenflow.diffusion import Backbone, Conditioning, Schedule, Source, guide
 from tokenflow.video import Clip
 
 
 @dataclass(frozen=True)
-class Edit:
-    """A change to one module's output, for a part of the schedule.
+class Prompts:
+    """What the edited video shows and does not show, and what the source shows."""
 
-    `function(edited, source)` is given the edited branches' output (branches, frames, ...) and
-    the source branch's (frames, ...), and returns the new edited output. It is on at step i of N
-    while `i < int(N * until)`.
-    """
-
-    module: nn.Module
-    function: Callable[[Tensor, Tensor], Tensor]
-    until: float = 1.0
+    prompt: str
+    negative_prompt: str = ""
+    inversion_prompt: str = ""
 
 
 @dataclass(frozen=True)
-class Start:
-    """Where sampling begins: the first latents, and the timesteps to run, noisiest first."""
-
-    latents: Float[Tensor, "frames c h w"]
-    timesteps: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One forward pass of the UNet, as an editor sees it.
+class Step:
+    """One step of sampling.
 
     Attributes:
-        branches: What the batch is stacked from: "source", "negative", "prompt", or "source" alone
-            in inversion.
-        frames: Positions in the clip.
+        index: From 0.
+        schedule: The noise levels: the step leads from level `index` to `index + 1`.
+        guidance: The scale of classifier-free guidance.
+        seed: Of everything random, together with frame and step.
+        branches: The names of `Editor.branches`.
+    """
+
+    index: int
+    schedule: Schedule
+    guidance: float
+    seed: int
+    branches: tuple[str, ...]
+
+    @property
+    def t(self) -> float:
+        """The network's timestep."""
+        return self.schedule.timesteps[self.index]
+
+    @property
+    def progress(self) -> float:
+        """How much of the schedule is behind: i / N at step i of N."""
+        return self.index / len(self.schedule)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass of the network, as an editor sees it.
+
+    Attributes:
+        branches: What the batch is stacked from, the source first; the source alone in inversion.
+        frames: Positions in the clip, the same in every branch.
         latents: Of every branch and frame.
-        embeddings: Of every branch's prompt.
-        t: The timestep.
-        share: How much of sampling's schedule lies behind, i / N at its step i of N.
+        conditioning: One row per branch and frame, in the order of the batch.
+        t: The network's timestep.
+        step: Of sampling, from 0; in inversion the one that the timestep falls into.
+        steps: Of sampling.
+        keyframes: Whether these are keyframes, denoised jointly: else the outputs of self-attention
+            are propagated from keyframes, or every frame is on its own.
     """
 
     branches: tuple[str, ...]
     frames: tuple[int, ...]
     latents: Float[Tensor, "branches frames c h w"]
-    embeddings: Float[Tensor, "branches tokens width"]
-    t: int
-    share: float
+    conditioning: Conditioning
+    t: float
+    step: int
+    steps: int
+    keyframes: bool = False
+
+    @property
+    def inversion(self) -> bool:
+        """Whether the source is alone."""
+        return len(self.branches) == 1
+
+    @property
+    def progress(self) -> float:
+        """How much of the schedule is behind: i / N at step i of N."""
+        return self.step / self.steps
 
 
-class Editor(ABC):
+@dataclass(frozen=True)
+class Injection:
+    """A change to one layer's output, for a part of the schedule.
+
+    `function(edited, source, batch)` is given the layer's output in the edited branches (branches,
+    frames, ...) and in the source branch (frames, ...), and returns the new edited output. It is
+    on at step i of N while int(N · begin) <= i < int(N · end).
+
+    In a propagated pass the output of self-attention is taken from keyframes, so that injections
+    into its projections have no effect there; `batch.keyframes` tells the passes apart.
+    """
+
+    layer: str
+    function: Callable[[Tensor, Tensor, Batch], Tensor]
+    begin: float = 0.0
+    end: float = 1.0
+
+    def active(self, step: int, steps: int) -> bool:
+        """Whether it is on at a step."""
+        return int(steps * self.begin) <= step < int(steps * self.end)
+
+
+Processor = Callable[..., Tensor]
+"""Cross-attention of one site: `(batch, site, hidden_states, encoder_hidden_states, ...)` to the
+layer's output (branches × frames, tokens, channels)."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where sampling begins: the latents at the level of the first step that runs."""
+
+    latents: Float[Tensor, "frames c h w"]
+    step: int = 0
+
+
+class Editor(ABC):  # noqa: B024 (every method has a default)
     """An image editing method, applied to keyframes jointly and to windows by propagation.
 
     Subclasses are found by their name through the entry point group `tokenflow.editors`; their
-    constructor's typed arguments are their options.
+    constructor's typed arguments are their options. Every frame must be treated on its own: which
+    frames share a call depends on the batch and on the ranks. What is random is drawn from the
+    seed, the frame's position in the clip, and the step.
     """
 
-    interface: ClassVar[int] = 1
+    interface: ClassVar[int] = 2
     """The version of this interface that a plugin was written for."""
+
+    inverts: ClassVar[bool] = True
+    """Whether the source is inverted; without, `source.at` has the clean latents alone."""
 
     @property
     def conditions_source(self) -> bool:
-        """Whether `conditioning` may have something for the source alone, and so in inversion.
+        """Whether `conditioning` or `model_inputs` change the source's pass, and so inversion.
 
-        Inversions are then kept apart by the editor's options and `content`.
+        The cache then keeps inversions apart by the editor's options and `cache_key`.
         """
-        return type(self).conditioning is not Editor.conditioning
+        return overrides(self, "conditioning", "model_inputs")
 
-    def prepare(self, backbone: Backbone, clip: Clip) -> None:  # noqa: B027 (need not be overridden)
-        """Called once for every clip, before any work: load and check what the edit needs.
+    @property
+    def sees_other_frames(self) -> bool:
+        """Whether `conditioning` or `model_inputs` are asked about frames of other ranks.
+
+        With windowed keyframe attention, a rank denoises keyframes of its neighbours as well.
+        `prepare` is then given the whole clip on every rank.
+        """
+        return overrides(self, "conditioning", "model_inputs")
+
+    def branches(self, prompts: Prompts) -> Mapping[str, str]:
+        """The branches of the network's batch and the prompt of each; the first is the source.
+
+        An editor with several prompts has a branch for each, and its own `inputs` and `advance`.
+        """
+        return {
+            "source": prompts.inversion_prompt,
+            "negative": prompts.negative_prompt,
+            "prompt": prompts.prompt,
+        }
+
+    def prepare(self, model: Backbone, clip: Clip) -> None:  # noqa: B027 (need not be overridden)
+        """Called once for every clip, before any pass: load and check what the edit needs.
 
         Where several ranks share a clip, `clip` has at least those of its frames that this one
         will ask about: `clip.positions`.
@@ -87,45 +176,77 @@ class Editor(ABC):
             InputError: Something does not fit the model or the clip.
         """
 
-    def content(self, frame: int) -> str:
-        """What else than options, model and source an edit of a frame depends on: nothing.
+    def cache_key(self, frame: int) -> str:
+        """A digest of what the edit of a frame depends on besides options, model and source.
 
-        An editor that reads files returns a digest of what they say of the frame at this position,
-        or of all; after `prepare`. What runs keep is found again where it is the same.
+        Called after `prepare`, with the frame's position in the clip. An editor that reads files
+        returns a digest of what they hold for this frame, or of all of them.
         """
         return ""
 
-    @abstractmethod
-    def start(self, trajectory: Trajectory, schedule: Schedule, seed: int) -> Start:
-        """The first latents and the timesteps, all of the schedule's or a tail of them.
+    def start(self, source: Source, schedule: Schedule, seed: int) -> Start:
+        """The first latents of the source's frames, and the step to begin with.
 
-        Whatever is random must be drawn from `seed` and a frame's index alone.
+        By default the inverted latents at the first step; without inversion the clean ones.
         """
+        return Start(source.at(0) if self.inverts else source.clean)
 
-    def edits(self, unet: UNet2DConditionModel) -> Sequence[Edit]:
-        """The changes to install; none by default."""
-        return ()
+    def inputs(
+        self, x: Float[Tensor, "frames c h w"], step: Step, source: Source
+    ) -> Float[Tensor, "branches frames c h w"]:
+        """What every branch's network input is, from the edited latents and the source.
 
-    def conditioning(self, forward: Pass) -> dict[str, Any]:
-        """Further arguments of the UNet for one pass; none by default.
+        By default the source's inverted latents, and x in all other branches.
+        """
+        return stacked(source.at(step.index).to(x), x, len(step.branches))
 
-        It is asked for every pass, of keyframes and of windows, and in inversion.
+    def conditioning(self, batch: Batch) -> Conditioning:
+        """What the network is told in a pass: by default the prompts' embeddings.
+
+        Asked in every pass: of keyframes and windows, and in inversion.
+        """
+        return batch.conditioning
+
+    def model_inputs(self, batch: Batch) -> dict[str, Any]:
+        """Further inputs of the network in a pass, such as a ControlNet's residuals; none.
+
+        Asked in every pass: of keyframes and windows, and in inversion.
         """
         return {}
 
-    def constrain(
-        self,
-        latents: Float[Tensor, "frames c h w"],
-        frames: tuple[int, ...],
-        t: int | None,
-        trajectory: Trajectory,
-    ) -> Float[Tensor, "frames c h w"]:
-        """What the latents that a step arrived at become before the next; as they are by default.
+    def injections(self, model: Backbone) -> Sequence[Injection]:
+        """The changes of layers' outputs; none by default."""
+        return ()
 
-        Args:
-            latents: Of some of the clip's frames, at timestep `t`; not to be changed in place.
-            frames: Their positions in the clip. Each is treated on its own, as ranks share them.
-            t: The timestep arrived at, `None` for the clean latent.
-            trajectory: The source's latents, at `t` by `trajectory.at`.
+    def cross_attention(self, model: Backbone) -> Mapping[str, Processor]:
+        """Replacements of cross-attention, by the names of `model.cross_attention()`; none."""
+        return {}
+
+    def advance(
+        self,
+        x: Float[Tensor, "frames c h w"],
+        outputs: Mapping[str, Float[Tensor, "frames c h w"]],
+        step: Step,
+        source: Source,
+    ) -> Float[Tensor, "frames c h w"]:
+        """The edited latents at the next level, from the network's output in every branch.
+
+        By default classifier-free guidance, then `Schedule.step`. `source.at(step.index + 1)` are
+        the source's latents at the level that is reached.
         """
-        return latents
+        guided = guide(outputs["negative"], outputs["prompt"], step.guidance)
+        return step.schedule.step(guided, x, step.index)
+
+
+def overrides(editor: Editor, *names: str) -> bool:
+    """Whether an editor has methods of its own in place of the default ones."""
+    return any(getattr(type(editor), name) is not getattr(Editor, name) for name in names)
+
+
+def stacked(
+    source: Float[Tensor, "frames c h w"], x: Float[Tensor, "frames c h w"], branches: int
+) -> Float[Tensor, "branches frames c h w"]:
+    """The source's latents, and the same ones for every other branch."""
+    result = x.new_empty(branches, *x.shape)
+    result[0], result[1:] = source, x
+    return result

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokenflow.diffusion import Backbone, load_controlnet
 from tokenflow.diffusion.trajectory import rows
-from tokenflow.editors.base import Pass
+from tokenflow.editors.base import Batch
 from tokenflow.editors.conditions import Canny, Condition
 from tokenflow.editors.sdedit import SDEdit
 from tokenflow.errors import InputError
@@ -103,7 +103,7 @@ class ControlNet(SDEdit):
     def conditions_source(self) -> bool:
         return self.control_source
 
-    def prepare(self, backbone: Backbone, clip: Clip) -> None:
+    def prepare(self, model: Backbone, clip: Clip) -> None:
         """Loads what is not loaded yet, and makes the clip's control images.
 
         Raises:
@@ -111,19 +111,19 @@ class ControlNet(SDEdit):
             InputError: A control video does not fit the clip.
         """
         loaded = {}
-        if backbone is self.backbone:
+        if model is self.backbone:
             loaded = {shown.control.model: shown.network for shown in self.shown}
         else:
             self.digests = {}
         ready = []
         for control in self.controls:
             if control.model not in loaded:
-                loaded[control.model] = load_controlnet(control.model, backbone)
+                loaded[control.model] = load_controlnet(control.model, model)
             images = (control.condition or Canny()).of(clip)
             ready.append(Shown(control, loaded[control.model], images, clip.positions))
-        self.backbone, self.shown = backbone, tuple(ready)
+        self.backbone, self.shown = model, tuple(ready)
 
-    def content(self, frame: int) -> str:
+    def cache_key(self, frame: int) -> str:
         """The networks' weights, and the frame's control images."""
         for shown in self.shown:
             if shown.control.model not in self.digests:
@@ -136,19 +136,19 @@ class ControlNet(SDEdit):
         return digests.of_values(weights, digests.of_tensors(images))
 
     @torch.no_grad()
-    def conditioning(self, forward: Pass) -> dict[str, Any]:
+    def model_inputs(self, batch: Batch) -> dict[str, Any]:
         """The residuals of the controls that are on, nothing where none is.
 
         Raises:
             InputError: `prepare` has not been called.
         """
         if not self.shown:
-            raise InputError("a ControlNet needs prepare(backbone, clip) before it is used")
-        on = [s for s in self.shown if s.control.begin <= forward.share < s.control.end]
+            raise InputError("a ControlNet needs prepare(model, clip) before it is used")
+        on = [s for s in self.shown if s.control.begin <= batch.progress < s.control.end]
         each = [
-            residuals(shown, forward, chosen)
+            residuals(shown, batch, chosen)
             for shown in on
-            if (chosen := self.controlled(forward.branches, shown.network))
+            if (chosen := self.controlled(batch.branches, shown.network))
         ]
         if not each:
             return {}
@@ -181,25 +181,26 @@ def require_controls(further: Sequence[object]) -> None:
 
 
 def residuals(
-    shown: Shown, forward: Pass, chosen: Sequence[int]
+    shown: Shown, batch: Batch, chosen: Sequence[int]
 ) -> list[Float[Tensor, "batch channels h w"]]:
     """What one ControlNet adds to the UNet's skip connections and, last, to its middle.
 
-    The batch is the pass's, branches × frames; branches that are not chosen get zeros.
+    The network's batch is branches × frames; branches that are not chosen get zeros.
     """
-    network, images = shown.network, shown.images[rows(shown.positions, forward.frames)]
-    frames = len(forward.frames)
+    network, images = shown.network, shown.images[rows(shown.positions, batch.frames)]
+    branches, frames = len(batch.branches), len(batch.frames)
+    embeddings = batch.conditioning["embeddings"].unflatten(0, (branches, frames))
     down, middle = network(
-        forward.latents[list(chosen)].flatten(0, 1).to(network.device, network.dtype),
-        forward.t,
-        forward.embeddings[list(chosen)].repeat_interleave(frames, dim=0),
+        batch.latents[list(chosen)].flatten(0, 1).to(network.device, network.dtype),
+        batch.t,
+        embeddings[list(chosen)].flatten(0, 1),
         images.to(network.device, network.dtype).repeat(len(chosen), 1, 1, 1),
         conditioning_scale=shown.control.scale,
         return_dict=False,
     )
 
     def of_all_branches(part: Tensor) -> Tensor:
-        every = part.new_zeros(len(forward.branches), frames, *part.shape[1:])
+        every = part.new_zeros(branches, frames, *part.shape[1:])
         every[list(chosen)] = part.unflatten(0, (len(chosen), frames))
         return every.flatten(0, 1)
 

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
-from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
-from tokenflow.diffusion import Schedule, Trajectory
-from tokenflow.editors.base import Edit, Editor, Start
+from tokenflow.diffusion import Backbone, Schedule, Source
+from tokenflow.editors.base import Batch, Editor, Injection, Start
 from tokenflow.errors import InputError
 
 
@@ -19,80 +15,54 @@ class PnP(Editor):
     """Injects the source's features, queries and keys into the edited branches.
 
     Args:
-        attention: Share of the steps in which decoder self-attentions take the source's queries
-            and keys, 0 to 1.
-        features: Share of the steps in which decoder layers take the source's features, 0 to 1.
-        feature_layers: How many decoder layers do so, from the one a third of the way up; the
-            paper's is 1. A small model needs more of them to keep objects in their places.
+        attention: Injection threshold: the share of the steps in which decoder self-attentions
+            take the source's queries and keys, 0 to 1. The model's own if not given: 0.5 for Stable
+            Diffusion.
+        features: Injection threshold: the share of the steps in which decoder layers take the
+            source's features, 0 to 1. The model's own if not given: 0.8 for Stable Diffusion.
+        feature_layers: How many decoder layers do so, from the one a third of the way up. The
+            model's own if not given: 1 for Stable Diffusion; a small model needs more.
         start_from: "inverted" starts at the inverted latent; "renoised" adds the noise that the
             noisiest inverted latent implies to the clean latent, as the published code does.
     """
 
     def __init__(
         self,
-        attention: float = 0.5,
-        features: float = 0.8,
-        feature_layers: int = 1,
+        attention: float | None = None,
+        features: float | None = None,
+        feature_layers: int | None = None,
         start_from: str = "inverted",
     ) -> None:
         for name, share in (("attention", attention), ("features", features)):
-            if not 0 <= share <= 1:
-                raise InputError(f"{name} is a share of the steps from 0 to 1, got {share}")
-        if feature_layers < 1:
+            if share is not None and not 0 <= share <= 1:
+                raise InputError(f"{name} must be a share of the steps from 0 to 1, got {share}")
+        if feature_layers is not None and feature_layers < 1:
             raise InputError(f"feature_layers must be at least 1, got {feature_layers}")
         if start_from not in ("inverted", "renoised"):
             raise InputError(f"start_from must be 'inverted' or 'renoised', got {start_from!r}")
         self.attention, self.features = attention, features
         self.feature_layers, self.start_from = feature_layers, start_from
 
-    def start(self, trajectory: Trajectory, schedule: Schedule, seed: int) -> Start:
-        first = schedule.timesteps[0]
+    def start(self, source: Source, schedule: Schedule, seed: int) -> Start:
         if self.start_from == "inverted":
-            return Start(trajectory.at(first), schedule.timesteps)
-        a = trajectory.noisiest_alpha
-        noise = (trajectory.noisiest - a**0.5 * trajectory.clean) / (1 - a) ** 0.5
-        a = schedule.alpha(first)
-        return Start(a**0.5 * trajectory.clean + (1 - a) ** 0.5 * noise, schedule.timesteps)
+            return Start(source.at(0))
+        return Start(schedule.mix(source.clean, source.noise, 0))
 
-    def edits(self, unet: UNet2DConditionModel) -> Sequence[Edit]:
-        layers = decoder_layers(unet)[len(decoder_layers(unet)) // 3 :]
-        projections = [
-            projection
-            for layer in layers
-            for attention in layer.attentions
-            for projection in (attention.to_q, attention.to_k)
-        ]
+    def injections(self, model: Backbone) -> Sequence[Injection]:
+        own = model.defaults
+        count = own.feature_layers if self.feature_layers is None else self.feature_layers
+        features = own.features if self.features is None else self.features
+        attention = own.attention if self.attention is None else self.attention
+        projections = [*model.layers("queries"), *model.layers("keys")]
         return [
             *(
-                Edit(layer.resnet.conv2, take_source, self.features)
-                for layer in layers[: self.feature_layers]
+                Injection(layer, take_source, end=features)
+                for layer in model.layers("structure")[:count]
             ),
-            *(Edit(projection, take_source, self.attention) for projection in projections),
+            *(Injection(layer, take_source, end=attention) for layer in projections),
         ]
 
 
-class Layer(NamedTuple):
-    """One residual block of the decoder and the self-attentions that follow it."""
-
-    resnet: ResnetBlock2D
-    attentions: tuple[Attention, ...]
-
-
-def decoder_layers(unet: UNet2DConditionModel) -> list[Layer]:
-    """All layers of the decoder, deepest first.
-
-    Stable Diffusion 1.x and 2.x have twelve. The paper's feature layer is the one a third of the
-    way up, index 4, and its attention layers are this one and all above it, 4 to 11.
-    """
-    layers = []
-    for block in unet.up_blocks:
-        transformers = getattr(block, "attentions", [None] * len(block.resnets))
-        for resnet, transformer in zip(block.resnets, transformers, strict=True):
-            blocks = transformer.transformer_blocks if transformer is not None else ()
-            layers.append(Layer(resnet, tuple(b.attn1 for b in blocks)))
-    return layers
-
-
-def take_source(edited: Tensor, source: Tensor) -> Tensor:
+def take_source(edited: Tensor, source: Tensor, batch: Batch) -> Tensor:
     """Every edited branch gets the source branch's output."""
     return source.expand_as(edited)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tokenflow.diffusion import Schedule, Trajectory
+from tokenflow.diffusion import Schedule, Source
 from tokenflow.editors.base import Editor, Start
 from tokenflow.errors import InputError
 
@@ -40,19 +40,14 @@ class SDEdit(Editor):
             raise InputError(f"noise must be one of {', '.join(NOISES)}, got {noise!r}")
         self.strength, self.noise = strength, noise
 
-    def start(self, trajectory: Trajectory, schedule: Schedule, seed: int) -> Start:
-        steps = steps_to_run(self.strength, len(schedule.timesteps))
-        timesteps = schedule.timesteps[-steps:]
+    def start(self, source: Source, schedule: Schedule, seed: int) -> Start:
+        first = len(schedule) - steps_to_run(self.strength, len(schedule))
         if self.noise == "inverted":
-            return Start(trajectory.at(timesteps[0]), timesteps)
-        clean, a = trajectory.clean, schedule.alpha(timesteps[0])
-        noise = torch.stack(
-            [
-                frame_noise(seed, 0 if self.noise == "shared" else frame, clean.shape[1:])
-                for frame in trajectory.positions
-            ]
-        )
-        return Start(a**0.5 * clean + (1 - a) ** 0.5 * noise.to(clean), timesteps)
+            return Start(source.at(first), first)
+        clean = source.clean
+        frames = [0] * len(source) if self.noise == "shared" else source.frames
+        noise = torch.stack([frame_noise(seed, frame, clean.shape[1:]) for frame in frames])
+        return Start(schedule.mix(clean, noise.to(clean), first), first)
 
 
 def steps_to_run(strength: float, steps: int) -> int:

@@ -1,156 +1,183 @@
-"""The three things that a pass does to a UNet, each for the length of a `with` block.
+"""Joint and propagated attention, for any site, and the switch between them.
 
-Self-attention changes through diffusers' public attention processors, editors' edits through
-forward hooks. The UNet's batch is always branches × frames, the source branch first.
+The network's batch is always branches × frames, the source branch first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
 from einops import rearrange
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from tokenflow.editors import Edit
-from tokenflow.errors import PluginError
+from tokenflow.diffusion import Site
+from tokenflow.diffusion.sites import Attention
+from tokenflow.engine.checked import blamed, named
+from tokenflow.propagation import (
+    ClipFlow,
+    Correspondence,
+    Propagation,
+    Window,
+    check_correspondence,
+)
+
+
+def plain(site: Site, hidden_states: Tensor, *args: Any, **given: Any) -> Tensor:
+    """Every frame on its own: the network's attention as it is."""
+    return site.plain(hidden_states, *args, **given)
+
+
+class AttentionSwitch:
+    """Processors of all sites, installed once per edit; `attention` is switched between passes."""
+
+    def __init__(self, sites: Mapping[str, Site]) -> None:
+        self.sites = sites
+        self.attention: Attention = plain
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """A block in which the sites attend as the switch says; afterwards as before."""
+        with ExitStack() as stack:
+            for site in self.sites.values():
+                stack.enter_context(site.replaced(self))
+            yield
 
 
 @dataclass
 class Bank:
-    """What a joint pass leaves at every site, for the windows that are propagated from it.
+    """What the joint pass of one step leaves at every site, for the windows that use it.
 
     `source` holds each site's source tokens, (keyframes, tokens, channels), and `outputs` the
-    self-attention's output in all branches, (branches, keyframes, tokens, channels), of the
-    keyframes that this rank's windows need.
+    attention's output in all branches, (branches, keyframes, tokens, channels), of the keyframes
+    that this rank's windows need.
     """
 
     source: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
-
-    def evict(self) -> None:
-        """Forgets all of it."""
-        self.source.clear()
-        self.outputs.clear()
 
 
 class JointAttention:
     """Edited branches attend to all keyframes at once (equation 3), the source to its own frame.
 
     Args:
-        branches: Of the UNet's batch.
-        site: Where this is, for the bank.
-        bank: Where to leave what was seen here, if anywhere.
-        gather: Gives the items of all keyframes, in their order, for those of this rank.
-        keep: Gives those that the bank is to have, for those of this rank.
+        branches: Of the network's batch.
+        bank: Where to leave source tokens and outputs, if anywhere.
+        all_gather: Of this rank's keyframes' keys and values: those of all keyframes, in order.
+        exchange_halo: Of this rank's keyframes' tokens and outputs: those that the bank keeps.
     """
 
     def __init__(
         self,
         branches: int,
-        site: str = "",
         bank: Bank | None = None,
-        gather: Callable[[Tensor], Tensor] = lambda own: own,
-        keep: Callable[[Tensor], Tensor] = lambda own: own,
+        all_gather: Callable[[Tensor], Tensor] = lambda own: own,
+        exchange_halo: Callable[[Tensor], Tensor] = lambda own: own,
     ) -> None:
-        self.branches, self.site, self.bank = branches, site, bank
-        self.gather, self.keep = gather, keep
+        self.branches, self.bank = branches, bank
+        self.all_gather, self.exchange_halo = all_gather, exchange_halo
 
     def __call__(
-        self, attn: Attention, hidden_states: Tensor, *_: Any, **__: Any
+        self, site: Site, hidden_states: Tensor, *_: Any, **given: Any
     ) -> Float[Tensor, "batch tokens channels"]:
         b = self.branches
         q, k, v = (
-            rearrange(project(hidden_states), "(b f) s (h d) -> b f h s d", b=b, h=attn.heads)
-            for project in (attn.to_q, attn.to_k, attn.to_v)
+            rearrange(x, "(b f) h s d -> b f h s d", b=b) for x in site.qkv(hidden_states, **given)
         )
         frames = q.shape[1]
-        attended = [scaled_dot_product_attention(q[0], k[0], v[0], scale=attn.scale)]
-        edited = self.gather(rearrange([k[1:], v[1:]], "two b f h s d -> f two b h s d"))
+        attended = [scaled_dot_product_attention(q[0], k[0], v[0], scale=site.scale)]
+        edited = self.all_gather(rearrange([k[1:], v[1:]], "two b f h s d -> f two b h s d"))
         # the frames are folded into the sequence: four dimensions keep the fused kernels
         keys, values = rearrange(edited, "f two b h s d -> two b 1 h (f s) d")
         for query, key, value in zip(q[1:], keys, values, strict=True):
             asked = rearrange(query, "f h s d -> 1 h (f s) d")
-            out = scaled_dot_product_attention(asked, key, value, scale=attn.scale)
+            out = scaled_dot_product_attention(asked, key, value, scale=site.scale)
             attended.append(rearrange(out, "1 h (f s) d -> f h s d", f=frames))
-        output = project_out(attn, rearrange(torch.cat(attended), "n h s d -> n s (h d)"))
+        output = site.output(torch.cat(attended), **given)
         if self.bank is not None:
             outputs = rearrange(output, "(b f) s c -> f b s c", b=b)
             seen = torch.cat([hidden_states[:frames, None], outputs], dim=1)
-            source, outputs = self.keep(seen).split([1, b], dim=1)
-            self.bank.source[self.site] = source[:, 0]
-            self.bank.outputs[self.site] = outputs.transpose(0, 1)
+            source, outputs = self.exchange_halo(seen).split([1, b], dim=1)
+            self.bank.source[site.name] = source[:, 0]
+            self.bank.outputs[site.name] = outputs.transpose(0, 1)
         return output
 
 
-class PropagatedAttention:
-    """No attention: every token takes the keyframes' outputs at its correspondence (equation 6)."""
+Look = Callable[[Tensor, Window, Correspondence], None]
+"""Called with a window's source tokens, the window at its site, and the correspondence found."""
+
+
+class Matcher:
+    """A kernel with the optical flow that it needs; its answers are checked in the first step.
+
+    Args:
+        kernel: What finds correspondences.
+        size: A latent's height and width.
+        flow: The clip's optical flow, for a kernel that needs it.
+        look: Is shown all correspondences.
+    """
 
     def __init__(
         self,
-        branches: int,
-        take: Callable[
-            [Float[Tensor, "frames tokens channels"]],
-            Float[Tensor, "branches frames tokens channels"],
-        ],
+        kernel: Propagation,
+        size: tuple[int, int],
+        flow: ClipFlow | None = None,
+        look: Look | None = None,
     ) -> None:
-        self.branches, self.take = branches, take
+        self.kernel, self.size, self.flow, self.look = kernel, size, flow, look
+        self.first: int | None = None
+
+    def at_site(self, window: Window, site: str, keys: Tensor) -> Window:
+        """The window at a site, with the motion between its frames and their neighbours."""
+        window = window.at_site(site, keys.shape[1], self.size)
+        if self.flow is None:
+            return window
+        with blamed(self.flow.flow, "motion"):
+            return dataclasses.replace(window, motion=self.flow.motion(window, keys.device))
+
+    def inspect(self, found: Correspondence, source: Tensor, keys: Tensor, window: Window) -> None:
+        """Checks an answer, where that need not wait for the accelerator again and again."""
+        self.first = window.step if self.first is None else self.first
+        if window.step == self.first:
+            who = f"{named(self.kernel)} at {window.site}"
+            check_correspondence(found, source, keys, who)
+        if self.look is not None:
+            self.look(source, window, found)
+
+
+class PropagatedAttention:
+    """No attention: every token takes the keyframes' outputs at its correspondence (equation 6).
+
+    Args:
+        branches: Of the network's batch.
+        bank: Of the step's joint pass.
+        matcher: What finds correspondences.
+        window: The frames of the pass and their neighbouring keyframes.
+        used: Which keyframes of the bank these are.
+    """
+
+    def __init__(
+        self, branches: int, bank: Bank, matcher: Matcher, window: Window, used: list[int]
+    ) -> None:
+        self.branches, self.bank, self.matcher = branches, bank, matcher
+        self.window, self.used = window, used
 
     def __call__(
-        self, attn: Attention, hidden_states: Tensor, *_: Any, **__: Any
+        self, site: Site, hidden_states: Tensor, *_: Any, **__: Any
     ) -> Float[Tensor, "batch tokens channels"]:
         source = hidden_states[: len(hidden_states) // self.branches]
-        return self.take(source).flatten(0, 1)
-
-
-def project_out(attn: Attention, attended: Tensor) -> Tensor:
-    """The layers of an attention module after attention itself."""
-    linear, dropout = attn.to_out
-    return dropout(linear(attended)) / attn.rescale_output_factor
-
-
-def self_attention_sites(unet: UNet2DConditionModel) -> list[str]:
-    """The names of all self-attention layers, in the order of diffusers' processors."""
-    return [name for name in unet.attn_processors if name.endswith("attn1.processor")]
-
-
-@contextmanager
-def processors(unet: UNet2DConditionModel, make: Callable[[str], Any]) -> Iterator[None]:
-    """Gives every self-attention site the processor `make(site)`; puts the old ones back."""
-    before = dict(unet.attn_processors)
-    changed = {site: make(site) for site in self_attention_sites(unet)}
-    try:
-        unet.set_attn_processor({**before, **changed})
-        yield
-    finally:
-        unet.set_attn_processor(before)
-
-
-@contextmanager
-def installed(edits: Iterable[Edit], branches: int) -> Iterator[None]:
-    """Hooks the editor's edits into their modules; takes them out again."""
-
-    def hook(edit: Edit) -> Callable[[nn.Module, Any, Any], Tensor]:
-        def apply(module: nn.Module, inputs: Any, output: Any) -> Tensor:
-            if not isinstance(output, Tensor):
-                raise PluginError(
-                    f"an edit's module must put out a tensor: expected another than "
-                    f"{type(module).__name__}, got {type(output).__name__}; the editor is to be "
-                    f"mended: edit a module inside it"
-                )
-            source, *edited = output.chunk(branches)
-            return torch.cat([source, edit.function(torch.stack(edited), source).flatten(0, 1)])
-
-        return apply
-
-    with ExitStack() as stack:
-        for edit in edits:
-            stack.enter_context(edit.module.register_forward_hook(hook(edit)))
-        yield
+        # one by one: a list of indices would be sent to an accelerator, and waited for
+        keys = torch.stack([self.bank.source[site.name][k] for k in self.used])
+        outputs = torch.stack([self.bank.outputs[site.name][:, k] for k in self.used], dim=1)
+        window = self.matcher.at_site(self.window, site.name, keys)
+        with blamed(self.matcher.kernel, "correspond"):
+            found = self.matcher.kernel.correspond(source, keys, window)
+        self.matcher.inspect(found, source, keys, window)
+        with blamed(self.matcher.kernel, "gather"):
+            return found.gather(outputs).flatten(0, 1)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -56,6 +57,8 @@ def neighbourhood(
     keyframes: Sequence[int],
     neighbours: Neighbours = "bracketing",
     blend: Blend = "sigmoid",
+    step: int = 0,
+    steps: int = 1,
 ) -> tuple[Window, list[int]]:
     """The neighbours of consecutive `frames`, and which of all keyframes these are.
 
@@ -82,6 +85,8 @@ def neighbourhood(
         keyframes=tuple(keyframes[k] for k in used),
         neighbours=torch.tensor([[used.index(k) for k in pair] for pair in pairs]),
         blend=torch.tensor(blends, dtype=torch.float32),
+        step=step,
+        steps=steps,
     )
     return window, used
 
@@ -100,3 +105,41 @@ def blend_weights(frame: int, earlier: int, later: int, blend: Blend) -> tuple[f
     ratio = before / (before + after)
     weight = 1 / (1 + math.exp(-ratio)) if blend == "sigmoid" else ratio
     return 1 - weight, weight
+
+
+class Span(NamedTuple):
+    """Consecutive windows, and the keyframes that attend to each other for them, by number.
+
+    Attributes:
+        windows: Whose frames take their features from these keyframes.
+        keyframes: Ascending: of the windows, of one more at each side, and the anchors.
+    """
+
+    windows: range
+    keyframes: tuple[int, ...]
+
+
+def spans(windows: int, span: int, anchors: int, step: int) -> list[Span]:
+    """At most `span` windows each, with one joint pass for each; together all of a clip's.
+
+    The anchors lie in the middle of that many equal parts of the clip and are in every pass. The
+    seams between spans lie elsewhere in each step than in the one before. Where one span is enough,
+    all keyframes attend to each other.
+    """
+    everywhere = {(2 * i + 1) * windows // (2 * anchors) for i in range(anchors)}
+    found = []
+    for start, stop in itertools.pairwise(seams(windows, span, step)):
+        beside = range(max(start - 1, 0), min(stop + 1, windows))
+        found.append(Span(range(start, stop), tuple(sorted({*beside, *everywhere}))))
+    return found
+
+
+def seams(windows: int, span: int, step: int) -> list[int]:
+    """Where spans begin, and where the last one ends."""
+    inside = range(shift(span, step), windows, span) if span < windows else ()
+    return sorted({0, *inside, windows})
+
+
+def shift(span: int, step: int) -> int:
+    """How far on a step's seams lie: half a span in every other one."""
+    return step % 2 * (span // 2)

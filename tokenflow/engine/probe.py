@@ -1,74 +1,82 @@
-"""What one self-attention site sees at one step of a sampling, for those who want to look."""
+"""What one attention site sees at one step of a sampling."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Iterable
+from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from tokenflow.engine.attention import self_attention_sites
+from tokenflow.diffusion import Backbone, Site
+from tokenflow.editors import Editor, Prompts
+from tokenflow.engine.attention import Matcher, plain
+from tokenflow.engine.checked import blamed
+from tokenflow.engine.invert import invert_clip
+from tokenflow.engine.keyframes import draw_keyframes, neighbourhood, split_windows
+from tokenflow.engine.network import EditedNetwork
+from tokenflow.engine.resume import CachedInversion
+from tokenflow.engine.settings import Settings
 from tokenflow.errors import InputError
-from tokenflow.propagation import Correspondence, Window
+from tokenflow.propagation import ClipFlow, Correspondence, Propagation, Window
 from tokenflow.runs.observed import Observed
+from tokenflow.video import Clip
 
 SHOWN = 8
 """Frames whose tokens are kept."""
 
-Look = Callable[[str, Tensor, Window, Correspondence], None]
-"""Is told of a site, a window's source tokens there, the window, and its correspondence."""
 
-
-class Observer:
-    """Looks on while a rank propagates features to its own frames.
+class Probe:
+    """Records a site's tokens and correspondences at one step, of a rank's own frames.
 
     Args:
-        site: A self-attention layer; in the middle of the decoder if not given.
-        step: Of sampling, from 0; if not given the middle one, or the first after it that an
-            interrupted sampling goes on with.
+        sites: The names of all sites.
+        frames: Those that this rank edits, by position in the clip.
+        steps: Of sampling.
+        site: One of the sites; in the middle of the decoder if not given.
+        step: From 0; if not given the middle one, or the first after it where sampling resumes.
         frame: One whose correspondence is wanted besides those that are evenly spaced.
+
+    Raises:
+        InputError: There is no such step or site.
     """
 
     def __init__(
-        self, site: str | None = None, step: int | None = None, frame: int | None = None
+        self,
+        sites: Iterable[str],
+        frames: range,
+        steps: int,
+        site: str | None = None,
+        step: int | None = None,
+        frame: int | None = None,
     ) -> None:
-        self.site, self.step, self.frame = site, step, frame
+        self.step = steps // 2 if step is None else step
+        if not 0 <= self.step < steps:
+            raise InputError(f"expected a step from 0 to {steps - 1}, got {self.step}")
+        self.site, self.steps, self.frame = chosen(list(sites), site), steps, frame
+        count = min(len(frames), SHOWN)
+        places = torch.linspace(0, max(len(frames) - 1, 0), count).round().int().tolist()
+        self.shown = [frames[place] for place in places]
+        self.tokens: dict[int, Tensor] = {}
+        self.parts: list[tuple[Window, Correspondence]] = []
         self.seen: Observed | None = None
 
-    def during(
-        self, step: int, steps: int, frames: range, unet: UNet2DConditionModel
-    ) -> Look | None:
-        """Whom to tell in this step, if anybody.
-
-        Raises:
-            InputError: There is no such step or site.
-        """
-        wanted = steps // 2 if self.step is None else self.step
-        if not 0 <= wanted < steps:
-            raise InputError(f"expected a step from 0 to {steps - 1}, got {wanted}")
-        site = chosen(self_attention_sites(unet), self.site)
-        if self.seen is not None or step < wanted or not frames:
-            return None
-        places = torch.linspace(0, len(frames) - 1, min(len(frames), SHOWN)).round().int().tolist()
-        shown = [frames[place] for place in places]
-        tokens: dict[int, Tensor] = {}
-        parts: list[tuple[Window, Correspondence]] = []
-
-        def look(here: str, source: Tensor, window: Window, found: Correspondence) -> None:
-            if here != site or not {*shown, self.frame} & {*window.frames}:
-                return
-            for frame, x in zip(window.frames, source.cpu(), strict=True):
-                if frame in shown:
-                    tokens[frame] = x.unflatten(0, (window.height, window.width))
-            kept = Correspondence(found.indices.cpu(), found.weights.cpu())
-            parts.append((dataclasses.replace(window, motion=None), kept))
-            if len(tokens) == len(shown):
-                stacked = torch.stack([tokens[frame] for frame in shown])
-                self.seen = Observed(site, step, steps, shown, stacked, parts)
-
-        return look
+    def __call__(self, source: Tensor, window: Window, found: Correspondence) -> None:
+        """Is shown a window's source tokens and its correspondence, at one site and step."""
+        if window.site != self.site or self.seen is not None or window.step < self.step:
+            return
+        if not {*self.shown, self.frame} & {*window.frames}:
+            return
+        for frame, x in zip(window.frames, source.cpu(), strict=True):
+            if frame in self.shown:
+                self.tokens[frame] = x.unflatten(0, (window.height, window.width))
+        kept = Correspondence(found.indices.cpu(), found.weights.cpu())
+        self.parts.append((dataclasses.replace(window, motion=None), kept))
+        if len(self.tokens) == len(self.shown):
+            stacked = torch.stack([self.tokens[frame] for frame in self.shown])
+            step, steps = window.step, window.steps
+            self.seen = Observed(self.site, step, steps, self.shown, stacked, self.parts)
 
 
 def chosen(sites: list[str], site: str | None) -> str:
@@ -80,8 +88,82 @@ def chosen(sites: list[str], site: str | None) -> str:
     if site is None:
         decoder = [name for name in sites if name.startswith("up_blocks")] or sites
         return decoder[len(decoder) // 2]
-    for name in sites:
-        if site in (name, name.removesuffix(".processor")):
-            return name
-    names = ", ".join(name.removesuffix(".processor") for name in sites)
-    raise InputError(f"there is no site {site!r}; expected one of {names}")
+    if site.removesuffix(".processor") in sites:
+        return site.removesuffix(".processor")
+    raise InputError(f"there is no site {site!r}; expected one of {', '.join(sites)}")
+
+
+@torch.no_grad()
+def find_correspondences(
+    model: Backbone,
+    clip: Clip,
+    kernel: Propagation,
+    prompt: str = "",
+    settings: Settings | None = None,
+    *,
+    site: str | None = None,
+    step: int | None = None,
+    frame: int | None = None,
+) -> Observed:
+    """Where a kernel finds each frame's tokens in the keyframes, without an edit.
+
+    The clip is inverted, and the source goes through the network once more at one step.
+
+    Args:
+        model: The frozen model.
+        clip: The source.
+        kernel: What finds correspondences.
+        prompt: What the source shows.
+        settings: Of steps, windows, keyframes and neighbours.
+        site: One of `model.sites()`; in the middle of the decoder if not given.
+        step: Of sampling, from 0; the middle one if not given.
+        frame: One whose correspondence is wanted besides those that are evenly spaced.
+
+    Raises:
+        InputError: There is no such step or site.
+    """
+    s = (settings or Settings()).for_model(model)
+    network, schedule = (
+        EditedNetwork(model, Editor(), Prompts(prompt, "", prompt)),
+        model.schedule(s.steps),
+    )
+    probe = Probe(model.sites(), range(len(clip)), s.steps, site, step, frame)
+    inversion = schedule.refined(model.schedule(s.inversion_steps or s.steps))
+    cached = CachedInversion(None, clip)
+    trajectory = invert_clip(
+        network, clip, schedule, inversion, s.batch, cached, {}, lambda stage, step, steps: None
+    )
+    recorder, t = Recorder(probe.site), schedule.timesteps[probe.step]
+    with network.switch.installed():
+        for part in torch.arange(len(clip)).split(s.batch):
+            frames = part.tolist()
+            x = trajectory.at(probe.step, frames).to(model.device)
+            network.run(network.source_batch(schedule, frames, x, t), recorder)
+    tokens = torch.cat(recorder.tokens)
+    windows = split_windows(len(clip), s.keyframe_every)
+    keyframes = draw_keyframes(windows, s.keyframes, s.seed, clip.name, probe.step)
+    flow = None if kernel.flow is None else ClipFlow(clip, kernel.flow, model.latent_scale)
+    matcher = Matcher(kernel, trajectory.size, flow, probe)
+    for part in windows:
+        window, used = neighbourhood(
+            part, windows, keyframes, s.neighbours, s.blend, probe.step, s.steps
+        )
+        keys, source = tokens[[keyframes[k] for k in used]], tokens[part.start : part.stop]
+        here = matcher.at_site(window, probe.site, keys)
+        with blamed(kernel, "correspond"):
+            found = kernel.correspond(source, keys, here)
+        matcher.inspect(found, source, keys, here)
+    assert probe.seen is not None, "the probe was shown every window"
+    return probe.seen
+
+
+class Recorder:
+    """Records what goes into one site, whose attention stays as it is."""
+
+    def __init__(self, site: str) -> None:
+        self.site, self.tokens = site, list[Tensor]()
+
+    def __call__(self, site: Site, hidden_states: Tensor, *args: Any, **given: Any) -> Tensor:
+        if site.name == self.site:
+            self.tokens.append(hidden_states)
+        return plain(site, hidden_states, *args, **given)

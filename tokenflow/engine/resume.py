@@ -1,9 +1,9 @@
-"""What a run keeps, so that it, or another of the same clip, goes on from there."""
+"""What an interrupted run, or another edit of the same clip, resumes from."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,49 +20,48 @@ from tokenflow.video import Clip
 
 
 @dataclass(frozen=True)
-class Recall:
-    """Where a run keeps what it has, and what tells its plugins from others.
+class ResumeStore:
+    """The cache of a run, and the cache keys of its plugins.
 
     Attributes:
-        cache: Where.
-        editor: The editor with its options, as text. Not given, a sampling is not kept, nor is an
-            inversion on which the editor has an influence.
-        propagation: The kernel with its options and `Propagation.content`. Not given, a sampling
-            is not kept.
-        save_every: Steps after which a sampling on its way is kept.
+        cache: Holds inversions and sampling checkpoints.
+        editor: The editor with its options, as text. If None, there are no checkpoints, and
+            inversions that the editor conditions are not cached.
+        propagation: The kernel with its options and its `cache_key`, as text. If None, there are no
+            checkpoints.
+        save_every: Sampling steps between two checkpoints; None for no checkpoints.
     """
 
     cache: Cache
     editor: str | None = None
     propagation: str | None = None
-    save_every: int = 10
+    save_every: int | None = 10
+
+    @property
+    def checkpoints(self) -> bool:
+        """Whether samplings are resumed."""
+        return None not in (self.editor, self.propagation, self.save_every)
 
 
-def frame_digests(clip: Clip, each: Callable[[], None] = lambda: None) -> list[str]:
-    """Of every frame's values; `each` is called after each frame."""
-    found = []
-    for frame in clip.frames:
-        found.append(digests.of_tensors({"frame": frame}))
-        each()
-    return found
+def frame_digests(clip: Clip) -> list[str]:
+    """Of every frame's values."""
+    return [digests.of_tensors({"frame": frame}) for frame in clip.frames]
 
 
-class KeptInversion:
-    """A clip's frames on their way to noise, each kept on its own.
+class CachedInversion:
+    """The inversion of a clip's frames, each cached on its own.
 
-    So every edit of the same frames finds them again, however they are cut into clips and shared
-    by ranks.
+    So every edit of the same frames finds them, whatever clip and rank they belong to.
 
     Args:
-        cache: Where they are kept; nowhere if not given.
+        cache: Where they are; None for no cache.
         clip: The frames.
-        inversion: All else that they depend on.
-        content: What an editor shows the model of each frame, `Editor.content`.
-        influential: Whether inversion depends on that.
-        each: Called after each frame that is read.
+        inversion: The other parts of the cache key.
+        content: The editor's `cache_key` of each frame.
+        conditioned: Whether the inversion depends on that.
 
     Attributes:
-        frames: Digests of the frames and of that content, where they are kept.
+        frames: Digests of the frames and of that content; none without a cache.
     """
 
     def __init__(
@@ -71,17 +70,16 @@ class KeptInversion:
         clip: Clip,
         inversion: Sequence[Any] = (),
         content: Sequence[str] = (),
-        influential: bool = False,
-        each: Callable[[], None] = lambda: None,
+        conditioned: bool = False,
     ) -> None:
         self.cache, self.name = cache, clip.name
-        alone = frame_digests(clip, each) if cache is not None else []
+        alone = frame_digests(clip) if cache is not None else []
         self.frames = list(map(digests.of_values, alone, content))
-        seen = self.frames if influential else alone
-        self.keys = [digests.of_values("inversion", 3, *inversion, frame) for frame in seen]
+        seen = self.frames if conditioned else alone
+        self.keys = [digests.of_values("inversion", 4, *inversion, frame) for frame in seen]
 
     def fill(self, trajectory: Trajectory, here: Int64[Tensor, " some"]) -> bool:
-        """Fills in the frames with these numbers; whether all of them were kept."""
+        """Fills in the frames with these numbers; False if one is not cached."""
         if self.cache is None:
             return False
         for number in here.tolist():
@@ -94,7 +92,7 @@ class KeptInversion:
         return True
 
     def keep(self, trajectory: Trajectory, here: Int64[Tensor, " some"]) -> None:
-        """Keeps the frames with these numbers."""
+        """Caches the frames with these numbers."""
         if self.cache is None:
             return
         for number in here.tolist():
@@ -103,7 +101,7 @@ class KeptInversion:
 
 
 def frame_of(trajectory: Trajectory, number: int) -> dict[str, Tensor]:
-    """What is kept of one frame: views of a trajectory's tensors."""
+    """What is cached of one frame: views of a trajectory's tensors."""
     return {
         "latents": trajectory.latents[:, number],
         "clean": trajectory.clean[number],
@@ -120,39 +118,39 @@ def alike(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> bool
     )
 
 
-class KeptSampling:
-    """A clip's latents on their way back from noise, of all ranks, kept by the first.
+class SamplingCheckpoint:
+    """The latents of a sampling in progress, of all ranks, written by rank 0.
 
     Args:
-        recall: Where, and how often.
-        clip: This rank's frames. Its name is part of the key: keyframes are drawn by it.
+        store: Where, and how often.
+        clip: This rank's frames. The clip's name is part of the key: keyframes are drawn by it.
         frames: Their digests.
         counts: How many frames each rank contributes.
-        group: The ranks.
-        sampling: All else that the latents depend on.
+        ranks: That share the clip.
+        sampling: The other parts of the cache key.
     """
 
     def __init__(
         self,
-        recall: Recall,
+        store: ResumeStore,
         clip: Clip,
         frames: Sequence[str],
         counts: Sequence[int],
-        group: FrameGroup,
+        ranks: FrameGroup,
         sampling: Sequence[Any],
     ) -> None:
-        self.cache, self.every, self.name = recall.cache, recall.save_every, clip.name
-        self.positions, self.counts, self.group = clip.positions, counts, group
-        own = list(frames[: counts[group.rank]])
-        every = [frame for part in group.tell(own) for frame in part]
-        self.key = digests.of_values("sampling", 3, clip.name, *sampling, every)
+        self.cache, self.every, self.name = store.cache, store.save_every or 1, clip.name
+        self.positions, self.counts, self.ranks = clip.positions, counts, ranks
+        own = list(frames[: counts[ranks.rank]])
+        every = [frame for part in ranks.all_gather_object(own) for frame in part]
+        self.key = digests.of_values("sampling", 4, clip.name, *sampling, every)
 
     def load(
         self, begin: Float[Tensor, "frames c h w"], steps: int
-    ) -> tuple[int, Float[Tensor, "frames c h w"]] | None:
-        """How many of the steps are done, and this rank's latents after them; None to begin anew.
+    ) -> tuple[Float[Tensor, "frames c h w"], int] | None:
+        """This rank's latents and the steps that are done; None without a checkpoint.
 
-        `begin` are this rank's latents before the first step.
+        `begin` are this rank's latents before the first step, `steps` those of the schedule.
         """
         whole = begin.new_empty(()).expand(sum(self.counts), *begin.shape[1:])
         expected = {"latents": whole, "done": torch.tensor(0)}
@@ -160,33 +158,36 @@ class KeptSampling:
         def fits(tensors: Mapping[str, Tensor]) -> bool:
             return alike(expected, tensors) and 0 <= int(tensors["done"]) <= steps
 
-        with self.group.together():
-            kept = self.cache.load(self.key, fits) if self.group.rank == 0 else None
-        latents = self.group.from_first(None if kept is None else kept["latents"])
-        done = self.group.tell(0 if kept is None else int(kept["done"]))[0]
+        with self.ranks.together():
+            found = self.cache.load(self.key, fits) if self.ranks.rank == 0 else None
+        latents = self.ranks.broadcast(None if found is None else found["latents"])
+        done = self.ranks.all_gather_object(0 if found is None else int(found["done"]))[0]
         if latents is None:
             return None
-        return done, latents[self.positions.start : self.positions.stop].clone()
+        return latents[self.positions.start : self.positions.stop].clone(), done
 
-    def keep(self, done: int, steps: int, x: Float[Tensor, "frames c h w"]) -> None:
-        """Keeps the latents where it is time to: now and then, at the end, and before a stop."""
-        if done % self.every and done < steps and not self.group.stopping:
-            return
+    def save(self, done: int, x: Float[Tensor, "frames c h w"]) -> None:
+        """Writes the latents after so many steps."""
         every: list[Tensor] = []
-        self.group.to_first(x, self.counts, every.append)
-        with self.group.together():
+        self.ranks.gather(x, self.counts, every.append)
+        with self.ranks.together():
             if every:
                 tensors = {"latents": torch.stack(every), "done": torch.tensor(done)}
                 self.cache.save(self.key, tensors, "sampling", self.name)
 
-    def forget(self) -> None:
-        """When the result is where it belongs."""
-        if self.group.rank == 0:
+    def remove(self) -> None:
+        """Deletes it, once the result is written."""
+        if self.ranks.rank == 0:
             self.cache.remove(self.key)
 
 
-def sampling_of(backbone: Backbone, recall: Recall, settings: Any, *prompts: str) -> list[Any]:
-    """What a sampling's latents depend on but the frames: of the settings, all but the batch."""
+def sampling_key(model: Backbone, store: ResumeStore, settings: Any, *prompts: str) -> list[Any]:
+    """What a sampling's latents depend on besides the frames."""
     chosen = dataclasses.asdict(settings)
-    del chosen["batch"]  # changes rounding only: who runs out of memory lowers it and goes on
-    return [backbone.fingerprint, recall.editor, recall.propagation, chosen, prompts]
+    for name in UNIMPORTANT:
+        del chosen[name]
+    return [model.fingerprint, store.editor, store.propagation, chosen, prompts]
+
+
+UNIMPORTANT = ("batch", "report_reconstruction")
+"""Settings that change rounding or reports only: who runs out of memory lowers the batch."""

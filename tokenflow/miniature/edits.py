@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tokenflow.editors import PnP
+from tokenflow.editors import PnP, Prompts
 from tokenflow.miniature.scenes import Attributes, Scene, random_scene
 from tokenflow.propagation import OpticalFlow
 from tokenflow.video import Clip
@@ -27,6 +27,11 @@ class SceneEdit:
     @property
     def changed(self) -> tuple[str, ...]:
         return self.scene.attributes.differing(self.target)
+
+    @property
+    def prompts(self) -> Prompts:
+        """What the edit and the source show."""
+        return Prompts(str(self.target), inversion_prompt=str(self.scene.attributes))
 
     @property
     def clip(self) -> Clip:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -40,6 +41,9 @@ class Window:
         height: Latent pixels of a frame at this site, so that tokens = height × width.
         width: See `height`.
         motion: By optical flow, for a kernel that asks for it.
+        site: The attention layer's name.
+        step: Of sampling, from 0.
+        steps: Of sampling.
     """
 
     frames: tuple[int, ...]
@@ -49,6 +53,15 @@ class Window:
     height: int = 0
     width: int = 0
     motion: Motion | None = None
+    site: str = ""
+    step: int = 0
+    steps: int = 1
+
+    def at_site(self, site: str, tokens: int, size: tuple[int, int]) -> Window:
+        """The window at a site with so many tokens, of latents of this height and width."""
+        height, width = size
+        scale = round((height * width / tokens) ** 0.5)
+        return dataclasses.replace(self, site=site, height=height // scale, width=width // scale)
 
 
 @dataclass(frozen=True)
@@ -87,7 +100,7 @@ class Propagation(ABC):
     their constructor's typed arguments are their options.
     """
 
-    interface: ClassVar[int] = 1
+    interface: ClassVar[int] = 2
     """The version of this interface that a plugin was written for."""
 
     identity_at_keyframes: ClassVar[bool] = False
@@ -97,12 +110,12 @@ class Propagation(ABC):
     flow: OpticalFlow | None = None
     """What finds optical flow, if the kernel needs it: then every window has its `motion`."""
 
-    def content(self) -> str:
-        """What else than options and features it depends on, as a digest of files; by default flow.
+    def cache_key(self) -> str:
+        """A digest of what answers depend on besides options and features; by default the flow's.
 
-        An interrupted sampling goes on where it is the same.
+        A kernel that reads files returns a digest of them. A checkpoint is found by it.
         """
-        return "" if self.flow is None else self.flow.content()
+        return "" if self.flow is None else self.flow.cache_key()
 
     @abstractmethod
     def correspond(

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import shlex
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,13 +30,11 @@ PACKAGES = {"editor": "editor.package", "propagation": "propagation.package"}
 class Run:
     """What a folder holds: the record is that of `run.yaml`, videos are read when asked for.
 
-    `each` is called for each of their frames. As long as the run is written, its files are in
-    `unfinished`.
+    As long as the run is written, its files are in `unfinished`.
     """
 
     folder: Path
     record: dict[str, Any]
-    each: Callable[[], None] = lambda: None
     unfinished: Path | None = None
 
     @property
@@ -149,8 +146,7 @@ class Run:
 
     def video(self, name: str) -> Clip:
         """One of the folder's videos, not in memory."""
-        clip = read_clip(self.place / name, in_memory=False, each=self.each)
-        return clip.calling(self.each)
+        return read_clip(self.place / name, in_memory=False)
 
 
 def flat(name: str, value: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The conformance kit for plugin authors: tells what is wrong with an editor or a kernel.
+"""The conformance kit for plugin authors: checks an editor or a kernel against its contract.
 
 Example:
     >>> check_kernel(NNField())  # every check in turn; raises ConformanceError at the first failure
@@ -10,8 +10,8 @@ In pytest, each check as its own test:
 """
 
 from tokenflow.testing.checks import Check, ConformanceError
-from tokenflow.testing.editors import check_editor, editor_checks
-from tokenflow.testing.kernels import check_kernel, kernel_checks
+from tokenflow.testing.editor_checks import check_editor, editor_checks
+from tokenflow.testing.kernel_checks import check_kernel, kernel_checks
 from tokenflow.testing.tiny import tiny_backbone, tiny_clip, write_tiny_model
 
 __all__ = [

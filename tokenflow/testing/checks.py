@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from jsonargparse import ArgumentParser
 
-from tokenflow.contract import Violation
 from tokenflow.errors import Interrupted, Preempted
 from tokenflow.plugins import GROUPS, stated_interface
 from tokenflow.testing.state import global_state, restored
+from tokenflow.violations import Violation
 
 T = TypeVar("T")
 SEED = 3_141_592_653

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenflow.diffusion import Backbone
 
@@ -46,11 +46,11 @@ def global_state() -> dict[str, bytes]:
     return {name: pickle.dumps(get()) for name, (get, _) in GLOBAL.items()}
 
 
-def backbone_state(backbone: Backbone) -> dict[str, object]:
+def backbone_state(model: Backbone) -> dict[str, object]:
     """What an edit must leave as it was, each with a word for what it is."""
     found: dict[str, object] = {}
-    for name in ("unet", "vae", "text_encoder"):
-        network = getattr(backbone, name)
+    networks = {name: part for name, part in vars(model).items() if isinstance(part, nn.Module)}
+    for name, network in networks.items():
         own = [vars(module) for module in network.modules()]
         found |= {
             f"hooks on the {name}": sum(
@@ -58,13 +58,13 @@ def backbone_state(backbone: Backbone) -> dict[str, object]:
             ),
             f"as the {name}'s training flags": sum(each["training"] for each in own),
             f"as the {name}'s replaced methods": sum("forward" in each for each in own),
+            f"as the {name}'s attention processors": [
+                processor for each in own if (processor := each.get("processor")) is not None
+            ],
             f"as the {name}'s weights": digest(network.state_dict().values()),
         }
-    scheduler = backbone.scheduler
-    return found | {
-        "as the scheduler's alphas": digest([scheduler.alphas_cumprod]),
-        "as the scheduler's configuration": dict(scheduler.config),
-    }
+    schedules = [model.schedule(steps) for steps in (1, 2)]
+    return found | {"as the noise schedule": schedules}
 
 
 def digest(tensors: Iterable[Tensor]) -> str:

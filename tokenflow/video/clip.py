@@ -1,7 +1,7 @@
 """What the rest of tokenflow knows of a video: a clip's frames, their times, its sound."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -100,16 +100,6 @@ class Clip:
     def frame(self, position: int) -> Float[Tensor, "3 height width"]:
         """The frame at a position in the whole clip."""
         return self.frames[self.positions.index(position)]
-
-    def calling(self, each: Callable[[], None]) -> "Clip":
-        """The same clip; `each` is called before one of its frames is given."""
-
-        def frame(position: int) -> Float[Tensor, "3 height width"]:
-            each()
-            return self.frame(position)
-
-        height, width = self.frames.shape[2:]
-        return dataclasses.replace(self, frames=Frames(frame, self.positions, (height, width)))
 
     def part(self, positions: range) -> "Clip":
         """The frames at consecutive positions in the whole clip, which this one must have."""

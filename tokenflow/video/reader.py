@@ -39,7 +39,6 @@ def read_clip(
     multiple: int = 1,
     image_rate: Fraction | float | int = 8,
     in_memory: bool = True,
-    each: Callable[[], None] = lambda: None,
 ) -> Clip:
     """Read the frames start, start + stride, … before stop, in the order of display.
 
@@ -60,7 +59,6 @@ def read_clip(
         image_rate: frames per second of an image folder, from 0.0001 to 1000.
         in_memory: whether all frames are to be in memory; otherwise they are `Frames`, looked at
             once, and of a longer clip decoded again when they are asked for.
-        each: called after each frame, which may take long: what it raises ends the reading.
 
     Raises:
         VideoError: for anything that cannot be read as asked, with the path and the frame.
@@ -100,7 +98,6 @@ def read_clip(
             image = reading.whole(number, picture)
             if reel.has_room:
                 reel.keep(number, reading.plan.apply(image / 255))
-            each()
         period = stride / source.rate
         times = _times(path, known, period, start / source.rate)
         end = _end(source, reading, pictures, times[-1], period)

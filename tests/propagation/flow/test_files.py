@@ -59,18 +59,18 @@ def test_flow_is_read_and_chained(
     assert torch.allclose(flow, torch.tensor(expected)[:, None, None], atol=1e-5)
 
 
-def test_other_files_are_other_content(folder: Path) -> None:
-    def content() -> str:
-        return FlowWeighted(FlowFiles(str(folder))).content()
+def test_other_files_have_another_cache_key(folder: Path) -> None:
+    def cache_key() -> str:
+        return FlowWeighted(FlowFiles(str(folder))).cache_key()
 
     (folder / "notes.txt").touch()
-    before, file = content(), folder / "1_0.flo"
+    before, file = cache_key(), folder / "1_0.flo"
     os.utime(folder / "notes.txt", (1, 1))
-    assert content() == before
+    assert cache_key() == before
     write_flo(file, constant(9, 9))
     os.utime(file, (1, 1))
-    assert content() != before
-    assert FlowWeighted(DIS()).content() == NNField().content() == ""
+    assert cache_key() != before
+    assert FlowWeighted(DIS()).cache_key() == NNField().cache_key() == ""
 
 
 def test_a_chain_follows_the_point(folder: Path) -> None:

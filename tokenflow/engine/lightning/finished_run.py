@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ class FinishedRun:
     folder: Path
     source: ClipSource
     record: dict[str, Any]
-    each: Callable[[], None]
     place: Path
 
     @classmethod
@@ -65,7 +63,7 @@ class FinishedRun:
             raise InputError(
                 f"{folder / RECORD} was changed by hand and cannot be used; edit again"
             )
-        return cls(folder, source, record, run.each, run.place)
+        return cls(folder, source, record, run.place)
 
     def clips(self) -> tuple[Clip, Clip]:
         """Source and edit, both as the run's videos show them.
@@ -78,7 +76,7 @@ class FinishedRun:
                 f"the source {self.source.path} of {self.folder} does not exist; start from the "
                 f"folder that the run was started from, or give the videos by --source and --edited"
             )
-        source = self.source.read(self.record["multiple"], self.each).calling(self.each)
-        edited = read_clip(self.place / EDITED, in_memory=False, each=self.each)
+        source = self.source.read(self.record["multiple"])
+        edited = read_clip(self.place / EDITED, in_memory=False)
         frames = shown(source).in_memory_if_small()
-        return dataclasses.replace(source, frames=frames), edited.calling(self.each)
+        return dataclasses.replace(source, frames=frames), edited

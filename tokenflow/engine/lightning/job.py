@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +47,12 @@ class ClipSource:
             raise TypeError(f"no source: {dict(record)}")
         return cls(Path(path), **choice)
 
-    def read(self, multiple: int, each: Callable[[], None] = lambda: None) -> Clip:
+    def read(self, multiple: int) -> Clip:
         """The clip, whose frames are decoded when they are needed.
 
-        The sides are multiples of `multiple` pixels; `each` is called after each frame.
+        The sides are multiples of `multiple` pixels.
         """
-        return read_clip(self.path, multiple=multiple, in_memory=False, each=each, **self.choice)
+        return read_clip(self.path, multiple=multiple, in_memory=False, **self.choice)
 
 
 class Job:

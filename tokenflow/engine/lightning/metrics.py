@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
 from copy import copy
 from importlib.metadata import version
 from typing import Any
@@ -13,14 +12,13 @@ from typing import Any
 import torch
 from jaxtyping import Bool
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from tokenflow.diffusion import Backbone
+from tokenflow.engine.lightning.callback import EditCallback
 from tokenflow.engine.lightning.finished_run import FinishedRun
 from tokenflow.engine.lightning.job import ClipSource
 from tokenflow.engine.lightning.module import TokenFlow
-from tokenflow.engine.lightning.run_writer import writer_of
 from tokenflow.errors import InputError
 from tokenflow.metrics import Measures
 from tokenflow.propagation import ClipFlow
@@ -41,23 +39,21 @@ def round_trip(
     source: ClipSource,
     like: Clip,
     batch: int = 4,
-    each: Callable[[], None] = lambda: None,
 ) -> Clip:
     """The source after the VAE alone, at the size of `like`: what no edit is better than.
 
-    `each` is called for each frame that is read.
 
     Raises:
         InputError: The source cannot be read.
     """
-    clip = source.read(backbone.multiple, each).calling(each)
+    clip = source.read(backbone.multiple)
     height, width = like.frames.shape[-2:]
     images = room(len(clip), 3, height, width)
     for some in torch.arange(len(clip)).split(batch):
         back = backbone.decode(backbone.encode(clip.frames[some])).cpu().clamp(0, 1)
         for number, image in zip(some.tolist(), back, strict=True):
             images[number] = resized(image, (height, width))
-    return dataclasses.replace(clip, frames=images, name="VAE round trip").calling(each)
+    return dataclasses.replace(clip, frames=images, name="VAE round trip")
 
 
 def read_mask(path: str) -> Bool[Tensor, "frames height width"]:
@@ -97,7 +93,7 @@ class Sources:
         if self.last is None or self.last[0] != key:
             motions, floor = self.measures.motions(clip), None
             if self.backbone is not None:
-                back = round_trip(self.backbone, run.source, like=clip, each=run.each)
+                back = round_trip(self.backbone, run.source, like=clip)
                 floor = self.measures.of(back, motions, prompt, prompt, self.hidden)
             self.last = key, motions, floor
         return self.last[1], self.last[2]
@@ -129,7 +125,7 @@ def measure_run(run: FinishedRun, sources: Sources) -> dict[str, Any]:
     return found
 
 
-class Measuring(Callback):
+class Measuring(EditCallback):
     """Leaves `metrics.json` in a run's folder, as `tokenflow evaluate` does, whose options it has.
 
     A run that cannot be measured stays as it is, with a warning.
@@ -151,6 +147,7 @@ class Measuring(Callback):
     ) -> None:
         self.measure, self.round_trip, self.mask = measure, round_trip, mask
         self.options = options  # on a line of its own, where jsonargparse finds it
+        self.sources: Sources | None = None
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         """Raises `InputError` for one mask and many clips, before the model is loaded."""
@@ -165,15 +162,13 @@ class Measuring(Callback):
     def on_predict_start(self, trainer: Trainer, module: TokenFlow) -> None:  # type: ignore[override]
         with module.everyone.together():
             if self.measure and module.group.rank == 0:
-                measures = Measures(**self.options)
                 backbone = module.backbone if self.round_trip else None
-                sources = Sources(measures, backbone, self.mask)
+                self.sources = Sources(Measures(**self.options), backbone, self.mask)
 
-                def measure(run: Run) -> None:
-                    # a copy: a clip's frames and flow are not kept while the next one is edited
-                    leave(copy(sources), run)
-
-                writer_of(trainer).measure = measure
+    def on_run_staged(self, trainer: Trainer, module: LightningModule, run: Run) -> None:
+        if self.sources is not None:
+            # a copy: a clip's frames and flow are not kept while the next one is edited
+            leave(copy(self.sources), run)
 
 
 def leave(sources: Sources, run: Run) -> None:

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import traceback
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule
+from torch import Tensor
 
 from tokenflow.diffusion import Backbone
-from tokenflow.editors import Editor
-from tokenflow.engine.editing import Result, check_prompt, edit_clip
+from tokenflow.editors import Editor, Prompts
+from tokenflow.engine.edit import Result, check_prompt, edit_clip
 from tokenflow.engine.keyframes import split_windows
+from tokenflow.engine.lightning.callback import edit_callbacks
 from tokenflow.engine.lightning.job import Job, Outcome
-from tokenflow.engine.probe import Observer
-from tokenflow.engine.ranks.channel import Channel
 from tokenflow.engine.ranks.group import FrameGroup
-from tokenflow.engine.resume import Recall
+from tokenflow.engine.ranks.preemption import Preemption
+from tokenflow.engine.resume import ResumeStore
 from tokenflow.engine.settings import Settings
-from tokenflow.engine.source import Progress
 from tokenflow.errors import InputError
 from tokenflow.plugins import origin
-from tokenflow.propagation import Propagation
-from tokenflow.runs.observed import Observed
+from tokenflow.propagation import Correspondence, Propagation, Window
 from tokenflow.storage.cache import FOLDER, Cache
 from tokenflow.video import Clip, Spool, both_sides, levels, require_writable
 
@@ -38,15 +36,13 @@ def forget_frames(error: BaseException | None) -> None:
 
 
 class Prediction:
-    """A result on its way to the writer, what the run's defaults came to, and what a site saw.
+    """A result on its way to the writer, and what the run's defaults came to.
 
     No dataclass, as Lightning would take that apart.
     """
 
-    def __init__(
-        self, result: Result, resolved: dict[str, Any], seen: Observed | None = None
-    ) -> None:
-        self.result, self.resolved, self.seen = result, resolved, seen
+    def __init__(self, result: Result, resolved: dict[str, Any]) -> None:
+        self.result, self.resolved = result, resolved
 
 
 class TokenFlow(LightningModule):
@@ -62,11 +58,10 @@ class TokenFlow(LightningModule):
             an accelerator and float32 on the CPU.
         negative_prompt: What the edited video does not show.
         inversion_prompt: What the source video shows.
-        report_reconstruction: Also sample back without an edit and report the PSNR.
         cache: A folder for inversions, which later edits of the same frames find again, and for
             interrupted samplings, which the same command goes on with; null for none.
         cache_gigabytes: What the cache may hold; what is longest unused goes first.
-        save_every: Sampling steps after which a sampling on its way is kept.
+        save_every: Sampling steps between two checkpoints; null for none.
         ranks_per_clip: How many processes share a clip; all of the job's if not given. Others
             edit other clips of a manifest at the same time.
         settings: The options of `tokenflow.engine.Settings`.
@@ -81,86 +76,75 @@ class TokenFlow(LightningModule):
         dtype: str = "auto",
         negative_prompt: str = "",
         inversion_prompt: str = "",
-        report_reconstruction: bool = False,
         cache: str | None = FOLDER,
         cache_gigabytes: float = 20.0,
-        save_every: int = 10,
+        save_every: int | None = 10,
         ranks_per_clip: int | None = None,
         **settings: Any,
     ) -> None:
         super().__init__()
-        if save_every < 1:
+        if save_every is not None and save_every < 1:
             raise InputError(f"save_every must be at least 1 step, got {save_every}")
         self.editor, self.propagation = editor, propagation
-        self.prompts = {
+        self.prompts: dict[str, str] = {
             "prompt": prompt,
             "negative_prompt": negative_prompt,
             "inversion_prompt": inversion_prompt,
         }
         self.model, self.dtype_name = backbone, dtype
-        self.report_reconstruction = report_reconstruction
         self.cache = None if cache is None else Cache(cache, cache_gigabytes)
         self.save_every, self.ranks_per_clip = save_every, ranks_per_clip
         self.settings = Settings(**settings)
         self.backbone: Backbone | None = None
-        self.group = self.everyone = FrameGroup()
+        self.preemption = Preemption()
+        self.group = self.everyone = FrameGroup(preemption=self.preemption)
         self.number, self.groups = 0, 1  # of frame groups
-        self.channel: Channel | None = None  # between all processes
-        self.described: tuple[str, str] | tuple[None, None] = (None, None)
-        """Editor and kernel with their options, as text, where known."""
-        self.progress: Progress = lambda stage, step, steps: None
-        self.asked: Callable[[], bool] = lambda: False
-        """Whether this process was asked to stop."""
-        self.observer: Callable[[], Observer] = Observer
-        """Makes the one who looks on while a clip is edited."""
-        self.admit: Callable[[Job], str | None] = lambda job: None
-        """Why a job is not to be done, if there is a reason; asked on the first rank of its group.
-
-        Raises `InputError` where that is the user's fault.
-        """
+        self.plugin_keys: tuple[str, str] | tuple[None, None] = (None, None)
+        """Editor and kernel with their options, as text, where known: parts of cache keys."""
 
     def setup(self, stage: str) -> None:
         device = str(self.trainer.strategy.root_device)
-        asked = self.asked
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            self.channel = Channel.of_job(self.ranks_per_clip, asked)
-            asked = self.channel.asked
-        self.everyone = FrameGroup.join(device, asked=asked)
-        self.group = FrameGroup.join(device, self.ranks_per_clip, asked)
+        self.preemption.start()
+        self.preemption.join()
+        self.everyone = FrameGroup.join(device, preemption=self.preemption)
+        self.group = FrameGroup.join(device, self.ranks_per_clip, self.preemption)
         self.groups = self.everyone.size // self.group.size
         self.number = self.everyone.rank // self.group.size
-        with self.everyone.together():
+        with self.everyone.together(), self.preemption.interruptible():
             if self.cache is not None:
                 self.cache.require_writable()
             self.backbone = Backbone.load(self.model, device, self.dtype_name)
 
-    def teardown(self, stage: str) -> None:
-        if self.channel is not None:
-            self.channel.close()
+    def on_predict_start(self) -> None:
+        self.preemption.start()  # Lightning has set its own handlers since `setup`
 
-    def options(self, job: Job) -> tuple[dict[str, str], Settings]:
+    def teardown(self, stage: str) -> None:
+        self.preemption.close()
+
+    def options(self, job: Job) -> tuple[Prompts, Settings]:
         """A job's prompts and settings: its own, and for the rest the run's.
 
         Raises:
             InputError: No clip could be edited with them.
         """
-        prompts = self.prompts | job.prompts
+        prompts = Prompts(**self.prompts | job.prompts)
         try:
-            check_prompt(prompts["prompt"])
-            return prompts, dataclasses.replace(self.settings, **job.settings)
+            check_prompt(prompts.prompt)
+            settings = dataclasses.replace(self.settings, **job.settings)
         except InputError as error:
             raise InputError(f"{job.where}: {error}" if job.where else str(error)) from error
+        return prompts, settings
 
     def predict_step(self, job: Job, batch_index: int) -> Prediction | Outcome | None:
         """A job's result, or what else became of it; nothing where other ranks have it."""
         if batch_index % self.groups != self.number:
             return None
         try:
-            with self.group.together():
-                reason = self.admit(job) if self.group.rank == 0 else None
-            if reason := self.group.tell(reason)[0]:
+            self.group.meet()  # rank 0 may still be writing the clip before
+            with self.group.together(), self.preemption.interruptible():
+                reason = self.refused(job) if self.group.rank == 0 else None
+            if reason := self.group.all_gather_object(reason)[0]:
                 return Outcome(job, "skipped", reason)
-            self.group.leave()
             return self.edited(job)
         except Exception as error:  # whatever is wrong with one clip, the others are edited
             if job.where is None or not self.group.knows(error):
@@ -169,47 +153,66 @@ class TokenFlow(LightningModule):
             torch.accelerator.empty_cache() if torch.accelerator.is_available() else None
             return Outcome(job, "failed", f"{type(error).__name__}: {error}")
 
+    def refused(self, job: Job) -> str | None:
+        """Why a job is not to be done, if a callback has a reason."""
+        reasons = (one.admit(self.trainer, self, job) for one in edit_callbacks(self.trainer))
+        return next(filter(None, reasons), None)
+
+    def on_step(self, stage: str, step: int, steps: int) -> Literal["stop"] | None:
+        """What `edit_clip` calls after every step."""
+        answers = [
+            one.on_edit_step(self.trainer, self, stage, step, steps)
+            for one in edit_callbacks(self.trainer)
+        ]
+        return "stop" if self.preemption.requested or "stop" in answers else None
+
+    def on_correspondence(self, source: Tensor, window: Window, found: Correspondence) -> None:
+        """What the kernel's answers are shown to."""
+        for callback in edit_callbacks(self.trainer):
+            callback.on_correspondence(source, window, found)
+
     def edited(self, job: Job) -> Prediction:
         """A job's result, on rank 0 for the whole clip."""
         assert self.backbone is not None, "setup comes before predict_step"
         backbone, (prompts, settings) = self.backbone, self.options(job)
-
-        recall = None
+        store = None
         if self.cache is not None:
-            editor, propagation = self.described
-            recall = Recall(self.cache, editor, propagation, self.save_every)
-        observer = self.observer()
-        with self.group.together():
-            clip = job.source.read(backbone.multiple, each=self.group.heed)
+            editor, propagation = self.plugin_keys
+            store = ResumeStore(self.cache, editor, propagation, self.save_every)
+        with self.group.together(), self.preemption.interruptible():
+            clip = job.source.read(backbone.multiple)
             if self.group.rank == 0:  # which writes
                 clip = require_writable(clip, both_sides(clip.display_size))
-        self.group.leave()
+            shard = self.group.shard(split_windows(clip.total, settings.keyframe_every))
+            for callback in edit_callbacks(self.trainer):
+                callback.on_edit_start(self.trainer, self, job, shard.frames)
         result = edit_clip(
             backbone,
             clip,
-            editor=self.editor,
-            propagation=self.propagation,
-            **prompts,
-            settings=settings,
-            report_reconstruction=self.report_reconstruction,
-            progress=self.progress,
-            group=self.group,
-            recall=recall,
-            observer=observer,
+            prompts,
+            self.editor,
+            self.propagation,
+            settings,
+            on_step=self.on_step,
+            look=self.on_correspondence,
+            store=store,
+            ranks=self.group,
         )
         if self.group.size > 1:
-            share = self.group.share(split_windows(clip.total, settings.keyframe_every))
-            result = self.gathered(result, clip, share.frame_counts)
+            result = self.gathered(result, clip, shard.frame_counts)
         if self.cache is not None and self.group.rank == 0:
             self.cache.prune()
-        resolved = {"source": job.source.record, **self.resolved(backbone, settings, prompts)}
-        return Prediction(result, resolved, observer.seen)
+        resolved = {
+            "source": job.source.record,
+            **self.resolved(backbone, settings, dataclasses.asdict(prompts)),
+        }
+        return Prediction(result, resolved)
 
     def gathered(self, result: Result, source: Clip, counts: Sequence[int]) -> Result:
         """On rank 0 the result for the whole clip, elsewhere this rank's as it is."""
         height, width = source.frames.shape[-2:]
         spool = Spool((height, width))
-        self.group.to_first(map(levels, result.clip.frames), counts, spool.append)
+        self.group.gather(map(levels, result.clip.frames), counts, spool.append)
         if self.group.rank > 0:
             return result
         edited = dataclasses.replace(source, frames=spool.frames)
@@ -224,8 +227,8 @@ class TokenFlow(LightningModule):
             "multiple": backbone.multiple,
             "dtype": str(backbone.dtype).removeprefix("torch."),
             **prompts,
-            **dataclasses.asdict(settings),
-            "inversion_steps": settings.inversion_steps or settings.steps,
+            **dataclasses.asdict(settings.for_model(backbone)),
+            "defaults": dataclasses.asdict(backbone.defaults),
             "editor": origin(type(self.editor)),
             "propagation": origin(type(self.propagation)),
         }

@@ -10,7 +10,6 @@ from datetime import timedelta
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -21,13 +20,14 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from tokenflow.engine.lightning.callback import EditCallback
 from tokenflow.engine.lightning.job import Job
 from tokenflow.engine.lightning.module import Prediction, TokenFlow
 from tokenflow.engine.settings import Settings
 from tokenflow.text import printable
 
 
-class StageProgress(Callback):
+class StageProgress(EditCallback):
     """A bar for each stage on a terminal; elsewhere, and in a SLURM job, a line at most every
     `interval` seconds.
 
@@ -50,16 +50,6 @@ class StageProgress(Callback):
     def on_predict_start(self, trainer: Trainer, module: TokenFlow) -> None:  # type: ignore[override]
         if not trainer.is_global_zero:
             return
-        module.progress, admit = self.update, module.admit
-
-        def admitted(job: Job) -> str | None:
-            reason = admit(job)
-            if reason is None and job.where is not None:
-                clips = len(trainer.datamodule.jobs)  # type: ignore[attr-defined]
-                self.begin(job.name, self.index + 1, clips, module.groups)
-            return reason
-
-        module.admit = admitted
         if on_terminal():
             self.bars = Progress(
                 TextColumn("{task.description:>11}"),
@@ -75,6 +65,19 @@ class StageProgress(Callback):
         self, trainer: Trainer, module: TokenFlow, job: Job, index: int, *_: Any
     ) -> None:
         self.index, self.ahead = index, edit_to_inversion(module.options(job)[1])
+
+    def on_edit_start(  # type: ignore[override]
+        self, trainer: Trainer, module: TokenFlow, job: Job, frames: range
+    ) -> None:
+        if trainer.is_global_zero and job.where is not None:
+            clips = len(trainer.datamodule.jobs)  # type: ignore[attr-defined]
+            self.begin(job.name, self.index + 1, clips, module.groups)
+
+    def on_edit_step(
+        self, trainer: Trainer, module: LightningModule, stage: str, step: int, steps: int
+    ) -> None:
+        if trainer.is_global_zero:
+            self.update(stage, step, steps)
 
     def on_predict_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, *_: Any
@@ -113,13 +116,13 @@ class StageProgress(Callback):
             self.bars.stop()
 
     def update(self, stage: str, step: int, steps: int) -> None:
-        """What `edit_clip` calls after every step."""
+        """A step of a stage is done."""
         now = time.monotonic()
         # how long the first step took is not known; after an interruption it is not number 1
         began, first = self.began.setdefault(stage, (now, step))
         each = (now - began) / max(step - first, 1)
         how_fast = pace(each, steps - step)
-        if stage == "recall":  # the edit is of these frames, too
+        if stage == "cached":  # the edit is of these frames, too
             self.ahead *= steps / max(steps - step, 1)
         elif stage == "invert" and each and self.ahead:
             whole = timedelta(seconds=round(each * (steps - step + self.ahead * steps)))

@@ -5,9 +5,8 @@ from __future__ import annotations
 import platform
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
-from functools import partial
+from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from itertools import starmap
 from pathlib import Path
@@ -19,9 +18,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from torch import Tensor
 
+from tokenflow.engine.lightning.callback import EditCallback, edit_callbacks
 from tokenflow.engine.lightning.job import ClipSource, Job, Outcome
 from tokenflow.engine.lightning.module import Prediction, TokenFlow
+from tokenflow.engine.probe import Probe
 from tokenflow.errors import InputError
+from tokenflow.propagation import Correspondence, Window
 from tokenflow.report import Run, draw, record_text, write_report
 from tokenflow.runs.files import (
     COMPARE,
@@ -57,7 +59,7 @@ PROBE = 1 << 20
 PACKAGES = ("tokenflow", "torch", "lightning", "diffusers", "transformers", "av")
 
 
-class RunWriter(BasePredictionWriter):
+class RunWriter(BasePredictionWriter, EditCallback):
     """Writes `edited.mp4`, `compare.mp4`, `contact_sheet.png`, `report.html` and `run.yaml`.
 
     Args:
@@ -76,12 +78,9 @@ class RunWriter(BasePredictionWriter):
         self.outcomes: list[Outcome] = []
         self.failed = 0
         self.lock: FolderLock | None = None
-        self.measure: Callable[[Run], None] = lambda run: None
+        self.probe: Probe | None = None
 
-    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        module.admit = self.admit  # type: ignore[assignment]
-
-    def admit(self, job: Job) -> str | None:
+    def admit(self, trainer: Trainer, module: LightningModule, job: Job) -> str | None:
         """Takes a job's folder for this run; or says why not, for a clip among many.
 
         Raises:
@@ -100,6 +99,18 @@ class RunWriter(BasePredictionWriter):
         raise InputError(
             f"another run writes to {folder} now; wait for it, or choose another --output.folder"
         )
+
+    def on_edit_start(  # type: ignore[override]
+        self, trainer: Trainer, module: TokenFlow, job: Job, frames: range
+    ) -> None:
+        assert module.backbone is not None, "setup comes before a clip"
+        settings, sites = module.options(job)[1], module.backbone.sites()
+        propagated = settings.consistency == "tokenflow" and sites
+        self.probe = Probe(sites, frames, settings.steps) if propagated else None
+
+    def on_correspondence(self, source: Tensor, window: Window, found: Correspondence) -> None:
+        if self.probe is not None:
+            self.probe(source, window, found)
 
     def finished(self, job: Job, folder: Path) -> str | None:
         """Why a clip among many is not edited again, if it is finished.
@@ -144,7 +155,7 @@ class RunWriter(BasePredictionWriter):
             return
         folder = self.folder / job.name
         if isinstance(prediction, Prediction):
-            outcome = self.written(module, job, prediction)
+            outcome = self.written(trainer, module, job, prediction)
         else:
             outcome = prediction
         if outcome.what == "failed" and self.lock is not None:  # else the folder is not this run's
@@ -158,22 +169,24 @@ class RunWriter(BasePredictionWriter):
                 if file.exists():
                     print(printable(file))
 
-    def written(self, module: TokenFlow, job: Job, prediction: Prediction) -> Outcome:
+    def written(
+        self, trainer: Trainer, module: TokenFlow, job: Job, prediction: Prediction
+    ) -> Outcome:
         """What became of a job that was edited, once its files are there.
 
         Raises:
             InputError: The files of a clip that is not one of many cannot be written.
         """
-        channel = module.channel
         try:
-            with nullcontext() if channel is None else channel.writing():
-                module.group.first_alone(partial(self.write, prediction, self.folder / job.name))
+            if module.group.rank == 0:
+                with module.preemption.interruptible():
+                    self.write(trainer, module, prediction, self.folder / job.name)
         except Exception as error:  # whatever is wrong with one clip, the others are edited
-            if job.where is None or not module.group.knows(error):
+            if job.where is None:
                 raise
             return Outcome(job, "failed", f"{type(error).__name__}: {error}")
-        if prediction.result.kept is not None:
-            prediction.result.kept.forget()
+        if prediction.result.checkpoint is not None:
+            prediction.result.checkpoint.remove()
         return Outcome(job, "done", "", sum(prediction.result.seconds.values()))
 
     def on_exception(self, *_: Any) -> None:
@@ -187,24 +200,23 @@ class RunWriter(BasePredictionWriter):
 
     def on_predict_end(self, trainer: Trainer, module: TokenFlow) -> None:  # type: ignore[override]
         """Says what became of many clips, when all have been edited."""
-        tell = module.everyone.meet if module.groups > 1 else module.everyone.tell
-        every = [outcome for some in tell(self.outcomes) for outcome in some]
+        module.everyone.meet()
+        gathered = module.everyone.all_gather_object(self.outcomes)
+        every = [outcome for some in gathered for outcome in some]
         self.failed = sum(outcome.what == "failed" for outcome in every)
         if trainer.is_global_zero and any(outcome.many for outcome in every):
             print_outcomes(every)
 
     def write(
-        self, prediction: Prediction, folder: Path, each: Callable[[], None] = lambda: None
+        self, trainer: Trainer, module: LightningModule, prediction: Prediction, folder: Path
     ) -> None:
         """Writes a run's files, which stand in its folder when all are there.
-
-        `each` is called for each frame that is written, measured or put on the page.
 
         Raises:
             InputError: The disk refuses.
         """
         result = prediction.result
-        source, edited = result.source.calling(each), result.clip.calling(each)
+        source, edited = result.source, result.clip
         try:
             with staged(folder) as place:
                 write_video(
@@ -217,13 +229,14 @@ class RunWriter(BasePredictionWriter):
                 )
                 rows = source.frames, edited.frames
                 write_image(place / SHEET, contact_sheet(rows, size=source.display_size))
-                run = Run(folder, self.summary(prediction), each, place)
-                self.measure(run)
+                run = Run(folder, self.summary(prediction), place)
+                for callback in edit_callbacks(trainer):
+                    callback.on_run_staged(trainer, module, run)
                 self.show(run, prediction)
                 (place / RECORD).write_text(record_text(run.record))
         except (OSError, VideoError) as error:
             again = "free some space or choose another --output.folder, and start again"
-            safe = result.kept is not None and not result.kept.cache.full
+            safe = result.checkpoint is not None and not result.checkpoint.cache.full
             keeps = "; the edit is kept and only written then" if safe else ""
             what = (
                 error
@@ -235,7 +248,8 @@ class RunWriter(BasePredictionWriter):
     def show(self, run: Run, prediction: Prediction) -> None:
         """Writes the run's page; the run is whole without it."""
         try:
-            seen, source = prediction.seen, prediction.result.source.frames
+            seen = None if self.probe is None else self.probe.seen
+            source = prediction.result.source.frames
             if seen is not None:
                 draw(seen, source).save(run.place / FEATURES)
             write_report(run)

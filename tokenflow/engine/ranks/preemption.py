@@ -2,94 +2,115 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
+import itertools
 import signal
-import sys
-from subprocess import Popen, TimeoutExpired
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from threading import Event, Thread
+from time import sleep
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+import torch.distributed as dist
 
-from tokenflow.engine.lightning.module import TokenFlow
-from tokenflow.errors import Preempted
+# the store has no public name, and every launcher makes another one
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
+
+from tokenflow.errors import InputError, Preempted
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-GRACE = 300.0
-"""Seconds that the first process gives those it launched to finish their step."""
-PR_SET_PDEATHSIG = 1
+PERIOD = 0.5
+"""Seconds between two looks into the job's store."""
+STOP = "stop"
 
 
-class StopSignals(Callback):
-    """Notes that the run was asked to stop; it does so after the step, when all ranks know.
+class Preemption:
+    """A request to stop, which any rank of a job may receive and all of them follow.
 
-    Lightning's own handlers, which predict does not heed, or which requeue a job that has saved
-    nothing, are put aside.
+    The signal's handler notes the request; sampling asks for it after every step. Where no
+    collective runs, in a block of `interruptible`, the handler raises `Preempted` at once. In a
+    job of several ranks a thread passes requests on through the job's store: another rank's
+    arrives as if this process had received the signal itself.
     """
 
+    jobs: ClassVar[Iterator[int]] = itertools.count()
+
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = self.lost = False
+        self.store: Store | None = None
+        self.depth = 0
         self.before: dict[int, Any] = {}
-        self.child = False
-        self.children: list[Popen[Any]] = []
+        self.over, self.thread = Event(), Thread(target=self.watch, daemon=True)
 
-    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        strategy = trainer.strategy
-        environment = getattr(strategy, "cluster_environment", None)  # one device has none
-        if isinstance(environment, LightningEnvironment):
-            self.child = trainer.local_rank > 0
-            if not self.child and isinstance(strategy.launcher, _SubprocessScriptLauncher):
-                self.children = strategy.launcher.procs
-        self.before = {number: signal.signal(number, self.note) for number in SIGNALS}
-        module.asked = lambda: self.asked  # type: ignore[assignment]
+    def start(self) -> None:
+        """Sets the handlers, in the main thread; again if somebody else has set theirs."""
+        for number in SIGNALS:
+            before = signal.signal(number, self.handle)
+            if before != self.handle:
+                self.before.setdefault(number, before)
 
-    def on_predict_start(self, trainer: Trainer, module: LightningModule) -> None:
-        for number in SIGNALS:  # Lightning has set its own since `setup`
-            signal.signal(number, self.note)
+    def join(self) -> None:
+        """Shares requests with the other ranks of torch.distributed's job."""
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            job = f"tokenflow/{next(self.jobs)}"  # a request of the run before is not this one's
+            self.store = PrefixStore(job, _get_default_store())
+            self.thread.start()
 
-    def note(self, number: int, frame: FrameType | None) -> None:
-        """The handler, which also tells the processes that this one launched."""
-        self.asked = True
-        for process in self.children:
-            process.send_signal(number)
-
-    def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        self.restore()
-
-    def on_exception(  # type: ignore[override]
-        self, trainer: Trainer, module: TokenFlow, exception: BaseException
-    ) -> None:
-        self.restore()
-        if module.channel is not None:
-            stopped = isinstance(exception, Preempted)
-            module.channel.close(stopped=stopped, failed=not stopped)
-        if not isinstance(exception, Preempted):
-            return
-        if self.child:
-            exception.code = 0  # the launcher takes another for a crash; the first rank's counts
-        for process in self.children:
-            try:
-                process.wait(GRACE)
-            except TimeoutExpired:
-                process.kill()
-
-    def restore(self) -> None:
-        """Puts the handlers of before back."""
+    def close(self) -> None:
+        """Puts the handlers of before back, after all ranks know of a request."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
         self.before = {}
+        if self.store is None or self.over.is_set():
+            return
+        self.over.set()
+        self.thread.join()
+        if self.requested:
+            with suppress(RuntimeError):
+                self.store.set(STOP, "")
+            if dist.get_rank() == 0:
+                sleep(2 * PERIOD)  # the others read it; the store may end with this process
 
-
-def end_with_parent(parent: int) -> None:
-    """Asks Linux to kill this process when the one that launched it ends, however it ends.
-
-    Ends it now if that is no longer its `parent`.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """The signals' handler."""
+        if self.lost:
+            raise InputError("rank 0 has ended, and this rank ends with it; start again")
+        self.requested = True
+        if self.depth:
             raise Preempted
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """A block without collectives, which a request ends at once.
+
+        Raises:
+            Preempted: A rank was asked to stop.
+        """
+        self.check()
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
+
+    def check(self) -> None:
+        """Raises `Preempted` where a rank was asked to stop."""
+        if self.requested:
+            raise Preempted
+
+    def watch(self) -> None:
+        """Passes requests on, both ways, until the job is over."""
+        assert self.store is not None, "join comes before"
+        store, passed = self.store.clone(), False
+        try:
+            while not passed and not self.over.wait(PERIOD):
+                if self.requested:
+                    store.set(STOP, "")
+                    passed = True
+                elif store.check([STOP]):
+                    passed = True
+                    signal.raise_signal(SIGNALS[0])
+        except RuntimeError:  # the store has ended, and rank 0 with it; unless all are done
+            if not self.over.wait(10 * PERIOD):
+                self.lost = True
+                signal.raise_signal(SIGNALS[0])

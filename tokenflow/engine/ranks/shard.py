@@ -1,4 +1,4 @@
-"""What each of the ranks that share a clip has of it."""
+"""Which windows and frames of a clip a rank has."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Share:
-    """What one rank has of a clip.
+class WindowShard:
+    """The consecutive windows of a clip that one rank edits.
 
-    Where a clip has fewer windows than there are ranks, an idle rank edits the first window along,
-    alone, so that all call the same collectives; its result is nobody's.
+    A rank with no window recomputes the first one, alone, and its result is discarded: so all
+    ranks call the same collectives.
 
     Attributes:
         windows: Of the whole clip.
         own: Which of them are this rank's, by number.
-        counts: How many windows each rank contributes, an idle one 0.
-        idle: Whether this rank is one.
+        counts: How many windows each rank contributes, one with no window 0.
+        idle: Whether this rank has none.
     """
 
     windows: Sequence[range]
@@ -27,7 +27,7 @@ class Share:
     idle: bool = False
 
     @classmethod
-    def of(cls, windows: Sequence[range], rank: int, ranks: int) -> Share:
+    def of(cls, windows: Sequence[range], rank: int, ranks: int) -> WindowShard:
         """A rank's part: each has as many windows, the first ones one more."""
         each, more = divmod(len(windows), ranks)
         counts = tuple(each + (other < more) for other in range(ranks))
@@ -36,11 +36,16 @@ class Share:
         return cls(windows, own or range(1), counts, idle=not own)
 
     @property
-    def held(self) -> range:
+    def halo(self) -> range:
         """The windows whose keyframes this rank sees: its own, and one more at each side."""
         if self.idle:
             return self.own
         return range(max(self.own.start - 1, 0), min(self.own.stop + 1, len(self.windows)))
+
+    @property
+    def frames(self) -> range:
+        """The frames of this rank's windows."""
+        return self.positions(self.own)
 
     @property
     def frame_counts(self) -> tuple[int, ...]:

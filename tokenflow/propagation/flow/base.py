@@ -33,7 +33,7 @@ class OpticalFlow(ABC):
             InputError: The clip has no flow by it; the message says what to do.
         """
 
-    def content(self) -> str:
+    def cache_key(self) -> str:
         """A digest of the files that it depends on besides options and clip; none by default."""
         return ""
 

@@ -74,7 +74,7 @@ class FlowFiles(OpticalFlow):
         if steps:
             self.read(clip, *steps[0])  # files of another size are all so
 
-    def content(self) -> str:
+    def cache_key(self) -> str:
         """The files' names, sizes and times of change: they may be many gigabytes."""
         states = [(f.name, f.stat()) for f in self.folder.glob("*") if NAME.fullmatch(f.name)]
         return digests.of_values(sorted((n, s.st_size, s.st_mtime_ns) for n, s in states))

@@ -53,23 +53,21 @@ class Threads(FrameGroup):
         super().__init__(rank, size)
         self.meeting = meeting
 
-    def tell(self, own: T) -> list[T]:
+    def all_gather_object(self, own: T) -> list[T]:
         return self.meeting.show(self.rank, own)
 
-    def anywhere(self, *own: bool) -> list[bool]:
-        return list(map(any, zip(*self.tell(own), strict=True)))
+    def any(self, *own: bool) -> list[bool]:
+        return list(map(any, zip(*self.all_gather_object(own), strict=True)))
 
-    def gather(
+    def all_gather(
         self, own: Shaped[Tensor, "own ..."], counts: Sequence[int], host: bool = False
     ) -> Shaped[Tensor, "all ..."]:
-        self.agree()
         every = zip(self.meeting.show(self.rank, own), counts, strict=True)
         return torch.cat([part[:count] for part, count in every])
 
-    def with_neighbours(
+    def exchange_halo(
         self, own: Shaped[Tensor, "own ..."], counts: Sequence[int]
     ) -> Shaped[Tensor, "some ..."]:
-        self.agree()
         every = self.meeting.show(self.rank, own)
         before = every[self.rank - 1][-1:] if self.rank > 0 else own[:0]
         after = every[self.rank + 1][:1] if self.rank < self.size - 1 else own[:0]

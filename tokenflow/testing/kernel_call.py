@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokenflow.engine.keyframes import neighbourhood, split_windows
 from tokenflow.propagation import ClipFlow, Correspondence, Propagation, Window
-from tokenflow.propagation.contract import violations
+from tokenflow.propagation.kernel_contract import violations
 from tokenflow.testing.checks import require_kept
 from tokenflow.testing.tiny import tiny_clip
 
@@ -22,7 +22,7 @@ PIXELS = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Scene:
+class KernelCall:
     """What a kernel is given in one call."""
 
     source: Float[Tensor, "frames tokens channels"]
@@ -37,14 +37,14 @@ class Scene:
         size: tuple[int, int] = SQUARE,
         keyframes: Sequence[int] = (1, 5, 8),
         seed: int = 0,
-    ) -> Scene:
+    ) -> KernelCall:
         """Random tokens for the frames of a clip with these keyframes; the same for a seed."""
         height, width = size
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randn(FRAMES, height * width, CHANNELS, generator=generator)
         windows = split_windows(FRAMES, 4)
         window, used = neighbourhood(range(frames[0], frames[-1] + 1), windows, keyframes)
-        window = dataclasses.replace(window, height=height, width=width)
+        window = dataclasses.replace(window, height=height, width=width, site="site")
         if kernel.flow is not None:
             clip = tiny_clip(FRAMES, PIXELS * height, PIXELS * width)
             motion = ClipFlow(clip, kernel.flow, PIXELS).motion(window, tokens.device)

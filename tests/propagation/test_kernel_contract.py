@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tokenflow.errors import PluginError
 from tokenflow.propagation import Correspondence, check_correspondence
-from tokenflow.propagation.contract import violations
+from tokenflow.propagation.kernel_contract import violations
 
 SOURCE, KEYS = torch.rand(2, 6, 4), torch.rand(3, 6, 4)
 

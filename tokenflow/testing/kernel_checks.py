@@ -7,7 +7,7 @@ import copy
 import torch
 
 from tokenflow.propagation import Propagation
-from tokenflow.propagation.contract import TOLERANCE
+from tokenflow.propagation.kernel_contract import TOLERANCE
 from tokenflow.testing.checks import (
     Check,
     anew,
@@ -17,7 +17,7 @@ from tokenflow.testing.checks import (
     run_all,
     unchanged_state,
 )
-from tokenflow.testing.scene import FRAMES, SQUARE, Scene
+from tokenflow.testing.kernel_call import FRAMES, SQUARE, KernelCall
 
 OTHERS = ((3, 5), (6, 4))
 
@@ -32,7 +32,7 @@ def kernel_checks(kernel: Propagation) -> list[Check]:
     functions = [
         index_range, non_negative, rows_sum_to_one, device_and_dtype, determinism,
         calls_independent, inputs_unchanged, global_state_unchanged, branch_order,
-        non_square_sites, one_frame_windows, frames_independent, content_as_text,
+        non_square_sites, one_frame_windows, frames_independent, cache_key_as_text,
         configuration_round_trip, interface_stated,
     ]  # fmt: skip
     if kernel.identity_at_keyframes:
@@ -41,25 +41,25 @@ def kernel_checks(kernel: Propagation) -> list[Check]:
 
 
 def index_range(kernel: Propagation) -> None:
-    Scene.random(kernel).ask(kernel, "range")
+    KernelCall.random(kernel).ask(kernel, "range")
 
 
 def non_negative(kernel: Propagation) -> None:
-    Scene.random(kernel).ask(kernel, "sign")
+    KernelCall.random(kernel).ask(kernel, "sign")
 
 
 def rows_sum_to_one(kernel: Propagation) -> None:
-    Scene.random(kernel).ask(kernel, "rows")
+    KernelCall.random(kernel).ask(kernel, "rows")
 
 
 def device_and_dtype(kernel: Propagation) -> None:
     devices = [torch.device("cpu")]
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    scene = Scene.random(kernel)
+    call = KernelCall.random(kernel)
     for device in [*devices, *([accelerator] if accelerator is not None else [])]:
         for dtype in (torch.float32, torch.bfloat16):
-            given = Scene(
-                scene.source.to(device, dtype), scene.keys.to(device, dtype), scene.window
+            given = KernelCall(
+                call.source.to(device, dtype), call.keys.to(device, dtype), call.window
             )
             found = given.ask(kernel, "device", "dtype", "rows")
             values = given.keys[None]
@@ -70,11 +70,11 @@ def device_and_dtype(kernel: Propagation) -> None:
 
 
 def determinism(kernel: Propagation) -> None:
-    scene = Scene.random(kernel)
+    call = KernelCall.random(kernel)
     answers = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        answers.append(scene.matrix(kernel))
+        answers.append(call.matrix(kernel))
     require(
         torch.equal(*answers), "the same answer to the same call, whatever torch's random state",
         f"answers that differ by up to {(answers[0] - answers[1]).abs().max():.4g}",
@@ -83,13 +83,13 @@ def determinism(kernel: Propagation) -> None:
 
 
 def calls_independent(kernel: Propagation) -> None:
-    scenes = [Scene.random(kernel, seed=step) for step in (0, 1)]  # of the same window
+    calls = [KernelCall.random(kernel, seed=step) for step in (0, 1)]  # of the same window
     alone = []
-    for scene in scenes:
+    for call in calls:
         with anew(kernel) as other:
-            alone.append(scene.matrix(other))
+            alone.append(call.matrix(other))
     require(
-        all(map(torch.equal, alone, [scene.matrix(kernel) for scene in scenes])),
+        all(map(torch.equal, alone, [call.matrix(kernel) for call in calls])),
         "the same answer to a call whatever was asked before",
         "another for the same window at another step",
         "keep nothing between calls, or by what it was computed from: the tokens change",
@@ -97,16 +97,16 @@ def calls_independent(kernel: Propagation) -> None:
 
 
 def global_state_unchanged(kernel: Propagation) -> None:
-    scene = Scene.random(kernel)
+    call = KernelCall.random(kernel)
     with unchanged_state():
-        scene.ask(kernel)
+        call.ask(kernel)
 
 
 def inputs_unchanged(kernel: Propagation) -> None:
-    scene = Scene.random(kernel)
-    tensors = (scene.source, scene.keys, scene.window.neighbours, scene.window.blend)
+    call = KernelCall.random(kernel)
+    tensors = (call.source, call.keys, call.window.neighbours, call.window.blend)
     before = [tensor.clone() for tensor in tensors]
-    scene.ask(kernel)
+    call.ask(kernel)
     require(
         all(map(torch.equal, tensors, before)), "the given tensors left as they were",
         "a tensor changed in place", "work on a copy: the engine uses them again",
@@ -114,8 +114,8 @@ def inputs_unchanged(kernel: Propagation) -> None:
 
 
 def branch_order(kernel: Propagation) -> None:
-    scene = Scene.random(kernel)
-    found, keys = scene.ask(kernel), scene.keys
+    call = KernelCall.random(kernel)
+    found, keys = call.ask(kernel), call.keys
     branches = torch.stack([keys, 2 * keys + 1, keys.flip(-1)])
     order = [2, 0, 1]
     require(
@@ -127,19 +127,19 @@ def branch_order(kernel: Propagation) -> None:
 
 def non_square_sites(kernel: Propagation) -> None:
     for size in OTHERS:
-        Scene.random(kernel, size=size).ask(kernel, "range", "rows")
+        KernelCall.random(kernel, size=size).ask(kernel, "range", "rows")
 
 
 def one_frame_windows(kernel: Propagation) -> None:
     for frame in (0, 3, 8):  # before the first keyframe, between two, at one
-        Scene.random(kernel, range(frame, frame + 1)).ask(kernel, "range", "rows")
+        KernelCall.random(kernel, range(frame, frame + 1)).ask(kernel, "range", "rows")
 
 
 def frames_independent(kernel: Propagation) -> None:
     """What results rely on that do not depend on the batch or, later, on the number of ranks."""
-    whole = Scene.random(kernel, range(FRAMES)).matrix(kernel)
+    whole = KernelCall.random(kernel, range(FRAMES)).matrix(kernel)
     for frame in range(FRAMES):
-        alone = Scene.random(kernel, range(frame, frame + 1)).matrix(kernel)[0]
+        alone = KernelCall.random(kernel, range(frame, frame + 1)).matrix(kernel)[0]
         difference = float((alone - whole[frame]).abs().max())
         require(
             difference <= TOLERANCE, "a frame's weights not to depend on the window's other frames",
@@ -148,12 +148,12 @@ def frames_independent(kernel: Propagation) -> None:
         )  # fmt: skip
 
 
-def content_as_text(kernel: Propagation) -> None:
+def cache_key_as_text(kernel: Propagation) -> None:
     with unchanged_state():
-        said = [kernel.content(), kernel.content(), copy.deepcopy(kernel).content()]
+        said = [kernel.cache_key(), kernel.cache_key(), copy.deepcopy(kernel).cache_key()]
     require(
         all(isinstance(one, str) for one in said) and len(set(said)) == 1,
-        "content() to return the same text at every time", said,
+        "cache_key() to return the same text at every time", said,
         "make it a digest of the files that it depends on, or '' for none",
     )  # fmt: skip
 
@@ -161,7 +161,7 @@ def content_as_text(kernel: Propagation) -> None:
 def identity_at_keyframes(kernel: Propagation) -> None:
     for size in (SQUARE, *OTHERS):
         for keyframe in (1, 5, 8):
-            found = Scene.random(kernel, range(keyframe, keyframe + 1), size).matrix(kernel)[0]
+            found = KernelCall.random(kernel, range(keyframe, keyframe + 1), size).matrix(kernel)[0]
             tokens = len(found)
             own = found[:, keyframe * tokens : (keyframe + 1) * tokens].diagonal()
             require(

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tokenflow.contract import Violation, require_none
 from tokenflow.propagation.base import Correspondence
+from tokenflow.violations import Violation, require_none
 
 TOLERANCE = 1e-3
 """By how much a row's weights may miss 1: what half precision leaves of a sum of a few."""

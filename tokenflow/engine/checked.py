@@ -1,0 +1,136 @@
+"""A plugin's answers, checked, and its exceptions, with the plugin's name, package and version."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import OutOfMemoryError, Tensor
+
+from tokenflow.diffusion import Backbone, Conditioning, Schedule, Source
+from tokenflow.editors import Batch, Editor, Injection, Prompts, Start, Step, editor_contract
+from tokenflow.errors import InputError, Interrupted, PluginError, Preempted
+from tokenflow.plugins import origin
+from tokenflow.propagation import OpticalFlow, Propagation
+from tokenflow.video import Clip
+from tokenflow.violations import Violation, require_none
+
+Plugin = Editor | Propagation | OpticalFlow
+
+
+def named(plugin: Plugin) -> str:
+    """A plugin's name, package and version."""
+    return f"{type(plugin).__name__} of {origin(type(plugin))}"
+
+
+@contextmanager
+def blamed(plugin: Plugin, function: str) -> Iterator[None]:
+    """A block that calls a plugin's function; exceptions become a `PluginError` that names it.
+
+    `InputError` passes as it is, since its message is for the user already, and so does a lack of
+    memory, which is not the plugin's fault.
+    """
+    try:
+        yield
+    except (InputError, OutOfMemoryError, Interrupted, Preempted):
+        raise
+    except (Exception, SystemExit) as error:  # a third party's code may raise anything
+        frames = traceback.extract_tb(error.__traceback__)
+        home = getattr(sys.modules.get(type(plugin).__module__), "__file__", None)
+        # its own last line says more than the line of a library that it called
+        last = ([frame for frame in frames if frame.filename == home] or frames)[-1]
+        kit = f": see tokenflow plugins check {type(plugin).__name__}"
+        raise PluginError(
+            f"{named(plugin)} failed in {function}: {type(error).__name__}: {error} "
+            f"({Path(last.filename).name}, line {last.lineno}); the plugin is to be mended"
+            f"{'' if isinstance(plugin, OpticalFlow) else kit}"
+        ) from error
+
+
+class CheckedEditor(Editor):
+    """An editor whose answers are checked against the contract, by the same methods."""
+
+    def __init__(self, editor: Editor, model: Backbone) -> None:
+        self.editor, self.model = editor, model
+        self.inverts = editor.inverts  # type: ignore[misc]
+
+    def require(self, broken: Iterator[Violation], function: str) -> None:
+        """Raises `PluginError` with the first rule that an answer breaks."""
+        require_none(broken, f"{named(self.editor)} in {function}")
+
+    @property
+    def conditions_source(self) -> bool:
+        return self.editor.conditions_source
+
+    @property
+    def sees_other_frames(self) -> bool:
+        return self.editor.sees_other_frames
+
+    def branches(self, prompts: Prompts) -> Mapping[str, str]:
+        with blamed(self.editor, "branches"):
+            found = self.editor.branches(prompts)
+        self.require(editor_contract.of_branches(found), "branches")
+        return found
+
+    def prepare(self, model: Backbone, clip: Clip) -> None:
+        with blamed(self.editor, "prepare"):
+            self.editor.prepare(model, clip)
+
+    def cache_key(self, frame: int) -> str:
+        with blamed(self.editor, "cache_key"):
+            return self.editor.cache_key(frame)
+
+    def start(self, source: Source, schedule: Schedule, seed: int) -> Start:
+        with blamed(self.editor, "start"):
+            begin = self.editor.start(source, schedule, seed)
+        self.require(editor_contract.of_start(begin, source, schedule), "start")
+        return begin
+
+    def inputs(self, x: Tensor, step: Step, source: Source) -> Tensor:
+        with blamed(self.editor, "inputs"):
+            found = self.editor.inputs(x, step, source)
+        self.require(editor_contract.of_inputs(found, x, len(step.branches)), "inputs")
+        return found
+
+    def conditioning(self, batch: Batch) -> Conditioning:
+        with blamed(self.editor, "conditioning"):
+            found = self.editor.conditioning(batch)
+        self.require(editor_contract.of_conditioning(found, batch), "conditioning")
+        return found
+
+    def model_inputs(self, batch: Batch) -> dict[str, Any]:
+        with blamed(self.editor, "model_inputs"):
+            extra = self.editor.model_inputs(batch)
+        self.require(editor_contract.of_model_inputs(extra, self.model), "model_inputs")
+        return extra
+
+    def injections(self, model: Backbone) -> Sequence[Injection]:
+        with blamed(self.editor, "injections"):
+            found = list(self.editor.injections(model))
+        self.require(editor_contract.of_injections(found, model), "injections")
+        return found
+
+    def inject(self, injection: Injection, edited: Tensor, source: Tensor, batch: Batch) -> Tensor:
+        """The answer of an injection's function."""
+        with blamed(self.editor, "an injection"):
+            result = injection.function(edited, source, batch)
+        self.require(editor_contract.of_injection(result, edited), "an injection")
+        return result
+
+    def cross_attention(self, model: Backbone) -> Mapping[str, Any]:
+        with blamed(self.editor, "cross_attention"):
+            found = self.editor.cross_attention(model)
+        self.require(editor_contract.of_cross_attention(found, model), "cross_attention")
+        return found
+
+    def advance(
+        self, x: Tensor, outputs: Mapping[str, Tensor], step: Step, source: Source
+    ) -> Tensor:
+        with blamed(self.editor, "advance"):
+            found = self.editor.advance(x, outputs, step, source)
+        self.require(editor_contract.of_advance(found, x), "advance")
+        return found

@@ -1,0 +1,308 @@
+"""From frames to frames: encode, invert, sample by Algorithm 1, decode."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tokenflow.diffusion import Backbone, Schedule, Trajectory, reconstruct
+from tokenflow.diffusion.schedule import require_finite
+from tokenflow.editors import Editor, Prompts
+from tokenflow.engine.algorithm import WAYS, Consistency, Sampling, TokenFlow, sample
+from tokenflow.engine.attention import Look, Matcher
+from tokenflow.engine.invert import (
+    OnStep,
+    cached_inversion,
+    invert_clip,
+    reported,
+    source_output,
+    timed,
+)
+from tokenflow.engine.keyframes import split_windows
+from tokenflow.engine.network import EditedNetwork
+from tokenflow.engine.ranks.group import FrameGroup
+from tokenflow.engine.ranks.shard import WindowShard
+from tokenflow.engine.resume import ResumeStore, SamplingCheckpoint, sampling_key
+from tokenflow.engine.settings import Settings
+from tokenflow.errors import InputError
+from tokenflow.metrics import decibels
+from tokenflow.propagation import ClipFlow, Propagation
+from tokenflow.video import Clip, Frames, Spool
+
+
+@dataclass(frozen=True)
+class Result:
+    """An edited clip and its latents, seconds for each stage, and the inversion's quality if asked.
+
+    `round_trip_psnr` is the VAE's alone, `reconstruction_psnr` that of inverting and sampling
+    back, both in dB against the source frames. The `checkpoint` of the sampling is to be removed
+    when the result has been written.
+    """
+
+    source: Clip
+    clip: Clip
+    latents: Float[Tensor, "frames c h w"]
+    seed: int
+    seconds: dict[str, float]
+    reconstruction_psnr: float | None = None
+    round_trip_psnr: float | None = None
+    checkpoint: SamplingCheckpoint | None = None
+
+
+def ignore(stage: str, step: int, steps: int) -> None:
+    """The `OnStep` that does nothing."""
+
+
+@torch.no_grad()
+def edit_clip(
+    model: Backbone,
+    clip: Clip,
+    prompts: str | Prompts,
+    editor: Editor,
+    propagation: Propagation,
+    settings: Settings | None = None,
+    *,
+    consistency: type[Consistency] | None = None,
+    on_step: OnStep = ignore,
+    look: Look | None = None,
+    store: ResumeStore | None = None,
+    ranks: FrameGroup | None = None,
+) -> Result:
+    """Edits every frame of a clip: encode, invert, sample with TokenFlow, decode.
+
+    Where several ranks share the clip, each calls this with the same arguments, and its result is
+    of the frames of its own windows.
+
+    Args:
+        model: The frozen model.
+        clip: What to edit; sides must be multiples of `model.multiple`. Of a shared clip, the
+            frames of `frames_needed` are enough.
+        prompts: What the edit shows; with what it does not show, and what the source shows.
+        editor: The image editing method for keyframes.
+        propagation: The kernel that finds correspondences.
+        settings: Everything else; the paper's when not given.
+        consistency: A way of consistency in place of the one that the settings name.
+        on_step: Called after every step; may ask to stop.
+        look: Is shown every correspondence that the kernel finds, as `Probe` is.
+        store: Where inversions and checkpoints are cached; nowhere when not given.
+        ranks: That share the clip; this process alone when not given.
+
+    Raises:
+        InputError: An argument is out of its range; the message says which and what to do.
+        DivergedError: A latent became NaN or infinite.
+        Preempted: `on_step` asked to stop, on one of the ranks.
+
+    Example:
+        >>> result = edit_clip(model, clip, "a blue ball on sand", PnP(), NNField())
+    """
+    settings, ranks = (settings or Settings()).for_model(model), ranks or FrameGroup()
+    prompts = Prompts(prompts) if isinstance(prompts, str) else prompts
+    way = consistency or WAYS[settings.consistency]
+    seconds: dict[str, float] = {}
+    quality: dict[str, float] = {}
+    shard = ranks.shard(split_windows(clip.total, settings.keyframe_every))
+    seen, clip = clip.part(frames_needed(shard, settings, editor)), clip.part(shard.frames)
+    with ranks.together():
+        check(model, clip, prompts, editor.inverts)
+        schedule, inversion = schedules(model, settings, editor)
+        network = EditedNetwork(model, editor, prompts)
+        network.editor.prepare(model, seen if sees_all(settings, editor) else clip)
+        cached = cached_inversion(network, clip, schedule, inversion, store)
+        flow = None
+        if issubclass(way, TokenFlow) and propagation.flow is not None:
+            near = seen.part(shard.positions(shard.halo))
+            flow = ClipFlow(near, propagation.flow, model.latent_scale)
+        trajectory = invert_clip(
+            network, clip, schedule, inversion, settings.batch, cached, seconds, on_step
+        )
+    matcher = Matcher(propagation, trajectory.size, flow, look)
+    sampling = Sampling(network, trajectory, schedule, matcher, settings, clip.name, shard, ranks)
+    if settings.report_reconstruction and inversion is not None:
+        with timed(seconds, "reconstruct"):
+            quality = inversion_quality(sampling, clip, on_step)
+    checkpoint = None
+    if store is not None and store.checkpoints:
+        key = sampling_key(model, store, settings, *dataclasses.astuple(prompts), way.__qualname__)
+        counts = shard.frame_counts
+        checkpoint = SamplingCheckpoint(store, clip, cached.frames, counts, ranks, key)
+    with timed(seconds, "edit"):
+        x, first = first_latents(sampling, checkpoint)
+        after_step = EditSteps(ranks, checkpoint, len(schedule), on_step)
+        edited = sample(sampling, way, x, first, after_step)
+    with timed(seconds, "decode"), ranks.together():
+        done = decoded(model, edited, clip, settings.batch, on_step)
+    return Result(clip, done, edited, settings.seed, seconds, **quality, checkpoint=checkpoint)
+
+
+@torch.no_grad()
+def edit_latents(
+    model: Backbone,
+    trajectory: Trajectory,
+    schedule: Schedule,
+    prompts: str | Prompts,
+    editor: Editor,
+    propagation: Propagation,
+    settings: Settings | None = None,
+    *,
+    name: str = "clip",
+    flow: ClipFlow | None = None,
+    ranks: FrameGroup | None = None,
+) -> Float[Tensor, "frames c h w"]:
+    """Algorithm 1 of the paper: the edited latents of a trajectory's frames.
+
+    The editor must have been prepared for the clip, and a kernel that needs optical flow must be
+    given that of the source's frames. Of a clip that `ranks` share, each has the trajectory of its
+    own windows.
+    """
+    settings, ranks = (settings or Settings()).for_model(model), ranks or FrameGroup()
+    prompts = Prompts(prompts) if isinstance(prompts, str) else prompts
+    way = WAYS[settings.consistency]
+    if issubclass(way, TokenFlow) and propagation.flow is not None and flow is None:
+        kernel, provider = type(propagation).__name__, type(propagation.flow).__name__
+        raise InputError(
+            f"{kernel} needs the clip's optical flow, got none; use edit_clip, or give "
+            f"flow=ClipFlow(clip, kernel.flow, model.latent_scale), here by {provider}"
+        )
+    shard = ranks.shard(split_windows(trajectory.total, settings.keyframe_every))
+    with ranks.together():
+        network = EditedNetwork(model, editor, prompts)
+    matcher = Matcher(propagation, trajectory.size, flow)
+    sampling = Sampling(network, trajectory, schedule, matcher, settings, name, shard, ranks)
+    return sample(sampling, way, *first_latents(sampling))
+
+
+def first_latents(
+    sampling: Sampling, checkpoint: SamplingCheckpoint | None = None
+) -> tuple[Float[Tensor, "frames c h w"], int]:
+    """Where sampling begins: the latents and the step of the editor's start, or a checkpoint's."""
+    source = sampling.trajectory.source()
+    with sampling.ranks.together():
+        begin = sampling.network.editor.start(source, sampling.schedule, sampling.settings.seed)
+    if checkpoint is not None:
+        found = checkpoint.load(begin.latents, len(sampling.schedule))
+        if found is not None:
+            return found
+    return begin.latents.clone(), begin.step
+
+
+@dataclass(frozen=True)
+class EditSteps:
+    """What happens after a sampling step: report it, agree on stopping, write a checkpoint."""
+
+    ranks: FrameGroup
+    checkpoint: SamplingCheckpoint | None
+    steps: int
+    on_step: OnStep
+
+    def __call__(self, done: int, x: Float[Tensor, "frames c h w"]) -> bool:
+        """Whether to stop, which all ranks do after the same step."""
+        (stop,) = self.ranks.any(self.on_step("edit", done, self.steps) == "stop")
+        due = self.checkpoint and (done % self.checkpoint.every == 0 or done == self.steps)
+        if self.checkpoint is not None and (due or stop):
+            self.checkpoint.save(done, x)
+        return stop
+
+
+def schedules(
+    model: Backbone, settings: Settings, editor: Editor
+) -> tuple[Schedule, Schedule | None]:
+    """Of sampling and of inversion, which an editor may do without."""
+    schedule = model.schedule(settings.steps)
+    if not editor.inverts:
+        return schedule, None
+    return schedule, schedule.refined(model.schedule(settings.inversion_steps or settings.steps))
+
+
+def frames_needed(shard: WindowShard, settings: Settings, editor: Editor) -> range:
+    """The frames of the source that a rank reads: of its windows and of one more at each side.
+
+    All frames where the editor is asked about other ranks' keyframes.
+    """
+    if sees_all(settings, editor):
+        return range(shard.windows[-1].stop)
+    return shard.positions(shard.halo)
+
+
+def sees_all(settings: Settings, editor: Editor) -> bool:
+    """Whether an editor may be asked, on each rank, about any of the clip's frames."""
+    bounded = settings.consistency == "tokenflow" and settings.keyframe_attention == "windowed"
+    return bounded and editor.sees_other_frames
+
+
+def check(model: Backbone, clip: Clip, prompts: Prompts, inverts: bool) -> None:
+    """Raises `InputError` for what would fail later, before any work is done."""
+    check_prompt(prompts.prompt)
+    if inverts and not prompts.inversion_prompt.strip():
+        warnings.warn(
+            "the inversion prompt is empty: the source is inverted without a description; say what "
+            "it shows (inversion_prompt), and the edit keeps more of it",
+            stacklevel=2,
+        )
+    height, width = clip.frames.shape[-2:]
+    if height % model.multiple or width % model.multiple:
+        raise InputError(
+            f"the frames are {height}x{width}, expected multiples of {model.multiple} for this "
+            f"model; read them with read_clip(..., multiple={model.multiple})"
+        )
+
+
+def check_prompt(prompt: str) -> None:
+    """Raises `InputError` for an empty prompt."""
+    if not prompt.strip():
+        raise InputError("the prompt is empty; say what the edited video shows")
+
+
+def decoded(
+    model: Backbone,
+    latents: Float[Tensor, "frames c h w"],
+    source: Clip,
+    batch: int,
+    on_step: OnStep,
+) -> Clip:
+    """The edited clip; its frames are where the source's are, in memory or not."""
+    lazy = isinstance(source.frames, Frames)
+    height, width = source.frames.shape[-2:]
+    spool, parts = Spool((height, width)), []
+    codes = latents.split(batch)
+    for number, part in enumerate(codes, start=1):
+        frames = model.decode(part).cpu()
+        require_finite(frames, "the decoded frames")
+        if lazy:
+            spool.extend(frames)
+        else:
+            parts.append(frames)
+        reported(on_step, "decode", number, len(codes))
+    return dataclasses.replace(source, frames=spool.frames if lazy else torch.cat(parts))
+
+
+def inversion_quality(sampling: Sampling, clip: Clip, on_step: OnStep) -> dict[str, float]:
+    """PSNR in dB of the clip, inverted and sampled back, and of the VAE alone."""
+    ranks, trajectory, schedule = sampling.ranks, sampling.trajectory, sampling.schedule
+    model, batch = sampling.network.model, sampling.settings.batch
+    predict = partial(source_output, sampling.network, schedule)
+    with ranks.together():
+        back = reconstruct(
+            model, predict, trajectory, schedule, batch,
+            lambda done: reported(on_step, "reconstruct", done, len(schedule)),
+        )  # fmt: skip
+        errors = [decoding_error(model, x, clip, batch) for x in (back, trajectory.clean)]
+    weight = 0 if sampling.shard.idle else len(clip)
+    psnr = [decibels(ranks.mean(error, weight)) for error in errors]
+    return dict(zip(("reconstruction_psnr", "round_trip_psnr"), psnr, strict=True))
+
+
+def decoding_error(
+    model: Backbone, codes: Float[Tensor, "frames c h w"], clip: Clip, batch: int
+) -> float:
+    """The mean squared difference of decoded latents to a clip's."""
+    error = 0.0
+    for some in torch.arange(len(codes)).split(batch):
+        error += float((model.decode(codes[some]).cpu() - clip.frames[some]).square().sum())
+    return error / prod(clip.frames.shape)

@@ -1,0 +1,108 @@
+"""From a clip's frames to their noise trajectory, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from time import perf_counter
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tokenflow.diffusion import Schedule, Trajectory
+from tokenflow.diffusion.inversion import inversion_steps
+from tokenflow.diffusion.schedule import require_finite
+from tokenflow.engine.network import EditedNetwork
+from tokenflow.engine.resume import CachedInversion, ResumeStore
+from tokenflow.errors import Preempted
+from tokenflow.video import Clip
+
+OnStep = Callable[[str, int, int], Literal["stop"] | None]
+"""Called after every step as (stage, steps done, steps), with the stages encode, cached, invert,
+reconstruct, edit and decode; "stop" ends the edit where it can be resumed, with `Preempted`."""
+
+
+def reported(on_step: OnStep, stage: str, step: int, steps: int) -> None:
+    """Reports a step; raises `Preempted` where the answer is "stop"."""
+    if on_step(stage, step, steps) == "stop":
+        raise Preempted
+
+
+def invert_clip(
+    network: EditedNetwork,
+    clip: Clip,
+    schedule: Schedule,
+    inversion: Schedule | None,
+    batch: int,
+    cached: CachedInversion,
+    seconds: dict[str, float],
+    on_step: OnStep,
+) -> Trajectory:
+    """Encodes and inverts this rank's frames, apart from those in the cache.
+
+    Without an `inversion` schedule they are only encoded.
+    """
+    model, scale = network.model, network.model.latent_scale
+    height, width = clip.frames.shape[-2:]
+    clean = torch.empty(len(clip), model.latent_channels, height // scale, width // scale)
+    trajectory = Trajectory.empty(clean, schedule, inversion, clip.first, clip.total)
+    parts = list(torch.arange(len(clip)).split(batch))
+    missing = [part for part in parts if inversion is None or not cached.fill(trajectory, part)]
+    if found := len(parts) - len(missing):
+        reported(on_step, "cached", found, len(parts))
+    for number, part in enumerate(missing):
+        with timed(seconds, "encode"):
+            clean[part] = model.encode(clip.frames[part]).cpu()
+            require_finite(clean[part], "the encoded frames")
+        reported(on_step, "encode", number + 1, len(missing))
+        if inversion is None:
+            continue
+        frames, here = (part + clip.first).tolist(), clean[part].to(model.device)
+        done, steps = number * len(inversion), len(missing) * len(inversion)
+        with timed(seconds, "invert"):
+            predict = partial(source_output, network, schedule)
+            for level, x in inversion_steps(predict, here, frames, inversion):
+                trajectory.keep(inversion.timesteps[level], part, x)
+                done += 1
+                reported(on_step, "invert", done, steps)
+            cached.keep(trajectory, part)
+    return trajectory
+
+
+def source_output(
+    network: EditedNetwork, schedule: Schedule, frames: list[int], latents: Tensor, t: float
+) -> Tensor:
+    """The network's output for the source alone, under the editor's conditioning."""
+    return network.run(network.source_batch(schedule, frames, latents, t))[0]
+
+
+def cached_inversion(
+    network: EditedNetwork,
+    clip: Clip,
+    schedule: Schedule,
+    inversion: Schedule | None,
+    store: ResumeStore | None,
+) -> CachedInversion:
+    """The clip's entries in the cache; an editor that conditions the source is part of the key.
+
+    The editor must have been prepared for the clip.
+    """
+    editor, conditioned = network.editor, network.editor.conditions_source
+    if store is None or (conditioned and store.editor is None):
+        return CachedInversion(None, clip)
+    content = list(map(editor.cache_key, clip.positions))
+    plugin = store.editor if conditioned else None
+    steps = () if inversion is None else inversion.timesteps
+    prompt, fingerprint = network.source_prompt, network.model.fingerprint
+    parts = fingerprint, prompt, schedule.timesteps, steps, plugin
+    return CachedInversion(store.cache, clip, parts, content, conditioned)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Adds how long a block took to a stage's time."""
+    begin = perf_counter()
+    yield
+    seconds[stage] = round(seconds.get(stage, 0.0) + perf_counter() - begin, 3)

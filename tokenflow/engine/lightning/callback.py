@@ -1,0 +1,48 @@
+"""What Lightning's callbacks can also see of an edit."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from tokenflow.engine.lightning.job import Job
+from tokenflow.propagation import Correspondence, Window
+from tokenflow.runs.record import Run
+
+
+class EditCallback(Callback):
+    """A callback with the hooks of an edit besides Lightning's own; by default they do nothing."""
+
+    def admit(self, trainer: Trainer, module: LightningModule, job: Job) -> str | None:
+        """Why a clip is not to be edited, if there is a reason; asked on rank 0 of its group.
+
+        Raises:
+            InputError: It cannot be, by the user's fault.
+        """
+        return None
+
+    def on_edit_start(
+        self, trainer: Trainer, module: LightningModule, job: Job, frames: range
+    ) -> None:
+        """Called before a clip is edited, with the frames that this rank edits."""
+
+    def on_edit_step(
+        self, trainer: Trainer, module: LightningModule, stage: str, step: int, steps: int
+    ) -> Literal["stop"] | None:
+        """Called after every step of a stage; "stop" ends the run where it can be resumed."""
+        return None
+
+    def on_correspondence(self, source: Tensor, window: Window, found: Correspondence) -> None:
+        """Called with every correspondence that the kernel finds, and the window's tokens."""
+
+    def on_run_staged(self, trainer: Trainer, module: LightningModule, run: Run) -> None:
+        """Called when a run's videos are written, and before its page is."""
+
+
+def edit_callbacks(trainer: Trainer) -> list[EditCallback]:
+    """A trainer's callbacks that have the hooks of an edit."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, EditCallback)]

@@ -1,0 +1,130 @@
+"""The frozen network under an editor: one call is one forward pass of all branches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tokenflow.diffusion import Backbone, Schedule, Site
+from tokenflow.diffusion.sites import Attention
+from tokenflow.editors import Batch, Editor, Injection, Prompts, Step
+from tokenflow.engine.attention import AttentionSwitch, plain
+from tokenflow.engine.checked import CheckedEditor, blamed
+from tokenflow.errors import PluginError
+
+
+class EditedNetwork:
+    """A frozen model's network, with an editor's conditioning, inputs and injections.
+
+    Args:
+        model: The frozen model.
+        editor: The image editing method, prepared for the clip.
+        prompts: Of the source, the negative one, and the edit's.
+
+    Attributes:
+        branches: Names of the branches, the source first.
+        source_prompt: The prompt of the source's branch.
+        running: The pass that runs, if one does.
+    """
+
+    def __init__(self, model: Backbone, editor: Editor, prompts: Prompts) -> None:
+        self.model, self.editor = model, CheckedEditor(editor, model)
+        found = self.editor.branches(prompts)
+        self.branches = tuple(found)
+        self.source_prompt = next(iter(found.values()))
+        self.prompts = model.embed(list(found.values()))
+        self.switch = AttentionSwitch(model.sites())
+        self.running: Batch | None = None
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """A block in which the editor's changes are in the network; afterwards it is as before."""
+        cross = self.model.cross_attention()
+        with ExitStack() as stack:
+            stack.enter_context(self.switch.installed())
+            for name, processor in self.editor.cross_attention(self.model).items():
+                stack.enter_context(cross[name].replaced(CrossAttention(self, processor)))
+            for one in self.editor.injections(self.model):
+                layer = self.model.network.get_submodule(one.layer)
+                stack.enter_context(layer.register_forward_hook(partial(self.inject, one)))
+            yield
+
+    def inject(self, injection: Injection, layer: nn.Module, _: Any, output: Any) -> Any:
+        """The forward hook of an injection."""
+        batch = self.running
+        if batch is None or not injection.active(batch.step, batch.steps):
+            return output
+        if not isinstance(output, Tensor):
+            raise PluginError(
+                f"an injection's layer must put out a tensor: expected another than "
+                f"{injection.layer}, a {type(layer).__name__}, which puts out "
+                f"{type(output).__name__}; the editor is to be mended: choose a layer inside it"
+            )
+        source, *edited = output.chunk(len(batch.branches))
+        changed = self.editor.inject(injection, torch.stack(edited), source, batch)
+        return torch.cat([source, changed.flatten(0, 1)])
+
+    def batch(
+        self,
+        inputs: Float[Tensor, "branches frames c h w"],
+        frames: Sequence[int],
+        step: Step,
+        keyframes: bool = False,
+    ) -> Batch:
+        """A pass of all branches.
+
+        Args:
+            inputs: Of every branch.
+            frames: Their positions in the clip; of a grid of several frames, the first one's.
+            step: Of sampling.
+            keyframes: Whether these are keyframes, denoised jointly.
+        """
+        x, told = inputs.to(self.model.device), self.prompts.per_frame(len(frames))
+        names, steps = self.branches, len(step.schedule)
+        return Batch(names, tuple(frames), x, told, step.t, step.index, steps, keyframes)
+
+    def source_batch(
+        self, schedule: Schedule, frames: Sequence[int], latents: Float[Tensor, "f c h w"], t: float
+    ) -> Batch:
+        """A pass of the source alone, as inversion needs it; t may lie between sampling's steps."""
+        told = self.prompts.rows([0]).per_frame(len(frames))
+        names, step = self.branches[:1], schedule.passed(t)
+        return Batch(names, tuple(frames), latents[None], told, t, step, len(schedule))
+
+    def run(
+        self, batch: Batch, attention: Attention = plain
+    ) -> Float[Tensor, "branches frames c h w"]:
+        """The network's output in a pass, on its device; `attention` is what the sites do."""
+        conditioning, inputs = self.editor.conditioning(batch), self.editor.model_inputs(batch)
+        self.running, self.switch.attention = batch, attention
+        try:
+            # what fails in the network with an editor's inputs is the editor's
+            with blamed(self.editor.editor, "model_inputs") if inputs else nullcontext():
+                output = self.model.predict(
+                    batch.latents.flatten(0, 1), batch.t, conditioning, **inputs
+                )
+        finally:
+            self.running, self.switch.attention = None, plain
+        return output.unflatten(0, batch.latents.shape[:2])
+
+
+@dataclass(frozen=True)
+class CrossAttention:
+    """An editor's processor in place of a layer's cross-attention."""
+
+    network: EditedNetwork
+    processor: Callable[..., Tensor]
+
+    def attention(self, site: Site, hidden_states: Tensor, *args: Any, **given: Any) -> Tensor:
+        """What the layer calls."""
+        if (batch := self.network.running) is None:
+            return site.plain(hidden_states, *args, **given)
+        with blamed(self.network.editor.editor, "cross_attention"):
+            return self.processor(batch, site, hidden_states, *args, **given)
