@@ -23,13 +23,13 @@ from diffusers import UNet2DConditionModel
 from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
+from tokenflow.engine.joint import overlap
+from tokenflow.engine.spans import spans
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokenflow.diffusion import Backbone
 from tokenflow.engine.attention import JointAttention, processors
-from tokenflow.engine.joint import overlap
-from tokenflow.engine.spans import spans
 
 SD21 = dict(
     sample_size=64, cross_attention_dim=1024, block_out_channels=(320, 640, 1280, 1280),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tokenflow.diffusion.conditioning import Conditioning
 from tokenflow.diffusion.loading import ModelError, folder_or_id, load_pretrained
-from tokenflow.diffusion.schedule import Schedule
+from tokenflow.diffusion.schedule import Schedule, Timestep
 from tokenflow.diffusion.sites import Site
 
 EMBEDDED = Path(__file__).parents[1] / "miniature" / "weights"
@@ -144,7 +144,7 @@ class Backbone(ABC):
     def predict(
         self,
         latents: Float[Tensor, "n c h w"],
-        t: float,
+        t: Timestep,
         conditioning: Conditioning,
         **inputs: Any,
     ) -> Float[Tensor, "n c h w"]:
@@ -192,6 +192,11 @@ def family(model: str) -> type[Backbone]:
     index: dict[str, Any] = {"unet": []}
     if not Path(model).is_dir() or (Path(model) / INDEX).exists():
         index = load_pretrained(DiffusionPipeline.load_config, model, INDEX, INDEX)
+    if not isinstance(index, dict):
+        raise ModelError(
+            f"{INDEX} of the model {model} names no pipeline: expected a mapping with _class_name, "
+            f"got a {type(index).__name__}; fetch the model again"
+        )
     known = {entry.name: entry for entry in entry_points(group=GROUP)}
     name = index.get("_class_name")
     entry = known.get(str(name)) or (known.get(DEFAULT) if "unet" in index else None)

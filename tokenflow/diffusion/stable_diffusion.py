@@ -26,7 +26,7 @@ from tokenflow.diffusion.loading import (
     load_pretrained,
     require_safetensors,
 )
-from tokenflow.diffusion.schedule import Schedule
+from tokenflow.diffusion.schedule import Schedule, Timestep
 from tokenflow.diffusion.scheduler import check_noise, read_scheduler
 from tokenflow.diffusion.sites import DiffusersSite
 from tokenflow.memory import told_if_short
@@ -200,7 +200,7 @@ class StableDiffusion(Backbone):
     def predict(
         self,
         latents: Float[Tensor, "n c h w"],
-        t: float,
+        t: Timestep,
         conditioning: Conditioning,
         **inputs: Any,
     ) -> Float[Tensor, "n c h w"]:

@@ -41,12 +41,13 @@ def test_a_pixel_is_the_objects_whose_colour_is_nearer() -> None:
     assert object_mask(image, truth, mask).tolist() == [[False, True]]
 
 
-def test_edges_alone_give_shape_and_place() -> None:
+@pytest.mark.parametrize(("each", "steps"), [(4, 10), pytest.param(8, 15, marks=pytest.mark.full)])
+def test_edges_alone_give_shape_and_place(each: int, steps: int) -> None:
     backbone, judge = Backbone.load("miniature", device="cpu"), Judge.load()
-    controlled = judge_control(backbone, ControlNet(), judge, each=8, steps=15)
+    controlled = judge_control(backbone, ControlNet(), judge, each, steps)
     assert controlled.shape >= SHAPE_BAR, controlled
     assert controlled.overlap >= OVERLAP_BAR, controlled
-    free = judge_control(backbone, SDEdit(), judge, each=8, steps=15)
+    free = judge_control(backbone, SDEdit(), judge, each, steps)
     assert free.shape < SHAPE_BAR, free
     assert free.overlap < OVERLAP_BAR, free
 
@@ -64,7 +65,7 @@ def test_edges_alone_give_shape_and_place_in_a_moving_scene() -> None:
             without_shape(wanted.attributes),
             editor,
             NNField(),
-            settings=Settings(steps=15, guidance=3.0, keyframe_every=4),
+            settings=Settings(steps=10, guidance=3.0, keyframe_every=4),
         )
         right = answers(judge, result.clip.frames, wanted.attributes)["shape"]
         overlaps = [overlap(frame, wanted, i) for i, frame in enumerate(result.clip.frames)]
