@@ -62,6 +62,11 @@ class Bank:
     source: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
 
+    def evict(self) -> None:
+        """Frees all of it."""
+        self.source.clear()
+        self.outputs.clear()
+
 
 class JointAttention:
     """Edited branches attend to all keyframes at once (equation 3), the source to its own frame.

@@ -15,7 +15,7 @@ from torch import Tensor
 from tokenflow.diffusion import Backbone, Schedule, Trajectory, reconstruct
 from tokenflow.diffusion.schedule import require_finite
 from tokenflow.editors import Editor, Prompts
-from tokenflow.engine.algorithm import WAYS, Consistency, Sampling, TokenFlow, sample
+from tokenflow.engine.algorithm import WAYS, Consistency, TokenFlow, sample
 from tokenflow.engine.attention import Look, Matcher
 from tokenflow.engine.invert import (
     OnStep,
@@ -30,6 +30,7 @@ from tokenflow.engine.network import EditedNetwork
 from tokenflow.engine.ranks.group import FrameGroup
 from tokenflow.engine.ranks.shard import WindowShard
 from tokenflow.engine.resume import ResumeStore, SamplingCheckpoint, sampling_key
+from tokenflow.engine.sampling import Sampling
 from tokenflow.engine.settings import Settings
 from tokenflow.errors import InputError
 from tokenflow.metrics import decibels
