@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from diffusers.models.attention_processor import Attention as AttentionLayer
 from einops import rearrange
@@ -17,6 +17,7 @@ Attention = Callable[..., Tensor]
 further arguments that the layer is called with."""
 
 
+@runtime_checkable
 class Replacement(Protocol):
     """What a layer does in place of its attention, which may change between calls."""
 

@@ -28,7 +28,7 @@ from tokenflow.engine.ranks.shard import WindowShard
 from tokenflow.engine.settings import Settings
 from tokenflow.errors import Preempted
 
-Latents = Float[Tensor, "frames c h w"]
+Latents = Float[Tensor, "own c h w"]
 Outputs = Float[Tensor, "branches frames c h w"]
 AfterStep = Callable[[int, Latents], bool]
 """Called with the number of steps done and the latents; whether to stop."""

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -109,10 +109,8 @@ class JointAttention:
         return output
 
 
-class Look(Protocol):
-    """Is shown every correspondence that a kernel finds."""
-
-    def __call__(self, source: Tensor, window: Window, found: Correspondence) -> None: ...
+Look = Callable[[Tensor, Window, Correspondence], None]
+"""Called with a window's source tokens, the window at its site, and the correspondence found."""
 
 
 class Matcher:

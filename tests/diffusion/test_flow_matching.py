@@ -1,0 +1,89 @@
+"""A model family of another kind, exactly solvable, through the same contracts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.gaussian_flow import GaussianFlow
+from tokenflow.diffusion import invert, reconstruct, source_prediction
+from tokenflow.editors import Injection, PnP, Prompts, SDEdit
+from tokenflow.engine import Settings, edit_clip
+from tokenflow.propagation import NNField
+from tokenflow.video import Clip
+
+MEAN = 0.5
+
+
+def latents() -> Tensor:
+    return torch.rand(5, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+
+
+def errors(steps: int) -> tuple[float, float]:
+    """Of inversion against the known path, and of inverting and sampling back."""
+    model, clean = GaussianFlow(), latents()
+    schedule = model.schedule(steps)
+    trajectory = invert(model, clean, f"{MEAN}", schedule, steps, batch=2)
+    paths = [model.path(clean, MEAN, schedule.noise[i]) for i in range(steps)]
+    back = reconstruct(model, source_prediction(model, f"{MEAN}"), trajectory, schedule)
+    return float((trajectory.latents - torch.stack(paths)).abs().max()), float(
+        (back - clean).abs().max()
+    )
+
+
+def test_inversion_follows_the_known_path_and_sampling_returns_the_input() -> None:
+    (path, back), (finer_path, finer_back) = errors(100), errors(400)
+    # Euler's steps are of first order: a quarter of the step, a quarter of the error
+    assert finer_path < 0.3 * path
+    assert finer_back < 0.3 * back
+    assert finer_path < 0.01
+    assert finer_back < 0.01
+
+
+def test_more_inversion_steps_than_sampling_steps() -> None:
+    model = GaussianFlow()
+    schedule = model.schedule(10)
+    trajectory = invert(model, latents(), f"{MEAN}", schedule, 400)
+    for i in (0, 5, 9):
+        expected = model.path(latents(), MEAN, schedule.noise[i])
+        assert torch.allclose(trajectory.at(i), expected, rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("consistency", ["none", "joint", "tokenflow"])
+def test_an_edit_moves_the_mean(consistency: str) -> None:
+    """The exact edit of a Gaussian is a shift by the difference of the prompts' means."""
+    clip = Clip.from_frames(latents())
+    settings = Settings(steps=200, guidance=1.0, keyframe_every=2, consistency=consistency, batch=2)
+    prompts = Prompts("0.75", inversion_prompt=f"{MEAN}")
+    editor = SDEdit(1.0)
+    edited = edit_clip(GaussianFlow(), clip, prompts, editor, NNField(), settings).latents
+    assert torch.allclose(edited, latents() + 0.25, rtol=0, atol=0.02)
+
+
+def test_attention_of_another_kind_is_joint_and_propagated() -> None:
+    clip = Clip.from_frames(latents())
+    results = {
+        way: edit_clip(
+            GaussianFlow(share=0.1), clip, "0.75", SDEdit(1.0), NNField(),
+            Settings(steps=4, guidance=2.0, keyframe_every=2, consistency=way),
+        ).latents
+        for way in ("none", "joint", "tokenflow")
+    }  # fmt: skip
+    assert not torch.allclose(results["none"], results["joint"], atol=1e-3)
+    assert not torch.allclose(results["joint"], results["tokenflow"], atol=1e-3)
+
+
+def test_an_injection_finds_the_layer_by_its_role() -> None:
+    model = GaussianFlow(share=0.1)
+    (injection,) = PnP(attention=0.0).injections(model)
+    assert isinstance(injection, Injection)
+    assert injection.layer == "tokens"
+    clip, settings = Clip.from_frames(latents()), Settings(steps=2, consistency="none")
+    with_source, free = (
+        edit_clip(
+            GaussianFlow(share=0.1), clip, "0.75", PnP(0.0, share), NNField(), settings
+        ).latents
+        for share in (1.0, 0.0)
+    )
+    assert not torch.allclose(with_source, free, atol=1e-3)
