@@ -18,7 +18,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.installing import install
 from tokenflow.cli.main import main
-from tokenflow.engine.editing import Settings
+from tokenflow.engine import Settings
 from tokenflow.engine.lightning.data import Video
 from tokenflow.engine.lightning.module import TokenFlow
 from tokenflow.engine.lightning.run_writer import RunWriter
