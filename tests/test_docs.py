@@ -26,7 +26,7 @@ from tokenflow.plugins import installed_plugins
 from tokenflow.testing.checks import Check
 
 PAGES = ["docs/write-an-editor.md", "docs/write-a-kernel.md"]
-READMES = ["README.md", "examples/tokenflow-local/README.md", "tokenflow/miniature/README.md"]
+READMES = ["README.md", "examples/tokenflow-local/README.md", "training/README.md"]
 QUICK = ["--model.steps=1", "--data.max_frames=2", "--data.resolution=64"]
 
 
@@ -139,7 +139,7 @@ def test_no_block_is_left_out() -> None:
 
 PROSE = [
     file
-    for pattern in ("*.md", "docs/*.md", "examples/*.ipynb", "examples/*/*.md", "tokenflow/*/*.md")
+    for pattern in ("*.md", "docs/*.md", "examples/*.ipynb", "examples/*/*.md", "training/*.md")
     for file in ROOT.glob(pattern)
 ]
 

@@ -1,7 +1,8 @@
 """The method over clips: Algorithm 1, and what it takes from frames to frames."""
 
-from tokenflow.engine.algorithm import Consistency, Joint, PerFrame, Sampling, TokenFlow
+from tokenflow.engine.algorithm import Consistency, Joint, PerFrame, Sampling, TokenFlow, sample
 from tokenflow.engine.edit import Result, edit_clip, edit_latents
+from tokenflow.engine.probe import find_correspondences
 from tokenflow.engine.settings import Settings
 
 __all__ = [
@@ -14,4 +15,6 @@ __all__ = [
     "TokenFlow",
     "edit_clip",
     "edit_latents",
+    "find_correspondences",
+    "sample",
 ]
