@@ -180,9 +180,9 @@ def need_two(source: Tensor, keys: Tensor, window: Window) -> None:
 
 
 def saying(*words: object) -> Propagation:
-    """The paper's kernel, whose `content` is one word after the other."""
+    """The paper's kernel, whose `cache_key` is one word after the other."""
     every = itertools.cycle(words)
-    return type("Broken", (NNField,), {"content": lambda self: next(every)})()
+    return type("Broken", (NNField,), {"cache_key": lambda self: next(every)})()
 
 
 CALLS = itertools.count()
@@ -220,13 +220,17 @@ BROKEN_KERNELS: list[tuple[str, Propagation, str]] = [
         spoilt(weights=lambda w: w.mean(0, keepdim=True).expand_as(w)),
         "treat every frame on its own",
     ),
-    ("content_as_text", saying("1", "2", "3"), r"the same text at every time, got \['1', '2', '3"),
-    ("content_as_text", saying(5), r"the same text at every time, got \[5, 5, 5\]; make it a"),
+    (
+        "cache_key_as_text",
+        saying("1", "2", "3"),
+        r"the same text at every time, got \['1', '2', '3",
+    ),
+    ("cache_key_as_text", saying(5), r"the same text at every time, got \[5, 5, 5\]; make it a"),
     ("identity_at_keyframes", kernel(next_tokens), "or set identity_at_keyframes = False"),
     ("configuration_round_trip", UntypedKernel(), "named and typed, got block=7"),
     ("configuration_round_trip", ByFunction(), "got similarity: .*Callable.* could call functions"),
     ("configuration_round_trip", ByAnything(), "got similarities: .*Any"),
-    ("interface_stated", Caching(), "a class that states interface = 1, got None; write"),
+    ("interface_stated", Caching(), "a class that states interface = 2, got None; write"),
 ]
 
 
@@ -252,7 +256,7 @@ def test_every_kernel_check_can_fail() -> None:
 class Shifted(NNField):
     """Every token takes the one after its match, which it does not deny."""
 
-    interface = 1
+    interface = 2
     identity_at_keyframes = False
 
     def correspond(self, source: Tensor, keys: Tensor, window: Window) -> Correspondence:
@@ -273,7 +277,7 @@ class Mode(Enum):
 class ByMode(NNField):
     """The paper's kernel, if it knows its own option again."""
 
-    interface = 1
+    interface = 2
 
     def __init__(self, mode: Mode = Mode.PLAIN) -> None:
         super().__init__()
@@ -289,7 +293,7 @@ def test_a_plugin_is_made_anew_with_the_classes_of_its_module() -> None:
 
 
 class NoOptions(NNField):
-    interface = 1
+    interface = 2
 
     def __init__(self) -> None:
         super().__init__()

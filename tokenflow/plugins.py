@@ -24,6 +24,8 @@ CHANGES = {
     ("Editor", 1): "start(source, schedule, seed) returns Start(latents, step); edits(unet) is now "
     "injections(model), conditioning(forward) model_inputs(batch), constrain(...) advance(x, "
     "outputs, step, source), and content(frame) cache_key(frame); see docs/write-an-editor.md",
+    ("Propagation", 1): "content() is now cache_key(), and a window has the site's name and the "
+    "step; see docs/write-a-kernel.md",
 }
 """What a plugin of an earlier interface has to change."""
 

@@ -19,7 +19,7 @@ class TopK(Propagation):
             to a tenth in the last.
     """
 
-    interface = 1
+    interface = 2
 
     def __init__(self, k: int = 4, temperature: float = 0.1) -> None:
         if k < 1 or temperature <= 0:
