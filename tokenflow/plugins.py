@@ -20,6 +20,16 @@ GROUPS: dict[str, type[Any]] = {
 }
 
 
+CHANGES = {
+    ("Editor", 1): "start(source, schedule, seed) returns Start(latents, step); edits(unet) is now "
+    "injections(model), conditioning(forward) model_inputs(batch), constrain(...) advance(x, "
+    "outputs, step, source), and content(frame) cache_key(frame); see docs/write-an-editor.md",
+    ("Propagation", 1): "content() is now cache_key(), and a window has the site's name and the "
+    "step; see docs/write-a-kernel.md",
+}
+"""What a plugin of an earlier interface has to change."""
+
+
 @dataclass(frozen=True)
 class Plugin:
     """One entry point: its class, or the reason why it cannot be used.
@@ -68,11 +78,17 @@ def load(entry: EntryPoint) -> Plugin:
         elif interface != expected.interface:
             reason = (
                 f"it was written for interface {interface!r} of {expected.__name__}, "
-                f"this is interface {expected.interface}"
+                f"this is interface {expected.interface}{changes(expected.__name__, interface)}"
             )
         else:
             return Plugin(entry.name, entry.group, where, path, kind, ours=ours)
     return Plugin(entry.name, entry.group, where, path, None, reason, ours)
+
+
+def changes(base: str, interface: object) -> str:
+    """What has changed since an interface of Editor or Propagation, where that is known."""
+    found = CHANGES.get((base, interface)) if isinstance(interface, int) else None
+    return f": {found}" if found else ""
 
 
 def canonical(name: str) -> str:
