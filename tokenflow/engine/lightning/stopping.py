@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
-from tokenflow.engine.lightning.module import TokenFlow
 from tokenflow.errors import Preempted
+
+if TYPE_CHECKING:
+    from tokenflow.engine.lightning.module import TokenFlow
 
 
 class Stopping(Callback):
@@ -20,6 +24,5 @@ class Stopping(Callback):
         environment = getattr(trainer.strategy, "cluster_environment", None)  # one device has none
         launched = isinstance(environment, LightningEnvironment) and trainer.local_rank > 0
         if launched and isinstance(exception, Preempted):
-            exception.code = (
-                0  # Lightning's launcher kills the others after any other; rank 0's counts
-            )
+            # Lightning's launcher kills all after any other code; that of rank 0 is the job's
+            exception.code = 0
