@@ -6,7 +6,7 @@
 FROM python:3.12-slim
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility PIP_NO_CACHE_DIR=1
 COPY . /opt/tokenflow
-RUN pip install '/opt/tokenflow[raft]'
+RUN pip install --constraint /opt/tokenflow/constraints.txt '/opt/tokenflow[raft]'
 WORKDIR /work
 ENTRYPOINT ["tokenflow"]
 CMD ["--help"]

@@ -2,23 +2,38 @@
 PYTHON ?= python3
 BIN := .venv/bin
 EXAMPLE := examples/tokenflow-local
+CONSTRAINTS := constraints.txt
+# a path file: a folder named tokenflow in the working directory does not hide the package
+INSTALL := $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) \
+  --config-settings editable_mode=compat --editable
 # begun first, so that no core waits for another at the end
-LONGEST := $(addprefix tests/,miniature/test_edits.py miniature/test_structure.py \
-  engine/ranks/test_group.py test_interruption.py test_docs.py)
+LONGEST := $(addprefix tests/,miniature/test_edits.py engine/test_resume.py \
+  engine/ranks/test_group.py training/test_control.py)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --durations 40
 
-.PHONY: demo test docs setup
+.PHONY: demo test test-full suite checks docs setup constraints
 .DELETE_ON_ERROR:
 
 demo: .venv/demo
 	$(BIN)/tokenflow predict --config configs/demo.yaml --output.overwrite true
 
-test: .venv/test .venv/example
+# What a style checker finds at once comes first; the rest runs side by side.
+test: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(MAKE) --jobs 2 --keep-going suite checks
+
+# The long forms of tests, minutes each, which `make test` leaves out.
+test-full: setup
+	$(PYTEST) -m full tests
+
+suite: setup
+	$(PYTEST) $(LONGEST) tests $(EXAMPLE)
+
+checks: export OMP_NUM_THREADS = 1
+checks: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations 40 \
-	  $(LONGEST) tests $(EXAMPLE)
 	$(BIN)/tokenflow plugins check LocalPnP
 	$(BIN)/tokenflow plugins check LocalField
 	$(BIN)/tokenflow predict --config $(EXAMPLE)/local.yaml --model.steps 2 --data.max_frames 9 \
@@ -30,21 +45,29 @@ docs: .venv/docs
 
 setup: .venv/test .venv/example
 
+# Newest releases of everything, in a new environment; run the tests before you keep them.
+# torch brings its own exact versions of NVIDIA's libraries and triton, where it has any.
+constraints:
+	rm -rf .venv
+	$(MAKE) setup CONSTRAINTS=/dev/null
+	$(BIN)/python -m pip freeze --exclude-editable | \
+	  sed -E 's/\+[a-z0-9.]+$$//; /^(cuda|nvidia|triton)/d' > constraints.txt
+
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-.venv/demo: setup.cfg pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --editable .
+.venv/demo: setup.cfg pyproject.toml $(CONSTRAINTS) | .venv/bin/python
+	$(INSTALL) .
 	touch $@
 
 .venv/docs: .venv/demo
-	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(INSTALL) '.[docs]'
 	touch $@
 
 .venv/test: .venv/demo
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(INSTALL) '.[test]'
 	touch $@
 
 .venv/example: $(EXAMPLE)/setup.cfg $(EXAMPLE)/pyproject.toml | .venv/test
-	$(BIN)/python -m pip install --quiet --no-deps --editable $(EXAMPLE)
+	$(INSTALL) $(EXAMPLE) --no-deps
 	touch $@

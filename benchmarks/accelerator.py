@@ -20,7 +20,7 @@ from rich.table import Table
 from scaling import DECODE, ENCODE, SD21, Cost, Plan, counted, seconds
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from tokenflow.diffusion import Backbone
+from tokenflow.diffusion import Backbone, StableDiffusion
 from tokenflow.diffusion.backbone import DTYPES
 from tokenflow.editors import PnP
 from tokenflow.engine import Settings, edit_clip
@@ -50,7 +50,7 @@ def random_backbone(device: str, dtype: torch.dtype) -> Backbone:
     with torch.device(device):
         networks = UNet2DConditionModel(**SD21), AutoencoderKL(**VAE), CLIPTextModel(words)
     parts = (network.to(device, dtype) for network in networks)
-    return Backbone(*parts, tokenizer, DDIMScheduler(**NOISE))
+    return StableDiffusion(*parts, tokenizer, DDIMScheduler(**NOISE))
 
 
 def timed(run: Callable[[], object]) -> float:
@@ -89,9 +89,7 @@ def measured(
     few = torch.rand(min(frames, 24), 3, SIDE, SIDE)
     clip = Clip.from_frames(few.repeat(-(-frames // len(few)), 1, 1, 1)[:frames])
     peaks = Peaks()
-    result = edit_clip(
-        backbone, clip, "a ball", PnP(), NNField(), settings=settings, progress=peaks
-    )
+    result = edit_clip(backbone, clip, "a ball", PnP(), NNField(), settings, on_step=peaks)
     return result.seconds, peaks.bytes
 
 

@@ -73,12 +73,10 @@ def one_step(
     schedule = backbone.schedule(1)
     clean = torch.randn(frames, *SHAPE, generator=torch.Generator().manual_seed(0))
     latents = torch.randn(1, *clean.shape, generator=torch.Generator().manual_seed(1))
-    trajectory = Trajectory(
-        schedule.timesteps, latents, clean, latents[0], schedule.alpha(schedule.timesteps[0])
-    )
+    trajectory = Trajectory(schedule.timesteps, latents, clean, latents[0])
     settings = Settings(steps=1, keyframe_attention=attention, keyframe_every=keyframe_every)
     return lambda: edit_latents(
-        backbone, trajectory, schedule, PnP(), NNField(), "a ball", settings=settings
+        backbone, trajectory, schedule, "a ball", PnP(), NNField(), settings
     )
 
 

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Bool, Float
-from propagation import KERNELS, inverted, kernel_of, textured
+from miniature_edits import KERNELS, inverted, kernel_of, textured
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from tokenflow.diffusion import Backbone
-from tokenflow.engine.attention import Bank, JointAttention, processors
-from tokenflow.engine.denoising import at_site
+from tokenflow.engine.attention import AttentionSwitch, Bank, JointAttention, Matcher
 from tokenflow.engine.keyframes import draw_keyframes, neighbourhood, split_windows
 from tokenflow.miniature.edits import SceneFlow
 from tokenflow.miniature.scenes import Scene
@@ -47,14 +46,16 @@ def main(frames: int = 16, steps: int = 10, clips: tuple[int, ...] = (0, 1, 2, 3
             name: ClipFlow(edit.clip, kernel.flow or SceneFlow(scene), backbone.latent_scale)
             for name, kernel in kernels.items()
         }
-        for t in {schedule.timesteps[i] for i in (0, steps // 2, steps - 1)}:
-            bank, x = Bank(), trajectory.at(t)
-            with processors(backbone.unet, lambda site, bank=bank: JointAttention(1, site, bank)):
-                backbone.epsilon(x, t, prompt.expand(frames, -1, -1), schedule)
-            for tokens in bank.source.values():
+        switch = AttentionSwitch(backbone.sites())
+        for i in (0, steps // 2, steps - 1):
+            bank, x = Bank(), trajectory.at(i)
+            switch.attention = JointAttention(1, bank)
+            with switch.installed():
+                backbone.predict(x, schedule.timesteps[i], prompt.per_frame(frames))
+            for site, tokens in bank.source.items():
                 keys = tokens[keyframes]
                 for name, kernel in kernels.items():
-                    here = at_site(window, keys, x, flows[name])
+                    here = Matcher(kernel, trajectory.size, flows[name]).at_site(window, site, keys)
                     truth = flows["FlowWeighted exact"].motion(here, keys.device).displacement
                     found = kernel.correspond(tokens, keys, here)
                     error = distance(found, here, truth)

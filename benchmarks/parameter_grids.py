@@ -104,7 +104,7 @@ def main(
     frames: int = 8,
     grids: tuple[str, ...] = tuple(GRIDS),
 ) -> None:
-    """Edits and writes `parameters-NAME.png` for each grid.
+    """Edits and writes `parameters-NAME.webp` for each grid.
 
     Args:
         folder: Where pictures go.
@@ -125,8 +125,8 @@ def main(
             row.editor.prepare(backbone, edit.clip)
             provider = row.kernel.flow
             edited = edit_latents(
-                backbone, trajectory, schedule, row.editor, row.kernel, target,
-                inversion_prompt=source, settings=replace(row.settings, steps=steps),
+                backbone, trajectory, schedule, edit.prompts, row.editor, row.kernel,
+                replace(row.settings, steps=steps),
                 flow=provider and ClipFlow(edit.clip, provider, backbone.latent_scale),
             )  # fmt: skip
             shown.append((row.label, backbone.decode(edited).cpu()))
@@ -134,8 +134,8 @@ def main(
             print(f"  {' '.join(row.label.split())}: warp error {error:.2f}e-3", flush=True)
         if GRIDS[name].differences:
             shown += differences(shown[1:])
-        with atomic(folder / f"parameters-{name}.png") as file:
-            labelled(shown).quantize().save(file, optimize=True)
+        with atomic(folder / f"parameters-{name}.webp") as file:
+            labelled(shown).save(file, format="WEBP", lossless=True)
 
 
 def differences(edits: list[tuple[str, Frames]]) -> list[tuple[str, Frames]]:
@@ -151,12 +151,12 @@ def labelled(rows: list[tuple[str, Frames]]) -> Image.Image:
     """Rows of four frames and the slice through time, with their labels at the left."""
     sheet = contact_sheet([with_slice(frames) for _, frames in rows], size=(CELL, CELL))
     pictures = Image.fromarray(levels(sheet).movedim(0, -1).numpy()).quantize(COLORS)
-    page = Image.new("RGB", (LABEL + pictures.width, pictures.height), "white")
+    page = Image.new("RGBA", (LABEL + pictures.width, pictures.height))
     page.paste(pictures.convert("RGB"), (LABEL, 0))
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(15)
     for number, (label, _) in enumerate(rows):
         middle = number * pictures.height // len(rows) + CELL // 2
-        draw.text((6, middle), label, fill="black", font=font, anchor="lm")
+        draw.text((6, middle), label, fill="gray", font=font, anchor="lm")
     return page
 
 

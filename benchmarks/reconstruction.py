@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tokenflow.diffusion import Backbone, invert, reconstruct, source_noise
+from tokenflow.diffusion import Backbone, invert, reconstruct, source_prediction
 from tokenflow.metrics import psnr
 from tokenflow.miniature.edits import suite
 
@@ -33,8 +33,8 @@ def main(steps: tuple[int, ...] = (10, 50, 200), every: int = 12) -> None:
             frames, source = edit.clip.frames[::every], str(edit.scene.attributes)
             latents = backbone.encode(frames)
             trajectory = invert(backbone, latents, source, schedule, number)
-            noise = source_noise(backbone, source, schedule)
-            back = reconstruct(backbone, noise, trajectory, schedule)
+            predict = source_prediction(backbone, source)
+            back = reconstruct(backbone, predict, trajectory, schedule)
             error = float((back - latents).square().mean().sqrt() / latents.std())
             decoded = [psnr(backbone.decode(x).cpu(), frames) for x in (back, latents)]
             found.append([error, *decoded])

@@ -4,7 +4,7 @@
     python benchmarks/scaling.py --compare true    # the model beside two processes of this machine
 
 Nothing is run at Stable Diffusion's size: PyTorch counts the operations of its UNet on tensors
-without contents. What is assumed is said by the options, and printed.
+without contents. The options are its assumptions, which are printed.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from diffusers import UNet2DConditionModel
 from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
+from tokenflow.engine.joint import overlap
+from tokenflow.engine.spans import spans
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokenflow.diffusion import Backbone
 from tokenflow.engine.attention import JointAttention, processors
-from tokenflow.engine.joint import overlap
-from tokenflow.engine.spans import spans
 
 SD21 = dict(
     sample_size=64, cross_attention_dim=1024, block_out_channels=(320, 640, 1280, 1280),
@@ -108,7 +108,7 @@ def seconds(cost: Cost, plan: Plan, ranks: int) -> tuple[float, float]:
     windows = ceil(plan.frames / plan.every)
     each, more = divmod(windows, ranks)
     stops = [(rank + 1) * each + min(rank + 1, more) for rank in range(ranks)]
-    slowest = told = 0.0
+    slowest = waited = 0.0
     for rank, stop in enumerate(stops):
         own = range(stops[rank - 1] if rank else 0, stop)
         frames = len(own) * plan.every
@@ -125,8 +125,8 @@ def seconds(cost: Cost, plan: Plan, ranks: int) -> tuple[float, float]:
     if ranks > 1 and plan.span is None:
         gathered = (ranks - 1) * ceil(windows / ranks) * 4 * cost.features * 2
         halo = 2 * 4 * cost.features * 2
-        told = plan.steps * (gathered + halo) / (plan.near if ranks <= plan.node else plan.far)
-    return slowest + told, told
+        waited = plan.steps * (gathered + halo) / (plan.near if ranks <= plan.node else plan.far)
+    return slowest + waited, waited
 
 
 def measured(devices: int, every: int) -> float:
@@ -194,7 +194,7 @@ def main(
     )
     for count in frames:
         table = Table(
-            "ranks", "full: s", "speedup", "efficiency", "of it telling", "windowed: s", "speedup",
+            "ranks", "full: s", "speedup", "efficiency", "communication", "windowed: s", "speedup",
             "efficiency", title=f"{count} frames",
         )  # fmt: skip
         whole: dict[bool, float] = {}
@@ -205,11 +205,11 @@ def main(
                     count, every, steps, span if bounded else None, anchors, tflops * 1e12,
                     near * 1e9, far * 1e9, node,
                 )  # fmt: skip
-                took, told = seconds(cost, plan, ranks)
+                took, waited = seconds(cost, plan, ranks)
                 speedup = whole.setdefault(bounded, took) / took
                 row += [f"{took:.0f}", f"{speedup:.1f}", f"{speedup / ranks:.0%}"]
                 if not bounded:
-                    row.append(f"{told / took:.0%}")
+                    row.append(f"{waited / took:.0%}")
             table.add_row(*row)
         console.print(table)
 

@@ -23,16 +23,13 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tokenflow.diffusion import Backbone
-from tokenflow.engine import Settings, edit_clip
-from tokenflow.engine.denoising import Denoiser
+from tokenflow.diffusion import Backbone, StableDiffusion
+from tokenflow.engine import Sampling, Settings, edit_clip
 from tokenflow.engine.keyframes import draw_keyframes
-from tokenflow.engine.resume import Recall
+from tokenflow.engine.resume import ResumeStore
 from tokenflow.miniature.edits import EDITOR, SceneEdit, suite
-from tokenflow.miniature.scenes import Path as Motion
-from tokenflow.miniature.scenes import Scene
-from tokenflow.propagation import NNField
-from tokenflow.propagation.optical_flow import warp
+from tokenflow.miniature.scenes import LayerPath, Scene
+from tokenflow.propagation import NNField, warp
 from tokenflow.storage.cache import Cache
 from tokenflow.video import contact_sheet, write_image
 
@@ -49,10 +46,10 @@ def wandering(edit: SceneEdit, frames: int) -> SceneEdit:
 
     scene = Scene(
         edit.scene.attributes,
-        Motion(
+        LayerPath(
             64 + wave(22, 140, 0), 64 + wave(16, 90, 1), 30 * wave(0.12, 170, 2).exp(), 0.02 * t
         ),
-        Motion(64 + wave(20, 200, 0.5), 64 + wave(12, 130, 2), wave(0.05, 160, 1).exp(), 0 * t),
+        LayerPath(64 + wave(20, 200, 0.5), 64 + wave(12, 130, 2), wave(0.05, 160, 1).exp(), 0 * t),
         edit.scene.texture,
         edit.scene.phase,
     )
@@ -93,12 +90,12 @@ def main(
         settings = Settings(**common, **way(row))
         wanted = Wanted(edit.clip.name, settings, measured(frames))
         if not file.exists():
-            recall = Recall(Cache(folder / "cache"), "EDITOR", name, save_every=1)
-            unmoved = patch("tokenflow.engine.spans.shift", lambda span, step: 0)
+            store = ResumeStore(Cache(folder / "cache"), "EDITOR", name, save_every=1)
+            unmoved = patch("tokenflow.engine.keyframes.shift", lambda span, step: 0)
             with unmoved if still else nullcontext(), wanted.alone():
                 result = edit_clip(
-                    backbone, edit.clip, str(edit.target), EDITOR, NNField(), settings=settings,
-                    inversion_prompt=str(edit.scene.attributes), recall=recall, progress=wanted,
+                    backbone, edit.clip, edit.prompts, EDITOR, NNField(), settings,
+                    store=store, on_step=wanted,
                 )  # fmt: skip
             chosen = decoded(backbone, result.latents[wanted.measured])
             save_file({"frames": (255 * chosen).round().byte()}, file)
@@ -123,7 +120,7 @@ def main(
 
 
 def way(row: str) -> dict[str, Any]:
-    """The settings that a row's name says."""
+    """The settings of a row's name."""
     if row == "full":
         return {"keyframe_attention": "full"}
     span, anchors = map(int, row.split("/"))
@@ -140,7 +137,7 @@ class Wanted:
     """Leaves out, in each step, the frames that are not measured and become no keyframes later on.
 
     Frames have an influence on others as keyframes alone, so those that are left are what they
-    would be. It is told of progress.
+    would be. It counts the steps as a progress callback.
     """
 
     def __init__(self, name: str, settings: Settings, measured: list[int]) -> None:
@@ -153,16 +150,18 @@ class Wanted:
     def alone(self) -> Any:
         """A block in which the others are left out, and nothing is decoded."""
 
-        def parts(denoiser: Denoiser, frames: range) -> list[range]:
-            s, windows = self.settings, denoiser.share.windows
+        def parts(sampling: Sampling, frames: range) -> list[range]:
+            s, windows = self.settings, sampling.shard.windows
             later = range(self.done + 1, s.steps)
             drawn = [draw_keyframes(windows, s.keyframes, s.seed, self.name, i) for i in later]
             wanted = {*self.measured, *itertools.chain(*drawn)}
             return [range(frame, frame + 1) for frame in frames if frame in wanted]
 
-        blank = patch.object(Backbone, "decode", lambda _, codes: torch.zeros(len(codes), 3, 1, 1))
+        blank = patch.object(
+            StableDiffusion, "decode", lambda _, codes: torch.zeros(len(codes), 3, 1, 1)
+        )
         stack = ExitStack()
-        for change in (patch.object(Denoiser, "parts", parts), blank):
+        for change in (patch.object(Sampling, "parts", parts), blank):
             stack.enter_context(change)
         return stack
 

@@ -2,8 +2,10 @@
 
 Pages are laid out as in the repository, so that one link serves both. Warnings are errors; so are
 pages that the navigation lacks, links to files that are not there, and anything that a page would
-load from another host. The pages open from their folder; searching them needs a server, as
-`python -m http.server --directory site`.
+load from another host. The pages and their search work from a folder, without a server.
+
+Notebooks are run and become pages with what their cells print and show. The reference of
+`docs/api.md` is made from the docstrings. Where git has a remote `origin`, the navigation links it.
 """
 
 from __future__ import annotations
@@ -17,12 +19,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import unquote, urlsplit
 
+import nbformat
+from nbclient import NotebookClient
+from nbconvert import MarkdownExporter
+
 ROOT = Path(__file__).parents[1]
-PAGES = ("*.md", "docs/*.md", "examples/*/*.md", "tokenflow/*/*.md")
-FILES = ("LICENSE", "docs/*.png", "examples/*.ipynb")
+PAGES = ("*.md", "docs/*.md", "examples/*/*.md", "training/*.md")
+NOTEBOOKS = "examples/*.ipynb"
+FILES = ("LICENSE", "CITATION.cff", *(f"docs/*.{kind}" for kind in ("css", "js", "png", "webp")))
 
 
-def build(folder: Path, root: Path = ROOT) -> None:
+def build(folder: Path, root: Path = ROOT, *, run_notebooks: bool = True) -> None:
     """Writes the site to `folder`, in place of what is there.
 
     Raises:
@@ -33,8 +40,18 @@ def build(folder: Path, root: Path = ROOT) -> None:
         for file in (file for pattern in (*PAGES, *FILES) for file in root.glob(pattern)):
             target = stage / "pages" / file.relative_to(root)
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(file, target)
-        shutil.copy(root / "docs/zensical.toml", stage)
+            if file.suffix == ".md":
+                # a notebook is linked as the repository has it, and becomes a page
+                target.write_text(file.read_text().replace(".ipynb)", ".md)"))
+            else:
+                shutil.copy(file, target)
+        for file in root.glob(NOTEBOOKS):
+            write_notebook(file, stage / "pages" / file.relative_to(root), run_notebooks)
+        settings = (root / "docs/zensical.toml").read_text()
+        if url := repository(root):
+            settings = settings.replace("\n]", f'\n  {{ "Source code" = "{url}" }},\n]', 1)
+        (stage / "zensical.toml").write_text(settings)
+        (stage / "tokenflow").symlink_to(root / "tokenflow")  # where the docstrings are read
         stop_if(outside_navigation(stage))
         command = [sys.executable, "-m", "zensical", "build", "--strict"]
         done = subprocess.run(command, cwd=stage, capture_output=True, text=True)
@@ -49,6 +66,26 @@ def stop_if(wrong: list[str]) -> None:
     """Stops with what is wrong, if anything is."""
     if wrong:
         raise SystemExit("\n".join(wrong))
+
+
+def write_notebook(file: Path, target: Path, run: bool) -> None:
+    """Writes a notebook as a page, `target` with the suffix .md, and its pictures beside it."""
+    notebook = nbformat.read(file, as_version=4)
+    if run:
+        NotebookClient(notebook, resources={"metadata": {"path": str(file.parent)}}).execute()
+    page, resources = MarkdownExporter().from_notebook_node(notebook)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.with_suffix(".md").write_text(page)
+    for name, content in resources["outputs"].items():
+        (target.parent / name).write_bytes(content)
+
+
+def repository(root: Path) -> str:
+    """The address of git's remote `origin` for a browser, empty where there is none."""
+    command = ["git", "-C", str(root), "remote", "get-url", "origin"]
+    remote = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    match = re.fullmatch(r"(?:https://|ssh://)?(?:[^@/]*@)?([\w.-]+)[:/](.+?)(?:\.git)?", remote)
+    return f"https://{match[1]}/{match[2]}" if match else ""
 
 
 def outside_navigation(stage: Path) -> list[str]:
@@ -94,8 +131,8 @@ class References(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         for name, value in attrs:
-            if name in ("href", "src") and value:
-                self.found.append((value, name == "src" or tag == "link"))
+            if name in ("href", "src", "srcset") and value:
+                self.found.append((value, name != "href" or tag == "link"))
 
 
 if __name__ == "__main__":

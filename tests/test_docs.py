@@ -10,20 +10,23 @@ import runpy
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tokenflow.engine.editing import Settings
 
 from tests.conftest import ROOT
 from tests.installing import install
 from tokenflow.cli.main import main
-from tokenflow.engine.editing import Settings
 from tokenflow.engine.lightning.data import Video
 from tokenflow.engine.lightning.module import TokenFlow
 from tokenflow.engine.lightning.run_writer import RunWriter
+from tokenflow.plugins import installed_plugins
+from tokenflow.testing.checks import Check
 
 PAGES = ["docs/write-an-editor.md", "docs/write-a-kernel.md"]
-READMES = ["README.md", "examples/tokenflow-local/README.md", "tokenflow/miniature/README.md"]
+READMES = ["README.md", "examples/tokenflow-local/README.md", "training/README.md"]
 QUICK = ["--model.steps=1", "--data.max_frames=2", "--data.resolution=64"]
 
 
@@ -67,41 +70,60 @@ def test_a_readmes_command_is_known(command: str, monkeypatch: pytest.MonkeyPatc
             pytest.fail("nothing looks it up")
 
 
+@pytest.fixture
+def author(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder whose modules and entry points are installed for the length of a test."""
+    monkeypatch.syspath_prepend(tmp_path)
+    installed_plugins.cache_clear()
+    yield tmp_path
+    installed_plugins.cache_clear()
+    for file in tmp_path.glob("*.py"):
+        sys.modules.pop(file.stem, None)
+
+
 @pytest.mark.parametrize("page", PAGES)
-def test_a_page_is_followed_to_its_end(page: str, tmp_path: Path) -> None:
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
-
-    def run(*words: str, where: Path = tmp_path) -> str:
-        done = subprocess.run(
-            [sys.executable, *words], cwd=where, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
+def test_a_page_is_followed_to_its_end(
+    page: str, author: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     code = blocks(page, "python")
     assert len(code) == 3
-    for number, block in enumerate(code):
-        named = re.match(r"# (\w+\.py)\n", block)
-        (tmp_path / (named[1] if named else f"block{number}.py")).write_text(block)
+    named = {m[1]: block for block in code if (m := re.match(r"# (\w+\.py)\n", block))}
+    for name, block in named.items():
+        (author / name).write_text(block)
     (setup,) = blocks(page, "ini")
     groups = configparser.ConfigParser()
     groups.read_string(setup)
     offered = groups["options.entry_points"].items()
-    install(tmp_path, "author", "".join(f"[{group}]{entries}\n" for group, entries in offered))
+    install(author, "author", "".join(f"[{group}]{entries}\n" for group, entries in offered))
 
-    for file in tmp_path.glob("test_*.py"):
-        assert " passed" in run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(file))
-    for file in tmp_path.glob("block*.py"):
-        run(str(file))
+    (tests,) = author.glob("test_*.py")
+    path = os.pathsep.join([str(author), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)],
+        cwd=author, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None, done.stdout
+
+    # pytest ran the kit; the other ways to call it have to reach the same checks, not run them
+    reached: list[str] = []
+    monkeypatch.setattr(Check, "__call__", lambda check: reached.append(check.__name__))
+    monkeypatch.chdir(ROOT)
+    for block in set(code) - set(named.values()):
+        exec(block, {})
+    by_call = reached.copy()
+    assert len(by_call) == int(passed[1])
+    reached.clear()
     (shell,) = blocks(page, "sh")
-    commands = [shlex.split(line) for line in shell.splitlines()]
-    check, predict = (command[1:] for command in commands)
+    check, predict = (shlex.split(line)[1:] for line in shell.splitlines())
     assert (check[0], predict[0]) == ("plugins", "predict")
-    assert "all is well" in run("-m", "tokenflow.cli.main", *check, where=ROOT)
-    out = f"--output.folder={tmp_path / 'runs'}"
-    run("-m", "tokenflow.cli.main", *predict, *QUICK, out, where=ROOT)
-    assert (tmp_path / "runs" / "blue_ball" / "edited.mp4").exists()
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(check)
+    assert "all is well" in capsys.readouterr().out
+    assert reached == by_call
+    main([*predict, *QUICK, f"--output.folder={author / 'runs'}"])
+    assert (author / "runs" / "blue_ball" / "edited.mp4").exists()
 
 
 def test_no_block_is_left_out() -> None:
@@ -117,7 +139,7 @@ def test_no_block_is_left_out() -> None:
 
 PROSE = [
     file
-    for pattern in ("*.md", "docs/*.md", "examples/*.ipynb", "examples/*/*.md", "tokenflow/*/*.md")
+    for pattern in ("*.md", "docs/*.md", "examples/*.ipynb", "examples/*/*.md", "training/*.md")
     for file in ROOT.glob(pattern)
 ]
 

@@ -2,6 +2,11 @@
 
 import configparser
 import tomllib
+from itertools import chain
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from tests.conftest import ROOT
 
@@ -32,3 +37,19 @@ def test_pyproject_holds_only_what_pip_and_uv_need() -> None:
     assert sorted(project["dynamic"]) == sorted(FIELDS)
     for section, option in FIELDS.values():
         assert setup[section][option], option
+
+
+def test_constraints_pin_what_setup_requires() -> None:
+    """Exactly, with versions that setup.cfg accepts, and that every index has (no +cpu)."""
+    pins = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        name, version = line.split("==")
+        pins[canonicalize_name(name)] = Version(version)
+        assert Version(version).local is None, line
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    extras = setup["options.extras_require"].values()
+    for line in chain(setup["options"]["install_requires"].splitlines(), *map(str.split, extras)):
+        if line and line != "tokenflow[docs]":
+            required = Requirement(line)
+            assert pins[canonicalize_name(required.name)] in required.specifier, line

@@ -5,37 +5,67 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tokenflow.diffusion import Backbone
-    from tokenflow.editors import ControlNet, PnP, SDEdit
-    from tokenflow.engine import Settings, edit_clip
-    from tokenflow.propagation import FlowWeighted, NNField
-    from tokenflow.video import read_clip, write_clip
+    from tokenflow.diffusion import Backbone, StableDiffusion
+    from tokenflow.editors import ControlNet, Editor, PnP, Prompts, SDEdit
+    from tokenflow.engine import (
+        Consistency,
+        Result,
+        Settings,
+        edit_clip,
+        edit_latents,
+        find_correspondences,
+    )
+    from tokenflow.propagation import FlowWeighted, NNField, Propagation
+    from tokenflow.report import draw_correspondences
+    from tokenflow.video import Clip, read_clip, write_clip, write_image
 
 __version__ = version("tokenflow")
 __all__ = [
     "Backbone",
+    "Clip",
+    "Consistency",
     "ControlNet",
+    "Editor",
     "FlowWeighted",
     "NNField",
     "PnP",
+    "Prompts",
+    "Propagation",
+    "Result",
     "SDEdit",
     "Settings",
+    "StableDiffusion",
+    "draw_correspondences",
     "edit_clip",
+    "edit_latents",
+    "find_correspondences",
     "read_clip",
     "write_clip",
+    "write_image",
 ]
 
 HOMES = {
     "Backbone": "diffusion",
+    "Clip": "video",
+    "Consistency": "engine",
     "ControlNet": "editors",
+    "Editor": "editors",
     "FlowWeighted": "propagation",
     "NNField": "propagation",
     "PnP": "editors",
+    "Prompts": "editors",
+    "Propagation": "propagation",
+    "Result": "engine",
     "SDEdit": "editors",
     "Settings": "engine",
+    "StableDiffusion": "diffusion",
+    "draw_correspondences": "report",
     "edit_clip": "engine",
+    "edit_latents": "engine",
+    "find_correspondences": "engine",
     "read_clip": "video",
     "write_clip": "video",
+    "write_image": "video",
 }
 
 

@@ -33,7 +33,7 @@ from tokenflow.miniature.judge import Judge
 from tokenflow.storage.atomic import atomic
 from tokenflow.video import contact_sheet, write_image
 
-QUICK = Plan(frames=8, steps=4, reference_inversion=4, keyframe_every=4)
+QUICK = Plan(frames=4, steps=2, reference_inversion=2, keyframe_every=2)
 QUICK_ROWS = (TRUTH, FLOOR, "per-frame PnP", "TokenFlow")
 SOME = (0, 6, 12, 18, 24, 25, 31)
 """A clip of each kind of motion, in which every kind of edit is."""
@@ -57,7 +57,7 @@ def main(
         rows: Which rows.
         clips: Which clips, numbers from 0 in the suite; all when not given.
         choices: Compare settings of TokenFlow instead, on one clip of each motion if none is given.
-        quick: Two clips of 8 frames, 4 rows and 4 steps instead, to see that it works.
+        quick: Two clips of 4 frames, 4 rows and 2 steps instead, to see that it works.
         page: A Markdown page that gets the tables, between its two marks for them.
         sheet: Only write a picture to this PNG: of the suite's clips and their true edits, or, if
             clips are given, of what the rows made of these, from the folder's pictures.
@@ -126,7 +126,7 @@ def measure(
 
 
 def write_up(records: list[Record], rows: tuple[str, ...], plan: Plan, console: Console) -> str:
-    """Prints the tables; returns them as Markdown, with where they come from."""
+    """Prints the tables; returns them as Markdown, with their provenance, the long ones folded."""
     seeds = sorted({r["case"]["seed"] for r in records})
     if not seeds:
         return "No clip has all rows yet."
@@ -139,7 +139,9 @@ def write_up(records: list[Record], rows: tuple[str, ...], plan: Plan, console: 
     )
     found = tables(records, rows)
     console.print(about, *(table.rich() for table in found))
-    return "\n\n".join([about, *(table.markdown() for table in found)])
+    every, *parts = (table.markdown() for table in found)
+    fold = "<details markdown>\n<summary>By motion and by edit</summary>"
+    return "\n\n".join([every, about, fold, *parts, "</details>"])
 
 
 def write(file: Path, text: str) -> None:

@@ -16,7 +16,7 @@ Record = dict[str, Any]
 
 
 def key_of(case: Case, row: str, plan: Plan) -> Record:
-    """What tells one measurement from another; the code's version is none of it."""
+    """The identity of a measurement, which does not include the code's version."""
     return {"case": asdict(case), "row": row, "plan": asdict(plan)}
 
 

@@ -149,8 +149,7 @@ class Workbench:
             source, provider = self.truth.source, kernel.flow
             flow = provider and ClipFlow(source, provider, self.backbone.latent_scale)
             latents = edit_latents(
-                self.backbone, trajectory, self.schedule, editor, kernel, str(edit.target),
-                inversion_prompt=str(edit.scene.attributes), settings=settings,
+                self.backbone, trajectory, self.schedule, edit.prompts, editor, kernel, settings,
                 name=source.name, flow=flow,
             )  # fmt: skip
             frames = self.decoded(latents)

@@ -21,24 +21,24 @@ LABEL, WIDTH = 150, 640
 
 
 def write_sheet(path: Path, suite: list[Case], frames: int = 16) -> None:
-    """Of each clip three frames, above the source, below the true edit, as a PNG of 256 colours.
+    """Of each clip three frames, above the source, below the true edit, as a WebP.
 
     Motions go downwards, edits to the right.
     """
     across, down = (n * (CELL + BETWEEN) - BETWEEN + GAP for n in (3, 2))
     size = LEFT + across * len(EDITS) - GAP, TOP + down * len(MOTIONS) - GAP
-    sheet = Image.new("RGB", size, "white")
+    sheet = Image.new("RGBA", size)
     draw = ImageDraw.Draw(sheet)
     for number, edit in enumerate(EDITS):
-        draw.text((LEFT + number * across, 2), edit, "black")
+        draw.text((LEFT + number * across, 2), edit, "gray")
     for number, motion in enumerate(MOTIONS):
-        draw.text((2, TOP + number * down), motion, "black")
+        draw.text((2, TOP + number * down), motion, "gray")
     for case in suite:
         place = LEFT + EDITS.index(case.edit) * across, TOP + MOTIONS.index(case.motion) * down
         pixels = levels(picture(case, frames)).permute(1, 2, 0).contiguous()
         sheet.paste(Image.fromarray(pixels.numpy()), place)
     with atomic(path) as temporary:
-        sheet.quantize(256).save(temporary, format="PNG", optimize=True)
+        sheet.save(temporary, format="WEBP", lossless=True)
 
 
 def picture(case: Case, frames: int) -> Tensor:
@@ -53,7 +53,7 @@ def picture(case: Case, frames: int) -> Tensor:
 def write_rows(
     path: Path, suite: list[Case], rows: tuple[str, ...], folder: Path, frames: int
 ) -> None:
-    """What rows made of each clip, below its source, as a PNG of 128 colours.
+    """What rows made of each clip, below its source, as a WebP.
 
     Their pictures are the folder's; `frames` is how many these clips had.
 
@@ -62,14 +62,14 @@ def write_rows(
     """
     strips = [strip for case in suite for strip in strips_of(case, rows, folder, frames)]
     down = strips[0][1].height + BETWEEN
-    sheet = Image.new("RGB", (LABEL + WIDTH, down * len(strips) - BETWEEN), "white")
+    sheet = Image.new("RGBA", (LABEL + WIDTH, down * len(strips) - BETWEEN))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     for number, (label, strip) in enumerate(strips):
         sheet.paste(strip, (LABEL, number * down))
         middle = number * down + strip.height // 2
-        draw.text((2, middle), label, "black", font=font, anchor="lm")
+        draw.text((2, middle), label, "gray", font=font, anchor="lm")
     with atomic(path) as temporary:
-        sheet.quantize(128).save(temporary, format="PNG", optimize=True)
+        sheet.save(temporary, format="WEBP", lossless=True)
 
 
 def strips_of(

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import torch
 
-from tokenflow.miniature.bar import BarScene
+from benchmarks.scenes.bar import BarScene
 from tokenflow.miniature.edits import SceneEdit
-from tokenflow.miniature.scenes import Attributes, Scene, random_scene
-from tokenflow.miniature.scenes import Path as Motion
+from tokenflow.miniature.scenes import Attributes, LayerPath, Scene, random_scene
 
 FILE = Path(__file__).with_name("suite.csv")
 MOTIONS = ("translation", "rotation", "scaling", "leaving", "bar", "pan", "fast")
@@ -62,10 +61,11 @@ def moved(scene: Scene, motion: str) -> Scene:
     x, y = (64 + 0.4 * (axis[middle] - 64) for axis in (scene.object.x, scene.object.y))
     size = scene.object.scale[middle].clamp(26, 32) * one
     angle = scene.object.angle[middle] * one
-    resting = Motion(x * one, y * one, size, angle)
-    still = Motion(scene.background.x[middle] * one, scene.background.y[middle] * one, one, 0 * one)
+    resting = LayerPath(x * one, y * one, size, angle)
+    ground = scene.background
+    still = LayerPath(ground.x[middle] * one, ground.y[middle] * one, one, 0 * one)
 
-    def along(layer: Motion, speed: float) -> Motion:
+    def along(layer: LayerPath, speed: float) -> LayerPath:
         across, down = speed * math.cos(scene.phase), speed * math.sin(scene.phase)
         return dataclasses.replace(layer, x=layer.x + across * t, y=layer.y + down * t)
 
@@ -84,6 +84,6 @@ def moved(scene: Scene, motion: str) -> Scene:
         case "fast":
             obj = along(resting, 6.0)
         case "bar":  # 14 pixels wide, from the object's one side to its other
-            bar = Motion(x - 50 + 100 * share, 64 * one, 7 * one, 0 * one)
+            bar = LayerPath(x - 50 + 100 * share, 64 * one, 7 * one, 0 * one)
             return BarScene(scene.attributes, obj, behind, scene.texture, scene.phase, bar)
     return dataclasses.replace(scene, object=obj, background=behind)

@@ -27,17 +27,17 @@ from tokenflow.diffusion import Backbone
 from tokenflow.video import Clip, read_clip, write_clip, write_image
 
 
-@pytest.fixture
-def video(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six small frames with a moving gradient, which h264 keeps well."""
     ramp = torch.linspace(0, 1, 32)
     frames = torch.stack([(ramp + i / 12).clamp(0, 1).expand(3, 16, 32) for i in range(6)])
-    return write_clip(tmp_path / "ramp.mp4", Clip.from_frames(frames))
+    folder = tmp_path_factory.mktemp("video")
+    return write_clip(folder / "ramp.mp4", Clip.from_frames(frames))
 
 
-@pytest.fixture
-def words(video: Path, model_folder: Path, tmp_path: Path) -> list[str]:
-    """A small run that works."""
+def small_run(video: Path, model_folder: Path, output: Path) -> list[str]:
+    """A command line that works."""
     return [
         "predict",
         f"--data.video={video}",
@@ -45,9 +45,23 @@ def words(video: Path, model_folder: Path, tmp_path: Path) -> list[str]:
         "--model.prompt=a blue ball",
         "--model.steps=2",
         "--model.keyframe_every=4",
-        f"--output.folder={tmp_path / 'runs'}",
+        f"--output.folder={output}",
         "--trainer.accelerator=cpu",
     ]
+
+
+@pytest.fixture
+def words(video: Path, model_folder: Path, tmp_path: Path) -> list[str]:
+    """A small run that works."""
+    return small_run(video, model_folder, tmp_path / "runs")
+
+
+@pytest.fixture(scope="module")
+def finished(video: Path, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of such a run, for tests that leave it as it is."""
+    folder = tmp_path_factory.mktemp("finished")
+    main([*small_run(video, model_folder, folder / "runs"), f"--model.cache={folder / 'cache'}"])
+    return folder / "runs" / "ramp"
 
 
 def test_help_is_quick_and_names_the_commands() -> None:
@@ -73,10 +87,8 @@ def test_predict_help_starts_with_what_a_user_needs() -> None:
     assert len(text.splitlines()) < 200
 
 
-def test_a_run_leaves_its_files(words: list[str], video: Path, tmp_path: Path) -> None:
-    main(words)
-    run = tmp_path / "runs" / "ramp"
-    assert sorted(p.name for p in run.iterdir()) == [
+def test_a_run_leaves_its_files(finished: Path, video: Path) -> None:
+    assert sorted(p.name for p in finished.iterdir()) == [
         "compare.mp4",
         "contact_sheet.png",
         "edited.mp4",
@@ -84,11 +96,11 @@ def test_a_run_leaves_its_files(words: list[str], video: Path, tmp_path: Path) -
         "report.html",
         "run.yaml",
     ]
-    source, edited = read_clip(video), read_clip(run / "edited.mp4")
+    source, edited = read_clip(video), read_clip(finished / "edited.mp4")
     assert edited.frames.shape == source.frames.shape
     assert edited.times == source.times
-    assert read_clip(run / "compare.mp4").frames.shape[-1] > 2 * source.frames.shape[-1]
-    summary = yaml.safe_load((run / "run.yaml").read_text())
+    assert read_clip(finished / "compare.mp4").frames.shape[-1] > 2 * source.frames.shape[-1]
+    summary = yaml.safe_load((finished / "run.yaml").read_text())
     assert summary["model"]["editor"]["class_path"].endswith("PnP")
     assert summary["model"]["steps"] == 2
     assert {"encode", "invert", "edit", "decode"} <= set(summary["run"]["seconds"])
@@ -101,10 +113,10 @@ def test_a_run_leaves_its_files(words: list[str], video: Path, tmp_path: Path) -
 
 
 def test_a_finished_run_is_not_overwritten_unasked(
-    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main(words)
-    file = tmp_path / "runs" / "ramp" / "edited.mp4"
+    run = Path(shutil.copytree(finished, tmp_path / "runs" / "ramp"))
+    file = run / "edited.mp4"
     before = file.stat().st_mtime_ns
     with pytest.raises(SystemExit) as exit:
         main(words)
@@ -114,7 +126,7 @@ def test_a_finished_run_is_not_overwritten_unasked(
     main([*words, "--output.overwrite=true"])
     assert file.stat().st_mtime_ns > before
     with pytest.raises(SystemExit):  # nor is it by its own run.yaml
-        main(["predict", f"--config={file.with_name('run.yaml')}"])
+        main(["predict", f"--config={finished / 'run.yaml'}"])
     assert "holds a finished run" in capsys.readouterr().err
 
 
@@ -128,11 +140,10 @@ def test_a_configuration_file_chooses_the_editor_by_name(words: list[str], tmp_p
     assert summary["model"]["consistency"] == "joint"
 
 
-def test_run_yaml_repeats_the_run(words: list[str], tmp_path: Path) -> None:
-    main(words)
-    first, again = tmp_path / "runs" / "ramp", tmp_path / "again" / "ramp"
-    main(["predict", f"--config={first / 'run.yaml'}", f"--output.folder={tmp_path / 'again'}"])
-    frames = [read_clip(run / "edited.mp4").frames for run in (first, again)]
+def test_run_yaml_repeats_the_run(finished: Path, tmp_path: Path) -> None:
+    cache = f"--model.cache={tmp_path / 'cache'}"  # an empty one: nothing comes from the first run
+    main(["predict", f"--config={finished / 'run.yaml'}", f"--output.folder={tmp_path}", cache])
+    frames = [read_clip(run / "edited.mp4").frames for run in (finished, tmp_path / "ramp")]
     assert torch.equal(frames[0], frames[1])
 
 

@@ -1,442 +1,80 @@
+"""Which family a model belongs to, by its index."""
+
 import json
-import re
 import shutil
-import warnings
-from errno import ENOMEM
-from os import strerror
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import CLIPTokenizer
 
-from tokenflow.diffusion import Backbone, ModelError
-from tokenflow.diffusion.backbone import COMPONENTS, NETWORKS
-from tokenflow.errors import InputError
+from tests.gaussian_flow import GaussianFlow
+from tokenflow.diffusion import Backbone, ModelError, StableDiffusion
 
 
 @pytest.fixture
-def folder(model_folder: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny model, to be spoilt."""
-    return Path(shutil.copytree(model_folder, tmp_path / "model"))
+def folder(tmp_path: Path) -> Path:
+    """A model's folder, with nothing in it."""
+    (tmp_path / "model").mkdir()
+    return tmp_path / "model"
 
 
-def tiny_vae(blocks: int) -> AutoencoderKL:
-    torch.manual_seed(0)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * blocks,
-        up_block_types=("UpDecoderBlock2D",) * blocks,
-        block_out_channels=(8,) * blocks,
-        norm_num_groups=4,
-        scaling_factor=0.18215,
-    )
+def name(folder: Path, pipeline: str, *parts: str) -> None:
+    """Writes an index that names a pipeline, with these components."""
+    index = {"_class_name": pipeline, **{part: ["diffusers", "Some"] for part in parts}}
+    (folder / "model_index.json").write_text(json.dumps(index))
 
 
-def with_parts(backbone: Backbone, **parts: Any) -> Backbone:
-    return Backbone(**{name: parts.get(name, getattr(backbone, name)) for name in COMPONENTS})
+@pytest.mark.parametrize(
+    "pipeline", ["StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "SomebodysPipeline"]
+)
+def test_a_pipeline_with_a_unet_is_stable_diffusion(
+    model_folder: Path, tmp_path: Path, pipeline: str
+) -> None:
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    name(folder, pipeline, "unet")
+    assert type(Backbone.load(folder, device="cpu")) is StableDiffusion
 
 
-def set_config(file: Path, **values: Any) -> None:
-    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+def test_a_folder_without_an_index_is_stable_diffusion(model_folder: Path) -> None:
+    assert not (model_folder / "model_index.json").exists()
+    assert type(Backbone.load(model_folder, device="cpu")) is StableDiffusion
 
 
-def test_loads_a_frozen_model(backbone: Backbone) -> None:
-    assert backbone.device == torch.device("cpu")
-    assert backbone.dtype == torch.float32  # "auto" on a CPU
-    for name in NETWORKS:
-        network = getattr(backbone, name)
-        assert not network.training
-        assert not any(p.requires_grad for p in network.parameters())
-
-
-@pytest.mark.parametrize("model", ["/nowhere/model", "./model", "~/model", "a/b/c"])
-def test_a_folder_that_is_not_there(model: str) -> None:
-    with pytest.raises(ModelError, match=rf"{model}' does not exist; give the folder that holds"):
-        Backbone.load(model)
-
-
-def test_a_folder_in_the_users_home(
+def test_an_installed_family_is_found_by_its_pipeline(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert Backbone.load(f"~/{folder.name}", device="cpu").multiple == 16
+    package = tmp_path / "site" / "gaussian-1.dist-info"
+    package.mkdir(parents=True)
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: gaussian\nVersion: 1\n")
+    entry = "[tokenflow.backbones]\nGaussianFlowPipeline = tests.gaussian_flow:GaussianFlow\n"
+    (package / "entry_points.txt").write_text(entry)
+    monkeypatch.syspath_prepend(str(package.parent))
+    name(folder, "GaussianFlowPipeline", "transformer")
+    assert type(Backbone.load(folder, device="cpu")) is GaussianFlow
 
 
-def test_a_file_for_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "clip.mp4").touch()
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        ModelError, match=r"model folder, but 'clip\.mp4' is a file; give the folder"
-    ):
-        Backbone.load("clip.mp4")
-
-
-def test_no_model() -> None:
-    with pytest.raises(ModelError, match="expected a model folder, but none was given; give"):
-        Backbone.load("")
-
-
-@pytest.mark.parametrize("name", COMPONENTS)
-def test_a_missing_component(folder: Path, name: str) -> None:
-    shutil.rmtree(folder / name)
-    with pytest.raises(ModelError, match=rf"has no {name}/; expected diffusers' layout with unet,"):
-        Backbone.load(folder)
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_pickled_weights_are_not_read(folder: Path, name: str) -> None:
-    for file in (folder / name).glob("*.safetensors"):
-        file.rename(file.with_suffix(".bin"))
-    with pytest.raises(ModelError, match=r"no \*\.safetensors file \(found .*\.bin'\].*convert"):
-        Backbone.load(folder)
-
-
-def test_a_folder_with_weights_in_half_precision_alone(folder: Path, backbone: Backbone) -> None:
-    for name in NETWORKS:
-        (file,) = (folder / name).glob("*.safetensors")
-        half = {name: weight.half() for name, weight in load_file(file).items()}
-        file.unlink()
-        save_file(half, file.with_suffix(".fp16.safetensors"), metadata={"format": "pt"})
-    loaded = Backbone.load(folder, device="cpu")
-    assert loaded.dtype == torch.float32
-    text = loaded.embed(["a ball"])
-    assert torch.allclose(text, backbone.embed(["a ball"]), atol=1e-2)  # of half precision
-
-
-@pytest.mark.parametrize("other", ["{}.non_ema", "{}.ema", "pytorch_lora_weights"])
-@pytest.mark.parametrize("variant", ["fp16", "bf16", "fp32"])
-def test_a_variant_beside_other_files(
-    folder: Path, backbone: Backbone, variant: str, other: str
-) -> None:
-    for name in NETWORKS:
-        (file,) = (folder / name).glob("*.safetensors")
-        file.rename(file.with_name(f"{file.stem}.{variant}.safetensors"))
-        file.with_name(f"{other.format(file.stem)}.safetensors").write_bytes(b"not to be read")
-    assert Backbone.load(folder, device="cpu").fingerprint == backbone.fingerprint
-
-
-def test_plain_weights_go_before_variants(folder: Path, backbone: Backbone) -> None:
-    for name in NETWORKS:
-        (file,) = (folder / name).glob("*.safetensors")
-        file.with_name(file.name.replace(".", ".fp16.")).write_bytes(b"not to be read")
-    assert Backbone.load(folder, device="cpu").fingerprint == backbone.fingerprint
-
-
-@pytest.mark.parametrize("variant", [None, "fp16"])
-def test_weights_in_parts(folder: Path, backbone: Backbone, variant: str | None) -> None:
-    for name in NETWORKS:
-        for file in (folder / name).glob("*.safetensors"):
-            file.unlink()
-        network = getattr(backbone, name)
-        network.save_pretrained(folder / name, max_shard_size="100KB", variant=variant)
-        (folder / name / "a.lora.safetensors").write_bytes(b"not to be read")
-    assert list((folder / "unet").glob("*.index*.json"))
-    assert Backbone.load(folder, device="cpu").fingerprint == backbone.fingerprint
-
-
-@pytest.mark.parametrize("only", [".non_ema", "_lora"])
-@pytest.mark.parametrize("name", NETWORKS)
-def test_weights_of_other_names_are_listed(folder: Path, name: str, only: str) -> None:
-    (file,) = (folder / name).glob("*.safetensors")
-    stem = file.stem
-    file.rename(other := file.with_name(f"{stem}{only}.safetensors"))
-    message = rf"{name} has no .* expected {stem}\.safetensors, .* found {re.escape(other.name)};"
+def test_a_family_that_is_not_installed(folder: Path) -> None:
+    name(folder, "FluxPipeline", "transformer")
+    message = r"is a FluxPipeline, expected one of .*StableDiffusionPipeline.*; choose a model"
     with pytest.raises(ModelError, match=message):
         Backbone.load(folder, device="cpu")
 
 
-@pytest.mark.parametrize("value", ["1", None, 0, -1.0, float("nan"), [1]])
-def test_a_scaling_factor_that_is_no_number(folder: Path, value: Any) -> None:
-    set_config(folder / "vae" / "config.json", scaling_factor=value)
-    with pytest.raises(ModelError, match=r"scaling_factor is .*, expected a number above 0; mend"):
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_an_index_that_does_not_parse(folder: Path, text: str) -> None:
+    (folder / "model_index.json").write_text(text)
+    with pytest.raises(ModelError, match=r"model_index\.json of the model"):
         Backbone.load(folder, device="cpu")
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        MemoryError(),
-        torch.OutOfMemoryError("CUDA out of memory"),
-        RuntimeError("could not create a primitive"),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
-        OSError(ENOMEM, strerror(ENOMEM)),
-    ],
-)
-@pytest.mark.parametrize("method", ["from_pretrained", "to"])
-def test_a_model_that_the_memory_does_not_hold(
-    model_folder: Path, monkeypatch: pytest.MonkeyPatch, method: str, error: Exception
-) -> None:
-    def fail(*args: Any, **options: Any) -> None:
-        raise error
-
-    monkeypatch.setattr(UNet2DConditionModel, method, fail)
-    with pytest.raises(InputError, match=r"not enough memory on cpu for the model .*; take a sm"):
-        Backbone.load(model_folder, device="cpu")
-
-
-def test_a_hub_model_without_safetensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = "owner/name does not appear to have a file named diffusion_pytorch_model.safetensors."
-
-    def refuse(*args: Any, **options: Any) -> None:
-        raise OSError(told)
-
-    monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", refuse)
-    message = r"unet of the hub model 'owner/name' has no safetensors, .* pickled .* convert it"
-    with pytest.raises(ModelError, match=message):
-        Backbone.load("owner/name", device="cpu")
-
-
-def test_no_weights_at_all(folder: Path) -> None:
-    for file in (folder / "unet").glob("*.safetensors"):
-        file.unlink()
-    with pytest.raises(ModelError, match="found no weights"):
-        Backbone.load(folder)
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_a_parameter_without_weights(folder: Path, name: str) -> None:
-    """Diffusers and transformers would leave it random, or on no device."""
-    (file,) = (folder / name).glob("*.safetensors")
-    weights = load_file(file)
-    lost = min(weights)
-    del weights[lost]
-    save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=rf"{name} .* no weights for 1 .* such as .*{lost}"):
-        Backbone.load(folder, device="cpu")
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_weights_of_another_shape(folder: Path, name: str) -> None:
-    (file,) = (folder / name).glob("*.safetensors")
-    weights = load_file(file)
-    weights[min(weights)] = torch.zeros(3)
-    save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=f"{name} of the model folder .* does not load"):
-        Backbone.load(folder, device="cpu")
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_weights_that_are_cut_short(folder: Path, name: str) -> None:
-    for file in (folder / name).glob("*.safetensors"):
-        file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(ModelError, match=f"{name} of the model folder .* does not load"):
-        Backbone.load(folder)
-
-
-@pytest.mark.parametrize(
-    ("name", "file"),
-    [
-        ("unet", "config.json"),
-        ("vae", "config.json"),
-        ("text_encoder", "config.json"),
-        ("scheduler", "scheduler_config.json"),
-    ],
-)
-@pytest.mark.parametrize("text", ["{", None])
-def test_configuration_that_does_not_parse(
-    folder: Path, name: str, file: str, text: str | None
-) -> None:
-    if text is None:
-        (folder / name / file).unlink()
-    else:
-        (folder / name / file).write_text(text)
-    with pytest.raises(ModelError, match=f"{name} of the model folder .* does not load"):
-        Backbone.load(folder)
-
-
-@pytest.mark.parametrize("kept", [[], ["tokenizer_config.json"], ["vocab.json"], ["merges.txt"]])
-def test_a_tokenizer_without_vocabulary(folder: Path, kept: list[str]) -> None:
-    for file in (folder / "tokenizer").iterdir():
-        if file.name not in kept:
-            file.unlink()
-    with pytest.raises(ModelError, match=r"expected tokenizer.json, or vocab.json and merges.txt"):
-        Backbone.load(folder, device="cpu")
-
-
-@pytest.mark.parametrize("lost", [["tokenizer.json"], ["vocab.json", "merges.txt"]])
-def test_either_form_of_a_vocabulary_is_enough(folder: Path, lost: list[str]) -> None:
-    whole = Backbone.load(folder, device="cpu").embed(["a red ball"])
-    for name in lost:
-        (folder / "tokenizer" / name).unlink()
-    assert torch.equal(Backbone.load(folder, device="cpu").embed(["a red ball"]), whole)
-
-
-@pytest.mark.parametrize(("file", "text"), [("tokenizer.json", "{}"), ("vocab.json", '{"a": 0}')])
-def test_a_damaged_vocabulary(folder: Path, file: str, text: str) -> None:
-    (folder / "tokenizer" / "tokenizer.json").unlink()
-    (folder / "tokenizer" / file).write_text(text)
-    with pytest.raises(ModelError, match=r"tokenizer of the model folder .* does not load"):
-        Backbone.load(folder, device="cpu")
-
-
-def test_another_models_tokenizer(backbone: Backbone, tmp_path: Path) -> None:
-    (tmp_path / "vocab.json").write_text('{"a</w>": 0}')
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-    small = CLIPTokenizer.from_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="knows 3 tokens and the text encoder 130: prompts would"):
-        with_parts(backbone, tokenizer=small)
-
-
-def test_an_unknown_dtype(model_folder: Path) -> None:
+def test_an_unknown_dtype(folder: Path) -> None:
     with pytest.raises(ModelError, match=r"dtype must be one of .*'bfloat16'\), got 'float8'"):
-        Backbone.load(model_folder, dtype="float8")
+        Backbone.load(folder, dtype="float8")
 
 
-def test_a_hub_model_without_network() -> None:
-    with pytest.raises(ModelError, match=r"Without network, download .* give its folder"):
-        Backbone.load("nobody/no-such-model", device="cpu")
+def test_a_family_states_its_whole_contract() -> None:
+    class Half(Backbone):
+        network = torch.nn.Identity()
 
-
-@pytest.mark.parametrize("kind", ["sample", "flow_prediction", None])
-def test_an_unknown_prediction(folder: Path, kind: str | None) -> None:
-    set_config(folder / "scheduler" / "scheduler_config.json", prediction_type=kind)
-    with pytest.raises(ModelError, match=f"predicts {kind!r}, expected 'epsilon' or 'v_predict"):
-        Backbone.load(folder, device="cpu")
-
-
-def test_a_unet_for_inpainting(backbone: Backbone) -> None:
-    unet = UNet2DConditionModel.from_config({**backbone.unet.config, "in_channels": 9})
-    with pytest.raises(ModelError, match=r"takes 9 channels .* latents have 4; .* inpainting"):
-        with_parts(backbone, unet=unet)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {
-                "addition_embed_type": "text_time",
-                "addition_time_embed_dim": 8,
-                "projection_class_embeddings_input_dim": 64,
-                "cross_attention_dim": 32,
-            },
-            r"\(addition_embed_type 'text_time'\), as those of SDXL, .* expected a Stable",
-        ),
-        (
-            {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 64},
-            r"class_embed_type 'projection'",
-        ),
-        ({"num_class_embeds": 4}, r"num_class_embeds 4"),
-        ({"encoder_hid_dim": 24}, r"encoder_hid_dim 24, encoder_hid_dim_type 'text_proj'"),
-        ({"time_cond_proj_dim": 8}, r"time_cond_proj_dim 8\), as those of .* consistency models"),
-        ({"only_cross_attention": True}, r"only cross-attention, none among a frame's tokens"),
-        ({"cross_attention_dim": 32}, r"width 32 and the text encoder makes 16; expected parts"),
-        ({"cross_attention_dim": (16, 16, 16, 32)}, r"width .*32.* and the text encoder makes 16"),
-    ],
-)
-def test_a_unet_that_asks_for_more_than_a_prompt(
-    backbone: Backbone, changes: dict[str, Any], message: str
-) -> None:
-    unet = UNet2DConditionModel.from_config({**backbone.unet.config, **changes})
-    with pytest.raises(ModelError, match=message):
-        with_parts(backbone, unet=unet)
-
-
-def test_the_width_may_be_given_for_each_block(backbone: Backbone) -> None:
-    widths = {"cross_attention_dim": (16,) * 4}
-    with_parts(backbone, unet=UNet2DConditionModel.from_config({**backbone.unet.config, **widths}))
-
-
-def test_v_prediction(folder: Path, backbone: Backbone) -> None:
-    set_config(folder / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
-    model = Backbone.load(folder, device="cpu")
-    schedule, x, t = model.schedule(3), torch.randn(1, 4, 8, 8), 334
-    assert schedule.prediction == "v_prediction"
-    text = model.embed([""])
-    a = float(model.scheduler.alphas_cumprod[t])
-    with torch.no_grad():
-        velocity = backbone.unet(x, t, encoder_hidden_states=text).sample
-        expected = a**0.5 * velocity + (1 - a) ** 0.5 * x
-        # the same weights and the same float32 operations
-        assert torch.equal(model.epsilon(x, t, text, schedule), expected)
-        assert torch.equal(backbone.epsilon(x, t, text, backbone.schedule(3)), velocity)
-
-
-@pytest.mark.parametrize(("dtype", "expected"), [("bfloat16", torch.bfloat16)])
-def test_latents_are_float32_whatever_the_networks(
-    model_folder: Path, dtype: str, expected: torch.dtype
-) -> None:
-    model = Backbone.load(model_folder, device="cpu", dtype=dtype)
-    assert {getattr(model, name).dtype for name in NETWORKS} == {expected}
-    latents = model.encode(torch.rand(1, 3, 16, 16))
-    assert latents.dtype == torch.float32
-    assert model.decode(latents).dtype == torch.float32
-    text = model.embed(["a ball"])
-    with torch.no_grad():
-        assert model.epsilon(latents, 1, text, model.schedule(1)).dtype == torch.float32
-
-
-def test_extra_arguments_reach_the_unet(backbone: Backbone) -> None:
-    x, text, schedule = torch.randn(1, 4, 8, 8), backbone.embed([""]), backbone.schedule(1)
-    middle = torch.ones(1, 16, 1, 1)
-    with torch.no_grad():
-        plain = backbone.epsilon(x, 1, text, schedule)
-        residuals = [torch.zeros(())] * 12
-        other = backbone.epsilon(
-            x, 1, text, schedule,
-            mid_block_additional_residual=middle, down_block_additional_residuals=residuals,
-        )  # fmt: skip
-    assert not torch.allclose(plain, other)
-
-
-@pytest.mark.parametrize("blocks", [2, 4])
-def test_frames_to_latents_and_back(backbone: Backbone, blocks: int) -> None:
-    model = with_parts(backbone, vae=tiny_vae(blocks))
-    scale = 2 ** (blocks - 1)
-    assert model.latent_scale == scale
-    assert model.multiple == scale * 8  # three halvings in the UNet
-    frames = torch.rand(2, 3, model.multiple, 2 * model.multiple)
-    latents = model.encode(frames)
-    assert latents.shape == (2, 4, 8, 16)
-    decoded = model.decode(latents)
-    assert decoded.shape == frames.shape
-    with torch.no_grad():
-        posterior = model.vae.encode(2 * frames - 1).latent_dist
-        assert torch.equal(latents, posterior.mean * 0.18215)
-        pixels = model.vae.decode(latents / 0.18215).sample
-        assert torch.equal(decoded, (pixels / 2 + 0.5).clamp(0, 1))
-
-
-def test_decoded_frames_stay_within_0_and_1(backbone: Backbone) -> None:
-    frames = backbone.decode(1000 * torch.randn(2, 4, 8, 8))
-    assert frames.min() == 0
-    assert frames.max() == 1
-
-
-def test_the_unet_keeps_the_size_of_frames_of_the_least_size(backbone: Backbone) -> None:
-    side = backbone.multiple
-    latents = backbone.encode(torch.rand(1, 3, side, side))
-    with torch.no_grad():
-        epsilon = backbone.epsilon(latents, 1, backbone.embed([""]), backbone.schedule(1))
-    assert epsilon.shape == latents.shape
-
-
-def pipeline_embeddings(backbone: Backbone, prompts: list[str]) -> Tensor:
-    parts = {name: getattr(backbone, name) for name in COMPONENTS}
-    pipeline = StableDiffusionPipeline(
-        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-    )
-    return pipeline.encode_prompt(prompts, "cpu", 1, False)[0]
-
-
-def test_embeddings_are_those_of_diffusers_pipeline(backbone: Backbone) -> None:
-    prompts = ["a red ball on sand", "", "a ball on a ball " * 20]  # the last is cut
-    with pytest.warns(UserWarning, match="cut"):
-        embeddings = backbone.embed(prompts)
-    assert embeddings.shape == (3, backbone.tokenizer.model_max_length, 16)
-    assert torch.equal(embeddings, pipeline_embeddings(backbone, prompts))
-    assert not torch.allclose(embeddings[0], embeddings[1])
-
-
-def test_a_prompt_that_is_cut_is_told(backbone: Backbone) -> None:
-    whole = " ".join(["ball"] * 14)  # and a token each for begin and end
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        backbone.embed([whole])
-    message = r"at most 14 tokens, got 16; the end is cut off: 'on SAND' of 'ball"
-    with pytest.warns(UserWarning, match=message):
-        backbone.embed(["a ball", f"{whole} on SAND"])
+    with pytest.raises(TypeError, match="abstract"):
+        Half()  # type: ignore[abstract]

@@ -5,15 +5,21 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from tokenflow.diffusion import Backbone, Trajectory, invert, reconstruct, source_noise
-from tokenflow.diffusion.inversion import inversion_timesteps
+from tokenflow.diffusion import (
+    Backbone,
+    StableDiffusion,
+    Trajectory,
+    invert,
+    reconstruct,
+    source_prediction,
+)
 from tokenflow.errors import DivergedError, InputError
 
 SAMPLING, INVERSION = 4, 7
 
 
 @pytest.fixture(scope="module")
-def small(backbone: Backbone) -> Backbone:
+def small(backbone: StableDiffusion) -> StableDiffusion:
     """The tiny model with a UNet of two levels, for many steps."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
@@ -28,7 +34,7 @@ def small(backbone: Backbone) -> Backbone:
     # a random network's noise changes faster from step to step than a trained one's
     unet.conv_out.weight.data *= 0.1
     parts = (backbone.vae, backbone.text_encoder, backbone.tokenizer, backbone.scheduler)
-    return Backbone(unet, *parts)
+    return StableDiffusion(unet, *parts)
 
 
 @pytest.fixture(scope="module")
@@ -40,50 +46,22 @@ def inverted(backbone: Backbone, latents: Tensor, batch: int = 8) -> Trajectory:
     return invert(backbone, latents, "a ball", backbone.schedule(SAMPLING), INVERSION, batch)
 
 
-@pytest.mark.parametrize("sampling", range(1, 61))
-def test_timesteps_are_as_many_as_asked_for_and_contain_samplings(
-    backbone: Backbone, sampling: int
-) -> None:
-    schedule = backbone.schedule(sampling)
-    for steps in [*range(sampling, sampling + 71), 500, 999]:
-        timesteps = inversion_timesteps(steps, schedule, backbone)
-        assert len(timesteps) == steps
-        assert sorted(set(timesteps)) == list(timesteps)
-        assert set(schedule.timesteps) <= set(timesteps)
-
-
-@pytest.mark.parametrize(("sampling", "steps"), [(50, 500), (50, 50), (50, 100), (10, 200), (1, 9)])
-def test_timesteps_are_the_schedulers_own_where_these_contain_samplings(
-    backbone: Backbone, sampling: int, steps: int
-) -> None:
-    grid = backbone.schedule(steps).timesteps[::-1]
-    assert inversion_timesteps(steps, backbone.schedule(sampling), backbone) == grid
-
-
-def test_timesteps_stay_near_the_schedulers_own(backbone: Backbone) -> None:
-    grid = backbone.schedule(99).timesteps[::-1]  # every tenth
-    timesteps = inversion_timesteps(99, backbone.schedule(30), backbone)
-    assert max(abs(a - b) for a, b in zip(grid, timesteps, strict=True)) <= 5
-
-
 def test_fewer_steps_than_sampling(backbone: Backbone, latents: Tensor) -> None:
     with pytest.raises(InputError, match="got 9 inversion steps for 10 sampling steps"):
         invert(backbone, latents, "", backbone.schedule(10), 9)
 
 
-def test_more_steps_than_the_model_has(backbone: Backbone) -> None:
-    with pytest.raises(
-        InputError, match="inversion_steps of at most 1000 for this model, got 1001"
-    ):
-        inversion_timesteps(1001, backbone.schedule(10), backbone)
+def test_more_steps_than_the_model_has(backbone: Backbone, latents: Tensor) -> None:
+    with pytest.raises(InputError, match="expected 1 to 1000 steps, got 1001"):
+        invert(backbone, latents, "", backbone.schedule(10), 1001)
 
 
-def test_agrees_with_a_naive_loop(backbone: Backbone, latents: Tensor) -> None:
+def test_agrees_with_a_naive_loop(backbone: StableDiffusion, latents: Tensor) -> None:
     schedule = backbone.schedule(SAMPLING)
     trajectory = inverted(backbone, latents)
-    timesteps = inversion_timesteps(INVERSION, schedule, backbone)
+    timesteps = schedule.refined(backbone.schedule(INVERSION)).timesteps[::-1]
     alphas = backbone.scheduler.alphas_cumprod.double()
-    text = backbone.embed(["a ball"])
+    text = backbone.embed(["a ball"])["embeddings"]
     for frame in range(len(latents)):
         x, a_before = latents[frame : frame + 1].double(), alphas[0]  # set_alpha_to_one is off
         for t in timesteps:
@@ -93,10 +71,17 @@ def test_agrees_with_a_naive_loop(backbone: Backbone, latents: Tensor) -> None:
             x, a_before = alphas[t].sqrt() * clean + (1 - alphas[t]).sqrt() * noise, alphas[t]
             if t in schedule.timesteps:
                 # float32 against float64 through seven steps of a network; measured 1e-6
-                assert torch.allclose(trajectory.at(t)[frame], x[0].float(), rtol=0, atol=1e-5)
+                assert torch.allclose(
+                    trajectory.at(schedule.timesteps.index(t))[frame],
+                    x[0].float(),
+                    rtol=0,
+                    atol=1e-5,
+                )
         assert torch.allclose(trajectory.noisiest[frame], x[0].float(), rtol=0, atol=1e-5)
     assert trajectory.timesteps == schedule.timesteps
-    assert trajectory.noisiest_alpha == float(alphas[timesteps[-1]])
+    noisiest = float(backbone.scheduler.alphas_cumprod[timesteps[-1]])
+    assert trajectory.noisiest_signal == noisiest**0.5
+    assert trajectory.noisiest_noise == (1 - noisiest) ** 0.5
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -113,7 +98,7 @@ def test_the_source_is_kept_as_it_was(backbone: Backbone, latents: Tensor) -> No
     assert torch.equal(trajectory.clean, before)
     kept = trajectory.latents.clone()
     schedule = backbone.schedule(SAMPLING)
-    reconstruct(backbone, source_noise(backbone, "", schedule), trajectory, schedule)
+    reconstruct(backbone, source_prediction(backbone, ""), trajectory, schedule)
     assert torch.equal(trajectory.latents, kept)
 
 
@@ -123,14 +108,14 @@ def test_the_prompt_counts(backbone: Backbone, latents: Tensor) -> None:
     assert not torch.allclose(other.latents, inverted(backbone, latents).latents, atol=1e-4)
 
 
-def test_reconstruct_samples_as_diffusers_does(backbone: Backbone, latents: Tensor) -> None:
+def test_reconstruct_samples_as_diffusers_does(backbone: StableDiffusion, latents: Tensor) -> None:
     schedule, trajectory = backbone.schedule(SAMPLING), inverted(backbone, latents)
     back = reconstruct(
-        backbone, source_noise(backbone, "a ball", schedule), trajectory, schedule, batch=2
+        backbone, source_prediction(backbone, "a ball"), trajectory, schedule, batch=2
     )
     scheduler = DDIMScheduler.from_config(backbone.scheduler.config)
     scheduler.set_timesteps(SAMPLING)
-    x, text = trajectory.at(schedule.timesteps[0]), backbone.embed(["a ball"]).expand(3, -1, -1)
+    x, text = trajectory.at(0), backbone.embed(["a ball"])["embeddings"].expand(3, -1, -1)
     for t in scheduler.timesteps:
         with torch.no_grad():
             noise = backbone.unet(x, t, encoder_hidden_states=text).sample
@@ -145,12 +130,12 @@ def test_progress_counts_steps(backbone: Backbone, latents: Tensor) -> None:
     assert len(calls) == 3
     reconstruct(
         backbone,
-        source_noise(backbone, "", schedule),
+        source_prediction(backbone, ""),
         trajectory,
         schedule,
-        progress=lambda: calls.append(1),
+        progress=calls.append,
     )
-    assert len(calls) == 5
+    assert calls == [1, 1, 1, 1, 2]
 
 
 def test_latents_that_are_not_finite(backbone: Backbone, latents: Tensor) -> None:
@@ -164,8 +149,8 @@ def test_a_reconstruction_that_is_not_finite(backbone: Backbone, latents: Tensor
     schedule, trajectory = backbone.schedule(SAMPLING), inverted(backbone, latents)
     trajectory.latents[0, 1, 0, 0, 0] = math.inf
     first = schedule.timesteps[0]
-    with pytest.raises(DivergedError, match=f"in reconstruction at timestep {first}"):
-        reconstruct(backbone, source_noise(backbone, "", schedule), trajectory, schedule)
+    with pytest.raises(DivergedError, match=rf"in reconstruction at step 0 \(timestep {first}\)"):
+        reconstruct(backbone, source_prediction(backbone, ""), trajectory, schedule)
 
 
 def test_more_steps_reconstruct_better(small: Backbone, latents: Tensor) -> None:
@@ -173,7 +158,7 @@ def test_more_steps_reconstruct_better(small: Backbone, latents: Tensor) -> None
     for steps in (10, 50, 200):
         schedule = small.schedule(steps)
         trajectory = invert(small, latents[:2], "", schedule, steps)
-        back = reconstruct(small, source_noise(small, "", schedule), trajectory, schedule)
+        back = reconstruct(small, source_prediction(small, ""), trajectory, schedule)
         errors.append(float((back - latents[:2]).square().mean().sqrt() / latents[:2].std()))
     # measured: 0.056, 0.024, 0.0072, in units of the latents' standard deviation
     assert 0.01 < errors[0] < 0.08

@@ -26,6 +26,18 @@ def test_psnr_is_scikit_images() -> None:
     assert psnr(A, B) == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_mask_is_left_out_of_psnr() -> None:
+    a = noise(2, 3, 8, 8)
+    b, mask = a.clone(), torch.zeros(2, 8, 8, dtype=torch.bool)
+    b[:, :, :4] = 0
+    assert psnr(b, a, mask) == pytest.approx(psnr(b, a), abs=1e-4)
+    mask[:, :4] = True
+    assert math.isinf(psnr(b, a, mask))
+    b[:, :, 4:] = a[:, :, 4:] + 0.1
+    assert psnr(b, a, mask) == pytest.approx(20, abs=1e-3)
+    assert math.isnan(psnr(b, a, ~torch.zeros_like(mask)))
+
+
 def test_ssim_is_scikit_images() -> None:
     expected = [
         structural_similarity(

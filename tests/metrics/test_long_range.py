@@ -3,8 +3,8 @@ import torch
 from torch import Tensor
 
 from tests.metrics.making import noise, still, translation
-from tokenflow.metrics import Motions, long_range
-from tokenflow.propagation import OpticalFlow
+from tokenflow.metrics import VisibleFlow, long_range, visible_flow
+from tokenflow.propagation import ClipFlow, OpticalFlow
 from tokenflow.video import Clip
 
 
@@ -20,8 +20,12 @@ class Constant(OpticalFlow):
         return flow
 
 
+def flow_of(frames: Tensor, step: float) -> VisibleFlow:
+    return visible_flow(ClipFlow(Clip.from_frames(frames), Constant(step)))
+
+
 def consistency(frames: Tensor, step: float, distance: int) -> tuple[float, float]:
-    found = long_range(frames, Motions(Clip.from_frames(frames), Constant(step)), distance)
+    found = long_range(frames, flow_of(frames, step), distance)
     assert found is not None
     return found
 
@@ -45,8 +49,7 @@ def test_a_slow_drift_shows_at_a_distance() -> None:
 
 
 def test_a_short_clip_has_none_and_one_of_nothing_visible_has_no_number() -> None:
-    motions = Motions(Clip.from_frames(still(3)), Constant(0))
-    assert long_range(still(3), motions, 3) is None
+    assert long_range(still(3), flow_of(still(3), 0), 3) is None
     error, seen = consistency(still(3), 100, 1)
     assert error != error
     assert seen == 0

@@ -32,7 +32,7 @@ def test_the_weights_are_those_of_the_file(weights: Path) -> None:
 
 
 def test_other_files_are_refused(weights: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no AlexNet weights at"):
+    with pytest.raises(InputError, match=r"no weights at .* torchvision's alexnet"):
         load_lpips(str(tmp_path / "gone.pth"))
     save_file({"features.0.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(

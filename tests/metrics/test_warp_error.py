@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tests.metrics.making import noise, still, translation
-from tests.propagation.test_optical_flow import naive_warp
+from tests.propagation.flow.test_base import naive_warp
 from tokenflow.metrics import warp_error
 
 

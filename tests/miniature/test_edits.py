@@ -9,30 +9,36 @@ import torch
 
 from tokenflow.diffusion import Backbone, invert
 from tokenflow.engine import Settings, edit_latents
-from tokenflow.miniature.edits import EDITOR, Verdict, judge_edit, suite
+from tokenflow.metrics import Verdict, judge_edit
+from tokenflow.miniature.edits import EDITOR, suite
 from tokenflow.miniature.judge import Judge
 from tokenflow.propagation import NNField
 
 pytestmark = pytest.mark.timeout(3000)  # minutes of edits, on one thread
 
-STEPS = 15  # docs/miniature.md has the table with more
+# frames and steps; docs/miniature.md has the long form's table, and more
+FORMS = [
+    pytest.param((12, 10), id="12 frames, 10 steps"),
+    pytest.param((24, 15), id="24 frames, 15 steps", marks=pytest.mark.full),
+]
 
 Verdicts = dict[str, list[Verdict]]
 
 
-@pytest.fixture(scope="module")
-def verdicts() -> Verdicts:
+@pytest.fixture(scope="module", params=FORMS)
+def verdicts(request: pytest.FixtureRequest) -> Verdicts:
     """What the judge and the true motion say of each clip: edited in two ways, and not at all."""
+    frames, steps = request.param
     backbone, judge = Backbone.load("miniature", device="cpu"), Judge.load()
-    schedule = backbone.schedule(STEPS)
+    schedule = backbone.schedule(steps)
     found: Verdicts = {"tokenflow": [], "none": [], "round trip": []}
-    for edit in suite():
+    for edit in suite(frames):
         source = str(edit.scene.attributes)
         latents = torch.cat([backbone.encode(x) for x in edit.clip.frames.split(8)])
         found["round trip"].append(judge_edit(edit, backbone.decode(latents), judge))
-        trajectory = invert(backbone, latents, source, schedule, STEPS)
+        trajectory = invert(backbone, latents, source, schedule, steps)
         for way in ("tokenflow", "none"):
-            settings = Settings(steps=STEPS, guidance=4.0, consistency=way)  # type: ignore[arg-type]
+            settings = Settings(steps=steps, guidance=4.0, consistency=way)  # type: ignore[arg-type]
             edited = edit_latents(
                 backbone,
                 trajectory,

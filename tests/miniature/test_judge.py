@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from tokenflow.diffusion import Backbone
-from tokenflow.metrics import psnr
-from tokenflow.miniature.edits import SceneEdit, judge_edit
-from tokenflow.miniature.evaluate import BAR, HELD_OUT, round_trip_psnr, sample
+from tokenflow.diffusion.text_to_image import text_to_image
+from tokenflow.metrics import judge_edit, psnr
+from tokenflow.miniature.edits import SceneEdit
 from tokenflow.miniature.judge import Judge, accuracy, labels
 from tokenflow.miniature.scenes import VOCABULARY, Attributes, random_scene
+from training.evaluate import BAR, HELD_OUT, round_trip_psnr
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def test_the_autoencoder_keeps_held_out_scenes(miniature: Backbone) -> None:
 
 def test_samples_show_what_the_prompt_says(miniature: Backbone, judge: Judge) -> None:
     shown = [random_scene(HELD_OUT + 9000 + i).attributes for i in range(48)]
-    images = sample(miniature, [str(a) for a in shown], steps=10, guidance=3.0, seed=1)
+    images = text_to_image(miniature, [str(a) for a in shown], steps=10, guidance=3.0, seed=1)
     right = accuracy(judge, images, shown)
     # of these very samples; the judge's closest call is 0.8 between logits, far from rounding
     measured = {"pattern": 35, "color": 48, "shape": 40, "background": 48}

@@ -6,7 +6,7 @@ from tokenflow.miniature.scenes import (
     SIZE,
     VOCABULARY,
     Attributes,
-    Path,
+    LayerPath,
     Scene,
     pixel_grid,
     random_scene,
@@ -28,6 +28,14 @@ def test_bad_captions_say_what_was_expected(caption: str) -> None:
 def test_unknown_words_name_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"color must be one of .*'red'.*got 'beige'"):
         Attributes("plain", "beige", "ball", "grass")
+
+
+def test_attributes_that_differ_are_named() -> None:
+    first, second = map(
+        Attributes.parse, ("a plain blue ball on sand", "a dotted red ball on sand")
+    )
+    assert first.differing(second) == ("pattern", "color")
+    assert first.differing(first) == ()
 
 
 def test_everything_comes_from_the_seed() -> None:
@@ -56,9 +64,10 @@ def test_each_attribute_changes_the_picture_where_it_should(name: str) -> None:
 
 
 def test_flow_of_a_pure_translation_is_the_translation() -> None:
-    def moving(x: float, y: float) -> Path:
+    def moving(x: float, y: float) -> LayerPath:
         one = torch.ones(2)
-        return Path(torch.tensor([64.0, 64 + x]), torch.tensor([60.0, 60 + y]), 30 * one, 0.4 * one)
+        across, down = torch.tensor([64.0, 64 + x]), torch.tensor([60.0, 60 + y])
+        return LayerPath(across, down, 30 * one, 0.4 * one)
 
     scene = Scene(Attributes("plain", "red", "box", "sand"), moving(5, -2), moving(-3, 1), 1, 0.0)
     flow, mask = scene.flow(0, 1), scene.mask(0)

@@ -210,8 +210,8 @@ class PredictCLI(LightningCLI):
             f"{origin(type(plugin))}\n{yaml.safe_dump(options[option])}"
             for option, plugin in (("editor", self.model.editor), ("propagation", kernel))
         )
-        with blamed(kernel, "content"):
-            self.model.plugin_keys = editor, f"{propagation}{kernel.content()}"
+        with blamed(kernel, "cache_key"):
+            self.model.plugin_keys = editor, f"{propagation}{kernel.cache_key()}"
 
 
 def require_values(given: Namespace, kind: type, group: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from tokenflow.diffusion.conditioning import Conditioning
 from tokenflow.diffusion.loading import ModelError, folder_or_id, load_pretrained
-from tokenflow.diffusion.schedule import Schedule
+from tokenflow.diffusion.schedule import Schedule, Timestep
 from tokenflow.diffusion.sites import Site
 
 EMBEDDED = Path(__file__).parents[1] / "miniature" / "weights"
@@ -24,6 +25,25 @@ GROUP, DEFAULT = "tokenflow.backbones", "StableDiffusionPipeline"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 Role = Literal["structure", "queries", "keys", "values"]
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Options of an edit that depend on the model, where the user gives none.
+
+    The values here are the paper's, for Stable Diffusion 1 and 2.
+
+    Attributes:
+        guidance: Scale of classifier-free guidance.
+        attention: PnP's injection threshold of self-attention, a share of the steps.
+        features: PnP's injection threshold of features, a share of the steps.
+        feature_layers: How many decoder layers take PnP's features.
+    """
+
+    guidance: float = 7.5
+    attention: float = 0.5
+    features: float = 0.8
+    feature_layers: int = 1
 
 
 class Backbone(ABC):
@@ -91,6 +111,11 @@ class Backbone(ABC):
         """Pixels of a frame along the side of one latent pixel."""
 
     @property
+    def size(self) -> int:
+        """Height and width, in latent pixels, of the images that the model was trained for."""
+        raise NotImplementedError(f"{type(self).__name__} names no image size")
+
+    @property
     @abstractmethod
     def multiple(self) -> int:
         """What frames' height and width must be multiples of, in pixels."""
@@ -119,7 +144,7 @@ class Backbone(ABC):
     def predict(
         self,
         latents: Float[Tensor, "n c h w"],
-        t: float,
+        t: Timestep,
         conditioning: Conditioning,
         **inputs: Any,
     ) -> Float[Tensor, "n c h w"]:
@@ -150,9 +175,10 @@ class Backbone(ABC):
         projections of the self-attentions from there upwards.
         """
 
-    def defaults(self) -> Mapping[str, Any]:
-        """Options of an edit that suit this model better than the paper's, by name; none."""
-        return {}
+    @property
+    def defaults(self) -> Defaults:
+        """The options of an edit that suit this model; the paper's by default."""
+        return Defaults()
 
 
 def family(model: str) -> type[Backbone]:
@@ -166,6 +192,11 @@ def family(model: str) -> type[Backbone]:
     index: dict[str, Any] = {"unet": []}
     if not Path(model).is_dir() or (Path(model) / INDEX).exists():
         index = load_pretrained(DiffusionPipeline.load_config, model, INDEX, INDEX)
+    if not isinstance(index, dict):
+        raise ModelError(
+            f"{INDEX} of the model {model} names no pipeline: expected a mapping with _class_name, "
+            f"got a {type(index).__name__}; fetch the model again"
+        )
     known = {entry.name: entry for entry in entry_points(group=GROUP)}
     name = index.get("_class_name")
     entry = known.get(str(name)) or (known.get(DEFAULT) if "unet" in index else None)

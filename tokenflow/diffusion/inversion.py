@@ -9,10 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokenflow.diffusion.backbone import Backbone
-from tokenflow.diffusion.schedule import Schedule, require_finite
+from tokenflow.diffusion.schedule import Schedule, Timestep, require_finite
 from tokenflow.diffusion.trajectory import Trajectory
 
-Predict = Callable[[list[int], Tensor, float], Tensor]
+Predict = Callable[[list[int], Tensor, Timestep], Tensor]
 """The network's output for the source: of frames by position, latents, and the timestep."""
 
 
@@ -20,7 +20,7 @@ def source_prediction(backbone: Backbone, prompt: str) -> Predict:
     """The model's output for what the source shows, without guidance or an editor."""
     embedding = backbone.embed([prompt])
 
-    def predict(frames: list[int], latents: Tensor, t: float) -> Tensor:
+    def predict(frames: list[int], latents: Tensor, t: Timestep) -> Tensor:
         return backbone.predict(latents, t, embedding.per_frame(len(frames)))
 
     return predict

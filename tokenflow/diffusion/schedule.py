@@ -12,6 +12,8 @@ from torch import Tensor
 from tokenflow.errors import DivergedError, InputError
 
 Prediction = Literal["epsilon", "v_prediction", "flow"]
+Timestep = int | float
+"""What a network is given for a noise level: its number in training, or a time."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Schedule:
     arXiv 2202.00512); "flow" n - x0, where signal + noise = 1 (Liu et al. 2022, arXiv 2209.03003).
     """
 
-    timesteps: tuple[float, ...]
+    timesteps: tuple[Timestep, ...]
     signal: tuple[float, ...]
     noise: tuple[float, ...]
     prediction: Prediction = "epsilon"
@@ -89,8 +91,15 @@ class Schedule:
         return self.mix(*self.split(output, x, i), i + 1)
 
     def invert(self, output: Tensor, x: Tensor, i: int) -> Tensor:
-        """From level i + 1 back to i, by the network's output for x at timestep i."""
-        return self.mix(*self.split(output, x, i + 1), i)
+        """From level i + 1 back to i, by the network's output for x at timestep i.
+
+        For "v_prediction" the output is that of a network which takes x to be at level i: it
+        implies the same noise, and so the same inversion, as "epsilon" would.
+        """
+        if self.prediction != "v_prediction":
+            return self.mix(*self.split(output, x, i + 1), i)
+        _, n = self.split(output, x, i)
+        return self.mix((x - self.noise[i + 1] * n) / self.signal[i + 1], n, i)
 
     def refined(self, grid: Schedule) -> Schedule:
         """The grid's levels, with these in place of the nearest ones that are not on it.
@@ -121,7 +130,7 @@ class Schedule:
             self.prediction,
         )
 
-    def passed(self, t: float) -> int:
+    def passed(self, t: Timestep) -> int:
         """How many of the timesteps are noisier than t: the step that t falls into."""
         return sum(other > t for other in self.timesteps)
 

@@ -7,6 +7,7 @@ import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from tokenflow.diffusion.backbone import INDEX, Backbone, Role
+from tokenflow.diffusion.backbone import INDEX, Backbone, Defaults, Role
 from tokenflow.diffusion.conditioning import Conditioning
 from tokenflow.diffusion.loading import (
     ModelError,
@@ -25,7 +26,7 @@ from tokenflow.diffusion.loading import (
     load_pretrained,
     require_safetensors,
 )
-from tokenflow.diffusion.schedule import Schedule
+from tokenflow.diffusion.schedule import Schedule, Timestep
 from tokenflow.diffusion.scheduler import check_noise, read_scheduler
 from tokenflow.diffusion.sites import DiffusersSite
 from tokenflow.memory import told_if_short
@@ -61,7 +62,7 @@ class StableDiffusion(Backbone):
     Source: Rombach et al. 2022 (arXiv 2112.10752).
     """
 
-    recommended: Mapping[str, Any] = {}
+    own_defaults = Defaults()
 
     def __init__(
         self,
@@ -108,7 +109,7 @@ class StableDiffusion(Backbone):
                 parts[name] = parts[name].to(device)
         backbone = cls(**parts)
         if (Path(model) / DEFAULTS).is_file():
-            backbone.recommended = json.loads((Path(model) / DEFAULTS).read_text())
+            backbone.own_defaults = Defaults(**json.loads((Path(model) / DEFAULTS).read_text()))
         return backbone
 
     @property
@@ -131,7 +132,8 @@ class StableDiffusion(Backbone):
             del tokens[state]
         schedule = {k: v for k, v in self.scheduler.config.items() if not k.startswith("_")}
         special = self.tokenizer.special_tokens_map
-        return digests.of_values(networks, tokens, special, schedule, self.device.type)
+        own = astuple(self.defaults)
+        return digests.of_values(networks, tokens, special, schedule, own, self.device.type)
 
     @property
     def latent_scale(self) -> int:
@@ -142,6 +144,10 @@ class StableDiffusion(Backbone):
     def multiple(self) -> int:
         """What frames' height and width must be multiples of: the UNet's deepest latent."""
         return int(self.latent_scale * 2 ** (len(self.unet.config.block_out_channels) - 1))
+
+    @property
+    def size(self) -> int:
+        return int(self.unet.config.sample_size)
 
     @property
     def latent_channels(self) -> int:
@@ -194,7 +200,7 @@ class StableDiffusion(Backbone):
     def predict(
         self,
         latents: Float[Tensor, "n c h w"],
-        t: float,
+        t: Timestep,
         conditioning: Conditioning,
         **inputs: Any,
     ) -> Float[Tensor, "n c h w"]:
@@ -233,8 +239,9 @@ class StableDiffusion(Backbone):
         projection = PROJECTIONS[role]
         return [f"{site}.{projection}" for _, sites in chosen for site in sites]
 
-    def defaults(self) -> Mapping[str, Any]:
-        return self.recommended
+    @property
+    def defaults(self) -> Defaults:
+        return self.own_defaults
 
 
 PROJECTIONS = {"queries": "to_q", "keys": "to_k", "values": "to_v"}

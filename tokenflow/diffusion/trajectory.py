@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from tokenflow.diffusion.schedule import Schedule
+from tokenflow.diffusion.schedule import Schedule, Timestep
 from tokenflow.storage.scratch import room
 
 
@@ -25,7 +25,7 @@ class Trajectory:
     consecutive frames, from the `first` of `whole`.
     """
 
-    timesteps: tuple[float, ...]
+    timesteps: tuple[Timestep, ...]
     latents: Float[Tensor, "steps frames c h w"]
     clean: Float[Tensor, "frames c h w"]
     noisiest: Float[Tensor, "frames c h w"]
@@ -56,7 +56,9 @@ class Trajectory:
             whole=whole,
         )
 
-    def keep(self, t: float, here: Int64[Tensor, " some"], x: Float[Tensor, "some c h w"]) -> None:
+    def keep(
+        self, t: Timestep, here: Int64[Tensor, " some"], x: Float[Tensor, "some c h w"]
+    ) -> None:
         """Fills in the latents that inversion reached at `t`, of the frames with these numbers."""
         self.noisiest[here] = x.to(self.noisiest)
         if t in self.timesteps:

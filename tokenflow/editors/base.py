@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokenflow.diffusion import Backbone, Conditioning, Schedule, Source, guide
+from tokenflow.diffusion.schedule import Timestep
 from tokenflow.video import Clip
 
 
@@ -42,7 +43,7 @@ class Step:
     branches: tuple[str, ...]
 
     @property
-    def t(self) -> float:
+    def t(self) -> Timestep:
         """The network's timestep."""
         return self.schedule.timesteps[self.index]
 
@@ -72,7 +73,7 @@ class Batch:
     frames: tuple[int, ...]
     latents: Float[Tensor, "branches frames c h w"]
     conditioning: Conditioning
-    t: float
+    t: Timestep
     step: int
     steps: int
     keyframes: bool = False

@@ -15,26 +15,28 @@ class PnP(Editor):
     """Injects the source's features, queries and keys into the edited branches.
 
     Args:
-        attention: Share of the steps in which decoder self-attentions take the source's queries
-            and keys, 0 to 1.
-        features: Share of the steps in which decoder layers take the source's features, 0 to 1.
-        feature_layers: How many decoder layers do so, from the one a third of the way up; the
-            paper's is 1. A small model needs more of them to keep objects in their places.
+        attention: Injection threshold: the share of the steps in which decoder self-attentions
+            take the source's queries and keys, 0 to 1. The model's own if not given: 0.5 for Stable
+            Diffusion.
+        features: Injection threshold: the share of the steps in which decoder layers take the
+            source's features, 0 to 1. The model's own if not given: 0.8 for Stable Diffusion.
+        feature_layers: How many decoder layers do so, from the one a third of the way up. The
+            model's own if not given: 1 for Stable Diffusion; a small model needs more.
         start_from: "inverted" starts at the inverted latent; "renoised" adds the noise that the
             noisiest inverted latent implies to the clean latent, as the published code does.
     """
 
     def __init__(
         self,
-        attention: float = 0.5,
-        features: float = 0.8,
-        feature_layers: int = 1,
+        attention: float | None = None,
+        features: float | None = None,
+        feature_layers: int | None = None,
         start_from: str = "inverted",
     ) -> None:
         for name, share in (("attention", attention), ("features", features)):
-            if not 0 <= share <= 1:
-                raise InputError(f"{name} is a share of the steps from 0 to 1, got {share}")
-        if feature_layers < 1:
+            if share is not None and not 0 <= share <= 1:
+                raise InputError(f"{name} must be a share of the steps from 0 to 1, got {share}")
+        if feature_layers is not None and feature_layers < 1:
             raise InputError(f"feature_layers must be at least 1, got {feature_layers}")
         if start_from not in ("inverted", "renoised"):
             raise InputError(f"start_from must be 'inverted' or 'renoised', got {start_from!r}")
@@ -47,11 +49,17 @@ class PnP(Editor):
         return Start(schedule.mix(source.clean, source.noise, 0))
 
     def injections(self, model: Backbone) -> Sequence[Injection]:
-        structure = model.layers("structure")[: self.feature_layers]
+        own = model.defaults
+        count = own.feature_layers if self.feature_layers is None else self.feature_layers
+        features = own.features if self.features is None else self.features
+        attention = own.attention if self.attention is None else self.attention
         projections = [*model.layers("queries"), *model.layers("keys")]
         return [
-            *(Injection(layer, take_source, end=self.features) for layer in structure),
-            *(Injection(layer, take_source, end=self.attention) for layer in projections),
+            *(
+                Injection(layer, take_source, end=features)
+                for layer in model.layers("structure")[:count]
+            ),
+            *(Injection(layer, take_source, end=attention) for layer in projections),
         ]
 
 

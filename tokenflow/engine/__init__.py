@@ -1,7 +1,17 @@
 """The method over clips: Algorithm 1, and what it takes from frames to frames."""
 
-from tokenflow.engine.algorithm import Consistency, Sampling
+from tokenflow.engine.algorithm import Consistency, Sampling, sample
 from tokenflow.engine.edit import Result, edit_clip, edit_latents
+from tokenflow.engine.probe import find_correspondences
 from tokenflow.engine.settings import Settings
 
-__all__ = ["Consistency", "Result", "Sampling", "Settings", "edit_clip", "edit_latents"]
+__all__ = [
+    "Consistency",
+    "Result",
+    "Sampling",
+    "Settings",
+    "edit_clip",
+    "edit_latents",
+    "find_correspondences",
+    "sample",
+]

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -61,6 +60,7 @@ class Sampling:
     def step(self, index: int) -> Step:
         """A step of sampling, as the editor sees it."""
         s = self.settings
+        assert s.guidance is not None, "Settings.for_model comes before"
         return Step(index, self.schedule, s.guidance, s.seed, self.network.branches)
 
     def inputs(self, x: Latents, frames: Sequence[int], step: Step) -> Outputs:
@@ -200,10 +200,11 @@ def sample(
     sampling: Sampling,
     way: type[Consistency],
     x: Latents,
-    first: int,
+    first: int = 0,
     after_step: AfterStep = lambda done, x: False,
+    last: int | None = None,
 ) -> Latents:
-    """Algorithm 1: from the latents at level `first` to the clean ones.
+    """Algorithm 1: from the latents at level `first` to those at `last`, by default clean ones.
 
     Raises:
         DivergedError: A latent became NaN or infinite.
@@ -211,8 +212,8 @@ def sample(
     """
     consistency, trajectory = way(sampling), sampling.trajectory
     with sampling.network.installed():
-        for index in range(first, len(sampling.schedule)):
-            step, following = sampling.step(index), torch.empty_like(x)
+        for index in range(first, len(sampling.schedule) if last is None else last):
+            step, following = sampling.step(index), x.clone()
             for frames, outputs in consistency.outputs(x, step):
                 here, source = rows(trajectory.positions, frames), trajectory.source(frames)
                 branches = dict(zip(step.branches, outputs.to(x.device), strict=True))

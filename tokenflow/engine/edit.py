@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -101,7 +102,7 @@ def edit_clip(
     Example:
         >>> result = edit_clip(model, clip, "a blue ball on sand", PnP(), NNField())
     """
-    settings, ranks = settings or Settings(), ranks or FrameGroup()
+    settings, ranks = (settings or Settings()).for_model(model), ranks or FrameGroup()
     prompts = Prompts(prompts) if isinstance(prompts, str) else prompts
     way = consistency or WAYS[settings.consistency]
     seconds: dict[str, float] = {}
@@ -109,7 +110,7 @@ def edit_clip(
     shard = ranks.shard(split_windows(clip.total, settings.keyframe_every))
     seen, clip = clip.part(frames_needed(shard, settings, editor)), clip.part(shard.frames)
     with ranks.together(), ranks.preemption.interruptible():
-        check(model, clip, prompts.prompt)
+        check(model, clip, prompts, editor.inverts)
         schedule, inversion = schedules(model, settings, editor)
         network = EditedNetwork(model, editor, prompts)
         network.editor.prepare(model, seen if sees_all(settings, editor) else clip)
@@ -160,7 +161,7 @@ def edit_latents(
     given that of the source's frames. Of a clip that `ranks` share, each has the trajectory of its
     own windows.
     """
-    settings, ranks = settings or Settings(), ranks or FrameGroup()
+    settings, ranks = (settings or Settings()).for_model(model), ranks or FrameGroup()
     prompts = Prompts(prompts) if isinstance(prompts, str) else prompts
     way = WAYS[settings.consistency]
     if issubclass(way, TokenFlow) and propagation.flow is not None and flow is None:
@@ -235,9 +236,15 @@ def sees_all(settings: Settings, editor: Editor) -> bool:
     return bounded and editor.sees_other_frames
 
 
-def check(model: Backbone, clip: Clip, prompt: str) -> None:
+def check(model: Backbone, clip: Clip, prompts: Prompts, inverts: bool) -> None:
     """Raises `InputError` for what would fail later, before any work is done."""
-    check_prompt(prompt)
+    check_prompt(prompts.prompt)
+    if inverts and not prompts.inversion_prompt.strip():
+        warnings.warn(
+            "the inversion prompt is empty: the source is inverted without a description; say what "
+            "it shows (inversion_prompt), and the edit keeps more of it",
+            stacklevel=2,
+        )
     height, width = clip.frames.shape[-2:]
     if height % model.multiple or width % model.multiple:
         raise InputError(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokenflow.diffusion import Schedule, Trajectory
 from tokenflow.diffusion.inversion import inversion_steps
-from tokenflow.diffusion.schedule import require_finite
+from tokenflow.diffusion.schedule import Timestep, require_finite
 from tokenflow.engine.network import EditedNetwork
 from tokenflow.engine.resume import CachedInversion, ResumeStore
 from tokenflow.errors import Preempted
@@ -72,7 +72,7 @@ def invert_clip(
 
 
 def source_output(
-    network: EditedNetwork, schedule: Schedule, frames: list[int], latents: Tensor, t: float
+    network: EditedNetwork, schedule: Schedule, frames: list[int], latents: Tensor, t: Timestep
 ) -> Tensor:
     """The network's output for the source alone, under the editor's conditioning."""
     return network.run(network.source_batch(schedule, frames, latents, t))[0]

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokenflow.diffusion import Backbone, Schedule, Site
+from tokenflow.diffusion.schedule import Timestep
 from tokenflow.diffusion.sites import Attention
 from tokenflow.editors import Batch, Editor, Injection, Prompts, Step
 from tokenflow.engine.attention import AttentionSwitch, plain
@@ -91,7 +92,11 @@ class EditedNetwork:
         return Batch(names, tuple(frames), x, told, step.t, step.index, steps, keyframes)
 
     def source_batch(
-        self, schedule: Schedule, frames: Sequence[int], latents: Float[Tensor, "f c h w"], t: float
+        self,
+        schedule: Schedule,
+        frames: Sequence[int],
+        latents: Float[Tensor, "f c h w"],
+        t: Timestep,
     ) -> Batch:
         """A pass of the source alone, as inversion needs it; t may lie between sampling's steps."""
         told = self.prompts.rows([0]).per_frame(len(frames))

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tokenflow.diffusion import Backbone, Site
+from tokenflow.editors import Editor, Prompts
+from tokenflow.engine.attention import Matcher, plain
+from tokenflow.engine.checked import blamed
+from tokenflow.engine.invert import invert_clip
+from tokenflow.engine.keyframes import draw_keyframes, neighbourhood, split_windows
+from tokenflow.engine.network import EditedNetwork
+from tokenflow.engine.resume import CachedInversion
+from tokenflow.engine.settings import Settings
 from tokenflow.errors import InputError
-from tokenflow.propagation import Correspondence, Window
+from tokenflow.propagation import ClipFlow, Correspondence, Propagation, Window
 from tokenflow.runs.observed import Observed
+from tokenflow.video import Clip
 
 SHOWN = 8
 """Frames whose tokens are kept."""
@@ -80,3 +91,79 @@ def chosen(sites: list[str], site: str | None) -> str:
     if site.removesuffix(".processor") in sites:
         return site.removesuffix(".processor")
     raise InputError(f"there is no site {site!r}; expected one of {', '.join(sites)}")
+
+
+@torch.no_grad()
+def find_correspondences(
+    model: Backbone,
+    clip: Clip,
+    kernel: Propagation,
+    prompt: str = "",
+    settings: Settings | None = None,
+    *,
+    site: str | None = None,
+    step: int | None = None,
+    frame: int | None = None,
+) -> Observed:
+    """Where a kernel finds each frame's tokens in the keyframes, without an edit.
+
+    The clip is inverted, and the source goes through the network once more at one step.
+
+    Args:
+        model: The frozen model.
+        clip: The source.
+        kernel: What finds correspondences.
+        prompt: What the source shows.
+        settings: Of steps, windows, keyframes and neighbours.
+        site: One of `model.sites()`; in the middle of the decoder if not given.
+        step: Of sampling, from 0; the middle one if not given.
+        frame: One whose correspondence is wanted besides those that are evenly spaced.
+
+    Raises:
+        InputError: There is no such step or site.
+    """
+    s = (settings or Settings()).for_model(model)
+    network, schedule = (
+        EditedNetwork(model, Editor(), Prompts(prompt, "", prompt)),
+        model.schedule(s.steps),
+    )
+    probe = Probe(model.sites(), range(len(clip)), s.steps, site, step, frame)
+    inversion = schedule.refined(model.schedule(s.inversion_steps or s.steps))
+    cached = CachedInversion(None, clip)
+    trajectory = invert_clip(
+        network, clip, schedule, inversion, s.batch, cached, {}, lambda stage, step, steps: None
+    )
+    recorder, t = Recorder(probe.site), schedule.timesteps[probe.step]
+    with network.switch.installed():
+        for part in torch.arange(len(clip)).split(s.batch):
+            frames = part.tolist()
+            x = trajectory.at(probe.step, frames).to(model.device)
+            network.run(network.source_batch(schedule, frames, x, t), recorder)
+    tokens = torch.cat(recorder.tokens)
+    windows = split_windows(len(clip), s.keyframe_every)
+    keyframes = draw_keyframes(windows, s.keyframes, s.seed, clip.name, probe.step)
+    flow = None if kernel.flow is None else ClipFlow(clip, kernel.flow, model.latent_scale)
+    matcher = Matcher(kernel, trajectory.size, flow, probe)
+    for part in windows:
+        window, used = neighbourhood(
+            part, windows, keyframes, s.neighbours, s.blend, probe.step, s.steps
+        )
+        keys, source = tokens[[keyframes[k] for k in used]], tokens[part.start : part.stop]
+        here = matcher.at_site(window, probe.site, keys)
+        with blamed(kernel, "correspond"):
+            found = kernel.correspond(source, keys, here)
+        matcher.inspect(found, source, keys, here)
+    assert probe.seen is not None, "the probe was shown every window"
+    return probe.seen
+
+
+class Recorder:
+    """Records what goes into one site, whose attention stays as it is."""
+
+    def __init__(self, site: str) -> None:
+        self.site, self.tokens = site, list[Tensor]()
+
+    def __call__(self, site: Site, hidden_states: Tensor, *args: Any, **given: Any) -> Tensor:
+        if site.name == self.site:
+            self.tokens.append(hidden_states)
+        return plain(site, hidden_states, *args, **given)

@@ -27,7 +27,7 @@ class ResumeStore:
         cache: Holds inversions and sampling checkpoints.
         editor: The editor with its options, as text. If None, there are no checkpoints, and
             inversions that the editor conditions are not cached.
-        propagation: The kernel with its options and its `content`, as text. If None, there are no
+        propagation: The kernel with its options and its `cache_key`, as text. If None, there are no
             checkpoints.
         save_every: Sampling steps between two checkpoints; None for no checkpoints.
     """

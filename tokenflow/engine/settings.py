@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from tokenflow.diffusion import Backbone
 from tokenflow.engine.keyframes import Blend, Keyframes, Neighbours, draw_keyframes
 from tokenflow.errors import InputError
 
@@ -20,7 +22,8 @@ class Settings:
     Args:
         steps: Sampling steps.
         inversion_steps: Inversion steps, at least as many; as many as sampling when not given.
-        guidance: Scale of classifier-free guidance.
+        guidance: Scale of classifier-free guidance. The model's own if not given: 7.5 for Stable
+            Diffusion.
         keyframe_every: Frames in a window; one keyframe is drawn from each.
         keyframes: How it is drawn: "random", "center", "first", or a fixed offset.
         neighbours: Which keyframes a frame takes its features from: "bracketing" (paper) or
@@ -42,7 +45,7 @@ class Settings:
 
     steps: int = 50
     inversion_steps: int | None = None
-    guidance: float = 7.5
+    guidance: float | None = None
     keyframe_every: int = 8
     keyframes: Keyframes = "random"
     neighbours: Neighbours = "bracketing"
@@ -74,10 +77,16 @@ class Settings:
                 raise InputError(f"{name} must be at least {low}, got {getattr(self, name)}")
         if not -(2**63) <= self.seed < 2**63:
             raise InputError(f"seed must be a number of 64 bits, got {self.seed}")
-        if not math.isfinite(self.guidance):
+        if self.guidance is not None and not math.isfinite(self.guidance):
             raise InputError(f"guidance must be a finite number, got {self.guidance}")
         if self.inversion_steps is not None and self.inversion_steps < self.steps:
             raise InputError(
                 f"inversion needs at least as many steps as sampling: got inversion_steps "
                 f"{self.inversion_steps} for steps {self.steps}; raise the one or lower the other"
             )
+
+    def for_model(self, model: Backbone) -> Settings:
+        """With the model's own value for what is not given."""
+        guidance = model.defaults.guidance if self.guidance is None else self.guidance
+        steps = self.steps if self.inversion_steps is None else self.inversion_steps
+        return dataclasses.replace(self, guidance=guidance, inversion_steps=steps)

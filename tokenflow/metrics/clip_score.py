@@ -1,4 +1,4 @@
-"""CLIP: whether frames show what the text says, and the same from frame to frame."""
+"""CLIP: agreement of frames with a text, and of neighbouring frames with each other."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from tokenflow.diffusion.loading import (
     load_pretrained,
     require_safetensors,
 )
-from tokenflow.metrics.average import Average
 from tokenflow.storage.paths import local
 from tokenflow.video import levels
 
@@ -62,9 +61,9 @@ class ClipEmbedder:
         images = []
         for some in pixels.split(16):
             inputs = self.processor(list(some.numpy()), return_tensors="pt")
-            said = self.network(**inputs.to(self.network.device), **words.to(self.network.device))
-            images.append(said.image_embeds.float().cpu())
-        return torch.cat(images), said.text_embeds[0].float().cpu()
+            found = self.network(**inputs.to(self.network.device), **words.to(self.network.device))
+            images.append(found.image_embeds.float().cpu())
+        return torch.cat(images), found.text_embeds[0].float().cpu()
 
 
 def text_alignment(
@@ -87,17 +86,3 @@ def frame_consistency(images: Float[Tensor, "frames dim"]) -> Float[Tensor, " pa
     Source: Esser et al. 2023 (arXiv 2302.03011), section 4.
     """
     return (images[1:] * images[:-1]).sum(dim=1)
-
-
-class TextAlignment(Average):
-    """Mean over frames of `text_alignment`."""
-
-    def update(self, images: Float[Tensor, "frames dim"], text: Float[Tensor, " dim"]) -> None:
-        self.add(text_alignment(images, text))
-
-
-class FrameConsistency(Average):
-    """Mean over pairs of neighbouring frames of `frame_consistency`."""
-
-    def update(self, images: Float[Tensor, "frames dim"]) -> None:
-        self.add(frame_consistency(images))

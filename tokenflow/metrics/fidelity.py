@@ -5,30 +5,31 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
-from torchmetrics.functional.image import (
-    peak_signal_noise_ratio,
-    structural_similarity_index_measure,
-)
-
-from tokenflow.metrics.average import Average
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 EDGE = 5
 """Pixels from the middle of SSIM's window to its edge."""
 
 
-def psnr(a: Float[Tensor, "*shape"], b: Float[Tensor, "*shape"]) -> float:
+def psnr(
+    a: Float[Tensor, "*shape"],
+    b: Float[Tensor, "*shape"],
+    mask: Bool[Tensor, "frames height width"] | None = None,
+) -> float:
     """Peak signal-to-noise ratio of images in 0..1:
 
-        -10 log10 (mean over all frames, channels and pixels of (a - b)²).
+        -10 log10 (mean over frames, pixels p outside of the mask and channels of (a(p) - b(p))²).
 
-    Unit dB; 0 (black against white) to infinity (equal). Blind to where an error is: a shift of one
-    pixel may cost more than an object that is missing.
+    Unit dB; 0 (black against white) to infinity (equal), NaN where the mask leaves nothing. Outside
+    of a mask of what is edited, it measures what the edit should preserve. Blind to where an
+    error is: a shift of one pixel may cost more than an object that is missing.
     Source: the usual one, 10 log10 (MAX² / MSE) with MAX = 1 (Huynh-Thu and Ghanbari 2008), of a
     whole clip: not the mean over frames of each one's PSNR, which some papers report.
     """
-    return float(peak_signal_noise_ratio(a, b, data_range=1.0))
+    squared = (a - b).square()
+    return decibels(float((squared if mask is None else squared.mean(dim=1)[~mask]).mean()))
 
 
 def decibels(error: float) -> float:
@@ -56,14 +57,3 @@ def ssim(
         # windows that lie inside, as in the paper; torchmetrics' own mean also has mirrored ones
         scores.append(everywhere[..., EDGE:-EDGE, EDGE:-EDGE].mean(dim=(1, 2, 3)))
     return torch.cat(scores)
-
-
-class SSIM(Average):
-    """Mean over frames of `ssim`."""
-
-    def update(
-        self,
-        a: Float[Tensor, "frames 3 height width"],
-        b: Float[Tensor, "frames 3 height width"],
-    ) -> None:
-        self.add(ssim(a, b))

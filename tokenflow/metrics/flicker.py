@@ -5,24 +5,29 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torchmetrics import Metric
 
-from tokenflow.propagation.optical_flow import luma
 from tokenflow.storage.scratch import room
-from tokenflow.video import Frames
+from tokenflow.video import Frames, luma
 
 QUICK = 0.25
 """Cycles per frame, above which change is quick; 0.5 is the quickest there can be."""
 FLOOR = (0.5 / 255) ** 2
-"""Power of changes that nobody sees: half a level of 256."""
+"""Power of invisible changes: half a level of 256."""
 LEAST = 4
-"""Frames; of fewer no change can be told to be quick."""
+"""Frames: quick and slow change of fewer cannot be distinguished."""
 
 
-def powers(frames: Float[Tensor, "frames 3 height width"] | Frames) -> tuple[float, float]:
-    """Mean power over pixels of the differences of frames: of all, and of the quick ones.
+def flicker(frames: Float[Tensor, "frames 3 height width"] | Frames) -> float:
+    """The share of the power of frame differences above 1/4 cycle per frame, in luma:
 
-    By the discrete Fourier transform over time, and Parseval's theorem.
+        Σ_{|ω| > 1/4} P(ω) / (Σ_ω P(ω) + (0.5/255)²),
+
+    P the power over time of Y_{t+1} - Y_t, by the discrete Fourier transform and averaged over
+    pixels; the constant keeps what is too faint to be seen from counting. No unit, 0..1: 0 for a
+    static clip, 0.82 = (π + 2) / 2π for independent noise in each frame. Moving edges are quick,
+    too: compare with the source's. Needs 4 frames or more. Blind to slow drift,
+    to colour at equal brightness, and to how strong visible flicker is.
+    Source: our own; the spectrum of white noise under a difference is 4 sin²(πω).
     """
     if len(frames) < LEAST:
         raise ValueError(f"expected {LEAST} frames or more, got {len(frames)}")
@@ -35,44 +40,4 @@ def powers(frames: Float[Tensor, "frames 3 height width"] | Frames) -> tuple[flo
         power = torch.fft.fft(row.diff(dim=0), dim=0).abs().square().double().sum(dim=1)
         every, quick = every + float(power.sum()), quick + float(power[frequencies > QUICK].sum())
     pixels = count * count * brightness[0].numel()
-    return every / pixels, quick / pixels
-
-
-def flicker(frames: Float[Tensor, "frames 3 height width"] | Frames) -> float:
-    """The share of the power of frame differences above 1/4 cycle per frame, in luma:
-
-        Σ_{|ω| > 1/4} P(ω) / (Σ_ω P(ω) + (0.5/255)²),
-
-    P the power over time of Y_{t+1} - Y_t, averaged over pixels; the constant keeps what is too
-    faint to be seen from counting. No unit, 0..1: 0 for a static clip, 0.82 = (π + 2) / 2π for
-    independent noise in each frame. Moving edges are quick, too: it is the excess over the source
-    that tells. Needs 4 frames or more. Blind to slow drift, to colour at equal brightness, and to
-    how strong visible flicker is.
-    Source: our own; the spectrum of white noise under a difference is 4 sin²(πω).
-    """
-    every, quick = powers(frames)
-    return quick / (every + FLOOR)
-
-
-class Flicker(Metric):
-    """`flicker` of the mean powers of all clips."""
-
-    full_state_update = False
-    every: Tensor
-    quick: Tensor
-    clips: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("every", "quick", "clips"):
-            zero = torch.zeros((), dtype=torch.float64)
-            self.add_state(name, zero, dist_reduce_fx="sum")
-
-    def update(self, frames: Float[Tensor, "frames 3 height width"]) -> None:
-        every, quick = powers(frames)
-        self.every += every
-        self.quick += quick
-        self.clips += 1
-
-    def compute(self) -> Tensor:
-        return self.quick / (self.every + FLOOR * self.clips)
+    return (quick / pixels) / (every / pixels + FLOOR)

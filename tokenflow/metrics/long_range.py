@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tokenflow.metrics.motion import Motions
+from tokenflow.metrics.visibility import VisibleFlow
 from tokenflow.metrics.warp_error import squared_changes
 from tokenflow.video import Frames
 
@@ -21,7 +21,7 @@ class Consistency(NamedTuple):
 
 
 def long_range(
-    frames: Float[Tensor, "frames 3 height width"] | Frames, motions: Motions, distance: int
+    frames: Float[Tensor, "frames 3 height width"] | Frames, flow: VisibleFlow, distance: int
 ) -> Consistency | None:
     """Warp error of every frame and the one d frames on; none for a clip that is too short:
 
@@ -29,9 +29,8 @@ def long_range(
 
     The flow leads from one to the other at once. Unit: squared intensity, 0..1; 0 is perfect. What
     drifts slowly is small at a distance of 1 and shows here. Blind to objects that turn away or
-    leave, and to whatever the flow does not find over so long a way: the visible share, 0..1, says
-    how much was looked at, and the error is NaN where that is 0. `WarpError`, told one pair after
-    the other, is its `Metric`.
+    leave, and where the flow fails over so long a distance. The visible share, 0..1, is that of the
+    pixels measured; the error is NaN where it is 0.
     Source: `warp_error`'s, of frames further apart; the long-term loss of Lai et al. 2018 (arXiv
     1808.00449) is between each frame and the first.
     """
@@ -40,8 +39,8 @@ def long_range(
     error, pixels, seen = 0.0, 0, 0
     for start in range(len(frames) - distance):
         pair = start, start + distance
-        flow, visible = motions.between(*pair)
-        changes = squared_changes(frames[list(pair)], flow[None])[visible[None]]
+        motion, visible = flow(*pair)
+        changes = squared_changes(frames[list(pair)], motion[None])[visible[None]]
         error += float(changes.double().sum())
         pixels, seen = pixels + visible.numel(), seen + int(visible.sum())
     return Consistency(error / seen if seen else torch.nan, seen / pixels)

@@ -17,13 +17,14 @@ from tokenflow.metrics import perceptual
 from tokenflow.metrics.clip_score import ClipEmbedder, frame_consistency, text_alignment
 from tokenflow.metrics.fidelity import decibels, ssim
 from tokenflow.metrics.flicker import LEAST, flicker
-from tokenflow.metrics.judge import changed, shown
+from tokenflow.metrics.judge_accuracy import judge_accuracy
 from tokenflow.metrics.long_range import long_range
-from tokenflow.metrics.motion import Motions
 from tokenflow.metrics.structure import structure
+from tokenflow.metrics.visibility import visible_flow
 from tokenflow.miniature.judge import Judge
-from tokenflow.miniature.scenes import SIZE, VOCABULARY, Attributes
-from tokenflow.propagation import DIS, FlowFiles, OpticalFlow
+from tokenflow.miniature.scenes import SIZE, Attributes
+from tokenflow.propagation import DIS, ClipFlow, OpticalFlow
+from tokenflow.storage.scratch import BUDGET
 from tokenflow.video import Clip, Frames
 
 MOST_DECIBELS = 100.0
@@ -69,10 +70,14 @@ class Measures:
             raise InputError(f"expected distances of 1 frame or more, got {list(distances)}")
         if motion not in ("source", "edit"):
             raise InputError(f"motion must be 'source' or 'edit', got {motion!r}")
-        if motion == "edit":
-            require_found(flow)
-        where = default_device() if device == "auto" else device
         self.flow, self.motion = flow or DIS(), motion
+        if motion == "edit" and not self.flow.measures_frames:
+            raise InputError(
+                f"expected a flow that is found in frames for motion 'edit', got "
+                f"{type(flow).__name__}, which has the source's for every video; use DIS or RAFT, "
+                f"or motion 'source'"
+            )
+        where = default_device() if device == "auto" else device
         self.distances = tuple(sorted(set(distances)))
         self.clip = None if clip is None else ClipEmbedder(clip, where)
         self.lpips = None if lpips is None else perceptual.load_lpips(lpips, where)
@@ -87,24 +92,23 @@ class Measures:
             "judge": judge,
         }
 
-    def motions(self, source: Clip) -> Motions:
+    def motions(self, source: Clip) -> ClipFlow:
         """The source with its flow, for all edits of it.
 
         Raises:
             InputError: The clip is too small for the flow.
         """
-        return Motions(source, self.flow)
+        return ClipFlow(source, self.flow, budget=BUDGET)
 
     def of(
         self,
         edited: Clip,
-        source: Motions,
+        source: ClipFlow,
         prompt: str = "",
         source_prompt: str = "",
         mask: Bool[Tensor, "frames height width"] | None = None,
     ) -> dict[str, float]:
-        """Every measure by its name; left out is what is not chosen, has too few frames or pixels
-        to be measured in, or is no number.
+        """Every measure by its name; undefined values (too few frames or pixels) are omitted.
 
         Args:
             edited: The edit.
@@ -116,7 +120,6 @@ class Measures:
         Raises:
             InputError: Edit, source and mask do not belong together, or are too small.
         """
-        # functions only: a `Metric` would wait for processes that measure nothing
         new, old = edited.frames, source.clip.frames
         self.check(edited, source.clip, mask)
         parts = torch.arange(len(new)).split(SOME)
@@ -129,7 +132,7 @@ class Measures:
         found: dict[str, float] = {}
         motions = source if self.motion == "source" else self.motions(edited)
         for distance in self.distances:
-            if consistency := long_range(new, motions, distance):
+            if consistency := long_range(new, visible_flow(motions), distance):
                 found[f"warp_error_{distance}"] = consistency.error
                 found[f"visible_{distance}"] = consistency.visible
         if len(new) >= LEAST:
@@ -152,7 +155,7 @@ class Measures:
         prompt: str,
         source_prompt: str,
     ) -> dict[str, Shaped[Tensor, "some ..."]]:
-        """What is of each frame on its own, of as many as memory holds; of CLIP the vectors."""
+        """The measures of single frames, for as many as memory holds; CLIP's as vectors."""
         squared = (new - old).square().double().mean(dim=1)
         found = {"squared": squared.mean(dim=(1, 2))}
         found |= {"ssim": ssim(new, old), "structure": structure(new, old)}
@@ -202,20 +205,8 @@ class Measures:
             )
 
 
-def require_found(flow: OpticalFlow | None) -> None:
-    """Raises `InputError` for a flow that does not look at the frames that it is asked about."""
-    from tokenflow.miniature.edits import SceneFlow  # late: its module imports this package
-
-    if isinstance(flow, FlowFiles | SceneFlow):
-        raise InputError(
-            f"expected a flow that is found in frames for motion 'edit', got "
-            f"{type(flow).__name__}, which has the source's for every video; use DIS or RAFT, or "
-            f"motion 'source'"
-        )
-
-
 def options_of(flow: OpticalFlow) -> dict[str, str | int | float]:
-    """A flow's options, as far as they are words and numbers; a scene, of exact flow, is not."""
+    """A flow's options that are strings, paths or numbers."""
     given = {name: getattr(flow, name, None) for name in signature(type(flow)).parameters}
     words = {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
     return {k: v for k, v in words.items() if isinstance(v, str | int | float)}
@@ -229,7 +220,7 @@ def described(frames: Tensor | Frames) -> str:
 def judged(
     judge: Judge, frames: Float[Tensor, "frames 3 height width"], prompt: str, source_prompt: str
 ) -> dict[str, Float[Tensor, " frames"]]:
-    """Which frames show what was to change, and what was to stay: 1, the others 0."""
+    """`judge_accuracy` by the two prompts, as 0 and 1."""
     try:
         source, target = Attributes.parse(source_prompt), Attributes.parse(prompt)
     except ValueError as error:
@@ -237,8 +228,5 @@ def judged(
             f"the judge knows the miniature's scenes only, and needs captions of what source and "
             f"edit show: {error}"
         ) from error
-    new = changed(source, target)
-    names = {"judge_edited": new, "judge_kept": [name for name in VOCABULARY if name not in new]}
-    return {
-        key: shown(judge, frames, target, those).float() for key, those in names.items() if those
-    }
+    right = judge_accuracy(judge, frames, source, target)
+    return {f"judge_{kind}": frame.float() for kind, frame in right.items()}

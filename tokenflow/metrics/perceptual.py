@@ -7,9 +7,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokenflow.errors import InputError
-from tokenflow.metrics.average import Average
-from tokenflow.propagation.raft import loading, read_weights
 from tokenflow.storage.paths import local
+from tokenflow.storage.weights import load_torchvision
 
 SMALLEST = 35
 """Pixels of a side, of which AlexNet's last pooling leaves one."""
@@ -28,12 +27,6 @@ def load_lpips(weights: str, device: str = "cpu") -> nn.Module:
     # not the public class: that one fetches AlexNet's weights, without asking
     from torchmetrics.functional.image.lpips import _NoTrainLpips
 
-    file = local(weights)
-    if not file.is_file():
-        raise InputError(
-            f"there are no AlexNet weights at {file}; expected a file of torchvision's alexnet as "
-            f".pth or .safetensors"
-        )
     try:
         network = _NoTrainLpips(net="alex", pnet_rand=True)
     except (ImportError, RuntimeError) as error:  # built for another torch, it is a RuntimeError
@@ -41,12 +34,10 @@ def load_lpips(weights: str, device: str = "cpu") -> nn.Module:
             f"LPIPS needs torchvision, which does not import ({error}); install it with: "
             f"pip install 'tokenflow[lpips]'"
         ) from error
-    with loading(file, "alexnet"):
-        given = read_weights(file)
-        names = {name: f"features.{name.split('.', 1)[1]}" for name in network.net.state_dict()}
-        network.net.load_state_dict(
-            {n: given[there] for n, there in names.items() if there in given}
-        )
+    # slice1.0.weight is features.0.weight
+    load_torchvision(
+        network.net, local(weights), "alexnet", lambda name: f"features.{name.split('.', 1)[1]}"
+    )
     return network.to(device)
 
 
@@ -68,18 +59,3 @@ def lpips(
     device = next(network.parameters()).device
     pairs = zip(a.to(device).split(8), b.to(device).split(8), strict=True)  # for memory
     return torch.cat([network(*pair, normalize=True).flatten() for pair in pairs]).cpu()
-
-
-class LPIPS(Average):
-    """Mean over frames of `lpips`."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def update(
-        self,
-        a: Float[Tensor, "frames 3 height width"],
-        b: Float[Tensor, "frames 3 height width"],
-    ) -> None:
-        self.add(lpips(self.network, a, b))

@@ -7,8 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
-from tokenflow.metrics.average import Average
-from tokenflow.propagation.optical_flow import luma
+from tokenflow.video import luma
 
 
 def structure(
@@ -41,16 +40,3 @@ def structure(
 def edges(brightness: Float[Tensor, "height width"]) -> Float[Tensor, "height width"]:
     """The length of the gradient, per pixel."""
     return torch.stack(torch.gradient(brightness)).norm(dim=0)
-
-
-class Structure(Average):
-    """Mean over frames of `structure`, those left out of which the mask leaves no pixel."""
-
-    def update(
-        self,
-        edited: Float[Tensor, "frames 3 height width"],
-        source: Float[Tensor, "frames 3 height width"],
-        mask: Bool[Tensor, "frames height width"] | None = None,
-    ) -> None:
-        scores = structure(edited, source, mask)
-        self.add(scores[~scores.isnan()])

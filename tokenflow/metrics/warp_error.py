@@ -6,8 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tokenflow.metrics.average import Average
-from tokenflow.propagation.optical_flow import warp
+from tokenflow.propagation import warp
 
 
 def squared_changes(
@@ -37,15 +36,3 @@ def warp_error(
     have three times as much; TokenFlow's paper multiplies by 1000.
     """
     return float(squared_changes(frames, flow)[visible].mean())
-
-
-class WarpError(Average):
-    """The mean of `warp_error` over all visible pixels of all pairs."""
-
-    def update(
-        self,
-        frames: Float[Tensor, "frames channels height width"],
-        flow: Float[Tensor, "frames-1 2 height width"],
-        visible: Bool[Tensor, "frames-1 height width"],
-    ) -> None:
-        self.add(squared_changes(frames, flow)[visible])

@@ -8,16 +8,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tokenflow.editors import PnP
-from tokenflow.metrics import shown, warp_error
-from tokenflow.metrics.judge import changed
-from tokenflow.miniature.judge import Judge
-from tokenflow.miniature.scenes import VOCABULARY, Attributes, Scene, random_scene
+from tokenflow.editors import PnP, Prompts
+from tokenflow.miniature.scenes import Attributes, Scene, random_scene
 from tokenflow.propagation import OpticalFlow
 from tokenflow.video import Clip
 
 EDITOR = PnP(attention=0.5, features=0.3, feature_layers=5)
-"""PnP as it suits the miniature; docs/miniature.md tells why so and not as in the paper."""
+"""PnP for the miniature; docs/miniature.md explains the differences from the paper."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,12 @@ class SceneEdit:
 
     @property
     def changed(self) -> tuple[str, ...]:
-        return changed(self.scene.attributes, self.target)
+        return self.scene.attributes.differing(self.target)
+
+    @property
+    def prompts(self) -> Prompts:
+        """What the edit and the source show."""
+        return Prompts(str(self.target), inversion_prompt=str(self.scene.attributes))
 
     @property
     def clip(self) -> Clip:
@@ -43,29 +45,6 @@ class SceneEdit:
         pairs = [(i, i + 1) for i in range(len(self.scene) - 1)]
         flow = torch.stack([self.scene.flow(*pair) for pair in pairs])
         return flow, torch.stack([self.scene.visible(*pair) for pair in pairs])
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """An edited clip, judged.
-
-    `edited` is the share of frames in which all attributes that were to change are judged right,
-    `kept` of those in which all others are, and `warp_error` is by the source's true motion.
-    """
-
-    edited: float
-    kept: float
-    warp_error: float
-
-
-def judge_edit(edit: SceneEdit, frames: Float[Tensor, "frames 3 128 128"], judge: Judge) -> Verdict:
-    """How well `frames` show the edit."""
-    kept = [name for name in VOCABULARY if name not in edit.changed]
-    return Verdict(
-        edited=float(shown(judge, frames, edit.target, edit.changed).float().mean()),
-        kept=float(shown(judge, frames, edit.target, kept).float().mean()),
-        warp_error=warp_error(frames, *edit.motion),
-    )
 
 
 def suite(frames: int = 24) -> list[SceneEdit]:
@@ -88,6 +67,8 @@ class SceneFlow(OpticalFlow):
     Args:
         scene: The scene.
     """
+
+    measures_frames = False
 
     def __init__(self, scene: Scene) -> None:
         self.scene = scene

@@ -1,15 +1,15 @@
-"""A small classifier that says what a picture of a scene shows."""
+"""A small classifier of pictures of scenes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_model
 from torch import Tensor, nn
 
+from tokenflow.miniature import WEIGHTS
 from tokenflow.miniature.scenes import VOCABULARY, Attributes
 
 
@@ -39,7 +39,7 @@ class Judge(nn.Module):
     def load(cls) -> Judge:
         """The trained judge that the package carries, in float32."""
         judge = cls()
-        load_model(judge.half(), str(Path(__file__).parent / "weights" / "judge.safetensors"))
+        load_model(judge.half(), str(WEIGHTS / "judge.safetensors"))
         return judge.float().eval()
 
     def forward(self, images: Float[Tensor, "n 3 h w"]) -> dict[str, Float[Tensor, "n _"]]:
@@ -65,9 +65,9 @@ def answers(
     """Whether each image shows what it should, for each attribute."""
     wanted = [shown] * len(images) if isinstance(shown, Attributes) else shown
     truth = torch.stack([labels(a) for a in wanted])
-    said = [judge(part) for part in images.split(32)]
+    scores = [judge(part) for part in images.split(32)]
     return {
-        name: torch.cat([logits[name] for logits in said]).argmax(dim=1) == truth[:, i]
+        name: torch.cat([logits[name] for logits in scores]).argmax(dim=1) == truth[:, i]
         for i, name in enumerate(VOCABULARY)
     }
 

@@ -63,6 +63,10 @@ class Attributes:
                 return cls(pattern, color, shape, background)
         raise ValueError(f"expected 'a PATTERN COLOR SHAPE on BACKGROUND', got {caption!r}")
 
+    def differing(self, other: Attributes) -> tuple[str, ...]:
+        """The names of the attributes in which the two differ."""
+        return tuple(n for n in VOCABULARY if getattr(self, n) != getattr(other, n))
+
     @classmethod
     def every(cls) -> list[Attributes]:
         """All combinations, in a fixed order."""
@@ -70,7 +74,7 @@ class Attributes:
 
 
 @dataclass(frozen=True)
-class Path:
+class LayerPath:
     """For each frame the place of one layer: where its origin is, in pixels, its size and angle.
 
     `x`, `y`, `scale` (pixels per unit of the layer's coordinates) and `angle` (radians) all have
@@ -100,8 +104,8 @@ class Scene:
     """A moving scene: what it shows, how its two layers move, and the seed of its textures."""
 
     attributes: Attributes
-    object: Path
-    background: Path
+    object: LayerPath
+    background: LayerPath
     texture: int
     phase: float
 
@@ -185,13 +189,13 @@ def random_scene(
     t = torch.arange(frames, dtype=torch.float32) - (frames - 1) / 2
     sway = uniform(0.0, 2 * math.pi)
     unit = size / SIZE
-    obj = Path(
+    obj = LayerPath(
         x=(uniform(34.0, 94.0) + uniform(-2.0, 2.0) * t) * unit,
         y=(uniform(34.0, 94.0) + uniform(-1.2, 1.2) * t + 3 * torch.sin(t / 4 + sway)) * unit,
         scale=uniform(24.0, 38.0) * torch.exp(uniform(-0.012, 0.012) * t) * unit,
         angle=uniform(0.0, 2 * math.pi) + uniform(-0.05, 0.05) * t,
     )
-    behind = Path(
+    behind = LayerPath(
         x=(uniform(40.0, 88.0) + uniform(-1.5, 1.5) * t) * unit,
         y=(uniform(40.0, 88.0) + uniform(-0.7, 0.7) * t) * unit,
         scale=torch.exp(uniform(-0.003, 0.003) * t) * unit,

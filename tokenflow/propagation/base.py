@@ -10,7 +10,7 @@ from typing import ClassVar
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tokenflow.propagation.optical_flow import OpticalFlow
+from tokenflow.propagation.flow.base import OpticalFlow
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Propagation(ABC):
     their constructor's typed arguments are their options.
     """
 
-    interface: ClassVar[int] = 1
+    interface: ClassVar[int] = 2
     """The version of this interface that a plugin was written for."""
 
     identity_at_keyframes: ClassVar[bool] = False
@@ -110,12 +110,12 @@ class Propagation(ABC):
     flow: OpticalFlow | None = None
     """What finds optical flow, if the kernel needs it: then every window has its `motion`."""
 
-    def content(self) -> str:
-        """What else than options and features it depends on, as a digest of files; by default flow.
+    def cache_key(self) -> str:
+        """A digest of what answers depend on besides options and features; by default the flow's.
 
-        An interrupted sampling goes on where it is the same.
+        A kernel that reads files returns a digest of them. A checkpoint is found by it.
         """
-        return "" if self.flow is None else self.flow.content()
+        return "" if self.flow is None else self.flow.cache_key()
 
     @abstractmethod
     def correspond(

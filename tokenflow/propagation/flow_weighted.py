@@ -9,8 +9,9 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from tokenflow.errors import InputError
 from tokenflow.propagation.base import Correspondence, Propagation, Window
+from tokenflow.propagation.flow.base import OpticalFlow
+from tokenflow.propagation.flow.dis import DIS
 from tokenflow.propagation.nn_field import nearest
-from tokenflow.propagation.optical_flow import DIS, OpticalFlow
 
 
 class FlowWeighted(Propagation):

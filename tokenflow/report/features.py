@@ -87,6 +87,23 @@ def draw(
     )
 
 
+def draw_correspondences(
+    seen: Observed,
+    source: Float[Tensor, "frames 3 height width"] | Frames,
+    frame: int | None = None,
+) -> Float[Tensor, "3 sheet_height sheet_width"]:
+    """One picture: a frame's keyframes, coloured by place, and the frame with what it takes.
+
+    Args:
+        seen: As of `find_correspondences`, or of a probe.
+        source: All frames of the source.
+        frame: As of `draw`.
+    """
+    chosen = most_between(seen.parts) if frame is None else frame
+    pictures = [image for _, image in links(seen.parts, source, chosen)]
+    return contact_sheet([torch.stack(pictures)])
+
+
 def most_between(parts: list[tuple[Window, Correspondence]]) -> int:
     """The frame between two keyframes whose nearer one is farthest; else one beside a keyframe."""
 

@@ -32,7 +32,7 @@ def kernel_checks(kernel: Propagation) -> list[Check]:
     functions = [
         index_range, non_negative, rows_sum_to_one, device_and_dtype, determinism,
         calls_independent, inputs_unchanged, global_state_unchanged, branch_order,
-        non_square_sites, one_frame_windows, frames_independent, content_as_text,
+        non_square_sites, one_frame_windows, frames_independent, cache_key_as_text,
         configuration_round_trip, interface_stated,
     ]  # fmt: skip
     if kernel.identity_at_keyframes:
@@ -148,12 +148,12 @@ def frames_independent(kernel: Propagation) -> None:
         )  # fmt: skip
 
 
-def content_as_text(kernel: Propagation) -> None:
+def cache_key_as_text(kernel: Propagation) -> None:
     with unchanged_state():
-        said = [kernel.content(), kernel.content(), copy.deepcopy(kernel).content()]
+        said = [kernel.cache_key(), kernel.cache_key(), copy.deepcopy(kernel).cache_key()]
     require(
         all(isinstance(one, str) for one in said) and len(set(said)) == 1,
-        "content() to return the same text at every time", said,
+        "cache_key() to return the same text at every time", said,
         "make it a digest of the files that it depends on, or '' for none",
     )  # fmt: skip
 

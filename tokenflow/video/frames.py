@@ -192,3 +192,11 @@ def levels(
 ) -> UInt8[Tensor, "*frames 3 height width"]:
     """Values in 0..1 (clamped) as 8-bit levels, as files have them."""
     return (image.float().clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def luma(frames: Float[Tensor, "*frames 3 height width"]) -> Float[Tensor, "*frames height width"]:
+    """The brightness (BT.601) of colours in 0..1, in 0..1."""
+    if not frames.is_floating_point():
+        raise TypeError(f"expected colours as floats in 0..1, got {frames.dtype}; divide by 255")
+    weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
+    return (frames * weights.to(frames)).sum(dim=-3)

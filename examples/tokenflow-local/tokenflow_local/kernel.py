@@ -18,7 +18,7 @@ class LocalField(Propagation):
             above 0 to 1.
     """
 
-    interface = 1
+    interface = 2
     identity_at_keyframes = True
 
     def __init__(self, radius: float = 0.125) -> None:

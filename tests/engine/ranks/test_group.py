@@ -260,7 +260,7 @@ def test_what_arrives_is_what_the_documentation_predicts(
             gathered = (ranks - 1) * most * 2 * 2 * numbers
             halo = beside * 4 * numbers
             if name == "windowed":
-                gathered, halo = (ranks - 1) * most * 2 * latent, 0
+                gathered, halo = (ranks - 1) * most * 3 * latent, 0
             size = 4 if name == "windowed" else 8  # latents are in float32, features in double
             assert part.received == STEPS * size * (gathered + halo), name
 

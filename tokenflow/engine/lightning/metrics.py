@@ -20,7 +20,8 @@ from tokenflow.engine.lightning.finished_run import FinishedRun
 from tokenflow.engine.lightning.job import ClipSource
 from tokenflow.engine.lightning.module import TokenFlow
 from tokenflow.errors import InputError
-from tokenflow.metrics import Measures, Motions
+from tokenflow.metrics import Measures
+from tokenflow.propagation import ClipFlow
 from tokenflow.report import Run
 from tokenflow.runs.files import METRICS
 from tokenflow.storage.atomic import atomic
@@ -83,9 +84,9 @@ class Sources:
         self.measures, self.backbone = measures, backbone
         self.hidden = None if mask is None else read_mask(mask)
         self.options = measures.described | {"mask": mask}
-        self.last: tuple[Any, Motions, Values | None] | None = None
+        self.last: tuple[Any, ClipFlow, Values | None] | None = None
 
-    def of(self, run: FinishedRun, clip: Clip) -> tuple[Motions, Values | None]:
+    def of(self, run: FinishedRun, clip: Clip) -> tuple[ClipFlow, Values | None]:
         """A run's source with its flow, and the metrics of its round trip if there is a model."""
         prompt = run.record["inversion_prompt"]
         key = run.source.path.resolve(), run.source.choice, clip.frames.shape, prompt

@@ -141,9 +141,10 @@ class TokenFlow(LightningModule):
         prompts = Prompts(**self.prompts | job.prompts)
         try:
             check_prompt(prompts.prompt)
-            return prompts, dataclasses.replace(self.settings, **job.settings)
+            settings = dataclasses.replace(self.settings, **job.settings)
         except InputError as error:
             raise InputError(f"{job.where}: {error}" if job.where else str(error)) from error
+        return prompts, settings
 
     def predict_step(self, job: Job, batch_index: int) -> Prediction | Outcome | None:
         """A job's result, or what else became of it; nothing where other ranks have it."""
@@ -237,8 +238,8 @@ class TokenFlow(LightningModule):
             "multiple": backbone.multiple,
             "dtype": str(backbone.dtype).removeprefix("torch."),
             **prompts,
-            **dataclasses.asdict(settings),
-            "inversion_steps": settings.inversion_steps or settings.steps,
+            **dataclasses.asdict(settings.for_model(backbone)),
+            "defaults": dataclasses.asdict(backbone.defaults),
             "editor": origin(type(self.editor)),
             "propagation": origin(type(self.propagation)),
         }

@@ -1,0 +1,1 @@
+"""How the embedded models were trained and are judged: run from a clone, not installed."""

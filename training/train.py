@@ -1,0 +1,189 @@
+"""Trains the miniature: `python -m training.train --folder DIR`.
+
+Ordinary Lightning modules on scenes rendered from seeds. Every stage keeps checkpoints in `DIR`
+and goes on from the last one when it is started again.
+"""
+
+from __future__ import annotations
+
+import json
+from hashlib import sha256
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import AutoencoderKL
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from safetensors.torch import save_model
+from torch.utils.data import DataLoader
+
+from tokenflow.diffusion import StableDiffusion
+from tokenflow.miniature import WEIGHTS
+from tokenflow.miniature.judge import labels
+from tokenflow.miniature.scenes import random_scene
+from tokenflow.miniature.tokenizer import save_tokenizer
+from training.modules import (
+    AutoencoderTraining,
+    ControlTraining,
+    DenoiserTraining,
+    JudgeTraining,
+    TrainingModule,
+)
+from training.networks import new_scheduler
+from training.stills import (
+    SCENES,
+    Endless,
+    canny_edges,
+    encoded,
+    rendered,
+    to_signed,
+    without_shape,
+)
+
+
+def fit(
+    stage: TrainingModule,
+    data: Endless,
+    steps: int,
+    folder: Path,
+    precision: str,
+    average: bool = False,
+) -> TrainingModule:
+    """Trains up to `steps`, from the last checkpoint in `folder` if there is one.
+
+    With `average`, the stage ends with the moving average of its weights.
+    """
+    keep = ModelCheckpoint(
+        folder, filename="{step}", every_n_train_steps=100, save_last=True, save_top_k=1
+    )
+    last = folder / "last.ckpt"
+    kept = torch.load(last, map_location="cpu") if last.exists() else None
+    if kept is not None and kept["global_step"] >= steps:
+        # by itself: a trainer without a step to do would leave what was trained, not its average
+        stage.load_state_dict(kept["state_dict"])
+        return stage.eval()
+    seed_everything(0 if kept is None else kept["global_step"])
+    trainer = Trainer(
+        accelerator="auto",
+        devices=1,
+        max_steps=steps,
+        precision=precision,  # type: ignore[arg-type]
+        gradient_clip_val=1.0,
+        callbacks=[keep, EMAWeightAveraging(decay=0.998)] if average else [keep],
+        logger=CSVLogger(folder, name="log"),
+        log_every_n_steps=50,
+    )
+    trainer.fit(stage, DataLoader(data, batch_size=None), ckpt_path=last if kept else None)
+    return stage.cpu().eval()
+
+
+def train_vae(folder: Path, steps: int, precision: str) -> None:
+    """Trains the autoencoder and writes `vae/`, with the scaling factor of its latents."""
+    stage = AutoencoderTraining()
+    fit(stage, Endless(rendered(folder), batch=16), steps, folder / "vae", precision)
+    with torch.inference_mode():
+        sample = to_signed(rendered(folder)[:512])
+        latents = torch.cat([stage.vae.encode(x).latent_dist.mean for x in sample.split(32)])
+    stage.vae.register_to_config(scaling_factor=1 / latents.std().item())
+    stage.vae.half().save_pretrained(WEIGHTS / "vae")
+    for file in folder.glob("latents-*.pt"):
+        file.unlink()
+
+
+def train_unet(folder: Path, steps: int, precision: str) -> None:
+    """Trains UNet and text encoder and writes the rest of the diffusers folder."""
+    tokenizer = save_tokenizer(WEIGHTS / "tokenizer")
+    captions = [str(random_scene(seed).attributes) for seed in range(SCENES)]
+    vae = AutoencoderKL.from_pretrained(WEIGHTS / "vae", torch_dtype=torch.float32)
+    tokens = tokenizer(captions, padding="max_length", return_tensors="pt")["input_ids"]
+    nothing = tokenizer("", padding="max_length", return_tensors="pt")["input_ids"][0]
+    stage = DenoiserTraining(len(tokenizer), nothing)
+    data = Endless(encoded(folder, vae), tokens, batch=16)
+    fit(stage, data, steps, folder / "unet", precision, average=True)
+    save_denoiser(stage)
+
+
+def save_denoiser(stage: DenoiserTraining) -> None:
+    """Writes UNet, text encoder, scheduler and index of the diffusers folder."""
+    stage.unet.half().save_pretrained(WEIGHTS / "unet")
+    stage.text_encoder.half().save_pretrained(WEIGHTS / "text_encoder")
+    new_scheduler().save_pretrained(WEIGHTS / "scheduler")
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (WEIGHTS / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def train_judge(folder: Path, steps: int, precision: str) -> None:
+    """Trains the judge and writes `judge.safetensors`."""
+    shown = [random_scene(seed).attributes for seed in range(SCENES)]
+    stage = JudgeTraining()
+    data = Endless(rendered(folder), torch.stack([labels(a) for a in shown]), batch=32)
+    fit(stage, data, steps, folder / "judge", precision)
+    save_model(stage.judge.half(), str(WEIGHTS / "judge.safetensors"))
+
+
+def train_controlnet(folder: Path, steps: int, precision: str) -> None:
+    """Trains a ControlNet for the UNet in this package and writes `controlnet/`.
+
+    Its checkpoints go with the UNet's weights: another UNet begins another training.
+    """
+    unet = WEIGHTS / "unet" / "diffusion_pytorch_model.safetensors"
+    drawn = sha256(unet.read_bytes()).hexdigest()[:8]
+    backbone = StableDiffusion.from_model(str(WEIGHTS), "cpu", torch.float32)
+    shown = [random_scene(seed).attributes for seed in range(SCENES)]
+    tokens, shapeless, nothing = (
+        backbone.tokenizer(captions, padding="max_length", return_tensors="pt")["input_ids"]
+        for captions in ([str(a) for a in shown], [without_shape(a) for a in shown], [""])
+    )
+    stage = ControlTraining(backbone.unet, backbone.text_encoder, nothing[0])
+    latents, edges = encoded(folder, backbone.vae), canny_edges(rendered(folder))
+    data = Endless(latents, edges, tokens, shapeless, batch=16)
+    fit(stage, data, steps, folder / f"controlnet-{drawn}", precision, average=True)
+    stage.controlnet.half().save_pretrained(WEIGHTS / "controlnet")
+
+
+def main(
+    folder: Path,
+    stage: Literal["vae", "judge", "unet", "controlnet", "all"] = "all",
+    vae_steps: int = 2100,
+    judge_steps: int = 1600,
+    unet_steps: int = 7000,
+    controlnet_steps: int = 3000,
+    precision: str = "32-true",
+) -> None:
+    """Trains the miniature, or one stage of it, and writes its weights into the package.
+
+    Args:
+        folder: Where rendered images, latents and checkpoints are kept between sittings.
+        stage: What to train; the UNet needs the autoencoder, the ControlNet
+            all but the judge.
+        vae_steps: Steps of the autoencoder, 16 crops each.
+        judge_steps: Steps of the judge, 32 scenes each.
+        unet_steps: Steps of UNet and text encoder, 16 latents each.
+        controlnet_steps: Steps of the ControlNet, 16 latents each.
+        precision: Lightning's precision.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    WEIGHTS.mkdir(exist_ok=True)
+    if stage in ("vae", "all"):
+        train_vae(folder, vae_steps, precision)
+    if stage in ("judge", "all"):
+        train_judge(folder, judge_steps, precision)
+    if stage in ("unet", "all"):
+        train_unet(folder, unet_steps, precision)
+    if stage in ("controlnet", "all"):
+        train_controlnet(folder, controlnet_steps, precision)
+
+
+if __name__ == "__main__":
+    from jsonargparse import auto_cli
+
+    auto_cli(main, as_positional=False)
