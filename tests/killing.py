@@ -17,6 +17,7 @@ from torch import Tensor
 
 import tokenflow.engine.lightning.job
 import tokenflow.engine.lightning.run_writer
+import tokenflow.engine.ranks.preemption
 from tokenflow.diffusion import Backbone, Source
 from tokenflow.editors import PnP, Step
 from tokenflow.engine.lightning.callback import EditCallback
@@ -105,6 +106,13 @@ class Slow(EditCallback):
             tokenflow.engine.lightning.job.read_clip = slow
         elif trainer.global_rank == self.rank:
             tokenflow.engine.lightning.run_writer.write_video = slow
+
+
+class Hasty(EditCallback):
+    """Has a rank that stops wait less long for the others."""
+
+    def __init__(self) -> None:
+        tokenflow.engine.ranks.preemption.GRACE = 2.0
 
 
 class Noting(EditCallback):

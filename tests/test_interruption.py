@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections import Counter
@@ -12,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from tests.on_ranks import command, ended, launched
+from tests.on_ranks import PATIENCE, command, ended, launched
 from tokenflow.testing import tiny_clip
 from tokenflow.video import Clip, read_clip, write_clip
 
@@ -41,6 +42,7 @@ class Job:
 
     def __init__(self, folder: Path, clips: Path, model: Path, *words: str) -> None:
         self.folder, self.runs, self.steps = folder, folder / "runs", Counter[str]()
+        folder.mkdir(exist_ok=True)
         self.words = [
             "predict", f"--data.manifest={clips}", f"--model.backbone={model}", *EDIT,
             "--model.steps=6", "--model.save_every=2", f"--model.cache={folder / 'cache'}",
@@ -48,7 +50,7 @@ class Job:
         ]  # fmt: skip
 
     def start(
-        self, *kills: tuple[str, int, int], slow: str = "", ranks: int = 2
+        self, *kills: tuple[str, int, int], slow: str = "", ranks: int = 2, slurm: bool = False
     ) -> list[int | None]:
         """The ranks' exit codes, where at moments some get signals.
 
@@ -66,7 +68,7 @@ class Job:
             what, rank = slow.split()
             words += ["--trainer.callbacks+=tests.killing.Slow"]
             words += [f"--trainer.callbacks.what={what}", f"--trainer.callbacks.rank={rank}"]
-        codes = ended(launched(ranks, [*self.words, *words], self.folder / "said"))
+        codes = ended(launched(ranks, [*self.words, *words], self.folder / "said", slurm))
         self.steps = Counter(steps.read_text().split())
         if kills and all(number != KILL for _, _, number in kills):
             assert time.time() - float(sent.read_text()) < STOP
@@ -87,7 +89,6 @@ def test_a_run_that_is_interrupted_over_and_over_goes_on_bit_for_bit(
     clips: Path, model_folder: Path, tmp_path: Path
 ) -> None:
     whole, job = Job(tmp_path / "whole", clips, model_folder), Job(tmp_path, clips, model_folder)
-    whole.folder.mkdir()
     assert whole.start() == [0, 0]
     # moment, rank and signal; the steps of sampling until then
     for moment, rank, number, edits in (
@@ -130,10 +131,10 @@ def test_groups_of_ranks_stop_while_some_wait_at_the_end(
     clips: Path, model_folder: Path, tmp_path: Path
 ) -> None:
     job = Job(tmp_path, clips, model_folder, "--model.ranks_per_clip=1")
+    assert job.start(("edit", 0, USR1)) == [75, 75]
     assert job.start(("end", 1, TERM), slow="write 0") == [75, 75]
     assert job.done == ["two"]
-    assert job.start(("edit", 0, USR1)) == [75, 75]  # the other has nothing to do
-    assert job.start(("edit", 0, KILL)) == [-KILL, 75]
+    assert job.start(("write", 0, KILL)) == [-KILL, 75]
     assert job.done == ["two"]
     assert job.start() == [0, 0]
     assert job.done == ["one", "two"]
@@ -147,6 +148,29 @@ def test_groups_of_ranks_stop_when_the_first_is_gone(
     assert job.done == ["one"]
     assert job.start(("end", 0, KILL), slow="write 1") == [-KILL, 75]
     assert job.done == ["one"]
+
+
+def test_slurm_ends_no_rank_that_stops(clips: Path, model_folder: Path, tmp_path: Path) -> None:
+    job = Job(tmp_path, clips, model_folder)
+    assert job.start(("edit", 1, USR1), slurm=True) == [75, 0]  # any other ends all, at once
+    assert job.start(slurm=True) == [0, 0]
+    assert job.done == ["one", "two"]
+
+
+def test_a_launcher_ends_those_that_do_not_notice_a_lost_rank(
+    clips: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    job = Job(tmp_path, clips, model_folder, "--model.ranks_per_clip=1")
+    words = [*job.words, "--trainer.callbacks+=tests.killing.Hasty"]
+    for name, value in (("KillAt", {"moment": "edit", "rank": 1}), ("Slow", {"rank": 0})):
+        words += [f"--trainer.callbacks+=tests.killing.{name}"]
+        words += [f"--trainer.callbacks.{option}={given}" for option, given in value.items()]
+    first, second = launched(2, words)
+    second.join(PATIENCE)
+    assert first.is_alive()
+    os.kill(first.pid or 0, TERM)  # as torchrun and srun do when one is lost
+    assert ended([first, second]) == [75, -KILL]
+    assert not job.done
 
 
 def test_of_two_commands_into_one_folder_the_later_is_refused(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 
 from tokenflow.errors import Preempted
 
@@ -21,8 +21,17 @@ class Stopping(Callback):
         self, trainer: Trainer, module: TokenFlow, exception: BaseException
     ) -> None:
         module.preemption.close()
-        environment = getattr(trainer.strategy, "cluster_environment", None)  # one device has none
-        launched = isinstance(environment, LightningEnvironment) and trainer.local_rank > 0
-        if launched and isinstance(exception, Preempted):
-            # Lightning's launcher kills all after any other code; that of rank 0 is the job's
+        if isinstance(exception, Preempted) and not counts(trainer):
             exception.code = 0
+
+
+def counts(trainer: Trainer) -> bool:
+    """Whether the launcher needs this rank's exit code.
+
+    After one with an exit code above 0 Lightning's and srun end all others; that of rank 0, which
+    ends last, is the job's.
+    """
+    environment = getattr(trainer.strategy, "cluster_environment", None)  # one device has none
+    if isinstance(environment, LightningEnvironment):
+        return trainer.local_rank == 0
+    return trainer.is_global_zero or not isinstance(environment, SLURMEnvironment)

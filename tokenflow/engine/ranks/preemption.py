@@ -88,7 +88,7 @@ class Preemption:
         while store.add("left", 0) < dist.get_world_size() and monotonic() < end:
             sleep(POLL)
         if dist.get_rank() == 0:
-            sleep(4 * POLL)  # the others see it, before the store ends
+            sleep(2 * PERIOD)  # with the store, and with the exit code that counts, it ends last
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """The signals' handler."""
