@@ -44,7 +44,7 @@ def test_a_stage_that_is_resumed_has_its_own_pace(capsys: pytest.CaptureFixture[
 def test_the_eta_may_include_what_follows(capsys: pytest.CaptureFixture[str]) -> None:
     lines = reporter()
     for step in (1, 2):
-        lines.step("invert", step, 8, more=18)
+        lines.step("invert", step, 8, more=18.0)
     assert capsys.readouterr().err.splitlines() == [
         "invert: 1/8",
         "invert: 2/8, 10.0 s each, ETA 0:04:00 including the edit",

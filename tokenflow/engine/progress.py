@@ -78,7 +78,7 @@ class Reporter:
             if task.id == self.tasks.get(name):
                 self.bars.update(task.id, completed=task.total, pace="")
 
-    def pace(self, name: str, done: int, left: float) -> str:
+    def pace(self, name: str, done: int, left: int | float) -> str:
         """The mean time of a step and the ETA; nothing before a second one is done."""
         now = self.clock()
         # how long the first one took is not known; a run that is resumed does not begin at 1

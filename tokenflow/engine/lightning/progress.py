@@ -38,13 +38,13 @@ class StageProgress(EditCallback):
     ) -> None:
         self.index, self.edit_share = index, edit_to_inversion(module.options(job)[1])
 
-    def on_edit_start(  # type: ignore[override]
+    def on_edit_start(
         self, trainer: Trainer, module: LightningModule, job: Job, frames: range
     ) -> None:
         if self.reporter is not None:
             self.reporter.forget("clip")
             if job.where is not None:
-                clips = len(trainer.datamodule.jobs)
+                clips = len(trainer.datamodule.jobs)  # type: ignore[attr-defined]
                 self.reporter.item("clip", job.name, self.index + 1, clips)
 
     def on_edit_step(
