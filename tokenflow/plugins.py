@@ -43,7 +43,7 @@ class Plugin:
 
 
 def load(entry: EntryPoint) -> Plugin:
-    """Imports one entry point; whatever goes wrong is recorded and stops nobody else."""
+    """Imports one entry point; an exception is recorded as the reason why it is unusable."""
     dist = entry.dist
     where = f"{dist.name} {dist.version}" if dist is not None else "unknown distribution"
     ours = dist is not None and canonical(dist.name or "") == "tokenflow"

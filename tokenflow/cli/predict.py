@@ -39,7 +39,7 @@ from tokenflow.engine.lightning.run_writer import RunWriter, writer_of
 from tokenflow.engine.ranks.group import FrameGroup
 from tokenflow.engine.settings import Settings
 from tokenflow.errors import InputError, Interrupted, Preempted
-from tokenflow.memory import told_if_short
+from tokenflow.memory import explained_shortage
 from tokenflow.plugins import OPTION, describe, installed_plugins, origin, require_usable
 
 DESCRIPTION = """\
@@ -162,7 +162,7 @@ class PredictCLI(LightningCLI):
         remedy = (
             "lower --data.resolution or --model.batch, or take --model.dtype float16 or bfloat16"
         )
-        with told_if_short(f"on {self.trainer.strategy.root_device} for the edit", remedy):
+        with explained_shortage(f"on {self.trainer.strategy.root_device} for the edit", remedy):
             self.trainer.predict(model, datamodule=datamodule, return_predictions=False)
 
     def after_predict(self) -> None:

@@ -118,7 +118,7 @@ class Cache:
         return None
 
     def save(self, key: str, tensors: Mapping[str, Tensor], kind: str, clip: str) -> None:
-        """Keeps tensors; where the disk refuses, a warning says so and the run goes on."""
+        """Writes tensors; a disk error is a warning, and the run continues."""
         own = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
         about = {CHECKSUM: digests.of_tensors(own), KEY: key, "kind": kind, "clip": printable(clip)}
         try:
@@ -126,8 +126,8 @@ class Cache:
                 # save_file's own file would be for its owner's eyes only, whatever the umask
                 temporary.write_bytes(save(own, about))
         except (OSError, SafetensorError) as error:
-            told, self.full = self.full, True
-            if not told:
+            warned, self.full = self.full, True
+            if not warned:
                 warnings.warn(
                     f"nothing can be kept in {printable(self.folder)} ({printable(error)}): the "
                     f"run goes on, but if it is interrupted it begins anew; free some space, or "
@@ -141,7 +141,7 @@ class Cache:
             self.path(key).unlink()
 
     def entries(self) -> list[Entry]:
-        """All that is kept, longest unused first; what cannot be read is of kind "damaged"."""
+        """All entries, least recently used first; an unreadable one is of kind "damaged"."""
         found = []
         for file in self.files():
             about: dict[str, str] = {}
@@ -157,7 +157,7 @@ class Cache:
         return found
 
     def files(self, left: bool = False) -> list[File]:
-        """The files of all entries, longest unused first, or those `left` by writers; unopened."""
+        """The entries' files, least recently used first, or those `left` by writers; unopened."""
         found, form = [], LEFT if left else OWN
         for part in listed(self.folder):
             # what a link leads to is another's
@@ -173,7 +173,7 @@ class Cache:
         return sorted(found, key=lambda file: file.used)
 
     def prune(self, limit: int | float | None = None) -> list[File]:
-        """Removes what is longest unused until the rest has at most `limit` bytes, and returns it.
+        """LRU eviction until at most `limit` bytes are left; returns the removed entries.
 
         So do temporary files that a killed process left more than an hour ago. What cannot be
         removed stays.

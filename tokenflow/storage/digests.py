@@ -1,4 +1,4 @@
-"""What tells values from others, as SHA-256 in hexadecimal."""
+"""SHA-256 digests of values, tensors and networks, in hexadecimal."""
 
 from __future__ import annotations
 

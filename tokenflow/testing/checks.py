@@ -45,9 +45,9 @@ def require(condition: bool | torch.Tensor, expected: str, got: object, advice: 
 
 def require_kept(violations: Iterable[Violation], *rules: str) -> None:
     """Raises `FailedError` with the first of the violations that is of one of these rules."""
-    for rule, *told in violations:
+    for rule, *rest in violations:
         if rule in rules:
-            raise FailedError(*told)
+            raise FailedError(*rest)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from tokenflow.report import Run
 from tokenflow.runs.files import METRICS
 from tokenflow.storage.atomic import atomic
 from tokenflow.storage.paths import local
-from tokenflow.storage.scratch import room
+from tokenflow.storage.scratch import empty_or_memmap
 from tokenflow.text import printable_lines
 from tokenflow.video import Clip, read_clip, resized
 
@@ -48,7 +48,7 @@ def round_trip(
     """
     clip = source.read(backbone.multiple)
     height, width = like.frames.shape[-2:]
-    images = room(len(clip), 3, height, width)
+    images = empty_or_memmap(len(clip), 3, height, width)
     for some in torch.arange(len(clip)).split(batch):
         back = backbone.decode(backbone.encode(clip.frames[some])).cpu().clamp(0, 1)
         for number, image in zip(some.tolist(), back, strict=True):

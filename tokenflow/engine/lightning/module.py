@@ -27,7 +27,7 @@ from tokenflow.errors import InputError
 from tokenflow.plugins import origin
 from tokenflow.propagation import Correspondence, Propagation, Window
 from tokenflow.storage.cache import FOLDER, Cache
-from tokenflow.video import Clip, Spool, both_sides, levels, require_writable
+from tokenflow.video import Clip, FrameBuffer, both_sides, levels, require_writable
 
 
 def forget_frames(error: BaseException | None) -> None:
@@ -222,11 +222,11 @@ class TokenFlow(LightningModule):
     def gathered(self, result: Result, source: Clip, counts: Sequence[int]) -> Result:
         """On rank 0 the result for the whole clip, elsewhere this rank's as it is."""
         height, width = source.frames.shape[-2:]
-        spool = Spool((height, width))
-        self.group.gather(map(levels, result.clip.frames), counts, spool.append)
+        buffer = FrameBuffer((height, width))
+        self.group.gather(map(levels, result.clip.frames), counts, buffer.append)
         if self.group.rank > 0:
             return result
-        edited = dataclasses.replace(source, frames=spool.frames)
+        edited = dataclasses.replace(source, frames=buffer.frames)
         return dataclasses.replace(result, source=source, clip=edited)
 
     def resolved(
