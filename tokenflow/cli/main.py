@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import warnings
@@ -42,8 +41,6 @@ Shows versions, accelerator, codecs and plugins, and what is wrong with them; ex
 anything is.
 """
 HELP = ("-h", "--help")
-PARENT = os.getppid()
-"""What launched this process: asked at once, as it may end while the rest is imported."""
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-import signal
 import sys
 import warnings
 from argparse import SUPPRESS, HelpFormatter
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import Any, NoReturn, get_args, get_type_hints
 
 import torch.distributed as dist
@@ -20,10 +18,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.strategies.launchers import (
-    _MultiProcessingLauncher,
-    _SubprocessScriptLauncher,
-)
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from transformers.utils import logging as transformers_logging
 
 from tokenflow.cli.allowlist import (
@@ -41,7 +36,6 @@ from tokenflow.engine.lightning.metrics import Measuring
 from tokenflow.engine.lightning.module import TokenFlow
 from tokenflow.engine.lightning.progress import StageProgress
 from tokenflow.engine.lightning.run_writer import RunWriter, writer_of
-from tokenflow.engine.lightning.stopping import Stopping
 from tokenflow.engine.ranks.group import FrameGroup
 from tokenflow.engine.settings import Settings
 from tokenflow.errors import InputError, Interrupted, Preempted
@@ -58,8 +52,6 @@ line only, lets it name those of another package, and so run its code. Options a
 the environment, --model.prompt from TOKENFLOW_PREDICT__MODEL__PROMPT, and all of Lightning's
 Trainer are accepted, of which a few are shown here."""
 GROUPS = {"editor": "tokenflow.editors", "propagation": "tokenflow.propagation"}
-MEETING = timedelta(minutes=5)
-"""How long a job's processes wait for each other to begin."""
 HIDDEN = ("trainer.", "metrics.", "run", "seed_everything")
 SHOWN = ("trainer.accelerator", "trainer.devices", "metrics.measure", "metrics.round_trip")
 
@@ -162,13 +154,8 @@ class PredictCLI(LightningCLI):
                 f"expected one device or --trainer.strategy ddp, got {type(strategy).__name__}"
                 f"{', whose processes fork' if forks else ''}"
             )
-        if isinstance(strategy, DDPStrategy):
-            strategy._timeout = MEETING  # half an hour by default
         for job in self.datamodule.jobs:
             self.model.options(job)
-        if isinstance(strategy.launcher, _SubprocessScriptLauncher):
-            # where a process that it launches cannot begin, Lightning ends this one by the signal
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def predict(self, model: TokenFlow, datamodule: Video) -> None:
         """As the trainer's own, which would keep every clip's result until the last is done."""
@@ -269,7 +256,7 @@ def run(words: list[str], callbacks: Sequence[Callback] = ()) -> None:
                 seed_everything_default=False,
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
-                trainer_defaults={"callbacks": [StageProgress(), Stopping(), Logged(), *callbacks]},
+                trainer_defaults={"callbacks": [StageProgress(), Logged(), *callbacks]},
             )
     except Preempted as stopped:
         if dist.is_initialized():

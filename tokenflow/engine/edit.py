@@ -110,7 +110,7 @@ def edit_clip(
     quality: dict[str, float] = {}
     shard = ranks.shard(split_windows(clip.total, settings.keyframe_every))
     seen, clip = clip.part(frames_needed(shard, settings, editor)), clip.part(shard.frames)
-    with ranks.together():
+    with ranks.together(), ranks.preemption.interruptible():
         check(model, clip, prompts, editor.inverts)
         schedule, inversion = schedules(model, settings, editor)
         network = EditedNetwork(model, editor, prompts)
@@ -137,7 +137,7 @@ def edit_clip(
         x, first = first_latents(sampling, checkpoint)
         after_step = EditSteps(ranks, checkpoint, len(schedule), on_step)
         edited = sample(sampling, way, x, first, after_step)
-    with timed(seconds, "decode"), ranks.together():
+    with timed(seconds, "decode"), ranks.together(), ranks.preemption.interruptible():
         done = decoded(model, edited, clip, settings.batch, on_step)
     return Result(clip, done, edited, settings.seed, seconds, **quality, checkpoint=checkpoint)
 
@@ -288,7 +288,7 @@ def inversion_quality(sampling: Sampling, clip: Clip, on_step: OnStep) -> dict[s
     ranks, trajectory, schedule = sampling.ranks, sampling.trajectory, sampling.schedule
     model, batch = sampling.network.model, sampling.settings.batch
     predict = partial(source_output, sampling.network, schedule)
-    with ranks.together():
+    with ranks.together(), ranks.preemption.interruptible():
         back = reconstruct(
             model, predict, trajectory, schedule, batch,
             lambda done: reported(on_step, "reconstruct", done, len(schedule)),

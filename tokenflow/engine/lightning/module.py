@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from tokenflow.diffusion import Backbone
@@ -17,6 +18,7 @@ from tokenflow.engine.edit import Result, check_prompt, edit_clip
 from tokenflow.engine.keyframes import split_windows
 from tokenflow.engine.lightning.callback import edit_callbacks
 from tokenflow.engine.lightning.job import Job, Outcome
+from tokenflow.engine.lightning.stopping import Stopping
 from tokenflow.engine.ranks.group import FrameGroup
 from tokenflow.engine.ranks.preemption import Preemption
 from tokenflow.engine.resume import ResumeStore
@@ -104,19 +106,28 @@ class TokenFlow(LightningModule):
 
     def setup(self, stage: str) -> None:
         device = str(self.trainer.strategy.root_device)
-        self.preemption.start()
-        self.preemption.join()
+        self.preemption = Preemption()
+        self.preemption.install()
         self.everyone = FrameGroup.join(device, preemption=self.preemption)
-        self.group = FrameGroup.join(device, self.ranks_per_clip, self.preemption)
+        self.group = self.everyone
+        if self.ranks_per_clip is not None:
+            self.group = FrameGroup.join(device, self.ranks_per_clip, self.preemption)
         self.groups = self.everyone.size // self.group.size
         self.number = self.everyone.rank // self.group.size
         with self.everyone.together(), self.preemption.interruptible():
             if self.cache is not None:
                 self.cache.require_writable()
             self.backbone = Backbone.load(self.model, device, self.dtype_name)
+        self.preemption.restore()  # else Lightning would put these handlers back after the run
 
-    def on_predict_start(self) -> None:
-        self.preemption.start()  # Lightning has set its own handlers since `setup`
+    def configure_callbacks(self) -> list[Callback]:
+        """What every trainer of this module needs."""
+        return [Stopping()]
+
+    def on_predict_model_eval(self) -> None:
+        super().on_predict_model_eval()
+        self.preemption.install()  # the first hook after Lightning has installed its own
+        self.preemption.share()
 
     def teardown(self, stage: str) -> None:
         self.preemption.close()

@@ -179,8 +179,7 @@ class RunWriter(BasePredictionWriter, EditCallback):
         """
         try:
             if module.group.rank == 0:
-                with module.preemption.interruptible():
-                    self.write(trainer, module, prediction, self.folder / job.name)
+                self.write(trainer, module, prediction, self.folder / job.name)
         except Exception as error:  # whatever is wrong with one clip, the others are edited
             if job.where is None:
                 raise
@@ -208,17 +207,19 @@ class RunWriter(BasePredictionWriter, EditCallback):
             print_outcomes(every)
 
     def write(
-        self, trainer: Trainer, module: LightningModule, prediction: Prediction, folder: Path
+        self, trainer: Trainer, module: TokenFlow, prediction: Prediction, folder: Path
     ) -> None:
         """Writes a run's files, which stand in its folder when all are there.
 
         Raises:
             InputError: The disk refuses.
+            Preempted: The run was asked to stop; the folder holds what it held.
         """
         result = prediction.result
         source, edited = result.source, result.clip
         try:
-            with staged(folder) as place:
+            # a request does not interrupt the end of `staged`, where files take their places
+            with staged(folder) as place, module.preemption.interruptible():
                 write_video(
                     place / EDITED, edited.frames, edited.times, edited.rate,  end=edited.end,
                     size=edited.display_size, audio=edited.audio, crf=self.crf,
