@@ -12,7 +12,7 @@ from torch import Tensor
 
 import tokenflow
 from tokenflow.diffusion import Backbone, Schedule, Source, StableDiffusion, guide, invert
-from tokenflow.editors import Batch, Editor, Injection, PnP, Prompts, SDEdit, Start, Step
+from tokenflow.editors import Batch, Editor, Injection, PnP, Prompts, Start, Step
 from tokenflow.editors.sdedit import frame_noise
 from tokenflow.engine import Result, Settings, edit_clip, edit_latents
 from tokenflow.engine.resume import ResumeStore
