@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 
 from tests.conftest import ROOT
 from tests.installing import install
-from tokenflow.cli.allowlist import require_local, split_allowed
+from tokenflow.cli.allowlist import require_local
+from tokenflow.cli.configurations import split_allowed
 from tokenflow.cli.main import main
 from tokenflow.diffusion import Backbone, ModelError
 from tokenflow.errors import InputError

@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
-from argparse import SUPPRESS, HelpFormatter
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, NoReturn, get_args, get_type_hints
@@ -28,14 +28,10 @@ from lightning.pytorch.strategies.launchers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from tokenflow.cli.allowlist import (
-    names_by_entry_point,
-    require_local,
-    restrict,
-    split_allowed,
-)
-from tokenflow.cli.configurations import configs_first
+from tokenflow.cli.allowlist import require_local, restrict
+from tokenflow.cli.configurations import configs_first, split_allowed
 from tokenflow.cli.main import PARENT, stop
+from tokenflow.cli.options import CLASSES, DEFAULTS, PLUGINS, meant
 from tokenflow.engine.guard import guarded
 from tokenflow.engine.lightning.data import Video
 from tokenflow.engine.lightning.loggers import Logged
@@ -50,21 +46,8 @@ from tokenflow.errors import InputError, Interrupted, Preempted
 from tokenflow.memory import told_if_short
 from tokenflow.plugins import OPTION, describe, installed_plugins, origin, require_usable
 
-DESCRIPTION = """\
-Edit a video by text. Needed are --data.video and --model.prompt, or --data.manifest for many
-videos; a YAML file (--config) may hold any of the options, and the command line overrules it,
-whatever the order; of several files the later overrule the earlier. --config pnp takes the pnp.yaml
-that comes with tokenflow where there is no file of this name. A YAML file can name classes of
-tokenflow, of installed plugins and a few of Lightning's; --allow_imports PACKAGE, on the command
-line only, lets it name those of another package, and so run its code. Options are also read from
-the environment, --model.prompt from TOKENFLOW_PREDICT__MODEL__PROMPT, and all of Lightning's
-Trainer are accepted, of which a few are shown here."""
-GROUPS = {"editor": "tokenflow.editors", "propagation": "tokenflow.propagation"}
 MEETING = timedelta(minutes=5)
 """How long a job's processes wait for each other to begin."""
-HIDDEN = ("trainer.", "metrics.", "run", "seed_everything")
-SHOWN = ("trainer.accelerator", "trainer.devices", "metrics.measure", "metrics.round_trip")
-
 TRAINER = {
     "devices": 1,
     "logger": False,
@@ -77,25 +60,17 @@ TRAINER = {
 
 
 class Parser(LightningArgumentParser):
-    """Says in an error what is installed; its help leaves out what few people look for."""
-
-    def format_help(self, formatter: HelpFormatter | None = None) -> str:
-        """Without the names of environment variables, and what is `HIDDEN` and not `SHOWN`."""
-        for action in self._actions:
-            if action.dest.startswith(HIDDEN) and action.dest not in SHOWN:
-                action.help = SUPPRESS
-        by_environment, self.default_env = self.default_env, False
-        try:
-            return super().format_help(formatter)
-        finally:
-            self.default_env = by_environment
+    """Ends with one message, which names what is installed or the class whose option is wrong."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if unknown := re.search(r"does not accept option '(\w+)\.(\w+)", message):
+            group, option = unknown.groups()
+            if group in CLASSES:
+                meant(group, option)
         lines = [message]
-        for option, group in GROUPS.items():
+        for option, group in PLUGINS.items():
             if f"model.{option}" in message:
-                plugins = [p for p in installed_plugins() if p.group == group]
-                lines.append(describe(plugins))
+                lines.append(describe([p for p in installed_plugins() if p.group == group]))
         if "is not allowed, denied by" in message:
             lines.append(f"a configuration may not run code; if you trust it: {OPTION} PACKAGE")
         stop("\n".join([*lines, "see tokenflow predict --help"]))
@@ -123,13 +98,7 @@ class PredictCLI(LightningCLI):
             "--run", type=dict | None, help="What a run.yaml records of its run; not an option."
         )
         parser.add_lightning_class_args(self.trainer_class, "trainer")
-        # by path, whatever else has the name
-        parser.set_defaults(
-            {
-                "model.editor": "tokenflow.editors.PnP",
-                "model.propagation": "tokenflow.propagation.NNField",
-            }
-        )
+        parser.set_defaults({f"model.{name}": path for name, path in DEFAULTS.items()})
         parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER.items()})
 
     def before_instantiate_classes(self) -> None:
@@ -137,7 +106,7 @@ class PredictCLI(LightningCLI):
             ("data", Video), ("model", TokenFlow), ("model", Settings), ("output", RunWriter)
         ):  # fmt: skip
             require_values(self.config.predict[option], kind, option)
-        for option, group in GROUPS.items():
+        for option, group in PLUGINS.items():
             require_usable(self.config.predict.model[option].class_path, group)
         require_local(self.config.predict.trainer.as_dict())
         if self.config.predict.trainer.profiler == "xla":  # which fails once more at its end
@@ -257,26 +226,19 @@ def run(words: list[str], callbacks: Sequence[Callback] = ()) -> None:
     ):
         warnings.filterwarnings("ignore", message=harmless)
     try:
-        with names_by_entry_point():
-            PredictCLI(
-                TokenFlow,
-                Video,
-                args=["predict", *words],
-                allowed=allowed,
-                parser_class=Parser,
-                parser_kwargs={
-                    "default_env": True,
-                    "env_prefix": "TOKENFLOW",
-                    "predict": {"description": DESCRIPTION, "usage": "tokenflow predict [OPTIONS]"},
-                },
-                save_config_callback=None,
-                seed_everything_default=False,
-                auto_configure_optimizers=False,
-                load_from_checkpoint_support=False,
-                trainer_defaults={
-                    "callbacks": [StageProgress(), StopSignals(), Logged(), *callbacks]
-                },
-            )
+        PredictCLI(
+            TokenFlow,
+            Video,
+            args=["predict", *words],
+            allowed=allowed,
+            parser_class=Parser,
+            parser_kwargs={"default_env": True, "env_prefix": "TOKENFLOW"},
+            save_config_callback=None,
+            seed_everything_default=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            trainer_defaults={"callbacks": [StageProgress(), StopSignals(), Logged(), *callbacks]},
+        )
     except Preempted as stopped:
         if dist.is_initialized():
             # ranks end one after the other, and gloo's threads may abort one that unwinds last

@@ -1,7 +1,16 @@
 """The page that a run leaves: to look at, offline, in any browser."""
 
-from tokenflow.report.features import draw
+from tokenflow.report.features import Features, draw
 from tokenflow.report.page import write_comparison, write_report
-from tokenflow.runs.record import Run, read_run, record_text
+from tokenflow.runs.record import Run, read_run, record_text, require_shown
 
-__all__ = ["Run", "draw", "read_run", "record_text", "write_comparison", "write_report"]
+__all__ = [
+    "Features",
+    "Run",
+    "draw",
+    "read_run",
+    "record_text",
+    "require_shown",
+    "write_comparison",
+    "write_report",
+]

@@ -26,7 +26,8 @@ from tokenflow.errors import InputError
 from tokenflow.plugins import origin
 from tokenflow.propagation import Propagation
 from tokenflow.runs.observed import Observed
-from tokenflow.storage.cache import FOLDER, Cache
+from tokenflow.storage.cache import Cache
+from tokenflow.storage.paths import FOLDER
 from tokenflow.video import Clip, Spool, both_sides, levels, require_writable
 
 
