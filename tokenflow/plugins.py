@@ -154,6 +154,14 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
     return f"; did you mean {lower[close[0]]}" if close else ""
 
 
+def no_option(given: str, option: str, kind: str, known: Sequence[str]) -> str:
+    """What to say of an option that a class does not have."""
+    return (
+        f"{kind} has no option {option!r}, got {given}{did_you_mean(option, known)}; its options "
+        f"are {', '.join(known) or 'none'}"
+    )
+
+
 def no_plugin(name: str, plugins: tuple[Plugin, ...]) -> str:
     """What to say of a name that no plugin has."""
     known = [p.name for p in plugins]

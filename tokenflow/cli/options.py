@@ -8,8 +8,10 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import entry_points
 from inspect import cleandoc
@@ -20,7 +22,7 @@ from docstring_parser import DocstringStyle, parse
 
 from tokenflow.cli.configurations import configs_first, split_allowed
 from tokenflow.errors import InputError
-from tokenflow.plugins import did_you_mean
+from tokenflow.plugins import no_option
 from tokenflow.storage.paths import FOLDER
 from tokenflow.storage.safe_yaml import parse_yaml
 
@@ -37,6 +39,8 @@ DEFAULTS = {"editor": "tokenflow.editors.PnP", "propagation": "tokenflow.propaga
 """By path, whatever else has the name."""
 NAMED = {"FOLDER": FOLDER}
 """What stands in the sources for a default."""
+CHOSEN = re.compile(r"--model\.(editor|propagation)(?:\.(?:init_args\.)?(\w+))?")
+"""A word that chooses an editor or kernel, or gives it an option."""
 PREFIX = "TOKENFLOW_PREDICT__"
 """Of the environment variables that hold options."""
 
@@ -220,12 +224,49 @@ def meant(group: str, option: str) -> list[str]:
     raise InputError(no_option(f"--{group}.{option}", option, kind, known))
 
 
-def no_option(given: str, option: str, kind: str, known: Sequence[str]) -> str:
-    """What to say of an option that a class does not have."""
-    return (
-        f"{kind} has no option {option!r}, got {given}{did_you_mean(option, known)}; its options "
-        f"are {', '.join(known) or 'none'}"
-    )
+def chosen_plugins(words: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The editor and kernel that words and files choose: class_path, and init_args by name.
+
+    Values are as they are written; those that only the parser understands are left out.
+    """
+    chosen: dict[str, dict[str, Any]] = {
+        name: {"class_path": path, "init_args": {}} for name, path in DEFAULTS.items()
+    }
+
+    def choose(name: str, value: Any) -> None:
+        spec = {"class_path": value} if isinstance(value, str) else value
+        if not isinstance(spec, dict):
+            return
+        if path := spec.get("class_path"):
+            chosen[name] = {"class_path": str(path), "init_args": {}}
+        chosen[name]["init_args"] |= dict(spec.get("init_args") or {})
+
+    for kind, file in files(words):
+        with suppress(OSError, UnicodeDecodeError, InputError, AttributeError, TypeError):
+            given = parse_yaml(Path(file).read_text(), file)
+            model = given.get("model") if kind == "config" else given
+            for name in PLUGINS if kind in ("config", "model") else ():
+                choose(name, model.get(name))
+    for word, value in options_in(words):
+        if found := CHOSEN.fullmatch(word):
+            name, option = found.groups()
+            if option is None and value.startswith("{"):
+                with suppress(InputError, TypeError):
+                    choose(name, parse_yaml(value, word))
+            elif option in (None, "class_path"):
+                choose(name, value)
+            else:
+                chosen[name]["init_args"][option] = value
+    return chosen
+
+
+def options_in(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Each option among words, with its value."""
+    left = list(words)
+    while left:
+        name, equals, value = left.pop(0).partition("=")
+        if name.startswith("--"):
+            yield name, value if equals else left.pop(0) if left else ""
 
 
 def in_environment() -> set[str]:
@@ -255,9 +296,6 @@ def in_files(words: Sequence[str]) -> set[str]:
 
 def files(words: Sequence[str]) -> Iterator[tuple[str, str]]:
     """The files that words name, of a whole configuration or of a group's options."""
-    left = list(words)
-    while left:
-        name, equals, value = left.pop(0).partition("=")
-        group = name.removeprefix("--")
-        if name.startswith("--") and group in ("config", *CLASSES):
-            yield group, value if equals else left.pop(0) if left else ""
+    for name, value in options_in(words):
+        if name.removeprefix("--") in ("config", *CLASSES):
+            yield name.removeprefix("--"), value

@@ -9,12 +9,15 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
 import torch.distributed as dist
 import yaml
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import utils as hub_utils
 from jsonargparse import Namespace
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
@@ -29,11 +32,14 @@ from lightning.pytorch.strategies.launchers import (
 from transformers.utils import logging as transformers_logging
 
 from tokenflow.cli.allowlist import require_local, restrict
+from tokenflow.cli.choices import Choices, require_named, require_options
 from tokenflow.cli.configurations import configs_first, split_allowed
+from tokenflow.cli.inputs import NAMED, make_absolute, paths_of, require_readable
 from tokenflow.cli.main import PARENT, stop
-from tokenflow.cli.options import CLASSES, DEFAULTS, PLUGINS, meant
+from tokenflow.cli.options import CLASSES, DEFAULTS, PLUGINS, chosen_plugins, meant
 from tokenflow.engine.guard import guarded
 from tokenflow.engine.lightning.data import Video
+from tokenflow.engine.lightning.job import Job
 from tokenflow.engine.lightning.loggers import Logged
 from tokenflow.engine.lightning.metrics import Measuring
 from tokenflow.engine.lightning.module import TokenFlow
@@ -44,7 +50,11 @@ from tokenflow.engine.ranks.preemption import StopSignals, end_with_parent
 from tokenflow.engine.settings import Settings
 from tokenflow.errors import InputError, Interrupted, Preempted
 from tokenflow.memory import told_if_short
+from tokenflow.miniature.scenes import VOCABULARY
 from tokenflow.plugins import OPTION, describe, installed_plugins, origin, require_usable
+from tokenflow.runs.files import finished
+from tokenflow.storage.paths import local
+from tokenflow.text import printable, printable_lines
 
 MEETING = timedelta(minutes=5)
 """How long a job's processes wait for each other to begin."""
@@ -135,11 +145,54 @@ class PredictCLI(LightningCLI):
             )
         if isinstance(strategy, DDPStrategy):
             strategy._timeout = MEETING  # half an hour by default
+        choices = Choices(self.config_dump["model"])
         for job in self.datamodule.jobs:
             self.model.options(job)
+            choices.settle(job)
+            self.complete_inputs(job)
+        self.require_readable()
+        model = self.model.model
+        if model != "miniature" and not local(model).exists() and self.trainer.is_global_zero:
+            print(f"fetching {printable(model)} from the hub, unless it is kept", file=sys.stderr)
+        if model == "miniature" and self.trainer.is_global_zero:
+            warn_of_unknown_words(
+                text for job in self.datamodule.jobs for text in self.model.options(job)[0].values()
+            )
         if isinstance(strategy.launcher, _SubprocessScriptLauncher):
             # where a process that it launches cannot begin, Lightning ends this one by the signal
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def complete_inputs(self, job: Job) -> None:
+        """Lists the files that a job reads: its own, else those of the configuration."""
+        if job.mask is None and self.config_dump["metrics"].get("mask"):
+            job.mask = Path(self.config_dump["metrics"]["mask"])
+        if job.mask is not None:
+            job.inputs["metrics.mask"] = local(job.mask)
+        for name in PLUGINS:
+            own = job.plugins.get(name)
+            spec = self.config_dump["model"][name] if own is None else own.spec
+            for where, options, option in paths_of(f"model.{name}", spec):
+                if option not in NAMED:
+                    job.inputs[where] = local(options[option])
+
+    def require_readable(self) -> None:
+        """Opens the inputs of all jobs that are to be edited, before the model is loaded.
+
+        Raises:
+            InputError: The only clip's cannot be used. Of many clips, one that fails stops no
+                other, and its reason is printed.
+        """
+        for job in self.datamodule.jobs:
+            if job.where and finished(self.writer.folder / job.name) and not self.writer.overwrite:
+                continue
+            try:
+                require_readable(job)
+            except InputError as error:
+                if job.where is None:
+                    raise
+                if self.trainer.is_global_zero:
+                    said = f"{job.where} will fail: {error}"
+                    print(printable_lines(said), file=sys.stderr)
 
     def predict(self, model: TokenFlow, datamodule: Video) -> None:
         """As the trainer's own, which would keep every clip's result until the last is done."""
@@ -187,8 +240,10 @@ class PredictCLI(LightningCLI):
         self._dump_config()
         self.config_dump.pop("run", None)
         self.config_dump["output"]["overwrite"] = False  # a repetition destroys nothing unasked
+        typed = make_absolute(self.config_dump)
         self.writer = writer_of(self.trainer)
         self.writer.configuration, self.writer.allowed = self.config_dump, self.allowed
+        self.writer.typed = typed
         options, kernel = self.config_dump["model"], self.model.propagation
         editor, propagation = (
             f"{origin(type(plugin))}\n{yaml.safe_dump(options[option])}"
@@ -196,6 +251,24 @@ class PredictCLI(LightningCLI):
         )
         content = guarded(kernel, kernel.content)()
         self.model.described = editor, f"{propagation}{content}"
+
+
+def warn_of_unknown_words(prompts: Iterable[str]) -> None:
+    """Warns once of words that the embedded model has never seen."""
+    known = {"a", "on", *(word for words in VOCABULARY.values() for word in words)}
+    unknown = dict.fromkeys(
+        word
+        for prompt in prompts
+        for word in re.findall(r"\w+", prompt.lower())
+        if word not in known
+    )
+    if unknown:
+        warnings.warn(
+            f"the embedded model does not know {', '.join(unknown)}: it knows the words of its "
+            f"scenes alone, {' '.join(sorted(known))} (docs/miniature.md); for any others, choose "
+            f"a model by --model.backbone",
+            stacklevel=2,
+        )
 
 
 def require_values(given: Namespace, kind: type, group: str) -> None:
@@ -215,8 +288,15 @@ def run(words: list[str], callbacks: Sequence[Callback] = ()) -> None:
     words, allowed = split_allowed(words)
     words = configs_first(words)
     restrict(allowed)
+    if not any(word.endswith(".help") for word in words):
+        for option, spec in chosen_plugins(words).items():
+            require_named(spec["class_path"], option)
+            require_options(spec, option)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
+    hub_utils.disable_progress_bars()  # type: ignore[attr-defined]
+    hub_utils.logging.set_verbosity_error()  # else a line for every retry
     for harmless in (
         ".*isinstance.treespec, LeafSpec.*",
         ".*Couldn't infer the batch indices.*",

@@ -107,8 +107,10 @@ class Run:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """Every option of data and model by its name, with what its default came to."""
-        chosen = flat("data", self.record.get("data")) | flat("", self.record.get("model"))
-        left_out = {"seconds", "allow_imports", *QUALITY}
+        own = self.came.get("model")  # a manifest's row has its own editor or kernel
+        model = (self.record.get("model") or {}) | (own if isinstance(own, dict) else {})
+        chosen = flat("data", self.record.get("data")) | flat("", model)
+        left_out = {"seconds", "allow_imports", "inputs", "typed", "model", *QUALITY}
         came = {PACKAGES.get(k, k): v for k, v in self.came.items() if k not in left_out}
         return chosen | flat("", came)
 

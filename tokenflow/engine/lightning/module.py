@@ -15,7 +15,7 @@ from tokenflow.diffusion import Backbone
 from tokenflow.editors import Editor
 from tokenflow.engine.editing import Result, check_prompt, edit_clip
 from tokenflow.engine.keyframes import split_windows
-from tokenflow.engine.lightning.job import Job, Outcome
+from tokenflow.engine.lightning.job import PLUGINS, Job, Outcome
 from tokenflow.engine.probe import Observer
 from tokenflow.engine.ranks.channel import Channel
 from tokenflow.engine.ranks.group import FrameGroup
@@ -152,6 +152,12 @@ class TokenFlow(LightningModule):
         except InputError as error:
             raise InputError(f"{job.where}: {error}" if job.where else str(error)) from error
 
+    def description(self, job: Job, name: str) -> str | None:
+        """A job's editor or kernel with its options, as text, where known."""
+        run = self.described[PLUGINS.index(name)]
+        own = job.plugins.get(name)
+        return run if run is None or own is None else own.described
+
     def predict_step(self, job: Job, batch_index: int) -> Prediction | Outcome | None:
         """A job's result, or what else became of it; nothing where other ranks have it."""
         if batch_index % self.groups != self.number:
@@ -174,11 +180,19 @@ class TokenFlow(LightningModule):
         """A job's result, on rank 0 for the whole clip."""
         assert self.backbone is not None, "setup comes before predict_step"
         backbone, (prompts, settings) = self.backbone, self.options(job)
-
+        own = {name: choice.make() for name, choice in job.plugins.items()}
+        editor, propagation = (
+            own.get("editor", self.editor),
+            own.get("propagation", self.propagation),
+        )
         recall = None
         if self.cache is not None:
-            editor, propagation = self.described
-            recall = Recall(self.cache, editor, propagation, self.save_every)
+            recall = Recall(
+                self.cache,
+                self.description(job, "editor"),
+                self.description(job, "propagation"),
+                self.save_every,
+            )
         observer = self.observer()
         with self.group.together():
             clip = job.source.read(backbone.multiple, each=self.group.heed)
@@ -188,8 +202,8 @@ class TokenFlow(LightningModule):
         result = edit_clip(
             backbone,
             clip,
-            editor=self.editor,
-            propagation=self.propagation,
+            editor=editor,
+            propagation=propagation,
             **prompts,
             settings=settings,
             report_reconstruction=self.report_reconstruction,
@@ -203,7 +217,13 @@ class TokenFlow(LightningModule):
             result = self.gathered(result, clip, share.frame_counts)
         if self.cache is not None and self.group.rank == 0:
             self.cache.prune()
-        resolved = {"source": job.source.record, **self.resolved(backbone, settings, prompts)}
+        resolved = {
+            "source": job.source.record,
+            **self.resolved(backbone, settings, prompts),
+            "editor": origin(type(editor)),
+            "propagation": origin(type(propagation)),
+            **(job.record() if self.group.rank == 0 else {}),
+        }
         return Prediction(result, resolved, observer.seen)
 
     def gathered(self, result: Result, source: Clip, counts: Sequence[int]) -> Result:
@@ -227,6 +247,4 @@ class TokenFlow(LightningModule):
             **prompts,
             **dataclasses.asdict(settings),
             "inversion_steps": settings.inversion_steps or settings.steps,
-            "editor": origin(type(self.editor)),
-            "propagation": origin(type(self.propagation)),
         }
