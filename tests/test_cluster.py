@@ -71,7 +71,7 @@ def edited(folder: Path, command: list[str], env: dict[str, str]) -> Clip:
         text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("edited.mp4") == 1  # only one rank speaks
+    assert done.stdout.count("report.html") == 1  # only one rank speaks
     return read_clip(folder / "blue_ball" / "edited.mp4")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import re
 import resource
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub.utils import logging as hub_logging
 
 from tests.conftest import ROOT
 from tokenflow.cli.main import main
@@ -158,3 +160,56 @@ def test_a_misspelt_option_in_a_file_names_its_class(
     err = capsys.readouterr().err
     assert "TokenFlow has no option 'stepz'" in err
     assert "did you mean steps; its options are editor, " in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model.editor=Pnp"], "there is no editor 'Pnp'; did you mean PnP; installed are: "),
+        (["--model.propagation", "NNFeild"], "there is no kernel 'NNFeild'; did you mean NNField"),
+        (
+            ["--model.editor.atention=1"],
+            "PnP has no option 'atention', got --model.edi",
+        ),
+        (
+            ["--model.editor=SDEdit", "--model.editor.init_args.stren", "1"],
+            "did you mean strength; its options are strength, noise",
+        ),
+        (["--model.editor={class_path: SDEdit, init_args: {atention: 1}}"], "SDEdit has no option"),
+        (["--config=editor.yaml"], "PnP has no option 'feetures', .*; did you mean features"),
+    ],
+)
+def test_a_misspelt_editor_or_option_of_one(
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("editor.yaml").write_text("model: {editor: {class_path: PnP, init_args: {feetures: 1}}}")
+    with pytest.raises(SystemExit) as exit:
+        main(["predict", "--data.video=in.mp4", "--model.prompt=a ball", *words])
+    assert exit.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_wrong_hub_id_gives_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    video = ROOT / "tokenflow" / "miniature" / "demo" / "blue_ball.mp4"
+    hub_logging.set_verbosity_warning()  # as the hub's client has it, which warns of each retry
+    with pytest.raises(SystemExit) as exit:
+        main([
+            "predict", f"--data.video={video}", "--model.prompt=a ball",
+            "--model.backbone=nobody/nothing", "--trainer.accelerator=cpu",
+        ])  # fmt: skip
+    assert exit.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("tokenflow: ") == err.count("tokenflow: error: ") == 1
+    assert err.startswith(
+        "fetching nobody/nothing from the hub, unless it is kept\ntokenflow: error"
+    )
+    assert hub_logging.get_verbosity() == logging.ERROR

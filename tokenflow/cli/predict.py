@@ -302,6 +302,7 @@ def run(words: list[str], callbacks: Sequence[Callback] = ()) -> None:
         ".*Couldn't infer the batch indices.*",
         ".*does not have many workers.*",
         ".*LightningCLI.s args parameter.*",
+        ".*local_dir_use_symlinks.*",  # an option that diffusers gives the hub's client
         ".*Total length of .DataLoader. across ranks is zero.*",  # which we tell ourselves
     ):
         warnings.filterwarnings("ignore", message=harmless)

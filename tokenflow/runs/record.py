@@ -156,11 +156,16 @@ class Run:
 
 
 def flat(name: str, value: Any) -> dict[str, Any]:
-    """A nested mapping with dotted names; a class's name stands for itself, before its options."""
+    """A nested mapping with dotted names; a class's name stands for itself, before its options.
+
+    Of a class path that is the last part: which package's class it is, the record says beside it.
+    """
     if not isinstance(value, dict):
         return {name: value} if value is not None and name else {}
     result: dict[str, Any] = {}
     for key, inner in value.items():
+        if key == "class_path" and isinstance(inner, str):
+            inner = inner.rsplit(".", 1)[-1]
         own = name if key in ("class_path", "init_args") else f"{name}.{key}".strip(".")
         result |= flat(own, inner)
     return result
