@@ -129,12 +129,12 @@ def test_every_input_is_opened_before_the_model_is_loaded(
         (["--data.video=text.mp4"], "text.mp4 is not a video that can be read"),
         (
             ["--metrics.mask=gone.mp4"],
-            "gone.mp4 does not exist; expected a file or",
+            "gone.mp4 does not exist; expected a video",
         ),
         (["--metrics.mask=text.mp4"], "text.mp4 is not a video that can be read"),
         (
             ["--model.editor=ControlNet", f"--model.editor.condition={control % 'gone'}"],
-            "gone does not exist; expected a file or folder for --model.editor.condition.path",
+            "gone does not exist; expected a video file or a folder of images for --model.editor",
         ),
         (
             ["--model.editor=ControlNet", f"--model.editor.condition={control % 'text.mp4'}"],

@@ -73,10 +73,9 @@ def require_readable(job: Job) -> None:
         VideoError: Something does not exist, or is no video.
     """
     for option, path in job.inputs.items():
+        video = option.endswith((".video", ".mask", ".path"))
+        expected = "a video file or a folder of images" if video else "a file or folder"
         if not path.exists():
-            expected = "a file or folder"
-            if option == "data.video":
-                expected = "a video file or a folder of images"
             raise VideoError(f"{path} does not exist; expected {expected} for --{option}")
-        if option.endswith((".video", ".mask", ".path")):
+        if video:
             read_clip(path, max_frames=1, in_memory=False)

@@ -38,7 +38,8 @@ and says which are usable; exit code 1 if one is not. With a name, makes that pl
 options, which tokenflow plugins check NAME --help lists, and tests it against its contract.
 """
 DOCTOR = """\
-usage: tokenflow doctor [--imports]
+usage: tokenflow doctor
+       tokenflow doctor --imports
 
 Shows versions, accelerator, codecs and plugins, and what is wrong with them; exit code 1 if
 anything is. With --imports, every package and plugin is imported, too, which takes some 10 s and

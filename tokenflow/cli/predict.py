@@ -11,7 +11,6 @@ import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
 import torch.distributed as dist
@@ -165,9 +164,9 @@ class PredictCLI(LightningCLI):
     def complete_inputs(self, job: Job) -> None:
         """Lists the files that a job reads: its own, else those of the configuration."""
         if job.mask is None and self.config_dump["metrics"].get("mask"):
-            job.mask = Path(self.config_dump["metrics"]["mask"])
+            job.mask = local(self.config_dump["metrics"]["mask"])
         if job.mask is not None:
-            job.inputs["metrics.mask"] = local(job.mask)
+            job.inputs["metrics.mask"] = job.mask
         for name in PLUGINS:
             own = job.plugins.get(name)
             spec = self.config_dump["model"][name] if own is None else own.spec
