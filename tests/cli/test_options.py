@@ -210,6 +210,6 @@ def test_a_wrong_hub_id_gives_one_message(
     assert out == ""
     assert err.count("tokenflow: ") == err.count("tokenflow: error: ") == 1
     assert err.startswith(
-        "fetching nobody/nothing from the hub, unless it is kept\ntokenflow: error"
+        "fetching nobody/nothing from the hub, unless it is cached\ntokenflow: error"
     )
     assert hub_logging.get_verbosity() == logging.ERROR
