@@ -338,7 +338,7 @@ def test_further_controls_are_controls() -> None:
 
 def test_an_editor_that_was_not_prepared() -> None:
     with pytest.raises(InputError, match="needs prepare"):
-        ControlNet().conditioning(one_pass())
+        ControlNet().model_inputs(one_pass())
 
 
 @pytest.mark.parametrize(
