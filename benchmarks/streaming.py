@@ -44,7 +44,7 @@ def through(path: Path, folder: Path, resolution: int) -> None:
     """What a run does with frames, and the process's peak memory before and after."""
     from tokenflow.engine.lightning.job import ClipSource
     from tokenflow.engine.resume import frame_digests
-    from tokenflow.video import Spool, contact_sheet, side_by_side, write_image, write_video
+    from tokenflow.video import FrameBuffer, contact_sheet, side_by_side, write_image, write_video
 
     def peak() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
@@ -53,10 +53,10 @@ def through(path: Path, folder: Path, resolution: int) -> None:
     source = ClipSource(path, resolution=resolution).read(64)
     frame_digests(source)
     height, width = source.frames.shape[-2:]
-    spool = Spool((height, width))
+    buffer = FrameBuffer((height, width))
     for part in torch.arange(len(source)).split(8):
-        spool.extend(source.frames[part])
-    edited = spool.frames
+        buffer.extend(source.frames[part])
+    edited = buffer.frames
     write_video(folder / "edited.mp4", edited, source.times, source.rate)
     both = map(side_by_side, source.frames, edited)
     write_video(folder / "compare.mp4", both, source.times, source.rate)

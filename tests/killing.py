@@ -1,31 +1,38 @@
-"""Callbacks that kill their own process, as nothing can foresee, and that look on."""
+"""Callbacks that interrupt their own process at a chosen moment, and that note its steps."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 
 import tokenflow.engine.lightning.job
 import tokenflow.engine.lightning.run_writer
-import tokenflow.engine.ranks.channel
+import tokenflow.engine.ranks.preemption
+from tokenflow.diffusion import Backbone, Source
+from tokenflow.editors import PnP, Step
+from tokenflow.engine.lightning.callback import EditCallback
+from tokenflow.video import Clip
 
-FILES = {"write": "edited.mp4", "compare": "compare.mp4"}
 PATIENCE = 60
+"""Seconds that a block takes which only a request to stop ends."""
 
 
-class KillAt(Callback):
-    """Sends `sent` to this process at a moment of the first clip, if it has this rank.
+class KillAt(EditCallback):
+    """Sends a signal to this process at a moment, if it has this rank.
 
     Args:
-        moment: "read", "invert", "edit", "write" (edited.mp4), "compare" (compare.mp4), "wait" (for
-            who writes it), "between", after the first clip, or "end", when all are waited for.
+        moment: "read", "invert", "edit" or "write": in the midst of that; "begin", "meet" or "end":
+            half a second after the first clip's begin, its end, or the end of all.
         rank: Whose process.
         sent: The signal's number.
         note: A file that gets the time when it was sent.
@@ -36,106 +43,79 @@ class KillAt(Callback):
     ) -> None:
         self.moment, self.rank, self.sent, self.note = moment, rank, sent, Path(note)
 
-    def on_predict_batch_start(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+    def on_predict_start(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.global_rank != self.rank:
-            return
-        before: Any = module.progress
+            self.moment = ""
+        elif self.moment == "read":
+            tokenflow.engine.lightning.job.read_clip = self.then_slow  # type: ignore[assignment]
+        elif self.moment == "write":
+            tokenflow.engine.lightning.run_writer.write_video = self.then_slow  # type: ignore[assignment]
 
-        def progress(stage: str, step: int, steps: int) -> None:
-            before(stage, step, steps)
-            if stage == self.moment and step == max(1, steps // 2):
-                self.kill()
+    def on_predict_batch_start(self, *_: Any) -> None:
+        if self.moment == "begin":
+            self.soon()
 
-        module.progress = progress  # type: ignore[assignment]
-        if self.moment == "read":
-            read, seen = tokenflow.engine.lightning.job.read_clip, []
-
-            def interrupted(*args: Any, each: Callable[[], None], **options: Any) -> Any:
-                def after() -> None:
-                    seen.append(None)
-                    if len(seen) == 2:
-                        self.kill()
-                    each()
-                    assert len(seen) < 2, "reading goes on after a signal"
-
-                return read(*args, each=after, **options)
-
-            tokenflow.engine.lightning.job.read_clip = interrupted
-        if file := FILES.get(self.moment):
-            write = tokenflow.engine.lightning.run_writer.write_video
-
-            def killed(path: Path, frames: Any, *args: Any, **options: Any) -> Any:
-                def some() -> Any:
-                    for index, frame in enumerate(frames):
-                        if path.name == file and index == 2:
-                            self.kill()
-                        yield frame
-
-                return write(path, some(), *args, **options)
-
-            tokenflow.engine.lightning.run_writer.write_video = killed
-        if self.moment == "end":
-            meet = module.everyone.meet
-
-            def meeting(own: Any) -> Any:
-                self.kill()
-                return meet(own)
-
-            module.everyone.meet = meeting  # type: ignore[method-assign, union-attr]
-        if self.moment == "wait":
-            alone = module.group.first_alone
-
-            def waiting(work: Any) -> None:
-                self.kill()
-                alone(work)
-
-            module.group.first_alone = waiting  # type: ignore[method-assign, union-attr]
-
-    def on_predict_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if self.moment == "between" and trainer.global_rank == self.rank:
+    def on_edit_step(
+        self, trainer: Trainer, module: LightningModule, stage: str, step: int, steps: int
+    ) -> None:
+        if stage == self.moment and step == max(1, steps // 2):
             self.kill()
 
-    def kill(self, *_: Any, **__: Any) -> None:
+    def on_predict_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, job: Any, index: int, *_: Any
+    ) -> None:
+        if self.moment == "meet" and index == 0:
+            self.soon()
+
+    def on_predict_epoch_end(self, *_: Any) -> None:
+        if self.moment == "end":
+            self.soon()
+
+    def soon(self) -> None:
+        Timer(0.5, self.kill).start()
+
+    def then_slow(self, *_: Any, **__: Any) -> Any:
+        self.kill()
+        slow()
+
+    def kill(self) -> None:
         self.note.write_text(f"{time.time()}")
         os.kill(os.getpid(), self.sent)
 
 
-class Slow(Callback):
-    """Videos that only a request to stop keeps from taking `PATIENCE`, on one rank.
+def slow(*_: Any, **__: Any) -> Any:
+    """A block that only a request to stop ends."""
+    for _ in range(10 * PATIENCE):
+        time.sleep(0.1)
+    raise AssertionError("a request to stop does not end it")
+
+
+class Slow(EditCallback):
+    """Has one rank read or write for `PATIENCE`, unless a request to stop ends it.
 
     Args:
         rank: Which.
+        what: "read" or "write".
     """
 
-    def __init__(self, rank: int = 0) -> None:
-        self.rank = rank
+    def __init__(self, rank: int = 0, what: str = "write") -> None:
+        self.rank, self.what = rank, what
 
     def on_predict_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.global_rank != self.rank:
-            return
-        write = tokenflow.engine.lightning.run_writer.write_video
-
-        def slowly(path: Path, frames: Any, *args: Any, **options: Any) -> Any:
-            def some() -> Any:
-                for index in range(len(frames)):
-                    for _ in range(10 * PATIENCE // len(frames)):
-                        time.sleep(0.1)
-                        frames[index]
-                    yield frames[index]
-
-            return write(path, some(), *args, **options)
-
-        tokenflow.engine.lightning.run_writer.write_video = slowly
+        if trainer.global_rank == self.rank and self.what == "read":
+            tokenflow.engine.lightning.job.read_clip = slow
+        elif trainer.global_rank == self.rank:
+            tokenflow.engine.lightning.run_writer.write_video = slow
 
 
-class Impatient(Callback):
-    """Has a process count as lost after 5 seconds, and who needs it end after 2 more."""
+class Hasty(EditCallback):
+    """Has a rank that stops wait less long for the others."""
 
     def __init__(self) -> None:
-        tokenflow.engine.ranks.channel.LOST, tokenflow.engine.ranks.channel.HOPELESS = 5, 2
+        tokenflow.engine.ranks.preemption.GRACE = 2.0
 
 
-class Noting(Callback):
+class Noting(EditCallback):
     """Adds a line to a file for every step that the first rank takes, with the stage's name.
 
     Args:
@@ -145,16 +125,27 @@ class Noting(Callback):
     def __init__(self, file: str) -> None:
         self.file = Path(file)
 
-    def on_predict_batch_start(
-        self, trainer: Trainer, module: LightningModule, batch: Any, index: int, *_: Any
+    def on_edit_step(
+        self, trainer: Trainer, module: LightningModule, stage: str, step: int, steps: int
     ) -> None:
-        if trainer.global_rank > 0 or index > 0:
-            return
-        before: Any = module.progress
-
-        def progress(stage: str, step: int, steps: int) -> None:
-            before(stage, step, steps)
+        if trainer.is_global_zero:
             with self.file.open("a") as file:
                 file.write(f"{stage}\n")
 
-        module.progress = progress  # type: ignore[assignment]
+
+class Fragile(PnP):
+    """Fails on the last rank with clips "error" (before sampling), "pass" (in it), and "nan"."""
+
+    def prepare(self, model: Backbone, clip: Clip) -> None:
+        super().prepare(model, clip)
+        last = not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
+        self.clip = clip.name if last else ""
+        if self.clip == "error":
+            raise ValueError("not this clip")
+
+    def advance(
+        self, x: Tensor, outputs: Mapping[str, Tensor], step: Step, source: Source
+    ) -> Tensor:
+        if self.clip == "pass":
+            raise ValueError("not in this pass")
+        return super().advance(x, outputs, step, source) * (torch.nan if self.clip == "nan" else 1)

@@ -42,19 +42,30 @@ def on_ranks(
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
 
-def launched(size: int, words: list[str], output: Path | None = None) -> list[BaseProcess]:
-    """The command line on ranks as torchrun starts them, but nobody watches over them.
+def launched(
+    size: int, words: list[str], output: Path | None = None, slurm: bool = False
+) -> list[BaseProcess]:
+    """The command line on ranks as torchrun or srun starts them, but nobody watches over them.
 
     What they print is added to `output`.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {
-        "WORLD_SIZE": f"{size}", "LOCAL_WORLD_SIZE": f"{size}", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": f"{port}", "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0",
-    }  # fmt: skip
-    ranks = ({"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"} for rank in range(size))
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+    if slurm:
+        names = "SLURM_PROCID", "SLURM_LOCALID"
+        shared |= {
+            "SLURM_NTASKS": f"{size}", "SLURM_NTASKS_PER_NODE": f"{size}", "SLURM_NODEID": "0",
+            "SLURM_NNODES": "1", "SLURM_JOB_NAME": "tokenflow", "SLURM_JOB_ID": "7",
+        }  # fmt: skip
+    else:
+        names = "RANK", "LOCAL_RANK"
+        shared |= {
+            "WORLD_SIZE": f"{size}", "LOCAL_WORLD_SIZE": f"{size}", "TORCHELASTIC_RUN_ID": "test",
+            "GROUP_RANK": "0",
+        }  # fmt: skip
+    ranks = (dict.fromkeys(names, f"{rank}") for rank in range(size))
     options = ["--trainer.accelerator=cpu", f"--trainer.devices={size}", "--trainer.strategy=ddp"]
     return [command([*words, *options], shared | rank, output) for rank in ranks]
 

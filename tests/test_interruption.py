@@ -1,10 +1,9 @@
-"""Processes that are killed, hang or are asked to stop, and the same command once more."""
+"""Processes that are killed or asked to stop, and the same command once more."""
 
 from __future__ import annotations
 
+import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from multiprocessing.process import BaseProcess
@@ -18,15 +17,17 @@ from tests.on_ranks import PATIENCE, command, ended, launched
 from tokenflow.testing import tiny_clip
 from tokenflow.video import Clip, read_clip, write_clip
 
-STEP = 1.0
-"""More seconds than a step of these clips takes."""
-FILES = [
-    "compare.mp4", "contact_sheet.png", "edited.mp4", "features.json", "report.html", "run.yaml",
-]  # fmt: skip
+STOP = 20.0
+"""Seconds that ranks may take to stop: 5 and a step, where other tests run on the same cores. A
+block that a request does not end takes 60, a rank that waits for another in vain 30."""
+KILL, TERM, USR1 = signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1
+EDIT = ["--model.prompt=a ball", "--model.keyframe_every=2", "--output.crf=0"]
 
 
-def manifest(folder: Path) -> Path:
-    rows = []
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A manifest of two clips with the same frames in another order."""
+    folder, rows = tmp_path_factory.mktemp("clips"), []
     for name in ("one", "two"):
         frames = tiny_clip(6).frames if name == "one" else tiny_clip(6).frames.flip(0)
         write_clip(folder / f"{name}.mp4", Clip.from_frames(frames))
@@ -36,183 +37,140 @@ def manifest(folder: Path) -> Path:
     return path
 
 
-def start(
-    folder: Path, clips: Path, model: Path, *words: str, ranks: int = 2, output: Path | None = None
-) -> list[BaseProcess]:
-    options = [
-        "predict", f"--data.manifest={clips}", f"--model.backbone={model}",
-        "--model.prompt=a ball", "--model.steps=6", "--model.save_every=2",
-        "--model.keyframe_every=2", "--output.crf=0", f"--model.cache={folder / 'cache'}",
-        f"--output.folder={folder / 'runs'}", "--allow_imports=tests",
-    ]  # fmt: skip
-    return launched(ranks, [*options, *words], output)
+class Job:
+    """One command that is started over and over."""
+
+    def __init__(self, folder: Path, clips: Path, model: Path, *words: str) -> None:
+        self.folder, self.runs, self.steps = folder, folder / "runs", Counter[str]()
+        folder.mkdir(exist_ok=True)
+        self.words = [
+            "predict", f"--data.manifest={clips}", f"--model.backbone={model}", *EDIT,
+            "--model.steps=6", "--model.save_every=2", f"--model.cache={folder / 'cache'}",
+            f"--output.folder={self.runs}", "--allow_imports=tests", *words,
+        ]  # fmt: skip
+
+    def start(
+        self, *kills: tuple[str, int, int], slow: str = "", ranks: int = 2, slurm: bool = False
+    ) -> list[int | None]:
+        """The ranks' exit codes, where at moments some get signals.
+
+        `slow` names what takes a minute on which rank, as "write 0". Afterwards `steps` are those
+        of rank 0. A request to stop must end all in time.
+        """
+        steps, sent = self.folder / "steps", self.folder / "sent"
+        steps.write_text("")
+        words = ["--trainer.callbacks+=tests.killing.Noting", f"--trainer.callbacks.file={steps}"]
+        for moment, rank, number in kills:
+            words += ["--trainer.callbacks+=tests.killing.KillAt"]
+            options = {"moment": moment, "rank": rank, "sent": int(number), "note": sent}
+            words += [f"--trainer.callbacks.{name}={value}" for name, value in options.items()]
+        if slow:
+            what, rank = slow.split()
+            words += ["--trainer.callbacks+=tests.killing.Slow"]
+            words += [f"--trainer.callbacks.what={what}", f"--trainer.callbacks.rank={rank}"]
+        codes = ended(launched(ranks, [*self.words, *words], self.folder / "said", slurm))
+        self.steps = Counter(steps.read_text().split())
+        if kills and all(number != KILL for _, _, number in kills):
+            assert time.time() - float(sent.read_text()) < STOP
+        return codes
+
+    @property
+    def done(self) -> list[str]:
+        """The finished runs; no other has a file in its folder."""
+        names = sorted(path.parent.name for path in self.runs.glob("*/run.yaml"))
+        assert sorted(path.parent.name for path in self.runs.glob("*/edited.mp4")) == names
+        return names
+
+    def frames(self) -> list[torch.Tensor]:
+        return [read_clip(self.runs / name / "edited.mp4").frames for name in ("one", "two")]
 
 
-def frames(folder: Path) -> list[torch.Tensor]:
-    for name in ("one", "two"):
-        found = {p.name for p in (folder / "runs" / name).iterdir()}
-        assert found | {"features.json"} == set(FILES)  # which a run that is only written lacks
-    return [read_clip(folder / "runs" / name / "edited.mp4").frames for name in ("one", "two")]
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return manifest(tmp_path_factory.mktemp("clips"))
-
-
-@pytest.fixture(scope="module")
-def expected(
-    tmp_path_factory: pytest.TempPathFactory, clips: Path, model_folder: Path
-) -> list[torch.Tensor]:
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    assert ended(start(folder, clips, model_folder)) == [0, 0]
-    return frames(folder)
-
-
-def killing(moment: str, rank: int, sent: int) -> list[str]:
-    return [
-        "--trainer.callbacks+=tests.killing.KillAt", f"--trainer.callbacks.moment={moment}",
-        f"--trainer.callbacks.rank={rank}", f"--trainer.callbacks.sent={int(sent)}",
-    ]  # fmt: skip
-
-
-def goes_on(folder: Path, clips: Path, model: Path, edits: int) -> None:
-    """Starts once more: so many steps of sampling, of 12, and no inversion that is kept."""
-    file = folder / "steps"
-    noting = ["--trainer.callbacks+=tests.killing.Noting", f"--trainer.callbacks.file={file}"]
-    assert ended(start(folder, clips, model, *noting)) == [0, 0]
-    steps = Counter(file.read_text().split())
-    assert steps["edit"] == edits
-    assert steps["invert"] == (6 if edits == 12 else 0)  # both clips have the same frames
-
-
-MOMENTS = [
-    ("read", 1, 12), ("invert", 1, 12), ("edit", 0, 10), ("write", 0, 6), ("compare", 0, 6),
-    ("between", 1, 6),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("moment", "rank", "edits"), MOMENTS)
-def test_a_killed_rank_ends_all_and_the_next_start_goes_on(
-    moment: str, rank: int, edits: int, clips: Path, model_folder: Path, tmp_path: Path,
-    expected: list[torch.Tensor],
-) -> None:  # fmt: skip
-    codes = ended(start(tmp_path, clips, model_folder, *killing(moment, rank, signal.SIGKILL)))
-    assert codes[rank] == -signal.SIGKILL
-    assert codes[1 - rank] not in (None, 0, -signal.SIGKILL)
-    finished = sorted(p.parent.name for p in tmp_path.glob("runs/*/run.yaml"))
-    videos = sorted(p.parent.name for p in tmp_path.glob("runs/*/edited.mp4"))
-    assert finished == (["one"] if moment == "between" else [])
-    assert videos == finished
-    kinds = [p.name for p in tmp_path.glob("cache/*/*.safetensors")]
-    assert bool(kinds) is (moment != "read" and moment != "invert")
-    goes_on(tmp_path, clips, model_folder, edits)
-    for found, wanted in zip(frames(tmp_path), expected, strict=True):
+def test_a_run_that_is_interrupted_over_and_over_goes_on_bit_for_bit(
+    clips: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    whole, job = Job(tmp_path / "whole", clips, model_folder), Job(tmp_path, clips, model_folder)
+    assert whole.start() == [0, 0]
+    # moment, rank and signal; the steps of sampling until then
+    for moment, rank, number, edits in (
+        ("invert", 1, KILL, 0),
+        ("invert", 1, TERM, 0),
+        ("read", 0, USR1, 0),
+        ("edit", 0, KILL, 3),  # two of them are kept
+        ("edit", 1, USR1, 1),
+        ("write", 0, KILL, 3),
+        ("write", 0, TERM, 0),
+        ("meet", 1, USR1, 0),
+    ):
+        case = f"{moment} on rank {rank}, {number!r}: {tmp_path / 'said'}"
+        codes = job.start((moment, rank, number), slow="write 0" if moment == "meet" else "")
+        if number == KILL:
+            assert codes[rank] == -KILL, case
+            assert codes[1 - rank] not in (None, 0, -KILL), case
+        else:
+            assert codes == [75, 75], case
+            assert not [path for path in job.runs.rglob("*") if path.is_file()], case
+        assert not job.done, case
+        assert job.steps["edit"] == edits, case
+    assert job.start() == [0, 0]
+    assert (job.steps["edit"], job.steps["invert"]) == (6, 0)  # of the second clip
+    assert job.done == ["one", "two"]
+    for found, wanted in zip(job.frames(), whole.frames(), strict=True):
         assert torch.equal(found, wanted)
 
 
-@pytest.mark.parametrize(
-    ("moment", "rank", "edits"),
-    [("read", 1, 12), ("invert", 0, 12), ("edit", 1, 9), ("write", 0, 6), ("wait", 1, 6)],
-)
-def test_a_signal_to_one_rank_stops_all_and_the_next_start_goes_on(
-    moment: str, rank: int, edits: int, clips: Path, model_folder: Path, tmp_path: Path,
-    expected: list[torch.Tensor],
-) -> None:  # fmt: skip
-    note = tmp_path / "sent"
-    words = [*killing(moment, rank, signal.SIGTERM), f"--trainer.callbacks.note={note}"]
-    if moment == "wait":
-        words += ["--trainer.callbacks+=tests.killing.Slow"]
-    assert ended(start(tmp_path, clips, model_folder, *words)) == [75, 75]
-    assert time.time() - float(note.read_text()) < 5 + STEP
-    assert not (tmp_path / "runs").exists()
-    goes_on(tmp_path, clips, model_folder, edits)
-    for found, wanted in zip(frames(tmp_path), expected, strict=True):
-        assert torch.equal(found, wanted)
-
-
-def test_a_signal_to_two_of_three_ranks_stops_all(
+def test_ranks_that_wait_for_another_that_reads_have_a_signal(
     clips: Path, model_folder: Path, tmp_path: Path
 ) -> None:
-    note = f"--trainer.callbacks.note={tmp_path / 'sent'}"
-    words = [word for rank in (0, 2) for word in (*killing("edit", rank, signal.SIGTERM), note)]
-    assert ended(start(tmp_path, clips, model_folder, *words, ranks=3)) == [75, 75, 75]
-    assert time.time() - float((tmp_path / "sent").read_text()) < 5 + STEP
-    assert not (tmp_path / "runs").exists()
+    job = Job(tmp_path, clips, model_folder)
+    kills = ("begin", 1, USR1), ("begin", 2, TERM)
+    assert job.start(*kills, slow="read 0", ranks=3) == [75, 75, 75]
+    assert not job.runs.exists()
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_whose_other_hangs_ends_and_the_next_start_goes_on(
-    rank: int, clips: Path, model_folder: Path, tmp_path: Path, expected: list[torch.Tensor]
-) -> None:
-    words = [*killing("edit", rank, signal.SIGSTOP), "--trainer.callbacks+=tests.killing.Impatient"]
-    said = tmp_path / "said"
-    processes = start(tmp_path, clips, model_folder, *words, output=said)
-    processes[1 - rank].join(PATIENCE)
-    assert processes[rank].is_alive()
-    codes = [process.exitcode for process in processes]
-    processes[rank].kill()
-    processes[rank].join()
-    assert codes[1 - rank] == 1
-    assert f"rank {1 - rank} ends, as a process is lost that it waits for" in said.read_text()
-    goes_on(tmp_path, clips, model_folder, 10)
-    for found, wanted in zip(frames(tmp_path), expected, strict=True):
-        assert torch.equal(found, wanted)
-
-
-def test_a_process_that_hangs_leaves_none_behind_in_its_group_or_in_others(
+def test_groups_of_ranks_stop_while_some_wait_at_the_end(
     clips: Path, model_folder: Path, tmp_path: Path
 ) -> None:
-    words = [
-        *killing("edit", 2, signal.SIGSTOP), "--trainer.callbacks+=tests.killing.Impatient",
-        "--trainer.callbacks+=tests.killing.Slow", "--model.ranks_per_clip=2",
-    ]  # fmt: skip
-    processes = start(tmp_path, clips, model_folder, *words, ranks=4)
-    for rank in (0, 1, 3):
-        processes[rank].join(PATIENCE)
-    codes = [process.exitcode for process in processes]
-    processes[2].kill()
-    processes[2].join()
-    assert codes == [75, 75, None, 1]
+    job = Job(tmp_path, clips, model_folder, "--model.ranks_per_clip=1")
+    assert job.start(("edit", 0, USR1)) == [75, 75]
+    assert job.start(("end", 1, TERM), slow="write 0") == [75, 75]
+    assert job.done == ["two"]
+    assert job.start(("write", 0, KILL)) == [-KILL, 75]
+    assert job.done == ["two"]
+    assert job.start() == [0, 0]
+    assert job.done == ["one", "two"]
 
 
-@pytest.mark.parametrize(("moment", "rank"), [("end", 0), ("end", 1), ("edit", 0), ("edit", 1)])
-def test_a_signal_to_one_group_stops_those_that_edit_and_those_that_wait(
-    moment: str, rank: int, clips: Path, model_folder: Path, tmp_path: Path
-) -> None:
-    note = tmp_path / "sent"
-    words = [
-        *killing(moment, rank, signal.SIGTERM), f"--trainer.callbacks.note={note}",
-        "--trainer.callbacks+=tests.killing.Slow", f"--trainer.callbacks.rank={1 - rank}",
-        "--model.ranks_per_clip=1",
-    ]  # fmt: skip
-    assert ended(start(tmp_path, clips, model_folder, *words)) == [75, 75]
-    assert time.time() - float(note.read_text()) < 5 + STEP
-    done = [p.parent.name for p in tmp_path.glob("runs/*/run.yaml")]
-    assert done == ([("one", "two")[rank]] if moment == "end" else [])
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_group_that_edits_stops_where_it_can_go_on_when_another_is_lost(
-    rank: int, clips: Path, model_folder: Path, tmp_path: Path
-) -> None:
-    words = [
-        *killing("edit", rank, signal.SIGKILL), "--trainer.callbacks+=tests.killing.Slow",
-        f"--trainer.callbacks.rank={1 - rank}", "--model.ranks_per_clip=1",
-        "--trainer.callbacks+=tests.killing.Impatient",
-    ]  # fmt: skip
-    codes = ended(start(tmp_path, clips, model_folder, *words))
-    assert codes[rank] == -signal.SIGKILL
-    assert codes[1 - rank] == 75
-    assert not list(tmp_path.glob("runs/*/run.yaml"))
-
-
-def test_a_rank_that_has_done_its_clips_notices_when_another_is_lost(
+def test_groups_of_ranks_stop_when_the_first_is_gone(
     clips: Path, model_folder: Path, tmp_path: Path
 ) -> None:
-    words = [*killing("edit", 1, signal.SIGKILL), "--model.ranks_per_clip=1"]
-    assert ended(start(tmp_path, clips, model_folder, *words)) == [2, -signal.SIGKILL]
-    assert [p.parent.name for p in tmp_path.glob("runs/*/run.yaml")] == ["one"]
+    job = Job(tmp_path, clips, model_folder, "--model.ranks_per_clip=1")
+    assert job.start(("end", 0, TERM), slow="write 1") == [75, 75]
+    assert job.done == ["one"]
+    assert job.start(("end", 0, KILL), slow="write 1") == [-KILL, 75]
+    assert job.done == ["one"]
+
+
+def test_slurm_ends_no_rank_that_stops(clips: Path, model_folder: Path, tmp_path: Path) -> None:
+    job = Job(tmp_path, clips, model_folder)
+    assert job.start(("edit", 1, USR1), slurm=True) == [75, 0]  # any other ends all, at once
+    assert job.start(slurm=True) == [0, 0]
+    assert job.done == ["one", "two"]
+
+
+def test_a_launcher_ends_those_that_do_not_notice_a_lost_rank(
+    clips: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    job = Job(tmp_path, clips, model_folder, "--model.ranks_per_clip=1")
+    words = [*job.words, "--trainer.callbacks+=tests.killing.Hasty"]
+    for name, value in (("KillAt", {"moment": "edit", "rank": 1}), ("Slow", {"rank": 0})):
+        words += [f"--trainer.callbacks+=tests.killing.{name}"]
+        words += [f"--trainer.callbacks.{option}={given}" for option, given in value.items()]
+    first, second = launched(2, words)
+    second.join(PATIENCE)
+    assert first.is_alive()
+    os.kill(first.pid or 0, TERM)  # as torchrun and srun do when one is lost
+    assert ended([first, second]) == [75, -KILL]
+    assert not job.done
 
 
 def test_of_two_commands_into_one_folder_the_later_is_refused(
@@ -220,7 +178,7 @@ def test_of_two_commands_into_one_folder_the_later_is_refused(
 ) -> None:
     def begun(steps: int) -> BaseProcess:
         words = [
-            "predict", f"--data.video={clips.parent / 'one.mp4'}", "--model.prompt=a ball",
+            "predict", f"--data.video={clips.parent / 'one.mp4'}", *EDIT,
             f"--model.backbone={model_folder}", f"--model.steps={steps}", "--model.cache=null",
             f"--output.folder={tmp_path / 'runs'}", "--trainer.accelerator=cpu",
         ]  # fmt: skip
@@ -235,12 +193,3 @@ def test_of_two_commands_into_one_folder_the_later_is_refused(
     assert ended([first]) == [0]
     record = yaml.safe_load((tmp_path / "runs" / "one" / "run.yaml").read_text())
     assert record["model"]["steps"] == 30
-
-
-def test_a_process_whose_launcher_has_ended_before_it_begins_does_not_begin() -> None:
-    nobody = 1 << 30
-    code = (
-        f"from tokenflow.engine.ranks.preemption import end_with_parent\nend_with_parent({nobody})"
-    )
-    ended = subprocess.run([sys.executable, "-c", f"{code}\nprint('on')"], capture_output=True)
-    assert (ended.returncode, ended.stdout) == (75, b"")

@@ -216,8 +216,8 @@ def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[Any, str]
 def test_the_list_names_every_plugin_and_its_state(
     broken: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, out = run(["plugins"], capsys)
-    assert code == 0
+    code, out = run(["plugins", "check"], capsys)
+    assert code == 1
     rows = {tuple(line.split()[:4]): line for line in out.splitlines()}
     assert rows["NNField", "kernel", "tokenflow", "0.1.0"].endswith(" usable")
     assert rows["Wrong", "kernel", "tokenflow-broken", "0.3"].endswith(" usable")
@@ -257,12 +257,12 @@ def test_an_interrupted_import_is_no_fault_of_the_plugin(
     install(tmp_path, "tokenflow-slow", "[tokenflow.editors]\nSlow = slow:Slow\n")
     monkeypatch.syspath_prepend(tmp_path)
     installed_plugins.cache_clear()
-    code, out = run(["plugins"], capsys)
+    code, out = run(["plugins", "check"], capsys)
     assert (code, out) == (130, "tokenflow: interrupted\n")
 
 
 def test_doctor_finds_an_unusable_plugin(broken: None, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out = run(["doctor"], capsys)
+    code, out = run(["doctor", "--imports"], capsys)
     assert code == 1
     assert "Gone of tokenflow-broken 0.3: import of nosuchmodule:Gone failed" in out
     assert "something is broken" in out
@@ -300,7 +300,6 @@ def test_doctor_finds_an_unusable_plugin(broken: None, capsys: pytest.CaptureFix
         (["Asking"], 2, ["radius"]),
         (["Asking", "--radius=1"], 0, ["all is well"]),
         (["Nonsense"], 2, ["there is no plugin 'Nonsense'; installed are: ", "NNField"]),
-        ([], 2, ["expected tokenflow plugins, or tokenflow plugins check NAME"]),
     ],
 )
 def test_check(
@@ -341,17 +340,26 @@ def test_choosing_an_unusable_plugin_gives_its_reason(
 @pytest.mark.parametrize(
     "options",
     [
-        ["--model.editor=SDEdit", "--model.editor.strength=0.5"],
+        ["--model.editor=tokenflow.SDEdit", "--model.editor.strength=0.5"],
         ["--model.propagation=broken.Wrong"],
     ],
 )
-def test_a_name_is_its_entry_points_and_no_helpers_nor_another_groups(
+def test_a_class_path_tells_two_classes_of_one_name_apart(
     options: list[str], broken: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["predict", "--data.video=gone.mp4", "--model.prompt=a ball"]
     code, out = run([*words, *options], capsys)
     assert code == 2
     assert "gone.mp4 does not exist" in out  # as far as a run gets
+
+
+def test_a_name_of_two_classes_asks_for_the_class_path(
+    broken: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["predict", "--data.video=gone.mp4", "--model.prompt=a ball", "--model.editor=SDEdit"]
+    code, out = run(words, capsys)
+    assert code == 2
+    assert "Give the full class path" in out
 
 
 @pytest.fixture
@@ -379,7 +387,7 @@ def test_a_name_that_clashes_stops_only_those_who_choose_the_newcomer_by_it(
         return run([*words, f"--model.editor={editor}"], capsys)[1]
 
     clash = "the name is offered by {} and {}; uninstall one, or choose by class path"
-    _, listed = run(["plugins"], capsys)
+    _, listed = run(["plugins", "check"], capsys)
     rows = [line.split(maxsplit=4) for line in listed.splitlines()[1:]]
     states = {(row[0], row[2]): row[4].strip() for row in rows}
     assert states["PnP", "tokenflow"] == "usable"
@@ -387,8 +395,9 @@ def test_a_name_that_clashes_stops_only_those_who_choose_the_newcomer_by_it(
     assert states["PnP", "tokenflow-second"] == f"unusable: {reason}"
     assert clash.format("tokenflow-fourth 1.0", "tokenflow-third 1.0") in errors("Own")
     # the run goes on to its missing video
-    for editor in ("PnP", "second.PnP"):
+    for editor in ("tokenflow.PnP", "second.PnP"):
         assert "gone.mp4 does not exist" in errors(editor)
+    assert "Give the full class path" in errors("PnP")
 
 
 def test_a_plugins_options_are_shown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ import os
 
 
 class InputError(ValueError):
-    """Bad input. The message says what was expected, what came, and what to do.
+    """Bad input. The message states what was expected, what came, and what to do.
 
     The command line prints it without a traceback; nothing half-written remains.
     """
@@ -28,7 +28,7 @@ class Interrupted(SystemExit):
 
 
 class Preempted(SystemExit):
-    """A run stopped where it can go on, as it was asked to; the exit code 75 says "try again"."""
+    """A run stopped on request where it can be resumed; the exit code is 75, "try again"."""
 
     def __init__(self) -> None:
         super().__init__(os.EX_TEMPFAIL)

@@ -21,7 +21,7 @@ def ran_out(error: BaseException) -> bool:
 
 
 @contextmanager
-def told_if_short(what: str, remedy: str) -> Iterator[None]:
+def explained_shortage(what: str, remedy: str) -> Iterator[None]:
     """A block whose lack of memory becomes an `InputError` that names its purpose and a remedy.
 
     Raises:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +15,12 @@ import yaml
 
 from tests.conftest import ROOT
 from tests.metrics.making import write_tiny_clip
-from tokenflow.cli.evaluate import show, telling, write_csv
+from tokenflow.cli.evaluate import show, write_csv
 from tokenflow.cli.main import main
 from tokenflow.diffusion import Backbone
 from tokenflow.engine.lightning.finished_run import FinishedRun
-from tokenflow.engine.lightning.metrics import Sources, leave, measure_run
-from tokenflow.engine.ranks.group import StopRequested
+from tokenflow.engine.lightning.metrics import Sources, measure_run
 from tokenflow.metrics import Measures
-from tokenflow.report import read_run
 from tokenflow.video import Clip, read_clip, write_clip, write_image
 
 DEMO = ROOT / "tokenflow" / "miniature" / "demo" / "blue_ball.mp4"
@@ -196,20 +192,6 @@ def test_a_pair_leaves_what_a_run_does(
     err = capsys.readouterr().err
     assert f"measuring 1/1, {run}\n" in err
     assert f"measuring 1/1, {run / 'edited.mp4'}\n" in err
-
-
-def test_on_a_terminal_a_bar_tells_what_is_measured(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with telling(2) as tell:
-        for name in ("first[/x]", "second"):
-            tell(name)
-    err = capsys.readouterr().err
-    assert "measuring second" in err
-    assert "2/2" in err
-    assert "measuring 1/2" not in err  # what lines say
 
 
 def test_the_round_trip_of_a_video_of_odd_size(model_folder: Path, tmp_path: Path) -> None:
@@ -453,17 +435,3 @@ def test_help_tells_of_the_options(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     for words in ("tokenflow evaluate RUN", "--flow", "--distances", "--round_trip", "DIS", "RAFT"):
         assert words in out
-
-
-@pytest.mark.parametrize("call", [1, 20, 30])
-def test_a_request_to_stop_ends_measuring(call: int, run: Path, backbone: Backbone) -> None:
-    calls: list[bool] = []
-
-    def each() -> None:
-        assert len(calls) < call, "measuring goes on"
-        calls.append(True)
-        if len(calls) == call:
-            raise StopRequested
-
-    with pytest.raises(StopRequested):
-        leave(Sources(Measures(), backbone), dataclasses.replace(read_run(run), each=each))

@@ -255,7 +255,7 @@ BAD = {
     ),
     "an option that an editor lacks": (
         ["--model.editor={class_path: PnP, dict_kwargs: {strength: 1}}"],
-        "unexpected keyword argument 'strength'; dict_kwargs are for",
+        "'strength'; dict_kwargs",
     ),
     "a huge resolution": (
         ["--data.resolution=1000000"],
@@ -263,12 +263,12 @@ BAD = {
     ),
     "no clip": (["--trainer.limit_predict_batches=0"], "would edit nothing"),
     "an image rate of almost nothing": (["--data.image_rate=1e-9"], "from 0.0001"),
-    "a model that is a file": ([f"--model.backbone={DEMO}"], "is a file; give the folder"),
+    "a model that is a file": ([f"--model.backbone={DEMO}"], "is a file"),
     "no model": (["--model.backbone="], "--model.backbone is empty"),
     "no cache's folder": (["--model.cache="], "--model.cache is empty"),
     "no video's path": (["--data.video="], "--data.video is empty"),
-    "a part of one video": (["--data.part=2/3"], "of the clips of --data.manifest, and there is"),
-    "a root of one video": (["--data.root=/"], "of the clips of --data.manifest, and there is"),
+    "a part of one video": (["--data.part=2/3"], "--data.manifest"),
+    "a root of one video": (["--data.root=/"], "--data.manifest"),
     "no number": (["--model.guidance=.nan"], "guidance must be a finite number"),
     "a video for a configuration": ([f"--config={DEMO}"], "expected a YAML file for --config"),
     "a word of no option": (["--model.stepz=3"], "stepz"),
@@ -352,9 +352,9 @@ def test_an_option_that_a_configuration_leaves_empty(
 
 
 BAD_VIDEOS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "no video": (no_video, "is not a video that can be read"),
-    "no frames": (no_frames, "expected frames, found none; choose another file"),
-    "a truncated file": (truncated, "repair the file by re-encoding it"),
+    "no video": (no_video, "bad.mp4 is not a video"),
+    "no frames": (no_frames, "expected frames, found none"),
+    "a truncated file": (truncated, "re-encod"),
     "a corrupt frame": (corrupt, "frame 5 cannot be decoded"),
 }
 
@@ -386,8 +386,8 @@ def not_a_number(model: Path) -> None:
 
 
 BAD_MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "pickled weights": (pickled, "pickled weights are not read: convert them"),
-    "a missing component": (no_vae, "has no vae/; expected diffusers' layout"),
+    "pickled weights": (pickled, "pickled weights"),
+    "a missing component": (no_vae, "has no vae/"),
     "NaN": (not_a_number, "NaN or infinite values in inversion at step 0"),
 }
 
@@ -410,7 +410,8 @@ def test_an_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         main(["edit"])
     err = capsys.readouterr().err
-    assert "no command 'edit'; expected predict, evaluate, report, cache, plugins, doctor" in err
+    assert "'edit'" in err
+    assert all(name in err for name in COMMANDS)
 
 
 def test_doctor_finds_this_installation_well(capsys: pytest.CaptureFixture[str]) -> None:

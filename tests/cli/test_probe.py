@@ -13,9 +13,7 @@ from tests.cli.test_report import refused
 from tokenflow.cli.main import main
 from tokenflow.cli.probe import observe
 from tokenflow.diffusion import Backbone
-from tokenflow.engine.attention import self_attention_sites
 from tokenflow.engine.lightning import module
-from tokenflow.engine.probe import Observer
 from tokenflow.report import read_run
 from tokenflow.testing import tiny_clip
 from tokenflow.video import write_clip
@@ -46,11 +44,11 @@ def change(folder: Path, section: str, **values: str) -> None:
 
 def test_what_a_site_sees_at_a_step(runs: Path, backbone: Backbone) -> None:
     files = {file.name: file.read_bytes() for file in (runs / "mine").iterdir()}
-    site = self_attention_sites(backbone.unet)[0]
-    seen = observe(read_run(runs / "mine"), Observer(site.removesuffix(".processor"), 1))
+    site = next(iter(backbone.sites()))
+    seen = observe(read_run(runs / "mine"), site, 1)
     assert (seen.site, seen.step, seen.steps) == (site, 1, 3)
     assert seen.frames == list(range(6))
-    width = backbone.unet.get_submodule(site.removesuffix(".processor")).to_q.in_features
+    width = backbone.network.get_submodule(site).to_q.in_features
     assert seen.tokens.shape == (6, seen.parts[0][0].height, seen.parts[0][0].width, width)
     assert [frame for window, _ in seen.parts for frame in window.frames] == list(range(6))
     kept = 0

@@ -11,15 +11,15 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from tokenflow.diffusion import Backbone, Trajectory, invert
-from tokenflow.diffusion.backbone import COMPONENTS
-from tokenflow.editors import PnP
+from tokenflow.diffusion import StableDiffusion, Trajectory, invert
+from tokenflow.diffusion.stable_diffusion import COMPONENTS
+from tokenflow.editors import PnP, Prompts
 from tokenflow.engine import Settings, edit_latents
 from tokenflow.engine.keyframes import draw_keyframes, split_windows
 from tokenflow.propagation import NNField
 
 STEPS, FRAMES, EVERY, GUIDANCE = 4, 9, 2, 7.5
-PROMPTS = ["a red ball on sand", "a green cube", "a blue ball on sand"]  # source, negative, edit
+SOURCE, NEGATIVE, PROMPT = "a red ball on sand", "a green cube", "a blue ball on sand"
 
 Spans = list[tuple[list[int], list[int]]]
 Neighbours = Callable[[int, Sequence[int]], dict[int, float]]
@@ -35,16 +35,17 @@ TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module")
-def trajectory(backbone: Backbone) -> Trajectory:
+def trajectory(backbone: StableDiffusion) -> Trajectory:
     latents = torch.randn(FRAMES, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    return invert(backbone, latents, PROMPTS[0], backbone.schedule(STEPS), STEPS)
+    return invert(backbone, latents, SOURCE, backbone.schedule(STEPS), STEPS)
 
 
-def edited(backbone: Backbone, trajectory: Trajectory, editor: PnP, **settings: Any) -> Tensor:
-    source, negative, prompt = PROMPTS
+def edited(
+    backbone: StableDiffusion, trajectory: Trajectory, editor: PnP, **settings: Any
+) -> Tensor:
     return edit_latents(
-        backbone, trajectory, backbone.schedule(STEPS), editor, NNField(),
-        prompt, negative, source,
+        backbone, trajectory, backbone.schedule(STEPS), Prompts(PROMPT, NEGATIVE, SOURCE),
+        editor, NNField(),
         Settings(steps=STEPS, guidance=GUIDANCE, keyframe_every=EVERY, batch=3, **settings),
     )  # fmt: skip
 
@@ -110,7 +111,7 @@ def previous(frame: int, keyframes: Sequence[int]) -> dict[int, float]:
 
 
 def slowly_edited(
-    backbone: Backbone,
+    backbone: StableDiffusion,
     trajectory: Trajectory,
     features: int,
     attention: int,
@@ -119,14 +120,14 @@ def slowly_edited(
     neighbours: Neighbours,
 ) -> Tensor:
     """Edits with features and attention injected in the first so many steps."""
-    unet, text = backbone.unet, backbone.embed(PROMPTS)
+    unet, text = backbone.unet, backbone.embed([SOURCE, NEGATIVE, PROMPT])["embeddings"]
     scheduler = DDIMScheduler.from_config(backbone.scheduler.config)
     scheduler.set_timesteps(STEPS)
     before = dict(unet.attn_processors)
-    x = trajectory.at(int(scheduler.timesteps[0]))
+    x = trajectory.at(0)
 
-    def noise(frames: list[int], t: int) -> Tensor:
-        batch = torch.cat([trajectory.at(t)[frames], x[frames], x[frames]])
+    def noise(frames: list[int], t: int, step: int) -> Tensor:
+        batch = torch.cat([trajectory.at(step)[frames], x[frames], x[frames]])
         hidden = text.repeat_interleave(len(frames), dim=0)
         return unet(batch, t, encoder_hidden_states=hidden).sample
 
@@ -150,18 +151,18 @@ def slowly_edited(
             windows = split_windows(FRAMES, EVERY)
             drawn = draw_keyframes(windows, "random", 0, "clip", step)
             if joint:
-                output = noise(list(range(FRAMES)), t)
+                output = noise(list(range(FRAMES)), t, step)
             else:
                 parts = []
                 for here, seen in spans[step % 2]:
                     for site in sites.values():
                         site.weights = None
-                    noise([drawn[k] for k in seen], t)
+                    noise([drawn[k] for k in seen], t, step)
                     frames = [frame for number in here for frame in windows[number]]
                     around = [neighbours(frame, drawn) for frame in frames]
                     for site in sites.values():
                         site.weights = [{seen.index(k): w for k, w in a.items()} for a in around]
-                    parts.append(noise(frames, t).unflatten(0, (3, -1)))
+                    parts.append(noise(frames, t, step).unflatten(0, (3, -1)))
                 output = torch.cat(parts, dim=1).flatten(0, 1)
         _, negative, prompt = output.chunk(3)
         x = scheduler.step(negative + GUIDANCE * (prompt - negative), t, x).prev_sample
@@ -180,7 +181,7 @@ def slowly_edited(
     ],
 )
 def test_agrees_with_the_algorithm_written_out_slowly(
-    backbone: Backbone,
+    backbone: StableDiffusion,
     trajectory: Trajectory,
     settings: Any,
     spans: list[Spans],
@@ -196,7 +197,7 @@ def test_agrees_with_the_algorithm_written_out_slowly(
 
 
 def test_frames_on_their_own_are_what_diffusers_pipeline_makes(
-    backbone: Backbone, trajectory: Trajectory
+    backbone: StableDiffusion, trajectory: Trajectory
 ) -> None:
     editor = PnP(features=0.0, attention=0.0)
     result = edited(backbone, trajectory, editor, consistency="none")
@@ -206,7 +207,7 @@ def test_frames_on_their_own_are_what_diffusers_pipeline_makes(
     )
     pipeline.set_progress_bar_config(disable=True)
     expected = pipeline(
-        [PROMPTS[2]] * FRAMES, negative_prompt=[PROMPTS[1]] * FRAMES,
+        [PROMPT] * FRAMES, negative_prompt=[NEGATIVE] * FRAMES,
         height=16, width=16, num_inference_steps=STEPS, guidance_scale=GUIDANCE,
         latents=trajectory.latents[0].clone(), output_type="latent",
     ).images  # fmt: skip

@@ -1,39 +1,38 @@
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
-from tokenflow.diffusion import Backbone
-from tokenflow.editors import Edit, Pass, PnP
-from tokenflow.engine import Settings, attention, edit_clip
+from tests.gaussian_flow import OneHead, Tokens
+from tokenflow.diffusion.sites import DiffusersSite
 from tokenflow.engine.attention import (
+    AttentionSwitch,
     Bank,
     JointAttention,
+    Matcher,
     PropagatedAttention,
-    installed,
-    processors,
-    self_attention_sites,
 )
+from tokenflow.engine.keyframes import neighbourhood, split_windows
 from tokenflow.errors import PluginError
-from tokenflow.propagation import Correspondence, NNField
-from tokenflow.video import Clip
+from tokenflow.propagation import Correspondence, Propagation, Window
 
 BRANCHES, FRAMES, TOKENS, HEADS, WIDTH = 3, 4, 6, 2, 3
 CHANNELS = HEADS * WIDTH
+SIZE = (2, 3)
 
 
 @pytest.fixture
-def layer() -> Attention:
+def site() -> DiffusersSite:
     """A self-attention as diffusers' transformer blocks make it."""
     torch.manual_seed(0)
-    return Attention(CHANNELS, heads=HEADS, dim_head=WIDTH).requires_grad_(False)
+    layer = Attention(CHANNELS, heads=HEADS, dim_head=WIDTH)
+    return DiffusersSite("here", layer.requires_grad_(False))
 
 
 @pytest.fixture
@@ -63,201 +62,165 @@ def naive_joint(layer: Attention, tokens: Tensor) -> Tensor:
     return nn.functional.linear(result, out.weight.double(), out.bias.double()).flatten(0, 1)
 
 
-def test_joint_attention_agrees_with_a_naive_loop(layer: Attention, tokens: Tensor) -> None:
-    result = JointAttention(BRANCHES)(layer, tokens)
+def test_joint_attention_agrees_with_a_naive_loop(site: DiffusersSite, tokens: Tensor) -> None:
+    result = JointAttention(BRANCHES)(site, tokens)
     # float32 against float64: a few sums of at most 24 products of numbers near 1
-    assert torch.allclose(result.double(), naive_joint(layer, tokens), rtol=0, atol=1e-5)
+    assert torch.allclose(result.double(), naive_joint(site.layer, tokens), rtol=0, atol=1e-5)
 
 
-def test_the_source_branch_is_as_without_tokenflow(layer: Attention, tokens: Tensor) -> None:
-    result, plain = JointAttention(BRANCHES)(layer, tokens), layer(tokens)
+def test_the_source_branch_is_as_without_tokenflow(site: DiffusersSite, tokens: Tensor) -> None:
+    result, plain = JointAttention(BRANCHES)(site, tokens), site.layer(tokens)
     # two orders of the same float32 operations
     assert torch.allclose(result[:FRAMES], plain[:FRAMES], rtol=0, atol=1e-6)
     assert not torch.allclose(result[FRAMES:], plain[FRAMES:], rtol=0, atol=1e-3)
 
 
+class Watched(TorchFunctionMode):
+    """Keeps the queries, keys and values of every attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kw: Any = None) -> Any:
+        if function is scaled_dot_product_attention:
+            self.seen.append(args)
+        return function(*args, **(kw or {}))
+
+
 def test_joint_attention_keeps_fused_kernels_and_repeats_nothing(
-    layer: Attention, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+    site: DiffusersSite, tokens: Tensor
 ) -> None:
-    seen: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def spy(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        seen.append((q, k, v))
-        return nn.functional.scaled_dot_product_attention(q, k, v, **options)
-
-    monkeypatch.setattr(attention, "scaled_dot_product_attention", spy)
-    JointAttention(BRANCHES)(layer, tokens)
-    assert [tuple(k.shape) for _, k, _ in seen] == [
+    with Watched() as watched:
+        JointAttention(BRANCHES)(site, tokens)
+    assert [tuple(k.shape) for _, k, _ in watched.seen] == [
         (FRAMES, HEADS, TOKENS, WIDTH),
         (1, HEADS, FRAMES * TOKENS, WIDTH),
         (1, HEADS, FRAMES * TOKENS, WIDTH),
     ]
-    for x in itertools.chain(*seen):
+    for x in itertools.chain(*watched.seen):
         assert x.ndim == 4
         assert x.numel() == FRAMES * TOKENS * CHANNELS
 
 
-def test_the_bank_holds_what_went_in_and_what_came_out(layer: Attention, tokens: Tensor) -> None:
+def test_the_bank_has_what_went_in_and_what_came_out(site: DiffusersSite, tokens: Tensor) -> None:
     bank = Bank()
-    result = JointAttention(BRANCHES, "here", bank)(layer, tokens)
+    result = JointAttention(BRANCHES, bank)(site, tokens)
     assert torch.equal(bank.source["here"], tokens[:FRAMES])
     assert torch.equal(bank.outputs["here"], result.unflatten(0, (BRANCHES, FRAMES)))
 
 
-def test_propagation_replaces_the_output_in_all_branches(layer: Attention, tokens: Tensor) -> None:
-    outputs = torch.randn(BRANCHES, 2, TOKENS, CHANNELS)
-    asked: list[Tensor] = []
+def test_keys_and_values_are_those_of_all_ranks(site: DiffusersSite, tokens: Tensor) -> None:
+    """The second half of the keyframes is another rank's, and its last one this rank's halo."""
+    whole = tokens.unflatten(0, (BRANCHES, FRAMES))
+    own, others = (half.flatten(0, 1) for half in whole.split(2, dim=1))
+    theirs: list[Tensor] = []
+    JointAttention(BRANCHES, all_gather=lambda kv: theirs.append(kv) or kv)(site, others)
+    bank = Bank()
+    joint = JointAttention(
+        BRANCHES,
+        bank,
+        all_gather=lambda kv: torch.cat([kv, theirs[0]]),
+        exchange_halo=lambda seen: torch.cat([seen, seen[:1]]),
+    )
+    result = joint(site, own)
+    expected = JointAttention(BRANCHES)(site, tokens).unflatten(0, (BRANCHES, FRAMES))
+    # float32 sums over the keys in one order
+    assert torch.allclose(result.unflatten(0, (BRANCHES, 2)), expected[:, :2], rtol=0, atol=1e-6)
+    assert torch.equal(bank.source["here"], whole[0][[0, 1, 0]])
+    assert bank.outputs["here"].shape == (BRANCHES, 3, TOKENS, CHANNELS)
 
-    def take(source: Tensor) -> Tensor:
-        asked.append(source)
-        shift = torch.arange(TOKENS).roll(1) + TOKENS  # of the second keyframe
-        indices = shift.expand(FRAMES, -1)[..., None]
-        return Correspondence(indices, torch.ones(FRAMES, TOKENS, 1)).gather(outputs)
 
-    result = PropagatedAttention(BRANCHES, take)(layer, tokens)
-    assert torch.equal(asked[0], tokens[:FRAMES])
-    expected = outputs[:, 1].roll(1, dims=1)[:, None].expand(-1, FRAMES, -1, -1)
+class Second(Propagation):
+    """Every token takes the one before it in the second keyframe."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Tensor, Tensor, Window]] = []
+
+    def correspond(self, source: Tensor, keys: Tensor, window: Window) -> Correspondence:
+        self.asked.append((source, keys, window))
+        indices = (torch.arange(TOKENS).roll(1) + TOKENS).expand(FRAMES, -1)[..., None]
+        return Correspondence(indices, torch.ones(FRAMES, TOKENS, 1))
+
+
+def propagated(
+    kernel: Propagation, tokens: Tensor, site: DiffusersSite, step: int = 3, **options: Any
+) -> tuple[Tensor, Bank]:
+    """A propagated pass of four frames between the second and third of three keyframes."""
+    generator = torch.Generator().manual_seed(2)
+    bank = Bank(
+        {"here": torch.randn(3, TOKENS, CHANNELS, generator=generator)},
+        {"here": torch.randn(BRANCHES, 3, TOKENS, CHANNELS, generator=generator)},
+    )
+    window, used = neighbourhood(
+        range(4, 8), split_windows(12, 4), (1, 4, 9), step=step, steps=9
+    )  # fmt: skip
+    assert used == [1, 2]
+    matcher = options.get("matcher") or Matcher(kernel, SIZE, look=options.get("look"))
+    return PropagatedAttention(BRANCHES, bank, matcher, window, used)(site, tokens), bank
+
+
+def test_propagation_replaces_the_output_in_all_branches(
+    site: DiffusersSite, tokens: Tensor
+) -> None:
+    kernel = Second()
+    result, bank = propagated(kernel, tokens, site)
+    expected = bank.outputs["here"][:, 2].roll(1, dims=1)[:, None].expand(-1, FRAMES, -1, -1)
     assert torch.equal(result.unflatten(0, (BRANCHES, FRAMES)), expected)
 
 
-def test_sites_are_all_self_attentions(backbone: Backbone) -> None:
-    expected = {
-        f"{name}.processor"
-        for name, module in backbone.unet.named_modules()
-        if isinstance(module, Attention) and not module.is_cross_attention
-    }
-    sites = self_attention_sites(backbone.unet)
-    assert len(sites) == 16  # two in each of three encoder blocks, one in the middle, nine above
-    assert set(sites) == expected
-
-
-def output(unet: UNet2DConditionModel) -> Tensor:
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randn(BRANCHES, 4, 8, 8, generator=generator)
-    text = torch.randn(BRANCHES, 5, 16, generator=generator)
-    with torch.no_grad():
-        return unet(x, 500, encoder_hidden_states=text).sample
-
-
-@contextmanager
-def unchanged(unet: UNet2DConditionModel) -> Iterator[Tensor]:
-    """Fails unless the UNet comes out of the block exactly as it went in; gives its output."""
-    before, attention_processors = output(unet), dict(unet.attn_processors)
-    yield before
-    after = unet.attn_processors
-    assert list(after) == list(attention_processors)
-    assert all(after[site] is attention_processors[site] for site in after)
-    for module in unet.modules():
-        assert not module._forward_hooks
-        assert not module._forward_pre_hooks
-        assert "forward" not in vars(module)
-    assert torch.equal(output(unet), before)
-
-
-def joint(_: str) -> JointAttention:
-    return JointAttention(BRANCHES)
-
-
-def test_processors_are_on_in_their_block_alone(backbone: Backbone) -> None:
-    unet = backbone.unet
-    with unchanged(unet) as before:
-        with processors(unet, joint):
-            changed = [s for s, p in unet.attn_processors.items() if isinstance(p, JointAttention)]
-            assert changed == self_attention_sites(unet)
-            assert output(unet).shape == before.shape
-        with processors(unet, lambda _: lambda attn, x, *_, **__: torch.zeros_like(x)):
-            assert not torch.allclose(output(unet), before)
-
-
-def test_edits_are_on_in_their_block_alone(backbone: Backbone) -> None:
-    unet = backbone.unet
-    with unchanged(unet) as before:
-        with installed(PnP().edits(unet), BRANCHES):
-            edited = output(unet)
-        assert not torch.allclose(edited, before)
-        # nothing touches the source branch
-        assert torch.equal(edited[0], before[0])
-
-
-def test_an_edit_is_given_the_branches_and_the_source() -> None:
-    module = nn.Identity()
-    x = torch.arange(12.0).reshape(6, 2)  # three branches of two frames
-
-    def add(edited: Tensor, source: Tensor) -> Tensor:
-        assert torch.equal(source, x[:2])
-        assert torch.equal(edited, x[2:].unflatten(0, (2, 2)))
-        return edited + source
-
-    with installed([Edit(module, add)], BRANCHES):
-        assert torch.equal(module(x), torch.cat([x[:2], x[2:4] + x[:2], x[4:] + x[:2]]))
-    assert torch.equal(module(x), x)
-
-
-def raising(*_: Any, **__: Any) -> Any:
-    raise RuntimeError("midway")
-
-
-@pytest.mark.parametrize("where", ["block", "edit", "processor", "make"])
-def test_nothing_remains_after_an_exception(backbone: Backbone, where: str) -> None:
-    unet = backbone.unet
-    edits: Sequence[Edit] = PnP().edits(unet)
-    make: Callable[[str], Any] = joint
-    if where == "edit":
-        edits = [*edits, Edit(unet.up_blocks[2].resnets[0].conv2, raising)]
-    elif where == "processor":
-        last = self_attention_sites(unet)[-1]
-        make = lambda site: raising if site == last else joint(site)  # noqa: E731
-    elif where == "make":
-        make = raising
-
-    def run() -> None:
-        with installed(edits, BRANCHES), processors(unet, make):
-            output(unet)
-            if where == "block":
-                raising()
-
-    with unchanged(unet), pytest.raises(RuntimeError, match="midway"):
-        run()
-
-
-def test_nothing_remains_after_edits_that_fail_to_install(backbone: Backbone) -> None:
-    def edits() -> Iterator[Edit]:
-        yield from PnP().edits(backbone.unet)
-        raise RuntimeError("midway")
-
-    with (
-        unchanged(backbone.unet),
-        pytest.raises(RuntimeError, match="midway"),
-        installed(edits(), BRANCHES),
-    ):
-        pass
-
-
-class RaisingPnP(PnP):
-    """Raises at the second step, in its `calls`-th pass of the run."""
-
-    def __init__(self, calls: int) -> None:
-        super().__init__(attention=1.0, features=1.0)
-        self.calls = calls
-
-    def conditioning(self, forward: Pass) -> dict[str, Any]:
-        self.calls -= len(forward.branches) == 3  # not inversion's
-        return {} if self.calls else raising()
-
-
-@pytest.mark.parametrize(
-    ("consistency", "calls"), [("tokenflow", 4), ("tokenflow", 6), ("joint", 2), ("none", 3)]
-)
-def test_nothing_remains_after_a_clip_that_fails(
-    backbone: Backbone, clip: Clip, consistency: Any, calls: int
+def test_a_kernel_is_given_source_tokens_and_where_they_are(
+    site: DiffusersSite, tokens: Tensor
 ) -> None:
-    # tokenflow makes three passes a step: the keyframes', then two over the nine frames
-    settings = Settings(steps=2, keyframe_every=4, consistency=consistency)
-    with unchanged(backbone.unet), pytest.raises(PluginError, match=r"RaisingPnP .*midway"):
-        edit_clip(backbone, clip, "a ball", RaisingPnP(calls), NNField(), settings=settings)
+    kernel = Second()
+    shown: list[Any] = []
+    _, bank = propagated(kernel, tokens, site, look=lambda *args: shown.append(args))
+    ((source, keys, window),) = kernel.asked
+    assert torch.equal(source, tokens[:FRAMES])
+    assert torch.equal(keys, bank.source["here"][1:])
+    assert (window.site, window.height, window.width) == ("here", *SIZE)
+    assert (window.step, window.steps) == (3, 9)
+    assert (window.frames, window.keyframes) == ((4, 5, 6, 7), (4, 9))
+    assert window.motion is None
+    ((seen, at, found),) = shown
+    assert seen is source
+    assert at is window
+    assert isinstance(found, Correspondence)
 
 
-def test_nothing_remains_after_a_clip(backbone: Backbone, clip: Clip) -> None:
-    settings = Settings(steps=2, keyframe_every=4)
-    with unchanged(backbone.unet):
-        edit_clip(backbone, clip, "a ball", PnP(), NNField(), settings=settings)
+class Wrong(Second):
+    """Weights that do not sum to 1."""
+
+    def correspond(self, source: Tensor, keys: Tensor, window: Window) -> Correspondence:
+        found = super().correspond(source, keys, window)
+        return Correspondence(found.indices, 2 * found.weights)
+
+
+def test_answers_are_checked_in_the_first_step_that_runs(
+    site: DiffusersSite, tokens: Tensor
+) -> None:
+    with pytest.raises(PluginError, match="Wrong of .* at here: expected rows of weights that sum"):
+        propagated(Wrong(), tokens, site)
+    kernel = Second()
+    matcher = Matcher(kernel, SIZE)
+    propagated(kernel, tokens, site, step=3, matcher=matcher)
+    matcher.kernel = Wrong()
+    propagated(kernel, tokens, site, step=4, matcher=matcher)
+    with pytest.raises(PluginError, match="expected rows of weights that sum"):
+        propagated(kernel, tokens, site, step=3, matcher=matcher)
+
+
+def test_a_switch_changes_all_sites_between_passes() -> None:
+    layers = [Tokens(), Tokens()]
+    switch = AttentionSwitch({f"{i}": OneHead(f"{i}", layer) for i, layer in enumerate(layers)})
+    x = torch.randn(2, TOKENS, CHANNELS)
+    plain = layers[0](x)
+
+    def zero(site: Any, hidden_states: Tensor, **_: Any) -> Tensor:
+        return torch.zeros_like(hidden_states)
+
+    with switch.installed():
+        assert all(torch.equal(layer(x), plain) for layer in layers)
+        switch.attention = zero
+        assert not any(layer(x).any() for layer in layers)
+    assert all(torch.equal(layer(x), plain) for layer in layers)

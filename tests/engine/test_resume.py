@@ -1,14 +1,15 @@
-"""What a run keeps: found again by what it depends on, and going on as if never interrupted."""
+"""Cached inversions and sampling checkpoints: their keys, and runs that are resumed from them."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -18,11 +19,11 @@ from torch import Tensor
 from tests.diffusion.making import make_controlnet
 from tests.on_ranks import on_ranks
 from tokenflow.diffusion import Backbone
-from tokenflow.editors import ControlNet, ControlVideo, Editor, PnP, SDEdit
+from tokenflow.editors import ControlNet, ControlVideo, Editor, PnP, Prompts, SDEdit
 from tokenflow.engine import Result, Settings, edit_clip
 from tokenflow.engine.keyframes import split_windows
 from tokenflow.engine.ranks.group import FrameGroup
-from tokenflow.engine.resume import Recall
+from tokenflow.engine.resume import ResumeStore
 from tokenflow.errors import Preempted
 from tokenflow.propagation import NNField
 from tokenflow.storage.cache import Cache
@@ -34,15 +35,15 @@ CLIP = tiny_clip(7)
 
 
 class Counting:
-    """Counts the stages' steps, and asks to stop at one of them."""
+    """Counts the stages' steps, and stops at one of them."""
 
     def __init__(self, stop: tuple[str, int] | None = None) -> None:
         self.steps: dict[str, int] = {}
-        self.stop, self.asked = stop, False
+        self.stop = stop
 
-    def __call__(self, stage: str, step: int, steps: int) -> None:
+    def __call__(self, stage: str, step: int, steps: int) -> Literal["stop"] | None:
         self.steps[stage] = self.steps.get(stage, 0) + 1
-        self.asked = self.asked or (stage, step) == self.stop
+        return "stop" if (stage, step) == self.stop else None
 
 
 def edit(
@@ -55,15 +56,15 @@ def edit(
     editor: Editor | None = None,
     described: str | None = None,
     kernel: str = "NNField()",
-    **options: Any,
+    ranks: FrameGroup | None = None,
+    **prompts: str,
 ) -> Result:
-    counting = counting or Counting()
     editor = editor or PnP()
     described = described or f"{type(editor).__name__}({vars(editor)})"
-    recall = cache and Recall(cache, described, kernel, 2)
+    store = cache and ResumeStore(cache, described, kernel, 2)
     return edit_clip(
-        backbone, clip, prompt, editor, NNField(), settings=settings, progress=counting,
-        group=FrameGroup(asked=lambda: counting.asked), recall=recall, **options,
+        backbone, clip, Prompts(prompt, **prompts), editor, NNField(), settings,
+        on_step=counting or Counting(), store=store, ranks=ranks,
     )  # fmt: skip
 
 
@@ -81,7 +82,7 @@ def test_another_prompt_does_not_invert_again(backbone: Backbone, cache: Cache) 
     edit(backbone, cache, counting=first)
     assert first.steps == {"encode": 4, "invert": 16, "edit": 4, "decode": 4}
     found = edit(backbone, cache, "a box", counting=second)
-    assert second.steps == {"recall": 1, "edit": 4, "decode": 4}
+    assert second.steps == {"cached": 1, "edit": 4, "decode": 4}
     assert torch.equal(found.clip.frames, edit(backbone, None, "a box").clip.frames)
     assert kinds(cache).count("inversion") == 7
 
@@ -110,7 +111,7 @@ def test_what_inversion_depends_on_is_part_of_the_key(
     edit(backbone, cache)
     counting = Counting()
     edit(backbone, cache, counting=counting, **CHANGES[change](backbone))
-    assert "recall" not in counting.steps
+    assert "cached" not in counting.steps
 
 
 def configured(part: str, **values: Any) -> Callable[[Path], None]:
@@ -153,7 +154,7 @@ MODELS: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("change", MODELS)
-def test_another_model_is_told_from_it(
+def test_a_changed_model_has_another_fingerprint(
     backbone: Backbone, model_folder: Path, tmp_path: Path, change: str
 ) -> None:
     folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
@@ -162,7 +163,7 @@ def test_another_model_is_told_from_it(
     assert Backbone.load(folder, "cpu").fingerprint != backbone.fingerprint
 
 
-def test_what_a_model_was_asked_does_not_change_what_it_is(model_folder: Path) -> None:
+def test_a_used_model_has_the_same_fingerprint(model_folder: Path) -> None:
     asked, fresh = Backbone.load(model_folder, "cpu"), Backbone.load(model_folder, "cpu")
     asked.embed(["a ball"])
     # diffusers notes in no fixed order what a file left out
@@ -170,28 +171,34 @@ def test_what_a_model_was_asked_does_not_change_what_it_is(model_folder: Path) -
     assert asked.fingerprint == fresh.fingerprint
 
 
-@pytest.mark.parametrize("what", ["content", "load"])
-def test_who_finds_a_long_clip_again_stops_when_asked_to(
+@pytest.mark.parametrize("what", ["cache_key", "load", "encode"])
+def test_a_signal_ends_at_once_what_comes_before_sampling(
     backbone: Backbone, cache: Cache, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    edit(backbone, cache)
-    counting, calls = Counting(), 0
-    owner, name = {"content": (PnP, "content"), "load": (Cache, "load")}[what]
-    before = getattr(owner, name)
+    if what != "encode":
+        edit(backbone, cache)
+    ranks, calls = FrameGroup(), 0
+    owner = {"cache_key": PnP, "load": Cache, "encode": type(backbone)}[what]
+    before = getattr(owner, what)
 
-    def counted(self: Any, *args: Any) -> Any:
+    def signalled(self: Any, *args: Any) -> Any:
         nonlocal calls
-        calls, counting.asked = calls + 1, True
+        calls += 1
+        signal.raise_signal(signal.SIGTERM)
         return before(self, *args)
 
-    monkeypatch.setattr(owner, name, counted)
-    with pytest.raises(Preempted):
-        edit(backbone, cache, counting=counting)
-    assert calls <= SETTINGS.batch < len(CLIP)
+    monkeypatch.setattr(owner, what, signalled)
+    ranks.preemption.install()
+    try:
+        with pytest.raises(Preempted):
+            edit(backbone, cache, ranks=ranks)
+    finally:
+        ranks.preemption.restore()
+    assert calls == 1
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone"])
-def test_what_is_damaged_is_computed_anew(backbone: Backbone, cache: Cache, damage: str) -> None:
+def test_a_damaged_file_is_computed_again(backbone: Backbone, cache: Cache, damage: str) -> None:
     expected = edit(backbone, cache).clip.frames
     path = next(entry.path for entry in cache.entries() if entry.kind == "inversion")
     path.unlink() if damage == "gone" else path.write_bytes(path.read_bytes()[:-3])
@@ -214,11 +221,11 @@ def test_an_editor_with_an_influence_on_inversion_is_part_of_its_key(
         for expected in (0, 1):
             counting = Counting()
             edit(backbone, cache, editor=ControlNet(model, **options), counting=counting)
-            assert counting.steps.get("recall", 0) == expected
+            assert counting.steps.get("cached", 0) == expected
     for editor in (SDEdit(0.5), ControlNet(model), ControlNet(model, scale=0.5)):  # they have none
         counting = Counting()
         edit(backbone, cache, editor=editor, counting=counting)
-        assert counting.steps["recall"] == 1
+        assert counting.steps["cached"] == 1
 
 
 def show(folder: Path, images: Tensor) -> None:
@@ -274,7 +281,7 @@ def test_equal_frames_under_different_controls_are_kept_apart(
 
 
 @pytest.mark.parametrize("change", [other_image, other_weights, None])
-def test_a_sampling_under_another_control_is_not_gone_on_with(
+def test_a_sampling_under_another_control_is_not_resumed(
     backbone: Backbone, cache: Cache, controls: Path, change: Callable[..., None] | None
 ) -> None:
     with pytest.raises(Preempted):
@@ -284,7 +291,7 @@ def test_a_sampling_under_another_control_is_not_gone_on_with(
     counting = Counting()
     edit(backbone, cache, counting=counting, **control(controls))
     assert counting.steps["edit"] == (1 if change is None else 4)
-    assert counting.steps["recall"] == 1  # inversion has seen nothing of it
+    assert counting.steps["cached"] == 1  # inversion has seen nothing of it
 
 
 STOPS = [("encode", 2), ("invert", 5), ("edit", 1), ("edit", 2), ("edit", 3), ("decode", 2)]
@@ -292,7 +299,7 @@ STOPS = [("encode", 2), ("invert", 5), ("edit", 1), ("edit", 2), ("edit", 3), ("
 
 @pytest.mark.parametrize("stop", STOPS, ids=str)
 @pytest.mark.parametrize("editor", [PnP(), SDEdit(0.75)], ids=["pnp", "sdedit"])
-def test_an_interrupted_run_goes_on_bit_for_bit(
+def test_an_interrupted_run_is_resumed_bit_for_bit(
     backbone: Backbone, cache: Cache, stop: tuple[str, int], editor: Editor
 ) -> None:
     expected = edit(backbone, None, editor=editor).clip.frames
@@ -309,13 +316,13 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
     if stage == "decode":
         assert "edit" not in counting.steps
     if stage == "invert":
-        assert counting.steps["recall"] == 1  # one batch was through
-    assert result.kept is not None
-    result.kept.forget()
+        assert counting.steps["cached"] == 1  # one batch was through
+    assert result.checkpoint is not None
+    result.checkpoint.remove()
     assert "sampling" not in kinds(cache)
 
 
-def test_a_sampling_is_kept_now_and_then(backbone: Backbone, cache: Cache) -> None:
+def test_checkpoints_are_written_every_few_steps(backbone: Backbone, cache: Cache) -> None:
     """What a killed process leaves: here an exception that nothing foresees."""
 
     class Killed(BaseException):
@@ -347,7 +354,7 @@ SAMPLING_CHANGES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("change", SAMPLING_CHANGES)
-def test_another_edit_does_not_go_on_from_it(backbone: Backbone, cache: Cache, change: str) -> None:
+def test_another_edit_is_not_resumed_from_it(backbone: Backbone, cache: Cache, change: str) -> None:
     with pytest.raises(Preempted):
         edit(backbone, cache, counting=Counting(("edit", 3)))
     counting = Counting()
@@ -355,7 +362,7 @@ def test_another_edit_does_not_go_on_from_it(backbone: Backbone, cache: Cache, c
     assert counting.steps["edit"] == 4
 
 
-def test_who_lowers_the_batch_goes_on(backbone: Backbone, cache: Cache) -> None:
+def test_a_run_with_a_lower_batch_is_resumed(backbone: Backbone, cache: Cache) -> None:
     with pytest.raises(Preempted):
         edit(backbone, cache, counting=Counting(("edit", 3)))
     counting = Counting()
@@ -380,69 +387,62 @@ def test_a_cache_that_vanishes_costs_no_result(backbone: Backbone, cache: Cache,
     assert kinds(cache) == (["sampling"] if left == "nothing" else [])
 
 
-def test_without_a_description_only_inversions_are_kept(backbone: Backbone, cache: Cache) -> None:
-    edit_clip(backbone, CLIP, "a ball", PnP(), NNField(), settings=SETTINGS, recall=Recall(cache))
+def test_without_a_description_only_inversions_are_cached(backbone: Backbone, cache: Cache) -> None:
+    edit_clip(backbone, CLIP, "a ball", PnP(), NNField(), SETTINGS, store=ResumeStore(cache))
     assert set(kinds(cache)) == {"inversion"}
 
 
-def stopped_on_ranks(model: Path, folder: Path, stop: tuple[str, int], who: int) -> str:
-    """How a rank of a group ends of which one is asked to stop."""
-    backbone, group = Backbone.load(model, device="cpu"), FrameGroup.join()
-    counting = Counting(stop if group.rank == who else None)
-    group.asked = lambda: counting.asked
+def on_this_rank(
+    model: Path, folder: Path, stop: tuple[str, int] | None = None, who: int = 0
+) -> tuple[Tensor | None, dict[str, int]]:
+    """A rank's frames, if it is not stopped, and the steps that it took."""
+    backbone, ranks = Backbone.load(model, device="cpu"), FrameGroup.join()
+    counting = Counting(stop if ranks.rank == who else None)
+    store = ResumeStore(Cache(folder), "PnP()", "NNField()", 2)
+    shard = ranks.shard(split_windows(len(CLIP), SETTINGS.keyframe_every))
     try:
-        part(backbone, group, Cache(folder), counting)
+        result = edit_clip(
+            backbone, CLIP.part(shard.positions(shard.halo)), "a ball", PnP(), NNField(), SETTINGS,
+            on_step=counting, ranks=ranks, store=store,
+        )  # fmt: skip
     except Preempted:
-        return f"stopped after {counting.steps}"
-    return "done"
+        return None, counting.steps
+    return result.clip.frames[: shard.frame_counts[ranks.rank]], counting.steps
 
 
-def resumed_on_ranks(model: Path, folder: Path) -> tuple[Tensor, dict[str, int]]:
-    """A rank's frames, and the steps it took."""
-    backbone, counting = Backbone.load(model, device="cpu"), Counting()
-    frames = part(backbone, FrameGroup.join(), Cache(folder), counting)
-    return frames, counting.steps
-
-
-def part(backbone: Backbone, group: FrameGroup, cache: Cache, counting: Counting) -> Tensor:
-    share = group.share(split_windows(len(CLIP), SETTINGS.keyframe_every))
-    clip = CLIP.part(share.positions(share.held))
-    result = edit_clip(
-        backbone, clip, "a ball", PnP(), NNField(), settings=SETTINGS, progress=counting,
-        group=group, recall=Recall(cache, "PnP()", "NNField()", 2),
-    )  # fmt: skip
-    return result.clip.frames[: share.frame_counts[group.rank]]
-
-
-def whole_on_ranks(size: int, model: Path, folder: Path) -> Tensor:
-    """All frames of an edit that nobody stops."""
-    parts = on_ranks(size, folder, resumed_on_ranks, model, folder / "cache")
+def whole(parts: list[tuple[Tensor, dict[str, int]]]) -> Tensor:
+    """All frames."""
     return torch.cat([frames for frames, _ in parts])
 
 
-@pytest.mark.parametrize("stop", [("invert", 2), ("edit", 3), ("decode", 1)], ids=str)
-@pytest.mark.parametrize("who", [0, 1])
-def test_ranks_stop_at_the_same_step_and_others_go_on(
-    model_folder: Path, tmp_path: Path, stop: tuple[str, int], who: int
+@pytest.fixture(scope="module")
+def both(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Tensor:
+    """What two ranks make of the clip."""
+    folder = tmp_path_factory.mktemp("both")
+    return whole(on_ranks(2, folder, on_this_rank, model_folder, folder / "cache"))
+
+
+@pytest.mark.parametrize(
+    ("stop", "who"), [(("invert", 2), 1), (("edit", 3), 0), (("edit", 3), 1), (("decode", 1), 0)]
+)
+def test_ranks_stop_at_the_same_step_and_others_are_resumed(
+    model_folder: Path, tmp_path: Path, both: Tensor, stop: tuple[str, int], who: int
 ) -> None:
-    cache = tmp_path / "kept"
-    said = on_ranks(2, tmp_path / "a", stopped_on_ranks, model_folder, cache, stop, who)
-    assert all(words.startswith("stopped after") for words in said)
-    if stop[0] == "edit":
-        assert all("'edit': 3" in words and "decode" not in words for words in said)
-    both = whole_on_ranks(2, model_folder, tmp_path / "both")
+    cache = tmp_path / "cache"
+    stopped = on_ranks(2, tmp_path / "a", on_this_rank, model_folder, cache, stop, who)
+    assert all(frames is None for frames, _ in stopped)
+    edits = {"invert": 4, "edit": 1, "decode": 0}[stop[0]]
+    assert all(steps.get("edit", 0) == 4 - edits for _, steps in stopped)
     # another number of ranks: sums over keyframes in another order
-    for size in (2, 1, 3) if stop[0] == "edit" else (2,):
-        kept = tmp_path / f"kept{size}"
-        kept.mkdir()
-        for file in cache.rglob("*.safetensors"):
-            (kept / file.parent.name).mkdir(exist_ok=True)
-            (kept / file.parent.name / file.name).hardlink_to(file)
-        again = on_ranks(size, tmp_path / f"c{size}", resumed_on_ranks, model_folder, kept)
-        frames = torch.cat([frames for frames, _ in again])
-        assert torch.equal(frames, both) if size == 2 else torch.allclose(frames, both, 0, 1e-4)
-        if stop[0] == "edit":
-            assert all(steps["edit"] == 1 for _, steps in again)
+    for size in (2, 3) if (stop, who) == (("edit", 3), 0) else (2,):
+        kept = Path(shutil.copytree(cache, tmp_path / f"cache{size}"))
+        again = on_ranks(size, tmp_path / f"{size}", on_this_rank, model_folder, kept)
+        assert all(steps.get("edit", 0) == edits for _, steps in again)
+        assert (
+            torch.equal(whole(again), both)
+            if size == 2
+            else torch.allclose(whole(again), both, 0, 1e-4)
+        )
 
 
 UNFIT: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
@@ -457,7 +457,7 @@ UNFIT: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
 
 @pytest.mark.parametrize("change", UNFIT)
 @pytest.mark.parametrize("kind", ["inversion", "sampling"])
-def test_what_is_whole_but_does_not_fit_is_computed_anew(
+def test_a_whole_file_that_does_not_fit_is_computed_again(
     backbone: Backbone, cache: Cache, kind: str, change: str
 ) -> None:
     """As another version, or another program, may have left it under a key."""

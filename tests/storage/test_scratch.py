@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from tokenflow.errors import InputError
-from tokenflow.storage.scratch import room
+from tokenflow.storage.scratch import empty_or_memmap
 
 
 @pytest.mark.parametrize("budget", [0, 10**6])
 def test_room_holds_what_is_put_in_it(budget: int) -> None:
     values = torch.rand(3, 5, 7)
-    there = room(3, 5, 7, budget=budget)
+    there = empty_or_memmap(3, 5, 7, budget=budget)
     there[:, 2] = values[:, 2]
     there[0] = values[0]
     assert torch.equal(there[0], values[0])
@@ -24,6 +24,6 @@ def test_a_disk_that_is_full_is_known_at_once() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
         with pytest.raises(InputError, match="free some space there, or name another folder"):
-            room(1000, budget=0)
+            empty_or_memmap(1000, budget=0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -41,6 +41,7 @@ def test_a_pixel_is_the_objects_whose_colour_is_nearer() -> None:
     assert object_mask(image, truth, mask).tolist() == [[False, True]]
 
 
+# of 16 stills 13 have their shape, overlap 0.91 (14 and 0.91 on the next seeds, 4 and 0.17 without)
 @pytest.mark.parametrize(("each", "steps"), [(4, 10), pytest.param(8, 15, marks=pytest.mark.full)])
 def test_edges_alone_give_shape_and_place(each: int, steps: int) -> None:
     backbone, judge = Backbone.load("miniature", device="cpu"), Judge.load()

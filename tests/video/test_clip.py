@@ -1,10 +1,9 @@
-import dataclasses
 from fractions import Fraction
 
 import pytest
 import torch
 
-from tokenflow.video import Clip, Frames, VideoError
+from tokenflow.video import Clip, VideoError
 
 
 def test_from_frames_spaces_frames_evenly_and_shows_them_at_their_size():
@@ -36,19 +35,3 @@ def test_a_clip_that_does_not_fit_together_is_refused(count, times, rate, messag
 def test_from_frames_refuses_a_rate_of_zero():
     with pytest.raises(VideoError, match="rate greater than 0"):
         Clip.from_frames(torch.rand(1, 3, 4, 4), rate=Fraction(0))
-
-
-@pytest.mark.parametrize("in_memory", [True, False])
-def test_a_clip_that_calls_has_the_same_frames(in_memory: bool) -> None:
-    whole, calls = Clip.from_frames(torch.rand(5, 3, 4, 6)), []
-    if not in_memory:
-        whole = dataclasses.replace(whole, frames=Frames(whole.frame, range(5), (4, 6)))
-    clip = whole.part(range(2, 5))
-    calling = clip.calling(lambda: calls.append(None))
-    assert not calls
-    assert torch.equal(calling.frames[:], clip.frames[:])
-    assert len(calls) == 3
-    assert torch.equal(calling.part(range(3, 5)).frames[1], whole.frame(4))
-    assert torch.equal(calling.frame(4), whole.frame(4))
-    assert len(calls) == 5
-    assert (calling.first, calling.total, calling.times) == (2, 5, clip.times)

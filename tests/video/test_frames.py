@@ -9,10 +9,10 @@ from torch import Tensor
 
 from tests.video.making import make_video, noise
 from tokenflow.errors import InputError
-from tokenflow.video import Clip, Frames, Spool, VideoError, levels, read_clip
+from tokenflow.video import Clip, FrameBuffer, Frames, VideoError, levels, read_clip
 from tokenflow.video import frames as frames_module
 from tokenflow.video import reader as reader_module
-from tokenflow.video.frames import Reel
+from tokenflow.video.frames import DecodeCache
 
 WHOLE = torch.rand(6, 3, 2, 4, generator=torch.Generator().manual_seed(0))
 
@@ -59,8 +59,8 @@ def test_a_reel_decodes_forwards_and_converts_what_is_wanted(
 ) -> None:
     monkeypatch.setattr(frames_module, "REACH", 1)
     decoder = Decoder()
-    reel = Reel(decoder)
-    assert all(torch.equal(reel.frame(number), WHOLE[number]) for number in (1, 4, 1, 5))
+    cache = DecodeCache(decoder)
+    assert all(torch.equal(cache.frame(number), WHOLE[number]) for number in (1, 4, 1, 5))
     assert (decoder.begun, decoder.converted) == (1, [0, 1, 3, 4, 5])
 
 
@@ -68,10 +68,10 @@ def test_frames_before_a_keyframe_are_not_decoded_again(monkeypatch: pytest.Monk
     """Asked for as an optical flow is, from each frame to the two keyframes beside it."""
     monkeypatch.setattr(frames_module, "REACH", 2)
     decoder = Decoder()
-    reel = Reel(decoder, budget=4 * WHOLE[0].nbytes)
+    cache = DecodeCache(decoder, budget=4 * WHOLE[0].nbytes)
     for frame in range(6):
         for number in (frame, 3 * (frame // 3), min(3 * (frame // 3 + 1), 5)):
-            assert torch.equal(reel.frame(number), WHOLE[number])
+            assert torch.equal(cache.frame(number), WHOLE[number])
     assert (decoder.begun, decoder.converted) == (1, [0, 1, 2, 3, 4, 5])
 
 
@@ -90,32 +90,32 @@ def test_what_is_made_once_is_kept_as_levels() -> None:
 
 def test_a_reel_holds_its_budget_and_begins_anew() -> None:
     decoder = Decoder()
-    reel = Reel(decoder, budget=2 * WHOLE[0].nbytes)
+    cache = DecodeCache(decoder, budget=2 * WHOLE[0].nbytes)
     for number in (0, 1, 2, 1, 0, 3):
-        assert torch.equal(reel.frame(number), WHOLE[number])
-        assert reel.size == sum(image.nbytes for image in reel.kept.values()) <= reel.budget
+        assert torch.equal(cache.frame(number), WHOLE[number])
+        assert cache.size == sum(image.nbytes for image in cache.kept.values()) <= cache.budget
     assert (decoder.begun, decoder.converted) == (2, [0, 1, 2, 0, 3])
     with pytest.raises(IndexError, match="there is no frame 6"):
-        reel.frame(6)
+        cache.frame(6)
 
 
 @pytest.mark.parametrize("budget", [1, 10**6])
 def test_a_spool_gives_back_levels(budget: int) -> None:
-    spool = Spool((2, 4), budget)
-    spool.extend(WHOLE[:4])
-    spool.append(levels(WHOLE[4]))
-    assert torch.equal(spool.frames[:], levels(WHOLE[:5]) / 255)
-    spool.append(levels(WHOLE[5]))  # also after something was read
-    assert torch.equal(spool.frames[[5, 0]], levels(WHOLE[[5, 0]]) / 255)
+    buffer = FrameBuffer((2, 4), budget)
+    buffer.extend(WHOLE[:4])
+    buffer.append(levels(WHOLE[4]))
+    assert torch.equal(buffer.frames[:], levels(WHOLE[:5]) / 255)
+    buffer.append(levels(WHOLE[5]))  # also after something was read
+    assert torch.equal(buffer.frames[[5, 0]], levels(WHOLE[[5, 0]]) / 255)
 
 
 def test_a_spool_on_a_full_disk() -> None:
-    spool = Spool((2, 4), budget=1)
+    buffer = FrameBuffer((2, 4), budget=1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50, before[1]))
     try:
         with pytest.raises(InputError, match="free some space there, or name another folder"):
-            spool.extend(WHOLE)
+            buffer.extend(WHOLE)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
@@ -144,10 +144,12 @@ def test_a_clip_that_is_not_in_memory_is_the_same(
         clip.frames[:]
 
 
-def test_what_a_reel_has_given_stays_as_it_is() -> None:
+def test_a_frame_stays_as_it_is() -> None:
     """Though its place is another frame's by now."""
-    reel = Reel(lambda: (partial(torch.full, (3, 2, 4), float(n)) for n in range(5)), budget=200)
-    first, again = reel.frame(0), reel.frame(0)
-    assert [float(reel.frame(n).mean()) for n in range(5)] == [0, 1, 2, 3, 4]
-    assert list(reel.kept) == [3, 4]
+    cache = DecodeCache(
+        lambda: (partial(torch.full, (3, 2, 4), float(n)) for n in range(5)), budget=200
+    )
+    first, again = cache.frame(0), cache.frame(0)
+    assert [float(cache.frame(n).mean()) for n in range(5)] == [0, 1, 2, 3, 4]
+    assert list(cache.kept) == [3, 4]
     assert first.max() == again.max() == 0

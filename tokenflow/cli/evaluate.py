@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import csv
-import itertools
 import json
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
@@ -24,9 +21,10 @@ from tokenflow.diffusion import Backbone
 from tokenflow.engine.lightning.finished_run import FinishedRun
 from tokenflow.engine.lightning.job import ClipSource
 from tokenflow.engine.lightning.metrics import Sources, Values, measure_run, read_mask, round_trip
-from tokenflow.engine.lightning.progress import on_terminal, pace, say
+from tokenflow.engine.progress import Reporter
 from tokenflow.errors import InputError, explained
 from tokenflow.metrics import Measures
+from tokenflow.report.columns import column
 from tokenflow.storage.atomic import atomic
 from tokenflow.storage.paths import local
 from tokenflow.text import printable
@@ -39,31 +37,6 @@ DESCRIPTION = """\
 Measures runs of tokenflow predict, each against its own source, and writes metrics.json into their
 folders; or any video against the one that it was made from, and writes --json. What each metric
 means, and what it is blind to, is in docs/metrics.md."""
-
-
-class Column(NamedTuple):
-    """How a metric is shown: a heading, its unit, what it is multiplied by, digits."""
-
-    heading: str
-    unit: str
-    factor: float = 1
-    digits: int = 3
-
-
-COLUMNS = {
-    "flicker": Column("flicker", "share"),
-    "flicker_source": Column("source's flicker", "share"),
-    "psnr": Column("PSNR", "dB ↑", digits=2),
-    "ssim": Column("SSIM", "↑"),
-    "structure": Column("structure", "↑"),
-    "structure_outside": Column("structure outside", "↑"),
-    "psnr_outside": Column("PSNR outside", "dB ↑", digits=2),
-    "lpips": Column("LPIPS", "↓"),
-    "clip_text": Column("CLIP text", "↑"),
-    "clip_frames": Column("CLIP frames", "↑"),
-    "judge_edited": Column("edited", "share ↑"),
-    "judge_kept": Column("kept", "share ↑"),
-}
 
 
 def parser() -> ArgumentParser:
@@ -161,9 +134,10 @@ def of_runs(runs: Sequence[str], sources: Sources) -> tuple[dict[str, Values], l
     """A row for each run, after its source's round trip if that is new; and why others failed."""
     rows: dict[str, Values] = {}
     failed: list[str] = []
-    with telling(len(runs)) as tell:
-        for folder in map(local, runs):
-            tell(str(folder))
+    reporter = Reporter()
+    with reporter.bars:
+        for number, folder in enumerate(map(local, runs), start=1):
+            reporter.item("measuring", str(folder), number, len(runs))
             try:
                 one = FinishedRun.read(folder)
                 found = measure_run(one, sources)
@@ -177,6 +151,7 @@ def of_runs(runs: Sequence[str], sources: Sources) -> tuple[dict[str, Values], l
             way = one.record.get("consistency", "tokenflow")
             also = {"none": " (per frame)", "joint": " (joint)"}.get(way, "")
             rows[f"{folder}{also}"] = found["metrics"]
+        reporter.complete("measuring")
     return rows, failed
 
 
@@ -193,12 +168,14 @@ def of_pair(
     hidden = None if mask is None else read_mask(mask)
     motions, floor = measures.motions(old), None
     measures.check(new, old, hidden)
-    with telling(1) as tell:
-        tell(edited)
+    reporter = Reporter()
+    with reporter.bars:
+        reporter.item("measuring", edited, 1, 1)
         if backbone is not None:
             back = round_trip(backbone, ClipSource(local(source)), like=old)
             floor = measures.of(back, motions, prompts[1], prompts[1], hidden)
         found = measures.of(new, motions, *prompts, hidden)
+        reporter.complete("measuring")
     return {
         "metrics": found,
         "round_trip": floor,
@@ -212,40 +189,6 @@ def of_pair(
     }
 
 
-@contextmanager
-def telling(total: int) -> Iterator[Callable[[str], None]]:
-    """A function that tells on stderr which of so many videos is measured now, by its name.
-
-    It shows a bar on a terminal; elsewhere, and in a SLURM job, it prints a line.
-    """
-    bar, began, numbers = on_terminal(), time.monotonic(), itertools.count()
-    columns = (
-        TextColumn("measuring {task.fields[name]}", markup=False), BarColumn(),
-        MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[pace]}"),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), disable=not bar) as bars:
-        task = bars.add_task("", total=total, name="", pace="")
-
-        def tell(name: str) -> None:
-            done = next(numbers)
-            each = (time.monotonic() - began) / done if done else 0.0
-            how_fast = pace(each, total - done)
-            bars.update(task, completed=done, name=printable(name), pace=how_fast)
-            if not bar:
-                say(f"measuring {done + 1}/{total}", name, how_fast)
-
-        yield tell
-        bars.update(task, completed=total, pace="")
-
-
-def column(name: str) -> Column | None:
-    """How a metric is shown; none for those that only files have."""
-    kind, _, distance = name.rpartition("_")
-    if kind == "warp_error":
-        return Column(f"warp error, {distance} apart", "x 1000 ↓", 1000, 2)
-    return COLUMNS.get(name)
-
-
 def show(rows: Mapping[str, Values]) -> None:
     """Prints the table; ↑ is better when higher, ↓ when lower, flicker when near the source's."""
     table = Table()
@@ -255,10 +198,7 @@ def show(rows: Mapping[str, Values]) -> None:
     for _, c in shown:
         table.add_column(f"{c.heading}\n{c.unit}", justify="right")
     for row, values in rows.items():
-        cells = [
-            f"{values[name] * c.factor:.{c.digits}f}" if name in values else "–"
-            for name, c in shown
-        ]
+        cells = [c.text(values.get(name)) for name, c in shown]
         table.add_row(Text(printable(row)), *cells)  # no markup: a folder may be named a[/b]
     console = Console()
     # a file or pipe has no width; whoever reads it wants the table whole

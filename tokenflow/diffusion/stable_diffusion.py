@@ -29,7 +29,7 @@ from tokenflow.diffusion.loading import (
 from tokenflow.diffusion.schedule import Schedule, Timestep
 from tokenflow.diffusion.scheduler import check_noise, read_scheduler
 from tokenflow.diffusion.sites import DiffusersSite
-from tokenflow.memory import told_if_short
+from tokenflow.memory import explained_shortage
 from tokenflow.storage import digests
 
 COMPONENTS = {
@@ -101,7 +101,7 @@ class StableDiffusion(Backbone):
         if Path(model).is_dir():
             check_folder(Path(model))
         remedy = "take a smaller model, dtype float16 or bfloat16, or a device with more"
-        with told_if_short(f"on {device} for the model {model}", remedy):
+        with explained_shortage(f"on {device} for the model {model}", remedy):
             parts: dict[str, Any] = {
                 name: load_component(model, name, dtype) for name in COMPONENTS
             }
@@ -122,7 +122,7 @@ class StableDiffusion(Backbone):
 
     @cached_property
     def fingerprint(self) -> str:
-        """What tells this model from another: weights, configurations, vocabulary, device.
+        """A digest of weights, configurations, vocabulary, defaults and device.
 
         All weights are read, once: Stable Diffusion 1.5 takes about 3 s in float32.
         """
@@ -269,11 +269,11 @@ def check_unet(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLI
             f"the UNet takes {unet.config.in_channels} channels and the VAE's latents have "
             f"{vae.config.latent_channels}; models for inpainting or upscaling do not fit"
         )
-    asked = [f"{name} {value!r}" for name in FURTHER if (value := unet.config.get(name))]
-    if asked:
+    further = [f"{name} {value!r}" for name in FURTHER if (value := unet.config.get(name))]
+    if further:
         raise ModelError(
-            f"the UNet asks for more than latents and a prompt ({', '.join(asked)}), as those of "
-            f"SDXL, unCLIP and consistency models do; expected a Stable Diffusion 1.x or 2.x"
+            f"the UNet needs more inputs than latents and a prompt ({', '.join(further)}), as "
+            f"those of SDXL, unCLIP and consistency models do; expected Stable Diffusion 1.x or 2.x"
         )
     blocks = (block for name, block in unet.named_modules() if name.endswith(".attn1"))
     if any(block.is_cross_attention for block in blocks):

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from tokenflow.diffusion.schedule import Schedule, Timestep
-from tokenflow.storage.scratch import room
+from tokenflow.storage.scratch import empty_or_memmap
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Trajectory:
         steps = 0 if inversion is None else len(schedule)
         return cls(
             timesteps=schedule.timesteps,
-            latents=room(steps, *clean.shape),
+            latents=empty_or_memmap(steps, *clean.shape),
             clean=clean,
             noisiest=torch.empty_like(clean),
             noisiest_signal=inversion.signal[0] if inversion is not None else 0.0,

@@ -98,7 +98,7 @@ class Injection:
     on at step i of N while int(N · begin) <= i < int(N · end).
 
     In a propagated pass the output of self-attention is taken from keyframes, so that injections
-    into its projections have no effect there; `batch.keyframes` tells the passes apart.
+    into its projections have no effect there; `batch.keyframes` is true in the joint pass.
     """
 
     layer: str
@@ -149,7 +149,7 @@ class Editor(ABC):  # noqa: B024 (every method has a default)
 
     @property
     def sees_other_frames(self) -> bool:
-        """Whether `conditioning` or `model_inputs` are asked about frames of other ranks.
+        """Whether `conditioning` or `model_inputs` depend on frames that other ranks have.
 
         With windowed keyframe attention, a rank denoises keyframes of its neighbours as well.
         `prepare` is then given the whole clip on every rank.
@@ -170,8 +170,8 @@ class Editor(ABC):  # noqa: B024 (every method has a default)
     def prepare(self, model: Backbone, clip: Clip) -> None:  # noqa: B027 (need not be overridden)
         """Called once for every clip, before any pass: load and check what the edit needs.
 
-        Where several ranks share a clip, `clip` has at least those of its frames that this one
-        will ask about: `clip.positions`.
+        Where several ranks share a clip, `clip` has at least the frames that this rank denoises:
+        `clip.positions`.
 
         Raises:
             InputError: Something does not fit the model or the clip.
@@ -202,16 +202,16 @@ class Editor(ABC):  # noqa: B024 (every method has a default)
         return stacked(source.at(step.index).to(x), x, len(step.branches))
 
     def conditioning(self, batch: Batch) -> Conditioning:
-        """What the network is told in a pass: by default the prompts' embeddings.
+        """The network's conditioning in a pass: by default the prompts' embeddings.
 
-        Asked in every pass: of keyframes and windows, and in inversion.
+        Called before every pass: of keyframes and windows, and in inversion.
         """
         return batch.conditioning
 
     def model_inputs(self, batch: Batch) -> dict[str, Any]:
         """Further inputs of the network in a pass, such as a ControlNet's residuals; none.
 
-        Asked in every pass: of keyframes and windows, and in inversion.
+        Called before every pass: of keyframes and windows, and in inversion.
         """
         return {}
 

@@ -97,7 +97,7 @@ class ControlNet(SDEdit):
         self.backbone: Backbone | None = None
         self.shown: tuple[Shown, ...] = ()
         self.digests: dict[str, str] = {}
-        """Of the networks, by model; made when they are asked for."""
+        """Of the networks, by model; computed on first use."""
 
     @property
     def conditions_source(self) -> bool:
@@ -161,8 +161,8 @@ class ControlNet(SDEdit):
     def controlled(self, branches: Sequence[str], network: ControlNetModel) -> list[int]:
         """The numbers of the branches that a network controls.
 
-        One that pools its control image over all places says what is shown, not where: it speaks
-        for the prompt alone, or guidance would take out what it says.
+        A network that pools its control image over all places controls the prompt's branch alone:
+        in both branches, guidance would cancel its effect.
         """
         without = {"negative"} if network.config.global_pool_conditions else set()
         if not self.control_source:

@@ -15,13 +15,13 @@ NOISES = ("inverted", "shared", "independent")
 
 
 class SDEdit(Editor):
-    """Keeps what the first latent says of the source: the lower the strength, the more it is.
+    """Starts from the noised source: the lower the denoising strength, the more of it is kept.
 
-    Nothing of the source is injected later on.
+    Nothing of the source is injected later.
 
     Args:
-        strength: How much of sampling runs, above 0 and up to 1: of N steps the last
-            round(strength * N), halves up, and at least one. At 1 all run.
+        strength: Denoising strength, above 0 and up to 1: of N steps the last
+            round(strength * N) run, halves up, and at least one. At 1 all run.
         noise: What the first latent is made of: "inverted" takes the source's inverted latent at
             the first timestep that runs, which keeps its structure best; "shared" adds to the
             source's clean latents noise that is the same for all frames, "independent" noise

@@ -1,8 +1,9 @@
 """The method over clips: Algorithm 1, and what it takes from frames to frames."""
 
-from tokenflow.engine.algorithm import Consistency, Joint, PerFrame, Sampling, TokenFlow, sample
+from tokenflow.engine.algorithm import Consistency, Joint, PerFrame, TokenFlow, sample
 from tokenflow.engine.edit import Result, edit_clip, edit_latents
 from tokenflow.engine.probe import find_correspondences
+from tokenflow.engine.sampling import Sampling
 from tokenflow.engine.settings import Settings
 
 __all__ = [

@@ -62,6 +62,11 @@ class Bank:
     source: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
 
+    def evict(self) -> None:
+        """Frees all of it."""
+        self.source.clear()
+        self.outputs.clear()
+
 
 class JointAttention:
     """Edited branches attend to all keyframes at once (equation 3), the source to its own frame.
@@ -96,8 +101,8 @@ class JointAttention:
         # the frames are folded into the sequence: four dimensions keep the fused kernels
         keys, values = rearrange(edited, "f two b h s d -> two b 1 h (f s) d")
         for query, key, value in zip(q[1:], keys, values, strict=True):
-            asked = rearrange(query, "f h s d -> 1 h (f s) d")
-            out = scaled_dot_product_attention(asked, key, value, scale=site.scale)
+            folded = rearrange(query, "f h s d -> 1 h (f s) d")
+            out = scaled_dot_product_attention(folded, key, value, scale=site.scale)
             attended.append(rearrange(out, "1 h (f s) d -> f h s d", f=frames))
         output = site.output(torch.cat(attended), **given)
         if self.bank is not None:

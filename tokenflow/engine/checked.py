@@ -50,7 +50,7 @@ def blamed(plugin: Plugin, function: str) -> Iterator[None]:
     except (Exception, SystemExit) as error:  # a third party's code may raise anything
         frames = traceback.extract_tb(error.__traceback__)
         home = getattr(sys.modules.get(type(plugin).__module__), "__file__", None)
-        # its own last line says more than the line of a library that it called
+        # the last line of its own module is more useful than that of a library which it called
         last = ([frame for frame in frames if frame.filename == home] or frames)[-1]
         kit = f": see tokenflow plugins check {type(plugin).__name__}"
         raise PluginError(

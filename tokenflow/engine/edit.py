@@ -15,7 +15,7 @@ from torch import Tensor
 from tokenflow.diffusion import Backbone, Schedule, Trajectory, reconstruct
 from tokenflow.diffusion.schedule import require_finite
 from tokenflow.editors import Editor, Prompts
-from tokenflow.engine.algorithm import WAYS, Consistency, Sampling, TokenFlow, sample
+from tokenflow.engine.algorithm import WAYS, Consistency, TokenFlow, sample
 from tokenflow.engine.attention import Look, Matcher
 from tokenflow.engine.invert import (
     OnStep,
@@ -30,20 +30,21 @@ from tokenflow.engine.network import EditedNetwork
 from tokenflow.engine.ranks.group import FrameGroup
 from tokenflow.engine.ranks.shard import WindowShard
 from tokenflow.engine.resume import ResumeStore, SamplingCheckpoint, sampling_key
+from tokenflow.engine.sampling import Sampling
 from tokenflow.engine.settings import Settings
 from tokenflow.errors import InputError
 from tokenflow.metrics import decibels
 from tokenflow.propagation import ClipFlow, Propagation
-from tokenflow.video import Clip, Frames, Spool
+from tokenflow.video import Clip, FrameBuffer, Frames
 
 
 @dataclass(frozen=True)
 class Result:
-    """An edited clip and its latents, seconds for each stage, and the inversion's quality if asked.
+    """An edited clip, its latents, and the seconds of each stage.
 
-    `round_trip_psnr` is the VAE's alone, `reconstruction_psnr` that of inverting and sampling
-    back, both in dB against the source frames. The `checkpoint` of the sampling is to be removed
-    when the result has been written.
+    If `Settings.report_reconstruction` is on, `round_trip_psnr` is the VAE's alone and
+    `reconstruction_psnr` that of inverting and sampling back, both in dB against the source frames.
+    The `checkpoint` of the sampling is to be removed when the result has been written.
     """
 
     source: Clip
@@ -95,7 +96,7 @@ def edit_clip(
         ranks: That share the clip; this process alone when not given.
 
     Raises:
-        InputError: An argument is out of its range; the message says which and what to do.
+        InputError: An argument is out of its range; the message names it and what to do.
         DivergedError: A latent became NaN or infinite.
         Preempted: `on_step` asked to stop, on one of the ranks.
 
@@ -109,7 +110,7 @@ def edit_clip(
     quality: dict[str, float] = {}
     shard = ranks.shard(split_windows(clip.total, settings.keyframe_every))
     seen, clip = clip.part(frames_needed(shard, settings, editor)), clip.part(shard.frames)
-    with ranks.together():
+    with ranks.together(), ranks.preemption.interruptible():
         check(model, clip, prompts, editor.inverts)
         schedule, inversion = schedules(model, settings, editor)
         network = EditedNetwork(model, editor, prompts)
@@ -136,7 +137,7 @@ def edit_clip(
         x, first = first_latents(sampling, checkpoint)
         after_step = EditSteps(ranks, checkpoint, len(schedule), on_step)
         edited = sample(sampling, way, x, first, after_step)
-    with timed(seconds, "decode"), ranks.together():
+    with timed(seconds, "decode"), ranks.together(), ranks.preemption.interruptible():
         done = decoded(model, edited, clip, settings.batch, on_step)
     return Result(clip, done, edited, settings.seed, seconds, **quality, checkpoint=checkpoint)
 
@@ -223,7 +224,7 @@ def schedules(
 def frames_needed(shard: WindowShard, settings: Settings, editor: Editor) -> range:
     """The frames of the source that a rank reads: of its windows and of one more at each side.
 
-    All frames where the editor is asked about other ranks' keyframes.
+    All frames where the editor conditions other ranks' keyframes.
     """
     if sees_all(settings, editor):
         return range(shard.windows[-1].stop)
@@ -231,7 +232,7 @@ def frames_needed(shard: WindowShard, settings: Settings, editor: Editor) -> ran
 
 
 def sees_all(settings: Settings, editor: Editor) -> bool:
-    """Whether an editor may be asked, on each rank, about any of the clip's frames."""
+    """Whether an editor may condition any of the clip's frames on each rank."""
     bounded = settings.consistency == "tokenflow" and settings.keyframe_attention == "windowed"
     return bounded and editor.sees_other_frames
 
@@ -269,17 +270,17 @@ def decoded(
     """The edited clip; its frames are where the source's are, in memory or not."""
     lazy = isinstance(source.frames, Frames)
     height, width = source.frames.shape[-2:]
-    spool, parts = Spool((height, width)), []
+    buffer, parts = FrameBuffer((height, width)), []
     codes = latents.split(batch)
     for number, part in enumerate(codes, start=1):
         frames = model.decode(part).cpu()
         require_finite(frames, "the decoded frames")
         if lazy:
-            spool.extend(frames)
+            buffer.extend(frames)
         else:
             parts.append(frames)
         reported(on_step, "decode", number, len(codes))
-    return dataclasses.replace(source, frames=spool.frames if lazy else torch.cat(parts))
+    return dataclasses.replace(source, frames=buffer.frames if lazy else torch.cat(parts))
 
 
 def inversion_quality(sampling: Sampling, clip: Clip, on_step: OnStep) -> dict[str, float]:
@@ -287,7 +288,7 @@ def inversion_quality(sampling: Sampling, clip: Clip, on_step: OnStep) -> dict[s
     ranks, trajectory, schedule = sampling.ranks, sampling.trajectory, sampling.schedule
     model, batch = sampling.network.model, sampling.settings.batch
     predict = partial(source_output, sampling.network, schedule)
-    with ranks.together():
+    with ranks.together(), ranks.preemption.interruptible():
         back = reconstruct(
             model, predict, trajectory, schedule, batch,
             lambda done: reported(on_step, "reconstruct", done, len(schedule)),

@@ -87,9 +87,9 @@ class EditedNetwork:
             step: Of sampling.
             keyframes: Whether these are keyframes, denoised jointly.
         """
-        x, told = inputs.to(self.model.device), self.prompts.per_frame(len(frames))
+        x, given = inputs.to(self.model.device), self.prompts.per_frame(len(frames))
         names, steps = self.branches, len(step.schedule)
-        return Batch(names, tuple(frames), x, told, step.t, step.index, steps, keyframes)
+        return Batch(names, tuple(frames), x, given, step.t, step.index, steps, keyframes)
 
     def source_batch(
         self,
@@ -99,9 +99,9 @@ class EditedNetwork:
         t: Timestep,
     ) -> Batch:
         """A pass of the source alone, as inversion needs it; t may lie between sampling's steps."""
-        told = self.prompts.rows([0]).per_frame(len(frames))
+        given = self.prompts.rows([0]).per_frame(len(frames))
         names, step = self.branches[:1], schedule.passed(t)
-        return Batch(names, tuple(frames), latents[None], told, t, step, len(schedule))
+        return Batch(names, tuple(frames), latents[None], given, t, step, len(schedule))
 
     def run(
         self, batch: Batch, attention: Attention = plain

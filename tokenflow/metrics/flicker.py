@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tokenflow.storage.scratch import room
+from tokenflow.storage.scratch import empty_or_memmap
 from tokenflow.video import Frames, luma
 
 QUICK = 0.25
@@ -31,7 +31,7 @@ def flicker(frames: Float[Tensor, "frames 3 height width"] | Frames) -> float:
     """
     if len(frames) < LEAST:
         raise ValueError(f"expected {LEAST} frames or more, got {len(frames)}")
-    brightness = room(len(frames), *frames.shape[-2:])
+    brightness = empty_or_memmap(len(frames), *frames.shape[-2:])
     for number, frame in enumerate(frames):
         brightness[number] = luma(frame)
     count, quick, every = len(frames) - 1, 0.0, 0.0

@@ -1,4 +1,4 @@
-"""What every kernel's answer must be, told to the author of one that is not."""
+"""What a kernel's answer must be: the rules that an answer breaks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def check_correspondence(
         found: What a kernel returned.
         source: The window's source tokens, as the kernel was given them.
         keys: The keyframes' source tokens, likewise.
-        who: The kernel, and where it was asked.
+        who: The kernel and the site.
     """
     require_none(violations(found, source, keys), who)
 

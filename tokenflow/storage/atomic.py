@@ -36,6 +36,6 @@ def require_room(folder: Path, size: int = 0) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what killed processes left of writing `path`; nobody may be writing it now."""
+    """Remove what killed processes left of writing `path`; no process may be writing it now."""
     for left in path.parent.glob(f".{path.stem}.{'[0-9a-f]' * 8}{path.suffix}"):
         left.unlink(missing_ok=True)

@@ -35,7 +35,7 @@ def disk() -> Iterator[None]:
         ) from error
 
 
-def room(*shape: int, budget: int = BUDGET) -> Float32[Tensor, ...]:
+def empty_or_memmap(*shape: int, budget: int = BUDGET) -> Float32[Tensor, ...]:
     """An uninitialised tensor; beyond the budget in a file that is mapped into memory.
 
     The file's pages are in memory only as long as there is room for them.

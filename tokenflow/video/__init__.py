@@ -3,7 +3,7 @@
 from tokenflow.storage.atomic import atomic, remove_leftovers, require_room
 from tokenflow.video.alpha import transparent
 from tokenflow.video.clip import AudioSpan, Clip, VideoError
-from tokenflow.video.frames import Frames, Spool, levels, luma
+from tokenflow.video.frames import FrameBuffer, Frames, levels, luma
 from tokenflow.video.image_folder import image_paths
 from tokenflow.video.layout import both_sides, contact_sheet, halves, side_by_side
 from tokenflow.video.reader import clip_name, read_clip
@@ -13,8 +13,8 @@ from tokenflow.video.writer import require_writable, write_clip, write_image, wr
 __all__ = [
     "AudioSpan",
     "Clip",
+    "FrameBuffer",
     "Frames",
-    "Spool",
     "VideoError",
     "atomic",
     "both_sides",

@@ -60,13 +60,13 @@ class Frames:
     def made_once(self) -> Frames:
         """The same as 8-bit levels, each made when it is first asked for, and then kept."""
         height, width = self.shape[2:]
-        spool, places = Spool((height, width)), dict[int, int]()
+        buffer, places = FrameBuffer((height, width)), dict[int, int]()
 
         def frame(number: int) -> Image:
             if number not in places:
-                spool.append(levels(self.frame(number)))
-                places[number] = spool.count - 1
-            return spool.frame(places[number])
+                buffer.append(levels(self.frame(number)))
+                places[number] = buffer.count - 1
+            return buffer.frame(places[number])
 
         return Frames(frame, self.numbers, (height, width))
 
@@ -87,11 +87,11 @@ REACH = 32
 """Frames: more than a window reaches to its keyframes, unless those are unusually far apart."""
 
 
-class Reel:
-    """Frames of a file that is decoded from its beginning as often as it takes.
+class DecodeCache:
+    """An LRU cache of decoded frames; on a miss the file is decoded from its beginning.
 
-    Those asked for last stay in memory, up to `budget` bytes, and so do the `REACH` before each, as
-    who asks for a keyframe will ask for what lies before it; if twice as many have room.
+    It holds up to `budget` bytes. The `REACH` frames before each one are cached with it, if twice
+    as many fit: a window's frames are read after its keyframe.
 
     Args:
         decode: Begins anew: the frames in order, each to be converted only if it is wanted.
@@ -143,7 +143,7 @@ class Reel:
         return image
 
 
-class Spool:
+class FrameBuffer:
     """Frames as 8-bit levels, kept in memory up to a budget and then in a temporary file.
 
     The file has no name and goes with the process.

@@ -18,7 +18,7 @@ from torch import Tensor
 from tokenflow.storage.scratch import BUDGET
 from tokenflow.video.clip import MAX_RATE, AudioSpan, Clip, VideoError, file_state
 from tokenflow.video.clock import repaired
-from tokenflow.video.frames import Frames, Reel
+from tokenflow.video.frames import DecodeCache, Frames
 from tokenflow.video.image_folder import image_source
 from tokenflow.video.sizing import Fit, Framing, framing
 from tokenflow.video.source import MAX_PIXELS, Picture, Source
@@ -88,7 +88,7 @@ def read_clip(
         path, start, stop, stride, max_frames, resolution, fit, multiple,
         Fraction(image_rate).limit_denominator(SLOWEST.denominator),
     )  # fmt: skip
-    reel = Reel(reading.frames, maxsize if in_memory else BUDGET)
+    cache = DecodeCache(reading.frames, maxsize if in_memory else BUDGET)
     known: list[Fraction | None] = []
     state = file_state(path)
     with reading.opened() as source:
@@ -96,13 +96,13 @@ def read_clip(
         for number, picture in enumerate(reading.chosen(pictures)):
             known.append(picture.time)
             image = reading.whole(number, picture)
-            if reel.has_room:
-                reel.keep(number, reading.plan.apply(image / 255))
+            if cache.has_room:
+                cache.keep(number, reading.plan.apply(image / 255))
         period = stride / source.rate
         times = _times(path, known, period, start / source.rate)
         end = _end(source, reading, pictures, times[-1], period)
 
-    frames = Frames(reel.frame, range(len(times)), reading.plan.working)
+    frames = Frames(cache.frame, range(len(times)), reading.plan.working)
     return Clip(
         frames=frames[:] if in_memory else frames,
         times=tuple(time - times[0] for time in times),

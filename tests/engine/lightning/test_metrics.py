@@ -15,7 +15,6 @@ from tokenflow.editors import SDEdit
 from tokenflow.engine.lightning import metrics as metrics_module
 from tokenflow.engine.lightning.metrics import Measuring, Sources
 from tokenflow.engine.lightning.module import TokenFlow
-from tokenflow.engine.lightning.run_writer import RunWriter
 from tokenflow.propagation import NNField
 from tokenflow.report import Run
 from tokenflow.video import Clip, write_clip, write_image
@@ -28,13 +27,11 @@ def test_nothing_of_a_clip_is_kept_for_the_next(monkeypatch: pytest.MonkeyPatch)
         seen.append(sources)
 
     monkeypatch.setattr(metrics_module, "leave", leave)
-    writer, metrics = RunWriter(), Measuring(measure=True)
-    trainer = Trainer(
-        accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[writer, metrics]
-    )
-    metrics.on_predict_start(trainer, TokenFlow(SDEdit(), NNField()))
+    metrics, module = Measuring(measure=True), TokenFlow(SDEdit(), NNField())
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    metrics.on_predict_start(trainer, module)
     for name in ("one", "two"):
-        writer.measure(Run(Path(name), {}))
+        metrics.on_run_staged(trainer, module, Run(Path(name), {}))
     assert seen[0] is not seen[1]
     assert seen[0].measures is seen[1].measures  # networks are loaded once
 
@@ -82,7 +79,7 @@ def test_a_mask_that_cannot_be_read_is_told_before_the_clip_is_edited(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     err = refused([*words, f"--metrics.mask={tmp_path / 'gone'}"], capsys)
-    assert f"{tmp_path / 'gone'}: expected a video file or a folder of images" in err
+    assert f"{tmp_path / 'gone'} does not exist; expected a video file or a folder of image" in err
     assert not (tmp_path / "runs").exists()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from lightning.pytorch import Trainer
 
 from tokenflow.editors import PnP
 from tokenflow.engine import Result
+from tokenflow.engine.lightning import run_writer
 from tokenflow.engine.lightning.job import ClipSource, Job, Outcome
 from tokenflow.engine.lightning.module import Prediction, TokenFlow
 from tokenflow.engine.lightning.run_writer import RunWriter
@@ -38,8 +40,12 @@ def prediction() -> Prediction:
     return Prediction(Result(clip, edited, latents, 4, {"edit": 1.5}), {"device": "cpu"})
 
 
+def admit(writer: RunWriter, job: Job) -> str | None:
+    return writer.admit(TRAINER, MODULE, job)
+
+
 def write(writer: RunWriter, source: Job, prediction: Prediction) -> None:
-    writer.admit(source)
+    admit(writer, source)
     try:
         writer.write_on_batch_end(TRAINER, MODULE, prediction, [0], source, 0, 0)
     finally:
@@ -67,7 +73,7 @@ def test_a_finished_run_is_refused_before_the_work(
 ) -> None:
     write(RunWriter(str(tmp_path)), source, prediction)
     with pytest.raises(InputError, match=r"holds a finished run; choose another --output\.folder"):
-        RunWriter(str(tmp_path)).admit(source)
+        admit(RunWriter(str(tmp_path)), source)
     write(RunWriter(str(tmp_path), overwrite=True), source, prediction)
 
 
@@ -88,7 +94,7 @@ def test_a_run_stands_until_the_one_that_overwrites_it_is_whole(
 def test_a_clip_with_a_folder_in_its_files_way_is_not_edited(tmp_path: Path, source: Job) -> None:
     (tmp_path / "in" / "report.html").mkdir(parents=True)
     with pytest.raises(InputError, match=r"in cannot be written \(.*report\.html is a folder"):
-        RunWriter(str(tmp_path)).admit(source)
+        admit(RunWriter(str(tmp_path)), source)
     assert [p.name for p in (tmp_path / "in").iterdir()] == ["report.html"]
 
 
@@ -97,10 +103,10 @@ def test_a_clip_for_which_the_disk_has_no_room_is_not_edited(tmp_path: Path, sou
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
         with pytest.raises(InputError, match=r"in cannot be written \(.*choose another --output\."):
-            RunWriter(str(tmp_path)).admit(source)
+            admit(RunWriter(str(tmp_path)), source)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    RunWriter(str(tmp_path)).admit(source)
+    admit(RunWriter(str(tmp_path)), source)
 
 
 def test_what_a_killed_run_left_is_removed(
@@ -110,7 +116,7 @@ def test_what_a_killed_run_left_is_removed(
     left.mkdir(parents=True)
     (left / "edited.mp4").touch()
     writer = RunWriter(str(tmp_path))
-    writer.admit(source)
+    admit(writer, source)
     assert not left.exists()
     writer.on_exception()
 
@@ -136,7 +142,7 @@ def test_files_of_the_user_stay(tmp_path: Path, source: Job, prediction: Predict
 
 def test_a_folder_that_was_only_taken_is_gone_again(tmp_path: Path, source: Job) -> None:
     writer = RunWriter(str(tmp_path / "runs" / "deep"))
-    assert writer.admit(source) is None
+    assert admit(writer, source) is None
     assert [p.name for p in (tmp_path / "runs" / "deep" / "in").iterdir()] == [".lock"]
     writer.release()
     assert not (tmp_path / "runs").exists()
@@ -144,13 +150,13 @@ def test_a_folder_that_was_only_taken_is_gone_again(tmp_path: Path, source: Job)
 
 def test_two_runs_into_one_folder(tmp_path: Path, source: Job, prediction: Prediction) -> None:
     first, second = RunWriter(str(tmp_path)), RunWriter(str(tmp_path))
-    assert first.admit(source) is None
+    assert admit(first, source) is None
     with pytest.raises(InputError, match=r"another run writes to .* now; wait for it, or choose"):
-        second.admit(source)
+        admit(second, source)
     listed = Job(source.source, where="clips.yaml, clip 1")
-    assert second.admit(listed) == "another run has it now"
+    assert admit(second, listed) == "another run has it now"
     first.write_on_batch_end(TRAINER, MODULE, prediction, [0], source, 0, 0)
-    assert second.admit(listed) == "finished before"
+    assert admit(second, listed) == "finished before"
     assert sorted(p.name for p in (tmp_path / "in").iterdir()) == [
         "compare.mp4", "contact_sheet.png", "edited.mp4", "report.html", "run.yaml",
     ]  # fmt: skip
@@ -169,7 +175,7 @@ def test_a_run_that_another_has_just_finished(
 
     monkeypatch.setattr(FolderLock, "taken", late)
     writer = RunWriter(str(tmp_path))
-    assert writer.admit(listed) == "finished before"
+    assert admit(writer, listed) == "finished before"
     writer.write_on_batch_end(TRAINER, MODULE, Outcome(listed, "skipped"), [0], listed, 0, 0)
     assert [p.name for p in (tmp_path / "in").iterdir()] == ["run.yaml"]
 
@@ -180,7 +186,7 @@ def test_a_folder_that_is_not_the_runs_gets_no_note(tmp_path: Path) -> None:
     job = Job(ClipSource(tmp_path / "in"), where="clips.yaml, clip 1")
     writer = RunWriter(str(tmp_path))
     with pytest.raises(InputError, match="beside or in its source"):
-        writer.admit(job)
+        admit(writer, job)
     writer.write_on_batch_end(TRAINER, MODULE, Outcome(job, "failed", "it"), [0], job, 0, 0)
     assert not list((tmp_path / "in").iterdir())
 
@@ -202,15 +208,25 @@ def test_a_run_is_whole_without_its_page(
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("last", [None, "edited.mp4", "contact_sheet.png"])
+@pytest.mark.parametrize("last", ["write_video", "write_image", "write_report", "staged"])
 def test_a_run_that_is_asked_to_stop_while_it_writes(
-    last: str | None, tmp_path: Path, source: Job, prediction: Prediction
+    last: str, tmp_path: Path, source: Job, prediction: Prediction, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer, module = RunWriter(str(tmp_path)), TokenFlow(PnP(), NNField(), cache=None)
-    writer.admit(source)
-    module.group.asked = lambda: last is None or any(tmp_path.glob(f"in/.unfinished-*/{last}"))
-    with pytest.raises(Preempted):
-        writer.write_on_batch_end(TRAINER, module, prediction, [0], source, 0, 0)
+    admit(writer, source)
+    call = getattr(run_writer, last)
+
+    def signalled(*args: Any, **options: Any) -> Any:
+        signal.raise_signal(signal.SIGUSR1)
+        return call(*args, **options)
+
+    monkeypatch.setattr(run_writer, last, signalled)
+    module.preemption.install()
+    try:
+        with pytest.raises(Preempted):
+            writer.write_on_batch_end(TRAINER, module, prediction, [0], source, 0, 0)
+    finally:
+        module.preemption.close()
     writer.on_exception()
     assert not (tmp_path / "in").exists()
 

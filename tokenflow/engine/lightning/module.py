@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from tokenflow.diffusion import Backbone
@@ -16,7 +17,8 @@ from tokenflow.editors import Editor, Prompts
 from tokenflow.engine.edit import Result, check_prompt, edit_clip
 from tokenflow.engine.keyframes import split_windows
 from tokenflow.engine.lightning.callback import edit_callbacks
-from tokenflow.engine.lightning.job import Job, Outcome
+from tokenflow.engine.lightning.job import PLUGINS, Job, Outcome
+from tokenflow.engine.lightning.stopping import Stopping
 from tokenflow.engine.ranks.group import FrameGroup
 from tokenflow.engine.ranks.preemption import Preemption
 from tokenflow.engine.resume import ResumeStore
@@ -24,8 +26,9 @@ from tokenflow.engine.settings import Settings
 from tokenflow.errors import InputError
 from tokenflow.plugins import origin
 from tokenflow.propagation import Correspondence, Propagation, Window
-from tokenflow.storage.cache import FOLDER, Cache
-from tokenflow.video import Clip, Spool, both_sides, levels, require_writable
+from tokenflow.storage.cache import Cache
+from tokenflow.storage.paths import FOLDER
+from tokenflow.video import Clip, FrameBuffer, both_sides, levels, require_writable
 
 
 def forget_frames(error: BaseException | None) -> None:
@@ -104,19 +107,28 @@ class TokenFlow(LightningModule):
 
     def setup(self, stage: str) -> None:
         device = str(self.trainer.strategy.root_device)
-        self.preemption.start()
-        self.preemption.join()
+        self.preemption = Preemption()
+        self.preemption.install()
         self.everyone = FrameGroup.join(device, preemption=self.preemption)
-        self.group = FrameGroup.join(device, self.ranks_per_clip, self.preemption)
+        self.group = self.everyone
+        if self.ranks_per_clip is not None:
+            self.group = FrameGroup.join(device, self.ranks_per_clip, self.preemption)
         self.groups = self.everyone.size // self.group.size
         self.number = self.everyone.rank // self.group.size
         with self.everyone.together(), self.preemption.interruptible():
             if self.cache is not None:
                 self.cache.require_writable()
             self.backbone = Backbone.load(self.model, device, self.dtype_name)
+        self.preemption.restore()  # else Lightning would put these handlers back after the run
 
-    def on_predict_start(self) -> None:
-        self.preemption.start()  # Lightning has set its own handlers since `setup`
+    def configure_callbacks(self) -> list[Callback]:
+        """What every trainer of this module needs."""
+        return [Stopping()]
+
+    def on_predict_model_eval(self) -> None:
+        super().on_predict_model_eval()
+        self.preemption.install()  # the first hook after Lightning has installed its own
+        self.preemption.share()
 
     def teardown(self, stage: str) -> None:
         self.preemption.close()
@@ -134,6 +146,12 @@ class TokenFlow(LightningModule):
         except InputError as error:
             raise InputError(f"{job.where}: {error}" if job.where else str(error)) from error
         return prompts, settings
+
+    def plugin_key(self, job: Job, name: str) -> str | None:
+        """A job's editor or kernel with its options, as text, where known."""
+        run = self.plugin_keys[PLUGINS.index(name)]
+        own = job.plugins.get(name)
+        return run if run is None or own is None else own.described
 
     def predict_step(self, job: Job, batch_index: int) -> Prediction | Outcome | None:
         """A job's result, or what else became of it; nothing where other ranks have it."""
@@ -175,10 +193,15 @@ class TokenFlow(LightningModule):
         """A job's result, on rank 0 for the whole clip."""
         assert self.backbone is not None, "setup comes before predict_step"
         backbone, (prompts, settings) = self.backbone, self.options(job)
+        own = {name: choice.make() for name, choice in job.plugins.items()}
+        editor, propagation = (
+            own.get("editor", self.editor),
+            own.get("propagation", self.propagation),
+        )
         store = None
         if self.cache is not None:
-            editor, propagation = self.plugin_keys
-            store = ResumeStore(self.cache, editor, propagation, self.save_every)
+            one, other = (self.plugin_key(job, name) for name in PLUGINS)
+            store = ResumeStore(self.cache, one, other, self.save_every)
         with self.group.together(), self.preemption.interruptible():
             clip = job.source.read(backbone.multiple)
             if self.group.rank == 0:  # which writes
@@ -190,8 +213,8 @@ class TokenFlow(LightningModule):
             backbone,
             clip,
             prompts,
-            self.editor,
-            self.propagation,
+            editor,
+            propagation,
             settings,
             on_step=self.on_step,
             look=self.on_correspondence,
@@ -205,17 +228,20 @@ class TokenFlow(LightningModule):
         resolved = {
             "source": job.source.record,
             **self.resolved(backbone, settings, dataclasses.asdict(prompts)),
+            "editor": origin(type(editor)),
+            "propagation": origin(type(propagation)),
+            **(job.record() if self.group.rank == 0 else {}),
         }
         return Prediction(result, resolved)
 
     def gathered(self, result: Result, source: Clip, counts: Sequence[int]) -> Result:
         """On rank 0 the result for the whole clip, elsewhere this rank's as it is."""
         height, width = source.frames.shape[-2:]
-        spool = Spool((height, width))
-        self.group.gather(map(levels, result.clip.frames), counts, spool.append)
+        buffer = FrameBuffer((height, width))
+        self.group.gather(map(levels, result.clip.frames), counts, buffer.append)
         if self.group.rank > 0:
             return result
-        edited = dataclasses.replace(source, frames=spool.frames)
+        edited = dataclasses.replace(source, frames=buffer.frames)
         return dataclasses.replace(result, source=source, clip=edited)
 
     def resolved(
@@ -229,6 +255,4 @@ class TokenFlow(LightningModule):
             **prompts,
             **dataclasses.asdict(settings.for_model(backbone)),
             "defaults": dataclasses.asdict(backbone.defaults),
-            "editor": origin(type(self.editor)),
-            "propagation": origin(type(self.propagation)),
         }

@@ -30,7 +30,6 @@ from tokenflow.runs.files import (
     EDITED,
     FAILED,
     FEATURES,
-    FILES,
     RECORD,
     REPORT,
     SHEET,
@@ -75,6 +74,8 @@ class RunWriter(BasePredictionWriter, EditCallback):
         self.folder, self.overwrite, self.crf = local(folder), overwrite, crf
         self.configuration: dict[str, Any] = {}
         self.allowed: list[str] = []
+        self.typed: dict[str, str] = {}
+        """Paths as they were typed, of which the configuration has the absolute ones."""
         self.outcomes: list[Outcome] = []
         self.failed = 0
         self.lock: FolderLock | None = None
@@ -165,9 +166,8 @@ class RunWriter(BasePredictionWriter, EditCallback):
         if module.group.rank == 0:
             self.outcomes.append(outcome)
         if trainer.is_global_zero and outcome.what == "done":
-            for file in (folder / name for name in FILES):
-                if file.exists():
-                    print(printable(file))
+            page = folder / REPORT
+            print(printable(f"{folder}: see {page}" if page.exists() else folder))
 
     def written(
         self, trainer: Trainer, module: TokenFlow, job: Job, prediction: Prediction
@@ -179,8 +179,7 @@ class RunWriter(BasePredictionWriter, EditCallback):
         """
         try:
             if module.group.rank == 0:
-                with module.preemption.interruptible():
-                    self.write(trainer, module, prediction, self.folder / job.name)
+                self.write(trainer, module, prediction, self.folder / job.name)
         except Exception as error:  # whatever is wrong with one clip, the others are edited
             if job.where is None:
                 raise
@@ -208,17 +207,19 @@ class RunWriter(BasePredictionWriter, EditCallback):
             print_outcomes(every)
 
     def write(
-        self, trainer: Trainer, module: LightningModule, prediction: Prediction, folder: Path
+        self, trainer: Trainer, module: TokenFlow, prediction: Prediction, folder: Path
     ) -> None:
         """Writes a run's files, which stand in its folder when all are there.
 
         Raises:
             InputError: The disk refuses.
+            Preempted: The run was asked to stop; the folder holds what it held.
         """
         result = prediction.result
         source, edited = result.source, result.clip
         try:
-            with staged(folder) as place:
+            # a request does not interrupt the end of `staged`, where files take their places
+            with staged(folder) as place, module.preemption.interruptible():
                 write_video(
                     place / EDITED, edited.frames, edited.times, edited.rate,  end=edited.end,
                     size=edited.display_size, audio=edited.audio, crf=self.crf,
@@ -279,6 +280,8 @@ class RunWriter(BasePredictionWriter, EditCallback):
             "versions": {"python": platform.python_version()}
             | {name: version(name) for name in PACKAGES},
         }
+        if self.typed:
+            record["typed"] = self.typed
         if self.allowed:  # for the line that repeats the run; it allows nothing itself
             record["allow_imports"] = self.allowed
         return {**self.configuration, "run": record}

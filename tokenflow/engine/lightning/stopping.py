@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
-from tokenflow.engine.lightning.module import TokenFlow
 from tokenflow.errors import Preempted
+
+if TYPE_CHECKING:
+    from tokenflow.engine.lightning.module import TokenFlow
 
 
 class Stopping(Callback):
@@ -17,9 +22,17 @@ class Stopping(Callback):
         self, trainer: Trainer, module: TokenFlow, exception: BaseException
     ) -> None:
         module.preemption.close()
-        environment = getattr(trainer.strategy, "cluster_environment", None)  # one device has none
-        launched = isinstance(environment, LightningEnvironment) and trainer.local_rank > 0
-        if launched and isinstance(exception, Preempted):
-            exception.code = (
-                0  # Lightning's launcher kills the others after any other; rank 0's counts
-            )
+        if isinstance(exception, Preempted) and not counts(trainer):
+            exception.code = 0
+
+
+def counts(trainer: Trainer) -> bool:
+    """Whether the launcher needs this rank's exit code.
+
+    After one with an exit code above 0 Lightning's and srun end all others; that of rank 0, which
+    ends last, is the job's.
+    """
+    environment = getattr(trainer.strategy, "cluster_environment", None)  # one device has none
+    if isinstance(environment, LightningEnvironment):
+        return trainer.local_rank == 0
+    return trainer.is_global_zero or not isinstance(environment, SLURMEnvironment)

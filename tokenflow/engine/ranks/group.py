@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Shaped
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore
 
 from tokenflow.engine.ranks.preemption import Preemption
 from tokenflow.engine.ranks.shard import WindowShard
@@ -36,7 +35,6 @@ class FrameGroup:
         device: Where these are.
         control: For everything else, in host memory.
         preemption: Of the job.
-        first: The number in the job of the group's rank 0.
 
     Attributes:
         received: Bytes of keys, values, keyframes and latents that other ranks have sent.
@@ -51,11 +49,9 @@ class FrameGroup:
         device: torch.device | str = "cpu",
         control: dist.ProcessGroup | None = None,
         preemption: Preemption | None = None,
-        first: int = 0,
     ) -> None:
         self.rank, self.size, self.group, self.device = rank, size, group, device
-        self.control, self.first = control, first
-        self.preemption = preemption or Preemption()
+        self.control, self.preemption = control, preemption or Preemption()
         self.received, self.meetings = 0, 0
         self.shared: Exception | None = None
 
@@ -86,8 +82,7 @@ class FrameGroup:
                 f"expected the number of ranks for each clip to divide {ranks}, the job's ranks; "
                 f"got {members}"
             )
-        first = rank - rank % members
-        mine = cls(rank - first, members, device=device, preemption=preemption, first=first)
+        mine = cls(rank % members, members, device=device, preemption=preemption)
         for begin in range(0, ranks, members):
             those = list(range(begin, begin + members))
             group: Any = dist.new_group(those)
@@ -132,16 +127,12 @@ class FrameGroup:
         """Waits for all ranks, without a timeout.
 
         Raises:
-            Preempted: A rank was asked to stop.
+            Preempted: A rank was asked to stop before all had come; on all ranks, or on none.
         """
-        if self.size == 1 or self.preemption.store is None:
-            return
-        store = PrefixStore(f"{self.first}/{self.size}", self.preemption.store)
         self.meetings += 1
-        store.add(f"{self.meetings}", 1)
-        while store.add(f"{self.meetings}", 0) < self.size:
-            self.preemption.check()
-            sleep(0.05)
+        if self.control is not None:
+            name = f"{self.control.group_name}/{self.meetings}"
+            self.preemption.meet(name, self.size)
 
     def all_gather_object(self, own: T) -> list[T]:
         """What every rank has, in their order."""
@@ -154,7 +145,10 @@ class FrameGroup:
         """Which of these are true on some rank; several times as fast as `all_gather_object`."""
         marks = torch.tensor(own, dtype=torch.uint8)
         if self.size > 1:
-            dist.all_reduce(marks, dist.ReduceOp.MAX, group=self.control)
+            work: Any = dist.all_reduce(marks, dist.ReduceOp.MAX, self.control, async_op=True)
+            while not work.is_completed():  # a signal's handler runs only between Python's steps
+                sleep(0.001)
+            work.wait()
         return [bool(mark) for mark in marks]
 
     def mean(self, value: float, weight: int) -> float:

@@ -1,82 +1,99 @@
-"""Stopping where a run can go on: on SIGTERM and SIGUSR1, by which schedulers announce its end."""
+"""Stopping where a run can be resumed: on SIGTERM and SIGUSR1, which schedulers send first."""
 
 from __future__ import annotations
 
-import itertools
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from threading import Event, Thread
-from time import sleep
+from threading import Event, Thread, current_thread, main_thread
+from time import monotonic, sleep
 from types import FrameType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # not in its __all__
 
-# the store has no public name, and every launcher makes another one
-from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
-
-from tokenflow.errors import InputError, Preempted
+from tokenflow.errors import Preempted
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 PERIOD = 0.5
-"""Seconds between two looks into the job's store."""
-STOP = "stop"
+"""Seconds between two looks of a rank for the others' requests."""
+POLL = 0.05
+"""Seconds between two looks of a rank that waits for others."""
+GRACE = 30.0
+"""Seconds that a rank which stops waits for the others to stop, too."""
 
 
 class Preemption:
     """A request to stop, which any rank of a job may receive and all of them follow.
 
-    The signal's handler notes the request; sampling asks for it after every step. Where no
-    collective runs, in a block of `interruptible`, the handler raises `Preempted` at once. In a
-    job of several ranks a thread passes requests on through the job's store: another rank's
-    arrives as if this process had received the signal itself.
+    The signal's handler notes the request; sampling asks for it after every step. In a block of
+    `interruptible`, where no collective runs, the handler raises `Preempted` at once. In a job of
+    several ranks a thread passes requests on through a store that rank 0 holds: another rank's
+    request arrives as if this process had received the signal itself. So does the end of rank 0.
+    One run has one `Preemption`.
     """
 
-    jobs: ClassVar[Iterator[int]] = itertools.count()
-
     def __init__(self) -> None:
-        self.requested = self.lost = False
-        self.store: Store | None = None
+        self.requested = False
         self.depth = 0
-        self.before: dict[int, Any] = {}
+        self.store: Store | None = None
+        self.handlers: dict[int, Any] = {}
         self.over, self.thread = Event(), Thread(target=self.watch, daemon=True)
 
-    def start(self) -> None:
-        """Sets the handlers, in the main thread; again if somebody else has set theirs."""
-        for number in SIGNALS:
-            before = signal.signal(number, self.handle)
-            if before != self.handle:
-                self.before.setdefault(number, before)
+    def install(self) -> None:
+        """Installs the handlers; not outside of the main thread, where Python allows none."""
+        if current_thread() is main_thread():
+            self.handlers = {number: signal.signal(number, self.handle) for number in SIGNALS}
 
-    def join(self) -> None:
-        """Shares requests with the other ranks of torch.distributed's job."""
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            job = f"tokenflow/{next(self.jobs)}"  # a request of the run before is not this one's
-            self.store = PrefixStore(job, _get_default_store())
-            self.thread.start()
+    def restore(self) -> None:
+        """Puts the handlers back that `install` has replaced."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        self.handlers = {}
+
+    def share(self) -> None:
+        """Shares requests with the other ranks of torch.distributed's job, who all call this."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return
+        host, first = os.environ["MASTER_ADDR"], dist.get_rank() == 0
+        held = TCPStore(host, 0, is_master=True, wait_for_workers=False) if first else None
+        port = [held.port if held else 0]
+        dist.broadcast_object_list(port)
+        self.store = held or TCPStore(host, port[0], is_master=False)
+        self.thread.start()
 
     def close(self) -> None:
-        """Puts the handlers of before back, after all ranks know of a request."""
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        self.before = {}
-        if self.store is None or self.over.is_set():
-            return
+        """Ends sharing and restores the handlers.
+
+        After a request it first waits for the other ranks: launchers end those that are left when
+        one has ended, and some may still save.
+        """
         self.over.set()
-        self.thread.join()
-        if self.requested:
-            with suppress(RuntimeError):
-                self.store.set(STOP, "")
-            if dist.get_rank() == 0:
-                sleep(2 * PERIOD)  # the others read it; the store may end with this process
+        if self.store is not None:
+            self.thread.join()
+            with suppress(RuntimeError):  # rank 0 has ended
+                self.leave(self.store)
+        self.store = None
+        self.restore()
+
+    def leave(self, store: Store) -> None:
+        """Says that this rank stops; after a request, waits until all do."""
+        store.add("left", 1)
+        if not self.requested:
+            return
+        store.set("stop", "")
+        end = monotonic() + GRACE
+        while store.add("left", 0) < dist.get_world_size() and monotonic() < end:
+            sleep(POLL)
+        if dist.get_rank() == 0:
+            sleep(2 * PERIOD)  # with the store, and with the exit code that counts, it ends last
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """The signals' handler."""
-        if self.lost:
-            raise InputError("rank 0 has ended, and this rank ends with it; start again")
-        self.requested = True
-        if self.depth:
+        again, self.requested = self.requested, True
+        if self.depth and not again:  # else the block is cleaning up
             raise Preempted
 
     @contextmanager
@@ -86,31 +103,48 @@ class Preemption:
         Raises:
             Preempted: A rank was asked to stop.
         """
-        self.check()
         self.depth += 1
         try:
+            if self.requested:
+                raise Preempted
             yield
         finally:
             self.depth -= 1
 
-    def check(self) -> None:
-        """Raises `Preempted` where a rank was asked to stop."""
-        if self.requested:
+    def meet(self, name: str, ranks: int) -> None:
+        """Waits until so many ranks have called this with one name, without a timeout.
+
+        Raises:
+            Preempted: A rank was asked to stop before all had come; on all ranks, or on none.
+        """
+        if self.store is None:
+            return
+        try:
+            last, found = self.store.add(name, 1) == ranks, ""
+            while not found:
+                answer = "all" if last else "stop" if self.requested else ""
+                # the first answer counts for all
+                found = self.store.compare_set(f"{name}/answer", "", answer).decode()
+                sleep(0 if found else POLL)
+        except RuntimeError:  # rank 0 has ended
+            found = "stop"
+        if found == "stop":
+            self.requested = True
             raise Preempted
 
     def watch(self) -> None:
-        """Passes requests on, both ways, until the job is over."""
-        assert self.store is not None, "join comes before"
-        store, passed = self.store.clone(), False
-        try:
-            while not passed and not self.over.wait(PERIOD):
-                if self.requested:
-                    store.set(STOP, "")
-                    passed = True
-                elif store.check([STOP]):
-                    passed = True
-                    signal.raise_signal(SIGNALS[0])
-        except RuntimeError:  # the store has ended, and rank 0 with it; unless all are done
-            if not self.over.wait(10 * PERIOD):
-                self.lost = True
-                signal.raise_signal(SIGNALS[0])
+        """Passes requests on, both ways, until the run is over."""
+        assert self.store is not None, "share comes before"
+        with suppress(RuntimeError):  # rank 0 has ended
+            while not self.requested:
+                if self.over.wait(PERIOD):
+                    return
+                if self.store.check(["stop"]):
+                    break
+            if self.requested:
+                self.store.set("stop", "")
+                return
+        if self.handlers:
+            signal.pthread_kill(main_thread().ident, SIGNALS[0])  # type: ignore[arg-type]
+        else:
+            self.requested = True

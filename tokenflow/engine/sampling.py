@@ -1,0 +1,69 @@
+"""What one clip is sampled with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from tokenflow.diffusion import Schedule, Trajectory
+from tokenflow.diffusion.schedule import require_finite
+from tokenflow.diffusion.trajectory import rows
+from tokenflow.editors import Step
+from tokenflow.engine.attention import Matcher
+from tokenflow.engine.network import EditedNetwork
+from tokenflow.engine.ranks.group import FrameGroup
+from tokenflow.engine.ranks.shard import WindowShard
+from tokenflow.engine.settings import Settings
+
+Latents = Float[Tensor, "own c h w"]
+"""Of all frames that this rank has, in host memory."""
+Outputs = Float[Tensor, "branches frames c h w"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What one clip is sampled with; of a clip that ranks share, this rank's part.
+
+    Attributes:
+        network: The frozen network under the editor.
+        trajectory: The source's latents.
+        schedule: Sampling's noise levels.
+        matcher: The kernel that finds correspondences.
+        settings: How the clip is edited.
+        name: The clip's: keyframes are drawn by it.
+        shard: The clip's windows, and which of them this rank has.
+        ranks: Who share the clip.
+    """
+
+    network: EditedNetwork
+    trajectory: Trajectory
+    schedule: Schedule
+    matcher: Matcher
+    settings: Settings
+    name: str
+    shard: WindowShard
+    ranks: FrameGroup
+
+    def step(self, index: int) -> Step:
+        """A step of sampling, as the editor sees it."""
+        s = self.settings
+        assert s.guidance is not None, "Settings.for_model comes before"
+        return Step(index, self.schedule, s.guidance, s.seed, self.network.branches)
+
+    def inputs(self, x: Latents, frames: Sequence[int], step: Step) -> Outputs:
+        """The network's inputs for some of this rank's frames, by position in the clip."""
+        here = x[rows(self.trajectory.positions, frames)]
+        return self.network.editor.inputs(here, step, self.trajectory.source(frames))
+
+    def parts(self, frames: range) -> list[range]:
+        """Runs of frames for one forward pass each."""
+        batch = self.settings.batch
+        return [frames[i : i + batch] for i in range(0, len(frames), batch)]
+
+    def require_finite(self, x: Latents, step: Step) -> None:
+        """Raises a `DivergedError` on all ranks when a latent is NaN or infinite on one."""
+        with self.ranks.together():
+            require_finite(x, f"sampling at step {step.index} (timestep {step.t})")
