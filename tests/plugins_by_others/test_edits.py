@@ -30,6 +30,7 @@ from tokenflow.video import Clip, read_clip, write_clip
 
 PROMPTS = Prompts("a red ball", inversion_prompt="a blue ball")
 SETTINGS = Settings(steps=4, keyframe_every=2, batch=2)
+CLIP = tiny_clip(3)
 # float32 sums in batches of other sizes, through four steps with guidance
 ROUNDING = 1e-3
 
@@ -55,12 +56,12 @@ def test_prompt_to_prompt_takes_the_layouts_maps(backbone: Backbone) -> None:
         assert torch.allclose(found, expected, atol=1e-5)
 
 
-def test_a_layout_that_is_not_used_changes_nothing(backbone: Backbone, clip: Clip) -> None:
+def test_a_layout_that_is_not_used_changes_nothing(backbone: Backbone) -> None:
     class Plain(Editor):
         """Classifier-free guidance alone."""
 
     edited = [
-        edit_clip(backbone, clip, PROMPTS, editor, NNField(), SETTINGS).latents
+        edit_clip(backbone, CLIP, PROMPTS, editor, NNField(), SETTINGS).latents
         for editor in (PromptToPrompt(share=0), Plain(), PromptToPrompt())
     ]
     assert torch.allclose(edited[0], edited[1], atol=ROUNDING)
@@ -94,16 +95,14 @@ def test_top_k_is_softer_in_the_decoder_and_early() -> None:
 def test_without_inversion_a_gaussians_mean_is_moved() -> None:
     """By the difference of the prompts' means, which is FlowEdit's path for Gaussian latents."""
     model, clip = GaussianFlow(), Clip.from_frames(torch.rand(3, 3, 2, 2))
-    settings = Settings(steps=400, keyframe_every=2, guidance=1)
+    settings = Settings(steps=400, keyframe_every=2, guidance=1.0)
     prompts = Prompts("0.9", inversion_prompt="0.4")
     edited = edit_clip(model, clip, prompts, NoInversion(), NNField(), settings).latents
     # Euler's error falls as one over the number of steps
     assert torch.allclose(edited - clip.frames, torch.tensor(0.5), atol=2 / settings.steps)
 
 
-def test_without_inversion_an_edit_is_resumed(
-    backbone: Backbone, clip: Clip, tmp_path: Path
-) -> None:
+def test_without_inversion_an_edit_is_resumed(backbone: Backbone, tmp_path: Path) -> None:
     def edit(stop: int = 0, **given: Any) -> tuple[Tensor, list[tuple[str, int]]]:
         seen: list[tuple[str, int]] = []
 
@@ -112,7 +111,7 @@ def test_without_inversion_an_edit_is_resumed(
             return "stop" if (stage, step) == ("edit", stop) else None
 
         result = edit_clip(
-            backbone, clip, PROMPTS, NoInversion(), NNField(), SETTINGS, on_step=on_step, **given
+            backbone, CLIP, PROMPTS, NoInversion(), NNField(), SETTINGS, on_step=on_step, **given
         )
         return result.latents, seen
 
@@ -145,9 +144,9 @@ class OneFrame(GridShuffle):
     side = 1
 
 
-def test_a_grid_of_one_frame_is_that_frame(backbone: Backbone, clip: Clip) -> None:
+def test_a_grid_of_one_frame_is_that_frame(backbone: Backbone) -> None:
     def edit(way: Any) -> Tensor:
-        given = backbone, clip, PROMPTS, NoInversion(), NNField(), SETTINGS
+        given = backbone, CLIP, PROMPTS, NoInversion(), NNField(), SETTINGS
         return edit_clip(*given, consistency=way).latents
 
     alone, one, four = map(edit, (PerFrame, OneFrame, GridShuffle))
