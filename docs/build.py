@@ -26,7 +26,9 @@ from nbconvert import MarkdownExporter
 ROOT = Path(__file__).parents[1]
 PAGES = ("*.md", "docs/*.md", "examples/*/*.md", "training/*.md")
 NOTEBOOKS = "examples/*.ipynb"
-FILES = ("LICENSE", "CITATION.cff", *(f"docs/*.{kind}" for kind in ("css", "js", "png", "webp")))
+KINDS = ("css", "js", "png", "svg", "webp")
+LINKED = ("LICENSE", "CITATION.cff", "tokenflow/engine/algorithm.py")
+FILES = (*LINKED, *(f"docs/*.{kind}" for kind in KINDS))
 
 
 def build(folder: Path, root: Path = ROOT, *, run_notebooks: bool = True) -> None:

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tokenflow.engine.editing import Settings
 
 from tests.conftest import ROOT
 from tests.installing import install
 from tokenflow.cli.main import main
+from tokenflow.engine import Settings
 from tokenflow.engine.lightning.data import Video
 from tokenflow.engine.lightning.module import TokenFlow
 from tokenflow.engine.lightning.run_writer import RunWriter

@@ -249,7 +249,7 @@ def test_two_groups_of_ranks_share_the_clips(words: list[str], alone: Path, tmp_
     assert "broken.mp4" in reason
     lines = told.read_text().splitlines()
     assert lines.count("4 clips: 3 done, 0 skipped, 1 failed") == 1  # only one rank prints
-    written = {Path(line).parent.name for line in lines if line.endswith("edited.mp4")}
+    written = {Path(line).parent.name for line in lines if line.endswith("report.html")}
     assert written == {"one", "two"}  # of the clips that its group edits
     for name in ("one", "two", "third"):
         require_near(runs / name, alone / name)

@@ -37,7 +37,7 @@ def test_a_clip_of_any_name_is_edited(
     main(["report", str(folder)])
     main(["cache", f"--folder={cache_folder}"])
     out, err = capsys.readouterr()
-    assert f"{tmp_path}/runs/{printable(name)}/edited.mp4\n" in out
+    assert f"{tmp_path}/runs/{printable(name)}/report.html\n" in out
     assert f"{printable(name)}  inversion  3" in out
     assert "\x1b" not in out + err
     (out + err).encode()

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import EntryPoint, version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from tests.conftest import ROOT
 from tests.installing import install
 from tokenflow import plugins
 from tokenflow.cli.main import main
-from tokenflow.diffusion import Backbone, Schedule, Trajectory
-from tokenflow.editors import Edit, Editor, Pass, PnP, Start
+from tokenflow.diffusion import Backbone, Conditioning, Schedule, Site, Source
+from tokenflow.editors import Batch, Editor, Injection, PnP, Processor, Prompts, Start, Step
 from tokenflow.engine import Settings, edit_clip
 from tokenflow.errors import InputError, Interrupted, PluginError, Preempted
 from tokenflow.plugins import describe, installed_plugins, load
@@ -36,6 +36,18 @@ class Old(PnP):
     interface = 0
 
 
+class First(PnP):
+    interface = 1
+
+
+class FirstKernel(NNField):
+    interface = 1
+
+
+class Later(PnP):
+    interface = "1"  # type: ignore[assignment]
+
+
 class Silent(PnP):
     pass
 
@@ -52,8 +64,9 @@ def test_the_built_in_ones_come_through_entry_points() -> None:
         ("Gone", "no.such.module:Gone", "ModuleNotFoundError"),
         ("Path", "pathlib:Path", "no subclass of Editor"),
         ("Other", "tokenflow.editors:PnP", "named 'Other' but its class 'PnP'"),
-        ("Old", "tests.test_plugins:Old", "interface 0"),
-        ("Silent", "tests.test_plugins:Silent", "add interface = 1 to the class"),
+        ("Old", "tests.test_plugins:Old", "interface 0 of Editor, this is interface 2"),
+        ("Later", "tests.test_plugins:Later", "interface '1' of Editor, this is interface 2"),
+        ("Silent", "tests.test_plugins:Silent", "add interface = 2 to the class"),
     ],
 )
 def test_an_unusable_plugin_is_listed_with_its_reason(name: str, value: str, reason: str) -> None:
@@ -61,6 +74,30 @@ def test_an_unusable_plugin_is_listed_with_its_reason(name: str, value: str, rea
     assert plugin.kind is None
     assert reason in plugin.reason
     assert f"unusable: {name} of unknown distribution: " in describe([plugin])
+
+
+EDITOR = {
+    "edits": "injections", "conditioning(forward)": "model_inputs", "constrain": "advance",
+    "content": "cache_key",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "renamed"),
+    [("First", Editor, EDITOR), ("FirstKernel", Propagation, {"content": "cache_key"})],
+)
+def test_a_plugin_of_interface_1_is_refused_with_what_has_changed(
+    name: str, base: Any, renamed: dict[str, str]
+) -> None:
+    group = "tokenflow.editors" if base is Editor else "tokenflow.propagation"
+    reason = load(EntryPoint(name, f"tests.test_plugins:{name}", group)).reason
+    said = f"it was written for interface 1 of {base.__name__}, this is interface 2: "
+    assert reason.startswith(said)
+    for old, new in renamed.items():
+        assert old in reason
+        assert new in reason
+        assert callable(getattr(base, new))
+    assert (ROOT / reason.split()[-1]).is_file()
 
 
 def test_a_name_offered_twice_is_used_by_neither(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,6 +121,7 @@ Silent = broken:Silent
 Abstract = broken:Abstract
 Failing = broken:Failing
 OwnModel = broken:OwnModel
+Fitting = broken:Fitting
 Ending = broken:Ending
 Wrong = broken:Missing
 [tokenflow.propagation]
@@ -92,6 +130,9 @@ Asking = broken:Asking
 Outdated = broken:Asking
 """
 MODULE = """
+from abc import abstractmethod
+
+from tokenflow.diffusion import ModelError
 from tokenflow.editors import Editor, PnP
 from tokenflow.propagation import Correspondence, NNField
 
@@ -99,13 +140,13 @@ class Outdated(PnP):
     interface = 0
 
 class Wrong(NNField):
-    interface = 1
+    interface = 2
     def correspond(self, source, keys, window):
         found = super().correspond(source, keys, window)
         return Correspondence(found.indices, found.weights * 2)
 
 class Asking(NNField):
-    interface = 1
+    interface = 2
     def __init__(self, radius: float) -> None:
         super().__init__()
         self.radius = radius
@@ -120,27 +161,35 @@ class SDEdit(PnP):
     "A helper, with the name of another's plugin."
 
 class Abstract(Editor):
-    interface = 1
+    interface = 2
+    @abstractmethod
+    def missing(self):
+        pass
 
 class Failing(PnP):
-    interface = 1
+    interface = 2
     def __init__(self, a: int = 1) -> None:
         raise KeyError("boom")
 
 class OwnModel(PnP):
-    interface = 1
+    interface = 2
     def __init__(self, backbone: str = "x") -> None:
-        super().__init__()
+        raise ValueError(f"own model {backbone}")
 
 class Ending(PnP):
-    interface = 1
+    interface = 2
     def __init__(self) -> None:
         raise SystemExit(0)
 
 class Crashing(PnP):
-    interface = 1
-    def conditioning(self, forward):
-        return {"timestep_cond": forward.nonsense}
+    interface = 2
+    def model_inputs(self, batch):
+        return {"timestep_cond": batch.nonsense}
+
+class Fitting(PnP):
+    interface = 2
+    def prepare(self, model, clip):
+        raise ModelError(f"frames of {tuple(clip.frames.shape[2:])}")
 """
 
 
@@ -167,13 +216,13 @@ def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[Any, str]
 def test_the_list_names_every_plugin_and_its_state(
     broken: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, out = run(["plugins"], capsys)
-    assert code == 0
+    code, out = run(["plugins", "check"], capsys)
+    assert code == 1
     rows = {tuple(line.split()[:4]): line for line in out.splitlines()}
     assert rows["NNField", "kernel", "tokenflow", "0.1.0"].endswith(" usable")
     assert rows["Wrong", "kernel", "tokenflow-broken", "0.3"].endswith(" usable")
     outdated = rows["Outdated", "editor", "tokenflow-broken", "0.3"]
-    assert "unusable: it was written for interface 0 of Editor, this is interface 1" in outdated
+    assert "unusable: it was written for interface 0 of Editor, this is interface 2" in outdated
     assert "import of leaving:Leaving failed: SystemExit: no licence" in out
 
 
@@ -208,12 +257,12 @@ def test_an_interrupted_import_is_no_fault_of_the_plugin(
     install(tmp_path, "tokenflow-slow", "[tokenflow.editors]\nSlow = slow:Slow\n")
     monkeypatch.syspath_prepend(tmp_path)
     installed_plugins.cache_clear()
-    code, out = run(["plugins"], capsys)
+    code, out = run(["plugins", "check"], capsys)
     assert (code, out) == (130, "tokenflow: interrupted\n")
 
 
 def test_doctor_finds_an_unusable_plugin(broken: None, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out = run(["doctor"], capsys)
+    code, out = run(["doctor", "--imports"], capsys)
     assert code == 1
     assert "Gone of tokenflow-broken 0.3: import of nosuchmodule:Gone failed" in out
     assert "something is broken" in out
@@ -239,20 +288,18 @@ def test_doctor_finds_an_unusable_plugin(broken: None, capsys: pytest.CaptureFix
         (["Abstract"], 1, ["FAILED  it cannot be made with these options: TypeError: Can't inst"]),
         (["Failing"], 1, ["KeyError: 'boom'", "Failing of tokenflow-broken 0.3: 1 failed"]),
         (
-            ["ControlNet"],
+            ["Fitting"],
             2,
             [
-                "tokenflow: error: ControlNet of tokenflow 0.1.0 does not fit the model that",
-                "made for another model: expected cross-attention width 16 (found ",
-                "name one that it fits with --backbone, a folder, a hub id or 'miniature'",
+                "tokenflow: error: Fitting of tokenflow-broken 0.3 does not fit the model",
+                "checked on: frames of (16, 32); name one that it fits with --backbone, a fold",
             ],
         ),
-        (["ControlNet", "--backbone=miniature"], 0, ["ControlNet of tokenflow 0.1.0: all is well"]),
-        (["OwnModel", "--backbone=y"], 0, ["OwnModel of tokenflow-broken 0.3: all is well"]),
+        (["Fitting", "--backbone=miniature"], 2, ["checked on: frames of (32, 64); name one"]),
+        (["OwnModel", "--backbone=y"], 1, ["options: ValueError: own model y"]),
         (["Asking"], 2, ["radius"]),
         (["Asking", "--radius=1"], 0, ["all is well"]),
         (["Nonsense"], 2, ["there is no plugin 'Nonsense'; installed are: ", "NNField"]),
-        ([], 2, ["expected tokenflow plugins, or tokenflow plugins check NAME"]),
     ],
 )
 def test_check(
@@ -293,17 +340,26 @@ def test_choosing_an_unusable_plugin_gives_its_reason(
 @pytest.mark.parametrize(
     "options",
     [
-        ["--model.editor=SDEdit", "--model.editor.strength=0.5"],
+        ["--model.editor=tokenflow.SDEdit", "--model.editor.strength=0.5"],
         ["--model.propagation=broken.Wrong"],
     ],
 )
-def test_a_name_is_its_entry_points_and_no_helpers_nor_another_groups(
+def test_a_class_path_tells_two_classes_of_one_name_apart(
     options: list[str], broken: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["predict", "--data.video=gone.mp4", "--model.prompt=a ball"]
     code, out = run([*words, *options], capsys)
     assert code == 2
     assert "gone.mp4 does not exist" in out  # as far as a run gets
+
+
+def test_a_name_of_two_classes_asks_for_the_class_path(
+    broken: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["predict", "--data.video=gone.mp4", "--model.prompt=a ball", "--model.editor=SDEdit"]
+    code, out = run(words, capsys)
+    assert code == 2
+    assert "Give the full class path" in out
 
 
 @pytest.fixture
@@ -313,7 +369,7 @@ def clashing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for package, name in offered.items():
         group = f"[tokenflow.editors]\n{name} = {package}:{name}\n"
         install(tmp_path, f"tokenflow-{package}", group)
-        text = f"from tokenflow.editors import PnP as P\n\nclass {name}(P):\n    interface = 1\n"
+        text = f"from tokenflow.editors import PnP as P\n\nclass {name}(P):\n    interface = 2\n"
         (tmp_path / f"{package}.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     installed_plugins.cache_clear()
@@ -331,7 +387,7 @@ def test_a_name_that_clashes_stops_only_those_who_choose_the_newcomer_by_it(
         return run([*words, f"--model.editor={editor}"], capsys)[1]
 
     clash = "the name is offered by {} and {}; uninstall one, or choose by class path"
-    _, listed = run(["plugins"], capsys)
+    _, listed = run(["plugins", "check"], capsys)
     rows = [line.split(maxsplit=4) for line in listed.splitlines()[1:]]
     states = {(row[0], row[2]): row[4].strip() for row in rows}
     assert states["PnP", "tokenflow"] == "usable"
@@ -339,15 +395,16 @@ def test_a_name_that_clashes_stops_only_those_who_choose_the_newcomer_by_it(
     assert states["PnP", "tokenflow-second"] == f"unusable: {reason}"
     assert clash.format("tokenflow-fourth 1.0", "tokenflow-third 1.0") in errors("Own")
     # the run goes on to its missing video
-    for editor in ("PnP", "second.PnP"):
+    for editor in ("tokenflow.PnP", "second.PnP"):
         assert "gone.mp4 does not exist" in errors(editor)
+    assert "Give the full class path" in errors("PnP")
 
 
 def test_a_plugins_options_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     code, out = run(["predict", "--model.editor.help", "PnP"], capsys)
     assert code == 0
     assert "attention ATTENTION" in out
-    assert "Share of the steps in which decoder self-attentions" in out
+    assert "Injection threshold: the share of the steps" in out
 
 
 class Raising(PnP):
@@ -364,28 +421,47 @@ class Raising(PnP):
     def prepare(self, backbone: Backbone, clip: Clip) -> None:
         self.at("prepare")
 
-    def start(self, trajectory: Trajectory, schedule: Schedule, seed: int) -> Start:
+    def branches(self, prompts: Prompts) -> Mapping[str, str]:
+        self.at("branches")
+        return super().branches(prompts)
+
+    def start(self, source: Source, schedule: Schedule, seed: int) -> Start:
         self.at("start")
-        return super().start(trajectory, schedule, seed)
+        return super().start(source, schedule, seed)
 
-    def edits(self, unet: UNet2DConditionModel) -> Sequence[Edit]:
-        self.at("edits")
-        return [*super().edits(unet), Edit(unet.up_blocks[2].resnets[1].conv2, self.mix)]
+    def inputs(self, x: Tensor, step: Step, source: Source) -> Tensor:
+        self.at("inputs")
+        return super().inputs(x, step, source)
 
-    def mix(self, edited: Tensor, source: Tensor) -> Tensor:
-        self.at("mix")
-        return edited
-
-    def conditioning(self, forward: Pass) -> dict[str, Any]:
-        if len(forward.branches) > 1:
+    def conditioning(self, batch: Batch) -> Conditioning:
+        if not batch.inversion:
             self.at("conditioning")
+        return batch.conditioning
+
+    def model_inputs(self, batch: Batch) -> dict[str, Any]:
+        if not batch.inversion:
+            self.at("model_inputs")
         return {}
 
-    def constrain(
-        self, latents: Tensor, frames: tuple[int, ...], t: int | None, trajectory: Trajectory
-    ) -> Tensor:
-        self.at("constrain")
-        return latents
+    def injections(self, model: Backbone) -> Sequence[Injection]:
+        self.at("injections")
+        return [*super().injections(model), Injection("up_blocks.2.resnets.1.conv2", self.mix)]
+
+    def mix(self, edited: Tensor, source: Tensor, batch: Batch) -> Tensor:
+        self.at("an injection")
+        return edited
+
+    def cross_attention(self, model: Backbone) -> Mapping[str, Processor]:
+        self.at("cross_attention")
+        return dict.fromkeys(model.cross_attention(), self.attend)
+
+    def attend(self, batch: Batch, site: Site, x: Tensor, *_: Any, **given: Any) -> Tensor:
+        self.at("attend")
+        return site.plain(x, **given)
+
+    def advance(self, x: Tensor, outputs: Any, step: Step, source: Source) -> Tensor:
+        self.at("advance")
+        return x
 
 
 class RaisingKernel(NNField):
@@ -395,30 +471,37 @@ class RaisingKernel(NNField):
 
 def edit(backbone: Backbone, clip: Clip, editor: Editor, kernel: Propagation | None = None) -> None:
     settings = Settings(steps=1, keyframe_every=4)
-    edit_clip(backbone, clip, "a ball", editor, kernel or NNField(), settings=settings)
+    edit_clip(backbone, clip, "a ball", editor, kernel or NNField(), settings)
 
 
 def output(backbone: Backbone) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(2, 4, 8, 16, generator=generator)
     with torch.no_grad():
-        return backbone.epsilon(latents, 1, backbone.embed(["", "a"]), backbone.schedule(1))
+        return backbone.predict(latents, 1, backbone.embed(["", "a"]))
 
 
-@pytest.mark.parametrize("where", ["prepare", "start", "edits", "mix", "conditioning", "constrain"])
-def test_an_editor_that_raises_is_named_and_the_unet_restored(
+WHERE = [
+    "branches", "prepare", "start", "inputs", "conditioning", "model_inputs", "injections",
+    "an injection", "cross_attention", "attend", "advance",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_an_editor_that_raises_is_named_and_the_network_restored(
     where: str, backbone: Backbone, clip: Clip
 ) -> None:
     before = output(backbone)
+    method = where.replace("attend", "cross_attention")
     message = (
-        rf"^Raising of tests.test_plugins \(not installed as a plugin\) failed in {where}: "
+        rf"^Raising of tests.test_plugins \(not installed as a plugin\) failed in {method}: "
         r"ZeroDivisionError: two \(test_plugins.py, line \d+\); the plugin is to be mended"
     )
     with pytest.raises(PluginError, match=message) as raised:
         edit(backbone, clip, Raising(where, ZeroDivisionError("two")))
     assert isinstance(raised.value.__cause__, ZeroDivisionError)
     assert torch.equal(output(backbone), before)
-    assert not any(module._forward_hooks for module in backbone.unet.modules())
+    assert not any(module._forward_hooks for module in backbone.network.modules())
 
 
 @pytest.mark.parametrize("end", [SystemExit(0), SystemExit("bye")])
@@ -433,10 +516,10 @@ def test_a_plugin_does_not_keep_a_run_from_ending(
 ) -> None:
     with pytest.raises(type(end)) as raised:
         edit(backbone, clip, Raising("start", end))
-    assert raised.value is end
+    assert raised.value.code == end.code
 
 
-def test_a_kernel_that_raises_is_named_and_the_unet_restored(
+def test_a_kernel_that_raises_is_named_and_the_network_restored(
     backbone: Backbone, clip: Clip
 ) -> None:
     before = output(backbone)
@@ -458,13 +541,13 @@ class LateKernel(NNField):
 def test_a_kernel_that_points_nowhere_later_is_named(backbone: Backbone, clip: Clip) -> None:
     kernel = LateKernel()
 
-    def progress(stage: str, done: int, steps: int) -> None:
-        kernel.flawless = stage != "edit" or done == 0
+    def on_step(stage: str, step: int, steps: int) -> None:
+        kernel.flawless = stage != "edit"
 
     with pytest.raises(PluginError, match=r"^LateKernel of .* failed in gather: IndexError"):
         edit_clip(
-            backbone, clip, "a ball", PnP(), kernel,
-            settings=Settings(steps=2, keyframe_every=4), progress=progress,
+            backbone, clip, "a ball", PnP(), kernel, Settings(steps=2, keyframe_every=4),
+            on_step=on_step,
         )  # fmt: skip
 
 
@@ -473,12 +556,15 @@ def wrong(**methods: Any) -> Editor:
     return type("Wrong", (PnP,), methods)()
 
 
-def edit_of(unet: UNet2DConditionModel, function: Any) -> list[Edit]:
-    return [Edit(unet.up_blocks[1].resnets[1].conv2, function)]
+LAYER = "up_blocks.1.resnets.1.conv2"
 
 
-def late(self: Editor, unet: UNet2DConditionModel) -> Iterator[Edit]:
-    yield from edit_of(unet, lambda edited, source: edited)
+def inject(function: Any, layer: str = LAYER) -> dict[str, Any]:
+    return {"injections": lambda self, model: [Injection(layer, function)]}
+
+
+def late(self: Editor, model: Backbone) -> Iterator[Injection]:
+    yield Injection(LAYER, lambda edited, source, batch: edited)
     raise KeyError("late")
 
 
@@ -487,52 +573,66 @@ RESIDUALS = {
     "down_block_additional_residuals": [torch.zeros(1)] * 12,
 }
 WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"branches": lambda *_: {}}, "in branches: expected a dict of branches and their prompts"),
     ({"start": lambda *_: None}, "in start: expected a Start, got NoneType"),
     (
-        {"start": lambda _, source, schedule, seed: Start(source.clean[1:], schedule.timesteps)},
+        {"start": lambda _, source, *__: Start(source.clean[1:])},
         r"in start: expected first latents of shape \(9, 4, 8, 16\), got \(8, 4, 8, 16\)",
     ),
     (
-        {"start": lambda _, source, schedule, seed: Start(source.clean / 0, schedule.timesteps)},
+        {"start": lambda _, source, *__: Start(source.clean / 0)},
         "in start: expected finite first latents",
     ),
     (
-        {"start": lambda _, source, schedule, seed: Start(source.clean, (17,))},
-        r"in start: expected the schedule's timesteps \(1,\), or a tail of them, got \(17,\)",
+        {"start": lambda _, source, *__: Start(source.clean, 1)},
+        "in start: expected a step from 0 to 0, got 1",
     ),
     (
-        {"start": lambda _, source, schedule, seed: Start(source.clean, ())},
-        r"or a tail of them, got \(\)",
+        {"inputs": lambda _, x, *__: x},
+        r"in inputs: expected inputs of all branches of shape \(3, ",
     ),
-    ({"edits": lambda *_: None}, "failed in .*: TypeError: 'NoneType' object is not iterable"),
-    ({"edits": lambda _, unet: [unet]}, "in edits: expected Edits of the UNet's modules"),
-    ({"edits": late}, "failed in late: KeyError: 'late'"),
+    ({"injections": lambda *_: None}, "in injections: TypeError: 'NoneType' object is not iterab"),
+    ({"injections": lambda *_: [1]}, "in injections: expected Injections .* got 1 as number 0"),
+    ({"injections": late}, "failed in injections: KeyError: 'late'"),
     (
-        {"edits": lambda _, unet: edit_of(unet, lambda edited, source: edited[:1])},
-        r"in an edit: expected the edited output of shape \(2, \d, .*, got \(1, ",
-    ),
-    (
-        {"edits": lambda _, unet: edit_of(unet, lambda edited, source: edited.double())},
-        "in an edit: expected the edited output of dtype torch.float32, got torch.float64",
+        inject(lambda edited, source, batch: edited[:1]),
+        r"in an injection: expected the edited output of shape \(2, \d, .*, got \(1, ",
     ),
     (
-        {"edits": lambda _, unet: [Edit(unet.down_blocks[0], lambda edited, source: edited)]},
-        "edit's module must put out a tensor: expected another than CrossAttnDownBlock2D, got tup",
+        inject(lambda edited, source, batch: edited.double()),
+        "in an injection: expected the edited output of dtype torch.float32, got torch.float64",
     ),
-    ({"conditioning": lambda *_: None}, "in conditioning: expected a dict of UNet arguments"),
-    ({"conditioning": lambda *_: {"sample": 1}}, r"in conditioning: .*, got \['sample'\]"),
     (
-        {"conditioning": lambda _, it: RESIDUALS if len(it.branches) > 1 else {}},
-        "failed in epsilon: RuntimeError: The size of tensor a",
+        inject(lambda edited, source, batch: edited, "down_blocks.0"),
+        "layer must put out a tensor: expected another than down_blocks.0, a CrossAttnDownBlock2D",
     ),
-    ({"conditioning": lambda *_: RESIDUALS}, "failed in epsilon: RuntimeError: The size of tensor"),
-    ({"constrain": lambda *_: None}, "in constrain: expected latents .* in a tensor, got NoneType"),
-    ({"constrain": lambda _, x, *__: x[:1]}, r"in constrain: .*, got \(1, 4, 8, 16\)"),
+    ({"conditioning": lambda *_: {}}, "in conditioning: expected a Conditioning, got dict"),
+    ({"model_inputs": lambda *_: None}, "in model_inputs: expected a dict of network inputs, got"),
+    ({"model_inputs": lambda *_: {"sample": 1}}, r"in model_inputs: .*, got \['sample'\]"),
+    (
+        {"model_inputs": lambda _, batch: {} if batch.inversion else RESIDUALS},
+        "failed in model_inputs: RuntimeError: The size of tensor a",
+    ),
+    ({"model_inputs": lambda *_: RESIDUALS}, "in model_inputs: RuntimeError: The size of tensor"),
+    (
+        {"cross_attention": lambda *_: {"attn": 1}},
+        r"in cross_attention: .*, got \['attn'\]",
+    ),
+    (
+        {
+            "cross_attention": lambda _, model: dict.fromkeys(
+                model.cross_attention(), lambda *_, **__: 1
+            )
+        },
+        "in cross_attention: expected the layer's output in a tensor, got int",
+    ),
+    ({"advance": lambda *_: None}, "in advance: expected latents .* in a tensor, got NoneType"),
+    ({"advance": lambda _, x, *__: x[:1]}, r"in advance: .*, got \(1, 4, 8, 16\)"),
 ]
 
 
 @pytest.mark.parametrize(("methods", "message"), WRONG)
-def test_an_editors_wrong_answer_names_it_and_the_unet_is_restored(
+def test_an_editors_wrong_answer_names_it_and_the_network_is_restored(
     methods: dict[str, Any], message: str, backbone: Backbone, clip: Clip
 ) -> None:
     before = output(backbone)
@@ -541,16 +641,16 @@ def test_an_editors_wrong_answer_names_it_and_the_unet_is_restored(
     assert torch.equal(output(backbone), before)
 
 
-def test_edits_may_be_a_generator(backbone: Backbone, clip: Clip) -> None:
+def test_injections_may_be_a_generator(backbone: Backbone, clip: Clip) -> None:
     asked: list[str] = []
 
-    def edits(self: Editor, unet: UNet2DConditionModel) -> Iterator[Edit]:
-        for edit in PnP().edits(unet):
-            asked.append(type(edit.module).__name__)
-            yield edit
+    def injections(self: Editor, model: Backbone) -> Iterator[Injection]:
+        for one in PnP().injections(model):
+            asked.append(one.layer)
+            yield one
 
-    edit(backbone, clip, wrong(edits=edits))
-    assert len(asked) == len(PnP().edits(backbone.unet))
+    edit(backbone, clip, wrong(injections=injections))
+    assert asked == [one.layer for one in PnP().injections(backbone)]
 
 
 class Flow(OpticalFlow):
@@ -580,7 +680,7 @@ def test_a_flow_that_is_none_is_named(
         edit(backbone, clip, PnP(), FlowWeighted(Flow(answer)))
 
 
-@pytest.mark.parametrize("where", ["prepare", "mix"])
+@pytest.mark.parametrize("where", ["prepare", "an injection"])
 def test_what_a_plugin_tells_the_user_passes_unchanged(
     where: str, backbone: Backbone, clip: Clip
 ) -> None:
@@ -603,7 +703,7 @@ def test_the_command_line_names_the_package_of_a_plugin_that_raises(
         capsys,
     )  # fmt: skip
     assert code == 2
-    assert "Crashing of tokenflow-broken 0.3 failed in conditioning: AttributeError: " in out
+    assert "Crashing of tokenflow-broken 0.3 failed in model_inputs: AttributeError: " in out
     assert "Traceback" not in out
     assert not (tmp_path / "runs").exists()
 

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 
 from tests.conftest import ROOT
 from tests.installing import install
-from tokenflow.cli.allowlist import require_local, split_allowed
+from tokenflow.cli.allowlist import require_local
+from tokenflow.cli.configurations import split_allowed
 from tokenflow.cli.main import main
 from tokenflow.diffusion import Backbone, ModelError
 from tokenflow.errors import InputError
@@ -112,6 +113,42 @@ def test_a_configuration_runs_no_code(attack: str, capsys: pytest.CaptureFixture
     err = capsys.readouterr().err
     assert "'./none'" not in err, "it was not refused"
     assert not Path(MARK).exists()
+
+
+CHOICES: dict[str, Any] = {
+    "os.system as the editor": {"editor": SYSTEM},
+    "a name alone": {"editor": "os.system"},
+    "a function as the editor": {"editor": INSTANTIATE},
+    "a process as an editor's option": {
+        "editor": {"class_path": "ControlNet", "init_args": {"condition": POPEN}}
+    },
+    "a process as the kernel's option": {"propagation": "FlowWeighted", "propagation.flow": POPEN},
+    "a module that would be imported": {"editor": {"class_path": "ownpackage.Marking"}},
+    "a process in a grid": {"grid": {"editor": ["PnP", POPEN]}},
+}
+
+
+@pytest.mark.parametrize("attack", CHOICES)
+def test_a_manifest_runs_no_code(
+    attack: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "ownpackage.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "ownpackage", raising=False)
+    shutil.copy(ROOT / "tokenflow/miniature/demo/blue_ball.mp4", "in.mp4")
+    Path("clips.yaml").write_text(yaml.safe_dump([{"video": "in.mp4", **CHOICES[attack]}]))
+    own = ["--data.manifest=clips.yaml", "--model.prompt=a ball", "--model.backbone=./none"]
+    with pytest.raises(SystemExit) as exit:
+        main(["predict", *own, "--trainer.accelerator=cpu"])
+    assert exit.value.code == 2
+    err = capsys.readouterr().err
+    assert "'./none'" not in err, "it was not refused"
+    assert "clips.yaml, clip 1: " in err
+    assert not Path(MARK).exists()
+    assert not Path("imported").exists()
 
 
 URL = "reference::http://127.0.0.1:9/index.json"

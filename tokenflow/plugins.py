@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import cache
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from tokenflow.editors import Editor
 from tokenflow.errors import InputError, Interrupted
-from tokenflow.propagation import Propagation
 
 OPTION = "--allow_imports"
 """Of the command line: it lets a configuration name classes of another package."""
-GROUPS: dict[str, type[Any]] = {
-    "tokenflow.editors": Editor,
-    "tokenflow.propagation": Propagation,
+GROUPS = {"tokenflow.editors": "Editor", "tokenflow.propagation": "Propagation"}
+"""Each group of entry points is named as the module that has the plugins' base class."""
+
+
+CHANGES = {
+    ("Editor", 1): "start(source, schedule, seed) returns Start(latents, step); edits(unet) is now "
+    "injections(model), conditioning(forward) model_inputs(batch), constrain(...) advance(x, "
+    "outputs, step, source), and content(frame) cache_key(frame); see docs/write-an-editor.md",
+    ("Propagation", 1): "content() is now cache_key(), and a window has the site's name and the "
+    "step; see docs/write-a-kernel.md",
 }
+"""What a plugin of an earlier interface has to change."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +35,14 @@ class Plugin:
 
     `distribution` is the package's name and version, `path` the class path that is offered. A
     plugin that is unusable for its name alone has both a class and a reason. `ours` are those of
-    tokenflow itself.
+    tokenflow itself. One that was not loaded has neither class nor reason.
     """
 
     name: str
     group: str
     distribution: str
     path: str
-    kind: type[Any] | None
+    kind: type[Any] | None = None
     reason: str = ""
     ours: bool = False
 
@@ -42,24 +51,34 @@ class Plugin:
         return not self.reason
 
 
-def load(entry: EntryPoint) -> Plugin:
-    """Imports one entry point; an exception is recorded as the reason why it is unusable."""
-    dist = entry.dist
+def entry(of: EntryPoint) -> Plugin:
+    """What one entry point says, without importing anything."""
+    dist = of.dist
     where = f"{dist.name} {dist.version}" if dist is not None else "unknown distribution"
     ours = dist is not None and canonical(dist.name or "") == "tokenflow"
-    path = entry.value.replace(":", ".")
-    expected: Any = GROUPS[entry.group]
+    return Plugin(of.name, of.group, where, of.value.replace(":", "."), ours=ours)
+
+
+def base_of(group: str) -> Any:
+    """The class that a group's plugins extend; imported when it is asked for."""
+    return getattr(import_module(group), GROUPS[group])
+
+
+def load(of: EntryPoint) -> Plugin:
+    """Imports one entry point; an error is recorded and affects no other plugin."""
+    found = entry(of)
+    expected = base_of(of.group)
     try:
-        kind: Any = entry.load()
+        kind: Any = of.load()
     except (KeyboardInterrupt, Interrupted):
         raise
     except BaseException as error:  # a third party's module may raise anything, or exit
-        reason = f"import of {entry.value} failed: {type(error).__name__}: {error}"
+        reason = f"import of {of.value} failed: {type(error).__name__}: {error}"
     else:
         if not (isinstance(kind, type) and issubclass(kind, expected)):
-            reason = f"{entry.value} is no subclass of {expected.__name__}"
-        elif kind.__name__ != entry.name:
-            reason = f"the entry point is named {entry.name!r} but its class {kind.__name__!r}"
+            reason = f"{of.value} is no subclass of {expected.__name__}"
+        elif kind.__name__ != of.name:
+            reason = f"the entry point is named {of.name!r} but its class {kind.__name__!r}"
         elif (interface := stated_interface(kind)) is None:
             reason = (
                 f"it does not say which interface of {expected.__name__} it was written for; add "
@@ -68,11 +87,17 @@ def load(entry: EntryPoint) -> Plugin:
         elif interface != expected.interface:
             reason = (
                 f"it was written for interface {interface!r} of {expected.__name__}, "
-                f"this is interface {expected.interface}"
+                f"this is interface {expected.interface}{changes(expected.__name__, interface)}"
             )
         else:
-            return Plugin(entry.name, entry.group, where, path, kind, ours=ours)
-    return Plugin(entry.name, entry.group, where, path, None, reason, ours)
+            return replace(found, kind=kind)
+    return replace(found, reason=reason)
+
+
+def changes(base: str, interface: object) -> str:
+    """What has changed since an interface of Editor or Propagation, where that is known."""
+    found = CHANGES.get((base, interface)) if isinstance(interface, int) else None
+    return f": {found}" if found else ""
 
 
 def canonical(name: str) -> str:
@@ -92,20 +117,34 @@ def stated_interface(kind: type[Any]) -> int | None:
     return None
 
 
+def every_entry_point() -> list[EntryPoint]:
+    """Those of all groups."""
+    return [entry for group in GROUPS for entry in entry_points(group=group)]
+
+
+def offered_plugins() -> tuple[Plugin, ...]:
+    """All editors and kernels as their packages offer them; none is imported."""
+    return settled(map(entry, every_entry_point()))
+
+
 @cache
 def installed_plugins() -> tuple[Plugin, ...]:
-    """All editors and kernels, usable or not, in the order of group and name.
+    """All editors and kernels, usable or not, in the order of group and name."""
+    return settled(map(load, every_entry_point()))
+
+
+def settled(found: Iterable[Plugin]) -> tuple[Plugin, ...]:
+    """The plugins in order, those with another's name unusable.
 
     Where two distributions offer the same name, neither is used, since names never shadow silently;
-    but those of tokenflow stay tokenflow's, as its own configurations choose by them.
+    but those of tokenflow stay tokenflow's.
     """
-    entries = [entry for group in GROUPS for entry in entry_points(group=group)]
-    plugins = sorted(map(load, entries), key=lambda p: (p.group, p.name, p.distribution))
+    plugins = sorted(found, key=lambda p: (p.group, p.name, p.distribution))
     offered: dict[tuple[str, str], list[str]] = {}
     for p in plugins:
         offered.setdefault((p.group, p.name), []).append(p.distribution)
 
-    def settled(p: Plugin) -> Plugin:
+    def alone(p: Plugin) -> Plugin:
         by = offered[p.group, p.name]
         if len(by) == 1 or p.ours:
             return p
@@ -114,7 +153,7 @@ def installed_plugins() -> tuple[Plugin, ...]:
         )
         return replace(p, reason=reason)
 
-    return tuple(map(settled, plugins))
+    return tuple(map(alone, plugins))
 
 
 def describe(plugins: list[Plugin] | tuple[Plugin, ...]) -> str:
@@ -122,6 +161,27 @@ def describe(plugins: list[Plugin] | tuple[Plugin, ...]) -> str:
     usable = ", ".join(p.name for p in plugins if p.usable) or "nothing"
     broken = "; ".join(f"{p.name} of {p.distribution}: {p.reason}" for p in plugins if not p.usable)
     return f"installed are: {usable}" + (f"; unusable: {broken}" if broken else "")
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """The known word that is closest to one that was misspelt, if any is close."""
+    lower = {name.lower(): name for name in known}
+    close = get_close_matches(word.lower(), lower, 1)
+    return f"; did you mean {lower[close[0]]}" if close else ""
+
+
+def no_option(given: str, option: str, kind: str, known: Sequence[str]) -> str:
+    """What to say of an option that a class does not have."""
+    return (
+        f"{kind} has no option {option!r}, got {given}{did_you_mean(option, known)}; its options "
+        f"are {', '.join(known) or 'none'}"
+    )
+
+
+def no_plugin(name: str, plugins: tuple[Plugin, ...]) -> str:
+    """What to say of a name that no plugin has."""
+    known = [p.name for p in plugins]
+    return f"there is no plugin {name!r}{did_you_mean(name, known)}; {describe(plugins)}"
 
 
 def origin(kind: type[Any]) -> str:

@@ -40,7 +40,9 @@ def trajectory(backbone: StableDiffusion) -> Trajectory:
     return invert(backbone, latents, SOURCE, backbone.schedule(STEPS), STEPS)
 
 
-def edited(backbone: StableDiffusion, trajectory: Trajectory, editor: PnP, **settings: Any) -> Tensor:
+def edited(
+    backbone: StableDiffusion, trajectory: Trajectory, editor: PnP, **settings: Any
+) -> Tensor:
     return edit_latents(
         backbone, trajectory, backbone.schedule(STEPS), Prompts(PROMPT, NEGATIVE, SOURCE),
         editor, NNField(),

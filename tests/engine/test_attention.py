@@ -199,7 +199,9 @@ class Wrong(Second):
 def test_answers_are_checked_in_the_first_step_that_runs(
     site: DiffusersSite, tokens: Tensor
 ) -> None:
-    with pytest.raises(PluginError, match="Wrong of .* at here: expected rows of weights that sum"):
+    with pytest.raises(
+        PluginError, match=r"Wrong of .* at here: expected rows of weights that sum"
+    ):
         propagated(Wrong(), tokens, site)
     kernel = Second()
     matcher = Matcher(kernel, SIZE)

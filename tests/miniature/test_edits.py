@@ -74,11 +74,10 @@ def verdicts(form: Form) -> Verdicts:
                 backbone,
                 trajectory,
                 schedule,
+                edit.prompts,
                 EDITOR,
                 NNField(),
-                str(edit.target),
-                inversion_prompt=source,
-                settings=settings,
+                settings,
             )
             found[way].append(judge_edit(edit, backbone.decode(edited), judge))
     return found

@@ -377,3 +377,21 @@ def test_a_page_shows_its_videos_without_scripts(browser: Chrome, page: str) -> 
         assert not browser.find_element(By.CSS_SELECTOR, ".controls").is_displayed()
     finally:
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+
+
+def test_the_first_column_of_a_comparison_stays_in_sight(browser: Chrome, comparison: str) -> None:
+    look(browser, 400)
+    browser.get(comparison)
+    scroll = browser.find_element(By.CSS_SELECTOR, ".scroll")
+    first = browser.find_element(By.CSS_SELECTOR, "tbody th")
+    second = browser.find_element(By.CSS_SELECTOR, "tbody td")
+    before, moved = first.rect["x"], second.rect["x"]
+    browser.execute_script("arguments[0].scrollLeft = 80", scroll)  # type: ignore[no-untyped-call]
+    assert first.rect["x"] == before
+    assert second.rect["x"] < moved
+    at = "return document.elementFromPoint(arguments[0], arguments[1]) === arguments[2]"
+    place = browser.execute_script(  # type: ignore[no-untyped-call]
+        "const box = arguments[0].getBoundingClientRect(); return [box.right - 4, box.top + 4]",
+        first,
+    )
+    assert browser.execute_script(at, *place, first)  # type: ignore[no-untyped-call]

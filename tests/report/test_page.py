@@ -192,3 +192,30 @@ def test_numbers_are_short() -> None:
     assert [number(v) for v in (0.012345, 1234567, True, None, "", float("nan"), "x")] == [
         "0.01235", "1234567", "True", "–", "–", "–", "x"
     ]  # fmt: skip
+
+
+def test_a_comparison_has_changed_settings_first_and_marks_the_best(tmp_path: Path) -> None:
+    paths = {"one": "tokenflow.editors.PnP", "two": "tokenflow.PnP", "three": "PnP"}
+    metrics = {
+        "one": '{"psnr": 20.123, "lpips": 0.25, "flicker": 0.5, "flicker_source": 0.25}',
+        "two": '{"psnr": 25.0, "lpips": 0.125, "flicker": 0.2, "flicker_source": 0.25}',
+        "three": '{"psnr": 25.001, "warp_error_8": 0.0125, "visible_8": 0.5}',
+    }
+    for name, path in paths.items():
+        editor = {"class_path": path, "init_args": {"features": len(name)}}
+        configuration = {"data": {"video": "bar.mp4"}, "model": {"editor": editor}}
+        make_run(tmp_path / name, configuration=configuration, steps=len(name), frames=3)
+        (tmp_path / name / "metrics.json").write_text(f'{{"metrics": {metrics[name]}}}')
+    runs = [read_run(tmp_path / name) for name in paths]
+    text = write_comparison(runs, tmp_path / "page.html").read_text()
+    assert re.findall(r"<button type=\"button\">([^<]*)</button>", text) == [
+        "run", "steps", "editor.features", "PSNR, dB ↑", "LPIPS, ↓", "flicker, share",
+        "source&#39;s flicker, share", "warp error, 8 apart, x 1000 ↓", "visible_8", "seconds",
+    ]  # fmt: skip
+    assert rows(text) == [
+        ["one", "3", "3", "20.12", "0.250", "0.500", "0.250", "–", "–", "4"],
+        ["two", "3", "3", "25.00", "0.125", "0.200", "0.250", "–", "–", "4"],
+        ["three", "5", "5", "25.00", "–", "–", "–", "12.50", "0.5", "4"],
+    ]
+    best = re.findall(r'class="best" title="best">([^<]*)<', text)
+    assert best == ["25.00", "0.125", "0.200", "25.00"]  # as shown, two are best

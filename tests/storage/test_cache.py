@@ -97,7 +97,7 @@ def test_pruning_leaves_what_is_not_the_caches(cache: Cache) -> None:
 
 def test_pruning_opens_nothing(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     keep(cache, AA, 1000.0)
-    monkeypatch.setattr("tokenflow.storage.cache.safe_open", None)
+    monkeypatch.setattr("tokenflow.storage.cache_folder.safe_open", None)
     assert len(cache.prune(0)) == 1
 
 

@@ -14,7 +14,7 @@ from tokenflow.editors.conditions import ControlVideo
 from tokenflow.engine.lightning.data import Video
 from tokenflow.engine.lightning.metrics import read_mask
 from tokenflow.propagation import RAFT, FlowFiles
-from tokenflow.storage.paths import local
+from tokenflow.storage.paths import default_cache, local
 from tokenflow.video import Clip, write_clip
 
 
@@ -35,6 +35,16 @@ def test_the_users_home(home: Path) -> None:
     assert local("~") == home
     for path in ("~nobody-of-this-name/a", "a/~", "./~/a", "/~"):
         assert local(path) == Path(path)
+
+
+def test_the_cache_is_where_the_xdg_specification_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/fast/cache")
+    assert default_cache() == "/fast/cache/tokenflow"
+    for ignored in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", ignored)
+        assert default_cache() == "~/.cache/tokenflow"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert default_cache() == "~/.cache/tokenflow"
 
 
 def test_a_run_whose_paths_are_in_the_users_home(home: Path, model_folder: Path) -> None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import PurePath
 from typing import Any
 
-from jsonargparse import _typehints, set_parsing_settings
-from jsonargparse._util import get_import_path
+from jsonargparse import set_parsing_settings
 from lightning.pytorch import callbacks, loggers, profilers
 
 from tokenflow import HOMES
 from tokenflow.errors import InputError
-from tokenflow.plugins import GROUPS, OPTION, installed_plugins
+from tokenflow.plugins import installed_plugins
 
 # classes one by one: whatever Lightning has with a function for an argument, as LambdaCallback,
 # would call for a configuration any function of the packages that are allowed, with any arguments
@@ -26,28 +24,6 @@ LIGHTNING = (
     profilers.SimpleProfiler,
 )
 TOKENFLOW = ("tokenflow.editors", "tokenflow.propagation")
-
-
-def split_allowed(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words without every `--allow_imports PACKAGE`, and the packages.
-
-    They are taken from the command line before anything is parsed: a YAML file or an environment
-    variable has no such option.
-    """
-    rest, allowed, following = [], [], iter(words)
-    for word in following:
-        name, equals, value = word.partition("=")
-        if name != OPTION:
-            rest.append(word)
-            continue
-        value = value if equals else next(following, "")
-        if not all(part.isidentifier() for part in value.split(".")):
-            raise InputError(
-                f"{OPTION} expects a package or a class, like mypackage or mypackage.MyCallback, "
-                f"got {value!r}; repeat the option for several"
-            )
-        allowed.append(value)
-    return rest, allowed
 
 
 def restrict(allowed: Iterable[str] = ()) -> None:
@@ -98,29 +74,3 @@ def require_local(options: Any) -> None:
         kind = options.get("class_path", "").split(".")[-1]
         if kind in ("", *(known.__name__ for known in LIGHTNING)):
             require_local(list(options.values()))
-
-
-@contextmanager
-def names_by_entry_point() -> Iterator[None]:
-    """A block in which an editor's or kernel's name means its entry point's class, and no other.
-
-    jsonargparse goes by all subclasses that are imported, and refuses a name that two of them have.
-    There is no public way to tell it better.
-    """
-    every = _typehints.get_all_subclass_paths
-
-    def offered(kind: Any, *args: Any, **options: Any) -> list[str]:
-        groups = [group for group, base in GROUPS.items() if base is kind]
-        usable = {
-            plugin.name: get_import_path(plugin.kind)
-            for plugin in installed_plugins()
-            if plugin.usable and plugin.group in groups
-        }
-        paths = every(kind, *args, **options)
-        return [path for path in paths if usable.get(path.split(".")[-1], path) == path]
-
-    _typehints.get_all_subclass_paths = offered  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        _typehints.get_all_subclass_paths = every

@@ -10,7 +10,8 @@ from pathlib import Path
 from jsonargparse import auto_cli
 
 from tokenflow.errors import InputError
-from tokenflow.storage.cache import FOLDER, Cache, Entry, File
+from tokenflow.storage.cache_folder import CacheFolder, Entry, File
+from tokenflow.storage.paths import FOLDER
 from tokenflow.text import printable
 
 HEADER = ("clip", "what", "files", "GB", "used, days ago")
@@ -42,13 +43,13 @@ def prune(leave: float, folder: Path = Path(FOLDER)) -> None:
     print(f"{printable(cache.folder)}: {len(gone)} files removed, {gigabytes(gone):.3f} GB")
 
 
-def opened(folder: Path) -> Cache:
+def opened(folder: Path) -> CacheFolder:
     """The cache in a folder that is there.
 
     Raises:
         InputError: It is not.
     """
-    cache = Cache(folder)
+    cache = CacheFolder(folder)
     if not cache.folder.is_dir():
         raise InputError(f"there is no cache in {cache.folder}; name another --folder")
     return cache

@@ -1,4 +1,4 @@
-"""`--config` of `tokenflow predict`: files, or names of those that come with the package."""
+"""Words that are about configurations: which files, and which packages these may name."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tokenflow.errors import InputError
+from tokenflow.plugins import OPTION
 from tokenflow.storage.paths import local
 
 INSTALLED = Path(__file__).parents[1] / "configs"
@@ -15,6 +16,28 @@ INSTALLED = Path(__file__).parents[1] / "configs"
 GROUPS = ("--data", "--metrics", "--model", "--output", "--trainer")
 """Options that take a file as well, of a part of the configuration."""
 NAME = re.compile(r"[\w./-]+")
+
+
+def split_allowed(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words without every `--allow_imports PACKAGE`, and the packages.
+
+    They are taken from the command line before anything is parsed: a YAML file or an environment
+    variable has no such option.
+    """
+    rest, allowed, following = [], [], iter(words)
+    for word in following:
+        name, equals, value = word.partition("=")
+        if name != OPTION:
+            rest.append(word)
+            continue
+        value = value if equals else next(following, "")
+        if not all(part.isidentifier() for part in value.split(".")):
+            raise InputError(
+                f"{OPTION} expects a package or a class, like mypackage or mypackage.MyCallback, "
+                f"got {value!r}; repeat the option for several"
+            )
+        allowed.append(value)
+    return rest, allowed
 
 
 def configs_first(words: Sequence[str]) -> list[str]:

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
+import subprocess
 from collections.abc import Callable
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
+from pathlib import Path
+from runpy import run_path
+
+from packaging.requirements import Requirement
+
+from tokenflow.errors import PluginError
+from tokenflow.plugins import Plugin, describe, installed_plugins, offered_plugins
 
 PACKAGES = (
     "tokenflow",
@@ -23,17 +34,24 @@ PACKAGES = (
 OPTIONAL = ("torchvision",)
 MODULES = {"opencv-python-headless": "cv2"}  # where a package's module has another name
 WIDTH = max(map(len, PACKAGES))
+MINIATURE = Path(__file__).parents[1] / "miniature" / "weights"
+CARDS = ("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
 
 
-def examine() -> int:
-    """Prints one line for each check; returns 1 if anything needed is broken, else 0."""
+def examine(imports: bool = False) -> int:
+    """Prints one line for each check; returns 1 if anything needed is broken, else 0.
+
+    Args:
+        imports: Whether packages and plugins are imported, and the device is asked for by torch.
+    """
     print(f"{'python':<{WIDTH}} {platform.python_version()} on {platform.platform()}")
-    healthy = all([check_package(name) for name in PACKAGES])
+    look = check_package if imports else check_metadata
+    healthy = all([look(name) for name in PACKAGES])
     checks: tuple[tuple[str, Callable[[], str]], ...] = (
-        ("accelerator", accelerator),
+        ("accelerator", device if imports else cards),
         ("video", codecs),
         ("miniature", miniature),
-        ("plugins", plugins),
+        ("plugins", loaded if imports else offered),
     )
     for name, check in checks:
         try:
@@ -41,8 +59,36 @@ def examine() -> int:
         except Exception as error:  # a broken installation may raise anything
             print(f"{name:<{WIDTH}} BROKEN: {type(error).__name__}: {error}")
             healthy = False
-    print("all is well" if healthy else "something is broken, see above")
+    if not healthy:
+        print("something is broken, see above")
+    elif imports:
+        print("all is well")
+    else:
+        print("all is well, though nothing was imported; tokenflow doctor --imports does that, too")
     return 0 if healthy else 1
+
+
+def check_metadata(name: str) -> bool:
+    """Prints a package's version, or which of the others it needs in another one."""
+    try:
+        found = version(name)
+    except PackageNotFoundError:
+        print(f"{name:<{WIDTH}} not installed{' (not needed)' if name in OPTIONAL else ''}")
+        return name in OPTIONAL
+    unmet = []
+    for needed in map(Requirement, requires(name) or ()):
+        if needed.name in PACKAGES and (needed.marker is None or needed.marker.evaluate()):
+            try:
+                other = version(needed.name)
+            except PackageNotFoundError:  # which has a line of its own
+                continue
+            if not needed.specifier.contains(other, prereleases=True):
+                unmet.append(f"it needs {needed.name}{needed.specifier}, installed is {other}")
+    if unmet:
+        print(f"{name:<{WIDTH}} {found} BROKEN: {'; '.join(unmet)}: pip install --upgrade both")
+        return False
+    print(f"{name:<{WIDTH}} {found}")
+    return True
 
 
 def check_package(name: str) -> bool:
@@ -66,17 +112,34 @@ def check_package(name: str) -> bool:
     return True
 
 
-def accelerator() -> str:
-    """The device that runs would use."""
+def device() -> str:
+    """The device that runs would use, by torch."""
     import torch
 
     from tokenflow.diffusion.backbone import default_device
 
-    device = default_device()
-    if device != "cuda":
-        return f"{device}, {torch.get_num_threads()} threads"
+    found = default_device()
+    if found != "cuda":
+        return f"{found}, {torch.get_num_threads()} threads"
     cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return ", ".join(f"{card.name} with {card.total_memory / 2**30:.0f} GiB" for card in cards)
+
+
+def cards() -> str:
+    """NVIDIA's cards, if there are any and torch was built for them, by what its files say."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise ImportError("torch is not installed")
+    cuda = run_path(str(Path(spec.origin).with_name("version.py")))["cuda"]
+    found = ""
+    if shutil.which(CARDS[0]):
+        done = subprocess.run(CARDS, capture_output=True, text=True, timeout=10, check=False)
+        found = ", ".join(done.stdout.splitlines()) if done.returncode == 0 else ""
+    if not found:
+        return f"none found by {CARDS[0]}, {os.cpu_count()} CPU threads"
+    if cuda is None:
+        raise ImportError(f"{found} cannot be used: this torch is built without CUDA")
+    return f"{found}; torch is built for CUDA {cuda}"
 
 
 def codecs() -> str:
@@ -88,20 +151,25 @@ def codecs() -> str:
 
 def miniature() -> str:
     """Raises where the embedded model is not in the package."""
-    from tokenflow.diffusion.backbone import EMBEDDED
-    from tokenflow.diffusion.stable_diffusion import check_folder
-
-    check_folder(EMBEDDED)
-    size = sum(file.stat().st_size for file in EMBEDDED.rglob("*") if file.is_file())
+    weights = [MINIATURE / part for part in ("unet", "vae", "text_encoder")]
+    if missing := [str(folder) for folder in weights if not any(folder.glob("*.safetensors"))]:
+        raise FileNotFoundError(f"no weights in {', '.join(missing)}; install tokenflow again")
+    size = sum(file.stat().st_size for file in MINIATURE.rglob("*") if file.is_file())
     return f"embedded model, {size / 2**20:.1f} MiB"
 
 
-def plugins() -> str:
-    """Editors and kernels; raises where one is unusable."""
-    from tokenflow.errors import PluginError
-    from tokenflow.plugins import describe, installed_plugins
+def offered() -> str:
+    """Editors and kernels by what their packages say; raises where two have one name."""
+    return sound(offered_plugins())
 
-    found = installed_plugins()
-    if not all(plugin.usable for plugin in found):
-        raise PluginError(describe(found))
-    return describe(found)
+
+def loaded() -> str:
+    """Editors and kernels; raises where one is unusable."""
+    return sound(installed_plugins())
+
+
+def sound(plugins: tuple[Plugin, ...]) -> str:
+    """The plugins' names; `PluginError` if one is unusable."""
+    if not all(plugin.usable for plugin in plugins):
+        raise PluginError(describe(plugins))
+    return describe(plugins)

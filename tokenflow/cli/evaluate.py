@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 from rich.console import Console
@@ -24,6 +24,7 @@ from tokenflow.engine.lightning.metrics import Sources, Values, measure_run, rea
 from tokenflow.engine.progress import Reporter
 from tokenflow.errors import InputError, explained
 from tokenflow.metrics import Measures
+from tokenflow.report.columns import column
 from tokenflow.storage.atomic import atomic
 from tokenflow.storage.paths import local
 from tokenflow.text import printable
@@ -36,31 +37,6 @@ DESCRIPTION = """\
 Measures runs of tokenflow predict, each against its own source, and writes metrics.json into their
 folders; or any video against the one that it was made from, and writes --json. What each metric
 means, and what it is blind to, is in docs/metrics.md."""
-
-
-class Column(NamedTuple):
-    """How a metric is shown: a heading, its unit, what it is multiplied by, digits."""
-
-    heading: str
-    unit: str
-    factor: float = 1
-    digits: int = 3
-
-
-COLUMNS = {
-    "flicker": Column("flicker", "share"),
-    "flicker_source": Column("source's flicker", "share"),
-    "psnr": Column("PSNR", "dB ↑", digits=2),
-    "ssim": Column("SSIM", "↑"),
-    "structure": Column("structure", "↑"),
-    "structure_outside": Column("structure outside", "↑"),
-    "psnr_outside": Column("PSNR outside", "dB ↑", digits=2),
-    "lpips": Column("LPIPS", "↓"),
-    "clip_text": Column("CLIP text", "↑"),
-    "clip_frames": Column("CLIP frames", "↑"),
-    "judge_edited": Column("edited", "share ↑"),
-    "judge_kept": Column("kept", "share ↑"),
-}
 
 
 def parser() -> ArgumentParser:
@@ -213,14 +189,6 @@ def of_pair(
     }
 
 
-def column(name: str) -> Column | None:
-    """How a metric is shown; none for those that only files have."""
-    kind, _, distance = name.rpartition("_")
-    if kind == "warp_error":
-        return Column(f"warp error, {distance} apart", "x 1000 ↓", 1000, 2)
-    return COLUMNS.get(name)
-
-
 def show(rows: Mapping[str, Values]) -> None:
     """Prints the table; ↑ is better when higher, ↓ when lower, flicker when near the source's."""
     table = Table()
@@ -230,10 +198,7 @@ def show(rows: Mapping[str, Values]) -> None:
     for _, c in shown:
         table.add_column(f"{c.heading}\n{c.unit}", justify="right")
     for row, values in rows.items():
-        cells = [
-            f"{values[name] * c.factor:.{c.digits}f}" if name in values else "–"
-            for name, c in shown
-        ]
+        cells = [c.text(values.get(name)) for name, c in shown]
         table.add_row(Text(printable(row)), *cells)  # no markup: a folder may be named a[/b]
     console = Console()
     # a file or pipe has no width; whoever reads it wants the table whole

@@ -22,23 +22,27 @@ commands:
   evaluate  measure runs, or a video beside its source: tokenflow evaluate runs/in
   report    make a run's page again, or compare runs: tokenflow report RUN… --output page.html
   cache     list what is kept between runs; tokenflow cache prune --leave 5 makes it less
-  plugins   list editors and kernels; tokenflow plugins check NAME says whether one is sound
+  plugins   list editors and kernels; tokenflow plugins check tests them
   doctor    show versions, accelerator and codecs, and what is wrong with them
 
 Options of a command: tokenflow COMMAND --help; the version: tokenflow --version
 """
 PLUGINS = """\
 usage: tokenflow plugins
+       tokenflow plugins check
        tokenflow plugins check NAME [OPTIONS of the plugin]
 
-Lists editors and kernels, usable or not; or checks one against its contract, made with the given
-options, which tokenflow plugins check NAME --help lists.
+Lists the editors and kernels that packages offer, without importing them. With check, imports all
+and says which are usable; exit code 1 if one is not. With a name, makes that plugin with the given
+options, which tokenflow plugins check NAME --help lists, and tests it against its contract.
 """
 DOCTOR = """\
 usage: tokenflow doctor
+       tokenflow doctor --imports
 
 Shows versions, accelerator, codecs and plugins, and what is wrong with them; exit code 1 if
-anything is.
+anything is. With --imports, every package and plugin is imported, too, which takes some 10 s and
+finds a package that was built for another version of its neighbour.
 """
 HELP = ("-h", "--help")
 
@@ -108,6 +112,12 @@ def stop(message: str) -> NoReturn:
 
 def predict(words: list[str]) -> None:
     """Edits a video, through Lightning's command line."""
+    from tokenflow.cli import options
+
+    if any(word in HELP for word in words):
+        options.print_help()
+        return
+    options.check(words)
     from tokenflow.cli.predict import run
 
     run(words)
@@ -115,6 +125,8 @@ def predict(words: list[str]) -> None:
 
 def evaluate(words: list[str]) -> None:
     """Measures finished runs, or a pair of videos."""
+    if not words:
+        stop("expected folders of runs, or --source and --edited; see tokenflow evaluate --help")
     from tokenflow.cli.evaluate import run
 
     run(words)
@@ -129,7 +141,7 @@ def report(words: list[str]) -> None:
 
 def plugins(words: list[str]) -> None:
     """Lists editors and kernels, or checks one."""
-    if words[:1] and words[0] in HELP:
+    if words[-1:] and words[-1] in HELP and words[:-1] in ([], ["check"]):
         print(PLUGINS, end="")
         return
     from tokenflow.cli.plugins import run
@@ -149,11 +161,11 @@ def doctor(words: list[str]) -> None:
     if words[:1] and words[0] in HELP:
         print(DOCTOR, end="")
         return
-    if words:
-        stop(f"tokenflow doctor takes no options, got {' '.join(words)!r}")
+    if words not in ([], ["--imports"]):
+        stop(f"tokenflow doctor takes no options, got {' '.join(words)!r}, but for --imports")
     from tokenflow.cli.doctor import examine
 
-    raise SystemExit(examine())
+    raise SystemExit(examine(bool(words)))
 
 
 COMMANDS: dict[str, Callable[[list[str]], Any]] = {

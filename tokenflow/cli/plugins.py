@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
+from collections.abc import Callable, Sequence
 
-from jsonargparse import ArgumentParser, Namespace
-from transformers.utils.logging import disable_progress_bar
-
-from tokenflow.diffusion import Backbone, ModelError
-from tokenflow.editors import Editor
-from tokenflow.errors import InputError, Interrupted, Preempted
-from tokenflow.plugins import Plugin, describe, installed_plugins
-from tokenflow.testing import Check, ConformanceError, editor_checks, kernel_checks
+from tokenflow.errors import InputError
+from tokenflow.plugins import Plugin, installed_plugins, no_plugin, offered_plugins
+from tokenflow.text import printable
 
 KINDS = {"tokenflow.editors": "editor", "tokenflow.propagation": "kernel"}
-USAGE = "expected tokenflow plugins, or tokenflow plugins check NAME [OPTIONS of the plugin]"
+USAGE = "expected tokenflow plugins, or tokenflow plugins check [NAME [OPTIONS of the plugin]]"
 
 
 def run(words: list[str]) -> int:
@@ -25,97 +19,32 @@ def run(words: list[str]) -> int:
         InputError: The words are no such command, or name no plugin.
     """
     if not words:
-        return show()
-    if words[0] != "check" or len(words) < 2:
+        show(offered_plugins(), "class", lambda p: p.reason or p.path)
+        print("tokenflow plugins check imports each of them and says which are usable")
+        return 0
+    if words[0] != "check":
         raise InputError(f"{USAGE}; got {' '.join(words)!r}")
-    return check(words[1], words[2:])
+    if len(words) > 1:
+        return check(words[1], words[2:])
+    found = installed_plugins()
+    show(found, "state", lambda p: f"unusable: {p.reason}" if p.reason else "usable")
+    return 0 if all(plugin.usable for plugin in found) else 1
 
 
-def show() -> int:
-    """Prints a line for each plugin."""
-    rows = [("name", "kind", "package", "state")] + [
-        (p.name, KINDS[p.group], p.distribution, f"unusable: {p.reason}" if p.reason else "usable")
-        for p in installed_plugins()
+def show(plugins: Sequence[Plugin], heading: str, last: Callable[[Plugin], str]) -> None:
+    """Prints a line for each plugin, with `last` under `heading` in the last column."""
+    rows = [("name", "kind", "package", heading)] + [
+        (p.name, KINDS[p.group], p.distribution, printable(last(p))) for p in plugins
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(map(str.ljust, row, widths)).rstrip())
-    return 0
 
 
 def check(name: str, options: list[str]) -> int:
     """Runs the kit on a name's plugins, made with these options; 1 if anything fails, else 0."""
-    named = [plugin for plugin in installed_plugins() if plugin.name == name]
-    if not named:
-        raise InputError(f"there is no plugin {name!r}; {describe(installed_plugins())}")
-    return max([verdict(plugin, options) for plugin in named])
+    if not any(plugin.name == name for plugin in offered_plugins()):
+        raise InputError(no_plugin(name, offered_plugins()))
+    from tokenflow.cli.check import verdict  # late: it imports all that edits need
 
-
-def verdict(plugin: Plugin, options: list[str]) -> int:
-    """Prints what the kit says of one plugin; 1 if anything fails, else 0.
-
-    Raises:
-        InputError: The plugin needs another model than the one that it would be checked on.
-    """
-    who = f"{plugin.name} of {plugin.distribution}"
-    if not plugin.usable:
-        print(f"{who} is unusable: {plugin.reason}")
-        return 1
-    chosen = parsed(plugin.kind, options)
-    try:
-        checks = checks_of(plugin.kind, chosen)
-    except (InputError, Interrupted, Preempted):
-        raise
-    except (Exception, SystemExit) as error:  # a third party's constructor may raise anything
-        print(f"FAILED  it cannot be made with these options: {type(error).__name__}: {error}")
-        checks, failed = [], 1
-    else:
-        failed = 0
-    for one in checks:
-        try:
-            one()
-        except ConformanceError as error:
-            if isinstance(error.__cause__, ModelError) and takes_backbone(plugin.kind):
-                raise InputError(
-                    f"{who} does not fit the model that it is checked on: {error.__cause__}; name "
-                    f"one that it fits with --backbone, a folder, a hub id or 'miniature'"
-                ) from error
-            failed += 1
-            print(f"FAILED  {error}")
-        else:
-            print(f"ok      {one.__name__}")
-    print(f"{who}: {f'{failed} failed' if failed else 'all is well'}")
-    return 1 if failed else 0
-
-
-def parsed(kind: Any, options: list[str]) -> tuple[ArgumentParser, Namespace]:
-    """The options of a command line for a plugin's class, and the parser that understood them."""
-    parser = ArgumentParser(prog=f"tokenflow plugins check {kind.__name__}")
-    parser.add_class_arguments(kind)
-    disable_progress_bar()  # of models' loading
-    if takes_backbone(kind):
-        about = (
-            "What an editor is checked on: a folder, a hub id, 'miniature', the embedded model, or "
-            "'tiny', one with random weights."
-        )
-        parser.add_argument("--backbone", type=str, default="tiny", help=about)
-    return parser, parser.parse_args(options)
-
-
-def checks_of(kind: Any, options: tuple[ArgumentParser, Namespace]) -> list[Check]:
-    """The kit's checks of a plugin's class, made with options."""
-    parser, given = options
-    chosen = vars(parser.instantiate(given))
-    model = chosen.pop("backbone") if takes_backbone(kind) else "tiny"
-    plugin = kind(**chosen)
-    if not isinstance(plugin, Editor):
-        return kernel_checks(plugin)
-    return editor_checks(plugin, None if model == "tiny" else Backbone.load(model, "cpu"))
-
-
-def takes_backbone(kind: Any) -> bool:
-    """Whether `check` has --backbone for a class.
-
-    An editor with such an option of its own is checked on random weights.
-    """
-    return issubclass(kind, Editor) and "backbone" not in inspect.signature(kind).parameters
+    return max([verdict(p, options) for p in installed_plugins() if p.name == name])

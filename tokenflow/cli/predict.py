@@ -5,14 +5,17 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import re
 import sys
 import warnings
-from argparse import SUPPRESS, HelpFormatter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple
 from typing import Any, NoReturn, get_args, get_type_hints
 
 import torch.distributed as dist
 import yaml
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import utils as hub_utils
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
@@ -21,16 +24,15 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from transformers.utils import logging as transformers_logging
 
-from tokenflow.cli.allowlist import (
-    names_by_entry_point,
-    require_local,
-    restrict,
-    split_allowed,
-)
-from tokenflow.cli.configurations import configs_first
+from tokenflow.cli.allowlist import require_local, restrict
+from tokenflow.cli.choices import Choices, require_named, require_options
+from tokenflow.cli.configurations import configs_first, split_allowed
+from tokenflow.cli.inputs import NAMED, make_absolute, paths_of, require_readable
 from tokenflow.cli.main import stop
+from tokenflow.cli.options import CLASSES, DEFAULTS, PLUGINS, chosen_plugins, meant
 from tokenflow.engine.checked import blamed
 from tokenflow.engine.lightning.data import Video
+from tokenflow.engine.lightning.job import Job
 from tokenflow.engine.lightning.loggers import Logged
 from tokenflow.engine.lightning.metrics import Measuring
 from tokenflow.engine.lightning.module import TokenFlow
@@ -40,20 +42,11 @@ from tokenflow.engine.ranks.group import FrameGroup
 from tokenflow.engine.settings import Settings
 from tokenflow.errors import InputError, Interrupted, Preempted
 from tokenflow.memory import explained_shortage
+from tokenflow.miniature.scenes import VOCABULARY
 from tokenflow.plugins import OPTION, describe, installed_plugins, origin, require_usable
-
-DESCRIPTION = """\
-Edit a video by text. Needed are --data.video and --model.prompt, or --data.manifest for many
-videos; a YAML file (--config) may hold any of the options, and the command line overrules it,
-whatever the order; of several files the later overrule the earlier. --config pnp takes the pnp.yaml
-that comes with tokenflow where there is no file of this name. A YAML file can name classes of
-tokenflow, of installed plugins and a few of Lightning's; --allow_imports PACKAGE, on the command
-line only, lets it name those of another package, and so run its code. Options are also read from
-the environment, --model.prompt from TOKENFLOW_PREDICT__MODEL__PROMPT, and all of Lightning's
-Trainer are accepted, of which a few are shown here."""
-GROUPS = {"editor": "tokenflow.editors", "propagation": "tokenflow.propagation"}
-HIDDEN = ("trainer.", "metrics.", "run", "seed_everything")
-SHOWN = ("trainer.accelerator", "trainer.devices", "metrics.measure", "metrics.round_trip")
+from tokenflow.runs.files import finished
+from tokenflow.storage.paths import local
+from tokenflow.text import printable, printable_lines
 
 TRAINER = {
     "devices": 1,
@@ -67,25 +60,17 @@ TRAINER = {
 
 
 class Parser(LightningArgumentParser):
-    """Says in an error what is installed; its help leaves out what few people look for."""
-
-    def format_help(self, formatter: HelpFormatter | None = None) -> str:
-        """Without the names of environment variables, and what is `HIDDEN` and not `SHOWN`."""
-        for action in self._actions:
-            if action.dest.startswith(HIDDEN) and action.dest not in SHOWN:
-                action.help = SUPPRESS
-        by_environment, self.default_env = self.default_env, False
-        try:
-            return super().format_help(formatter)
-        finally:
-            self.default_env = by_environment
+    """Ends with one message, which names what is installed or the class whose option is wrong."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if unknown := re.search(r"does not accept option '(\w+)\.(\w+)", message):
+            group, option = unknown.groups()
+            if group in CLASSES:
+                meant(group, option)
         lines = [message]
-        for option, group in GROUPS.items():
+        for option, group in PLUGINS.items():
             if f"model.{option}" in message:
-                plugins = [p for p in installed_plugins() if p.group == group]
-                lines.append(describe(plugins))
+                lines.append(describe([p for p in installed_plugins() if p.group == group]))
         if "is not allowed, denied by" in message:
             lines.append(f"a configuration may not run code; if you trust it: {OPTION} PACKAGE")
         stop("\n".join([*lines, "see tokenflow predict --help"]))
@@ -113,13 +98,7 @@ class PredictCLI(LightningCLI):
             "--run", type=dict | None, help="What a run.yaml records of its run; not an option."
         )
         parser.add_lightning_class_args(self.trainer_class, "trainer")
-        # by path, whatever else has the name
-        parser.set_defaults(
-            {
-                "model.editor": "tokenflow.editors.PnP",
-                "model.propagation": "tokenflow.propagation.NNField",
-            }
-        )
+        parser.set_defaults({f"model.{name}": path for name, path in DEFAULTS.items()})
         parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER.items()})
 
     def before_instantiate_classes(self) -> None:
@@ -127,7 +106,7 @@ class PredictCLI(LightningCLI):
             ("data", Video), ("model", TokenFlow), ("model", Settings), ("output", RunWriter)
         ):  # fmt: skip
             require_values(self.config.predict[option], kind, option)
-        for option, group in GROUPS.items():
+        for option, group in PLUGINS.items():
             require_usable(self.config.predict.model[option].class_path, group)
         require_local(self.config.predict.trainer.as_dict())
         if self.config.predict.trainer.profiler == "xla":  # which fails once more at its end
@@ -154,8 +133,51 @@ class PredictCLI(LightningCLI):
                 f"expected one device or --trainer.strategy ddp, got {type(strategy).__name__}"
                 f"{', whose processes fork' if forks else ''}"
             )
+        choices = Choices(self.config_dump["model"])
         for job in self.datamodule.jobs:
             self.model.options(job)
+            choices.settle(job)
+            self.complete_inputs(job)
+        self.require_readable()
+        model = self.model.model
+        if model != "miniature" and not local(model).exists() and self.trainer.is_global_zero:
+            print(f"fetching {printable(model)} from the hub, unless it is cached", file=sys.stderr)
+        if model == "miniature" and self.trainer.is_global_zero:
+            warn_of_unknown_words(
+                text for job in self.datamodule.jobs for text in astuple(self.model.options(job)[0])
+            )
+
+    def complete_inputs(self, job: Job) -> None:
+        """Lists the files that a job reads: its own, else those of the configuration."""
+        if job.mask is None and self.config_dump["metrics"].get("mask"):
+            job.mask = local(self.config_dump["metrics"]["mask"])
+        if job.mask is not None:
+            job.inputs["metrics.mask"] = job.mask
+        for name in PLUGINS:
+            own = job.plugins.get(name)
+            spec = self.config_dump["model"][name] if own is None else own.spec
+            for where, options, option in paths_of(f"model.{name}", spec):
+                if option not in NAMED:
+                    job.inputs[where] = local(options[option])
+
+    def require_readable(self) -> None:
+        """Opens the inputs of all jobs that are to be edited, before the model is loaded.
+
+        Raises:
+            InputError: The only clip's cannot be used. Of many clips, one that fails stops no
+                other, and its reason is printed.
+        """
+        for job in self.datamodule.jobs:
+            if job.where and finished(self.writer.folder / job.name) and not self.writer.overwrite:
+                continue
+            try:
+                require_readable(job)
+            except InputError as error:
+                if job.where is None:
+                    raise
+                if self.trainer.is_global_zero:
+                    said = f"{job.where} will fail: {error}"
+                    print(printable_lines(said), file=sys.stderr)
 
     def predict(self, model: TokenFlow, datamodule: Video) -> None:
         """As the trainer's own, which would keep every clip's result until the last is done."""
@@ -203,8 +225,10 @@ class PredictCLI(LightningCLI):
         self._dump_config()
         self.config_dump.pop("run", None)
         self.config_dump["output"]["overwrite"] = False  # a repetition destroys nothing unasked
+        typed = make_absolute(self.config_dump)
         self.writer = writer_of(self.trainer)
         self.writer.configuration, self.writer.allowed = self.config_dump, self.allowed
+        self.writer.typed = typed
         options, kernel = self.config_dump["model"], self.model.propagation
         editor, propagation = (
             f"{origin(type(plugin))}\n{yaml.safe_dump(options[option])}"
@@ -212,6 +236,24 @@ class PredictCLI(LightningCLI):
         )
         with blamed(kernel, "cache_key"):
             self.model.plugin_keys = editor, f"{propagation}{kernel.cache_key()}"
+
+
+def warn_of_unknown_words(prompts: Iterable[str]) -> None:
+    """Warns once of words that the embedded model has never seen."""
+    known = {"a", "on", *(word for words in VOCABULARY.values() for word in words)}
+    unknown = dict.fromkeys(
+        word
+        for prompt in prompts
+        for word in re.findall(r"\w+", prompt.lower())
+        if word not in known
+    )
+    if unknown:
+        warnings.warn(
+            f"the embedded model does not know {', '.join(unknown)}: it knows the words of its "
+            f"scenes alone, {' '.join(sorted(known))} (docs/miniature.md); for any others, choose "
+            f"a model by --model.backbone",
+            stacklevel=2,
+        )
 
 
 def require_values(given: Namespace, kind: type, group: str) -> None:
@@ -229,35 +271,38 @@ def run(words: list[str], callbacks: Sequence[Callback] = ()) -> None:
     words, allowed = split_allowed(words)
     words = configs_first(words)
     restrict(allowed)
+    if not any(word.endswith(".help") for word in words):
+        for option, spec in chosen_plugins(words).items():
+            require_named(spec["class_path"], option)
+            require_options(spec, option)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
+    hub_utils.disable_progress_bars()  # type: ignore[attr-defined]
+    hub_utils.logging.set_verbosity_error()  # else a line for every retry
     for harmless in (
         ".*isinstance.treespec, LeafSpec.*",
         ".*Couldn't infer the batch indices.*",
         ".*does not have many workers.*",
         ".*LightningCLI.s args parameter.*",
+        ".*local_dir_use_symlinks.*",  # an option that diffusers gives the hub's client
         ".*Total length of .DataLoader. across ranks is zero.*",  # which we tell ourselves
     ):
         warnings.filterwarnings("ignore", message=harmless)
     try:
-        with names_by_entry_point():
-            PredictCLI(
-                TokenFlow,
-                Video,
-                args=["predict", *words],
-                allowed=allowed,
-                parser_class=Parser,
-                parser_kwargs={
-                    "default_env": True,
-                    "env_prefix": "TOKENFLOW",
-                    "predict": {"description": DESCRIPTION, "usage": "tokenflow predict [OPTIONS]"},
-                },
-                save_config_callback=None,
-                seed_everything_default=False,
-                auto_configure_optimizers=False,
-                load_from_checkpoint_support=False,
-                trainer_defaults={"callbacks": [StageProgress(), Logged(), *callbacks]},
-            )
+        PredictCLI(
+            TokenFlow,
+            Video,
+            args=["predict", *words],
+            allowed=allowed,
+            parser_class=Parser,
+            parser_kwargs={"default_env": True, "env_prefix": "TOKENFLOW"},
+            save_config_callback=None,
+            seed_everything_default=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            trainer_defaults={"callbacks": [StageProgress(), Logged(), *callbacks]},
+        )
     except Preempted as stopped:
         if dist.is_initialized():
             # ranks end one after the other, and gloo's threads may abort one that unwinds last

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 
-from tokenflow.cli.allowlist import split_allowed
+from tokenflow.cli.configurations import split_allowed
 from tokenflow.cli.main import stop
-from tokenflow.errors import InputError, explained
-from tokenflow.plugins import OPTION
-from tokenflow.report.features import Features, draw
-from tokenflow.report.page import write_comparison, write_report
-from tokenflow.runs.record import Run, read_run, require_shown
+from tokenflow.errors import InputError
 from tokenflow.storage.paths import local
-from tokenflow.text import printable
 
 DESCRIPTION = """\
 Makes the page of a finished run again, as after `tokenflow evaluate`, or with pictures of its
@@ -70,52 +64,16 @@ def run(words: list[str]) -> None:
     chosen = (options.site, options.step, options.frame)
     if not options.features and any(value is not None for value in chosen):
         raise InputError("--site, --step and --frame are of --features; give that, too")
-    if len(options.runs) > 1:
-        if options.features:
-            raise InputError(f"--features is for one run, got {len(options.runs)}")
-        if output is None:
-            raise InputError("expected --output PAGE.html for the page of several runs")
+    if len(options.runs) > 1 and options.features:
+        raise InputError(f"--features is for one run, got {len(options.runs)}")
+    if len(options.runs) > 1 and output is None:
+        raise InputError("expected --output PAGE.html for the page of several runs")
+    from tokenflow.cli.pages import several, single  # late: torch is imported with it
+
+    if len(options.runs) > 1 and output is not None:
         several(options.runs, output)
-        return
-    one = read_run(options.runs[0])
-    features = observed(one, options, allowed) if options.features else None
-    try:
-        print(printable(write_report(one, output, features)))
-    except InputError:
-        raise
-    except Exception as error:  # whatever somebody has written into its files
-        raise InputError(f"{one.folder} is not shown: {explained(error)}") from error
-
-
-def several(folders: Sequence[str], output: Path) -> None:
-    """Writes the page of several runs, without those that cannot be shown.
-
-    Raises:
-        InputError: Some cannot, which the message names; the page of the others is written.
-    """
-    runs, failed = [], []
-    for folder in folders:
-        try:
-            run = read_run(folder)
-            require_shown(run)
-            runs.append(run)
-        except Exception as error:  # whatever is wrong with one, the others are shown
-            failed.append(f"{folder} is not shown: {explained(error)}")
-    if runs:
-        print(printable(write_comparison(runs, output)))
-    if failed:
-        raise InputError("\n".join(failed))
-
-
-def observed(run: Run, options: Namespace, allowed: list[str]) -> Features:
-    """The pictures of the run's features that the options ask for."""
-    from tokenflow.cli.probe import observe
-
-    source, frame = run.source().frames, options.frame
-    if frame is not None and not 0 <= frame < len(source):
-        raise InputError(f"expected a frame from 0 to {len(source) - 1}, got {frame}")
-    words = [word for name in allowed for word in (OPTION, name)]
-    return draw(observe(run, options.site, options.step, frame, words), source, frame)
+    else:
+        single(options, allowed, output)
 
 
 def check_output(output: str | None) -> Path | None:

@@ -5,6 +5,7 @@ from tokenflow.diffusion.conditioning import Conditioning
 from tokenflow.diffusion.controlnet import load_controlnet
 from tokenflow.diffusion.inversion import invert, reconstruct, source_prediction
 from tokenflow.diffusion.loading import ModelError
+from tokenflow.diffusion.noise import frame_noise
 from tokenflow.diffusion.schedule import Schedule, guide
 from tokenflow.diffusion.sites import Site
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
@@ -19,6 +20,7 @@ __all__ = [
     "Source",
     "StableDiffusion",
     "Trajectory",
+    "frame_noise",
     "guide",
     "invert",
     "load_controlnet",

@@ -1,6 +1,6 @@
 """Image editing methods: how keyframes are edited."""
 
-from tokenflow.editors.base import Batch, Editor, Injection, Prompts, Start, Step
+from tokenflow.editors.base import Batch, Editor, Injection, Processor, Prompts, Start, Step
 from tokenflow.editors.conditions import Canny, Condition, ControlVideo
 from tokenflow.editors.controlnet import Control, ControlNet
 from tokenflow.editors.pnp import PnP
@@ -16,6 +16,7 @@ __all__ = [
     "Editor",
     "Injection",
     "PnP",
+    "Processor",
     "Prompts",
     "SDEdit",
     "Start",

@@ -121,6 +121,12 @@ def of_cross_attention(found: object, model: Backbone) -> Iterator[Violation]:
         )  # fmt: skip
 
 
+def of_attention(result: object, hidden_states: Tensor) -> Iterator[Violation]:
+    """The rule that the answer of a cross-attention's processor breaks: "answer"."""
+    advice = "return site.output(attended, **given), for all branches and frames"
+    return of_tensor(result, hidden_states, "the layer's output", advice)
+
+
 def of_tensor(
     value: object, like: Tensor, what: str, advice: str, rule: str = "answer"
 ) -> Iterator[Violation]:

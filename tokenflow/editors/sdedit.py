@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from fractions import Fraction
 from math import floor
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from tokenflow.diffusion import Schedule, Source
+from tokenflow.diffusion import Schedule, Source, frame_noise
 from tokenflow.editors.base import Editor, Start
 from tokenflow.errors import InputError
 
@@ -56,10 +53,3 @@ def steps_to_run(strength: float, steps: int) -> int:
     In floating point 0.145 * 100 is 14.499999999999998, and would not round to 15.
     """
     return max(1, floor(Fraction(str(strength)) * steps + Fraction(1, 2)))
-
-
-def frame_noise(seed: int, frame: int, shape: torch.Size) -> Float[Tensor, "c h w"]:
-    """Gaussian noise of one latent, from a seed and the frame's index alone."""
-    digest = hashlib.sha256(f"{seed}/{frame}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    return torch.randn(shape, generator=generator)

@@ -1,6 +1,6 @@
 """The method over clips: Algorithm 1, and what it takes from frames to frames."""
 
-from tokenflow.engine.algorithm import Consistency, sample
+from tokenflow.engine.algorithm import Consistency, Joint, PerFrame, TokenFlow, sample
 from tokenflow.engine.edit import Result, edit_clip, edit_latents
 from tokenflow.engine.probe import find_correspondences
 from tokenflow.engine.sampling import Sampling
@@ -8,9 +8,12 @@ from tokenflow.engine.settings import Settings
 
 __all__ = [
     "Consistency",
+    "Joint",
+    "PerFrame",
     "Result",
     "Sampling",
     "Settings",
+    "TokenFlow",
     "edit_clip",
     "edit_latents",
     "find_correspondences",

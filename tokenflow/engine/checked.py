@@ -11,8 +11,17 @@ from typing import Any
 
 from torch import OutOfMemoryError, Tensor
 
-from tokenflow.diffusion import Backbone, Conditioning, Schedule, Source
-from tokenflow.editors import Batch, Editor, Injection, Prompts, Start, Step, editor_contract
+from tokenflow.diffusion import Backbone, Conditioning, Schedule, Site, Source
+from tokenflow.editors import (
+    Batch,
+    Editor,
+    Injection,
+    Processor,
+    Prompts,
+    Start,
+    Step,
+    editor_contract,
+)
 from tokenflow.errors import InputError, Interrupted, PluginError, Preempted
 from tokenflow.plugins import origin
 from tokenflow.propagation import OpticalFlow, Propagation
@@ -121,11 +130,26 @@ class CheckedEditor(Editor):
         self.require(editor_contract.of_injection(result, edited), "an injection")
         return result
 
-    def cross_attention(self, model: Backbone) -> Mapping[str, Any]:
+    def cross_attention(self, model: Backbone) -> Mapping[str, Processor]:
         with blamed(self.editor, "cross_attention"):
             found = self.editor.cross_attention(model)
         self.require(editor_contract.of_cross_attention(found, model), "cross_attention")
         return found
+
+    def attend(
+        self,
+        processor: Processor,
+        batch: Batch,
+        site: Site,
+        hidden_states: Tensor,
+        *args: Any,
+        **given: Any,
+    ) -> Tensor:
+        """The answer of a cross-attention's processor."""
+        with blamed(self.editor, "cross_attention"):
+            result = processor(batch, site, hidden_states, *args, **given)
+        self.require(editor_contract.of_attention(result, hidden_states), "cross_attention")
+        return result
 
     def advance(
         self, x: Tensor, outputs: Mapping[str, Tensor], step: Step, source: Source

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tokenflow.diffusion import Backbone, Schedule, Site
 from tokenflow.diffusion.schedule import Timestep
 from tokenflow.diffusion.sites import Attention
-from tokenflow.editors import Batch, Editor, Injection, Prompts, Step
+from tokenflow.editors import Batch, Editor, Injection, Processor, Prompts, Step
 from tokenflow.engine.attention import AttentionSwitch, plain
 from tokenflow.engine.checked import CheckedEditor, blamed
 from tokenflow.errors import PluginError
@@ -125,11 +125,12 @@ class CrossAttention:
     """An editor's processor in place of a layer's cross-attention."""
 
     network: EditedNetwork
-    processor: Callable[..., Tensor]
+    processor: Processor
 
     def attention(self, site: Site, hidden_states: Tensor, *args: Any, **given: Any) -> Tensor:
         """What the layer calls."""
         if (batch := self.network.running) is None:
             return site.plain(hidden_states, *args, **given)
-        with blamed(self.network.editor.editor, "cross_attention"):
-            return self.processor(batch, site, hidden_states, *args, **given)
+        return self.network.editor.attend(
+            self.processor, batch, site, hidden_states, *args, **given
+        )

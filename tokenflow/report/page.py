@@ -6,17 +6,18 @@ import hashlib
 import math
 import os
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tokenflow.errors import InputError
+from tokenflow.report.columns import best, column
 from tokenflow.report.features import Features
 from tokenflow.report.pictures import (
     SPACE,
@@ -106,18 +107,57 @@ def write_comparison(runs: Sequence[Run], output: Path) -> Path:
     settings = {name: row for name, row in unite([r.settings for r in runs]).items() if differ(row)}
     seconds = [round(sum(run.seconds.values()), 1) or None for run in runs]
     main = {name: settings.pop(name) for name in MAIN if name in settings}
-    columns = [*main.items(), *metrics.items(), ("seconds", seconds), *settings.items()]
-    cells = zip(*(values for _, values in columns), strict=True)
+    columns = [*main.items(), *settings.items(), *metrics.items(), ("seconds", seconds)]
+    cells = zip(
+        *(
+            measured(name, values, metrics) if name in metrics else list(map(Cell.of, values))
+            for name, values in columns
+        ),
+        strict=True,
+    )
     return write_page(
         "comparison.html",
         output,
         title=(prompts.pop() if len(prompts) == 1 else None) or ", ".join(names),
         sources=[("source" if len(clips) == 1 else f"source of {n}", v) for n, v in clips],
         tiles=tiles,
-        columns=[name for name, _ in columns],
+        columns=[title(name) if name in metrics else name for name, _ in columns],
         table=list(zip(names, cells, strict=True)),
         floors=floors(named, [name for name, _ in columns]),
     )
+
+
+class Cell(NamedTuple):
+    """What stands in a cell of the table, the number that it is sorted by, whether it is best."""
+
+    text: str
+    number: float | int | None = None
+    best: bool = False
+
+    @classmethod
+    def of(cls, value: Any) -> Cell:
+        """A setting's value, or the seconds."""
+        known = isinstance(value, int | float) and not isinstance(value, bool) and value == value
+        return cls(number(value), value if known else None)
+
+
+def measured(
+    name: str, values: Sequence[float | None], metrics: Mapping[str, Sequence[Any]]
+) -> list[Cell]:
+    """A metric's cells, in the unit of the table that `tokenflow evaluate` prints."""
+    shown = column(name)
+    if shown is None:
+        return list(map(Cell.of, values))
+    first = best(name, values, metrics)
+    return [
+        Cell(shown.text(v), Cell.of(v).number, place in first) for place, v in enumerate(values)
+    ]
+
+
+def title(name: str) -> str:
+    """A metric's heading and unit, as in the table that `tokenflow evaluate` prints."""
+    shown = column(name)
+    return name if shown is None else f"{shown.heading}, {shown.unit}"
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:
@@ -140,10 +180,10 @@ def floors(
 ) -> list[tuple[str, tuple[str, ...]]]:
     """Rows of what sources are after the VAE alone, named by their runs unless all share one."""
     rows: dict[tuple[str, ...], list[str]] = {}
-    for name, run in runs:
+    for run_name, run in runs:
         if run.round_trip:
-            row = tuple(number(run.round_trip.get(column)) for column in columns)
-            rows.setdefault(row, []).append(name)
+            row = tuple(measured(name, [run.round_trip.get(name)], {})[0].text for name in columns)
+            rows.setdefault(row, []).append(run_name)
     what = "VAE round trip"
     return [
         (what if len(names) == len(runs) else f"{what} of {', '.join(names)}", row)

@@ -104,8 +104,10 @@ class Run:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """Every option of data and model by its name, with what its default came to."""
-        chosen = flat("data", self.record.get("data")) | flat("", self.record.get("model"))
-        left_out = {"seconds", "allow_imports", *QUALITY}
+        own = self.came.get("model")  # a manifest's row has its own editor or kernel
+        model = (self.record.get("model") or {}) | (own if isinstance(own, dict) else {})
+        chosen = flat("data", self.record.get("data")) | flat("", model)
+        left_out = {"seconds", "allow_imports", "inputs", "typed", "model", *QUALITY}
         came = {PACKAGES.get(k, k): v for k, v in self.came.items() if k not in left_out}
         return chosen | flat("", came)
 
@@ -150,11 +152,16 @@ class Run:
 
 
 def flat(name: str, value: Any) -> dict[str, Any]:
-    """A nested mapping with dotted names; a class's name stands for itself, before its options."""
+    """A nested mapping with dotted names; a class's name stands for itself, before its options.
+
+    Of a class path that is the last part: which package's class it is, the record says beside it.
+    """
     if not isinstance(value, dict):
         return {name: value} if value is not None and name else {}
     result: dict[str, Any] = {}
     for key, inner in value.items():
+        if key == "class_path" and isinstance(inner, str):
+            inner = inner.rsplit(".", 1)[-1]
         own = name if key in ("class_path", "init_args") else f"{name}.{key}".strip(".")
         result |= flat(own, inner)
     return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,15 @@ from torch import Tensor, nn
 def of_values(*values: Any) -> str:
     """Of what JSON makes of the values; what it does not know, by its text."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def of_path(path: Path) -> str:
+    """Of a file's bytes, or of the names and bytes of a folder's files; about 1 GB a second."""
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.is_file())
+        return of_values([(file.name, of_path(file)) for file in files])
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def of_tensors(tensors: Mapping[str, Tensor]) -> str:

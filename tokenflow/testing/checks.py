@@ -17,7 +17,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from tokenflow.errors import Interrupted, Preempted
-from tokenflow.plugins import GROUPS, stated_interface
+from tokenflow.plugins import GROUPS, base_of, stated_interface
 from tokenflow.testing.state import global_state, restored
 from tokenflow.violations import Violation
 
@@ -104,7 +104,7 @@ def run_all(checks: Sequence[Check]) -> None:
 
 def interface_stated(plugin: Any) -> None:
     """The class says itself for which interface it was written, and that is this one."""
-    (base,) = (base for base in GROUPS.values() if isinstance(plugin, base))
+    (base,) = (base for base in map(base_of, GROUPS) if isinstance(plugin, base))
     stated = stated_interface(type(plugin))
     require(
         stated == base.interface, f"a class that states interface = {base.interface}", stated,

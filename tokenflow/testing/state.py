@@ -47,24 +47,24 @@ def global_state() -> dict[str, bytes]:
 
 
 def backbone_state(model: Backbone) -> dict[str, object]:
-    """What an edit must leave as it was, each with a word for what it is."""
+    """What an edit must leave as it was, by name."""
     found: dict[str, object] = {}
-    networks = {name: part for name, part in vars(model).items() if isinstance(part, nn.Module)}
-    for name, network in networks.items():
+    networks = {part: name for name, part in vars(model).items() if isinstance(part, nn.Module)}
+    for network, name in networks.items():
         own = [vars(module) for module in network.modules()]
         found |= {
-            f"hooks on the {name}": sum(
+            f"hooks of the {name}": sum(
                 len(value) for each in own for key, value in each.items() if key.endswith("_hooks")
             ),
-            f"as the {name}'s training flags": sum(each["training"] for each in own),
-            f"as the {name}'s replaced methods": sum("forward" in each for each in own),
-            f"as the {name}'s attention processors": [
+            f"training flags of the {name}": sum(each["training"] for each in own),
+            f"methods of the {name}": sum("forward" in each for each in own),
+            f"attention processors of the {name}": [
                 processor for each in own if (processor := each.get("processor")) is not None
             ],
-            f"as the {name}'s weights": digest(network.state_dict().values()),
+            f"weights of the {name}": digest(network.state_dict().values()),
         }
     schedules = [model.schedule(steps) for steps in (1, 2)]
-    return found | {"as the noise schedule": schedules}
+    return found | {"noise schedule": schedules}
 
 
 def digest(tensors: Iterable[Tensor]) -> str:

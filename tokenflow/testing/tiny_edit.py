@@ -103,8 +103,9 @@ class TinyEdit:
         consistency: Consistency = "tokenflow",
         ranks: FrameGroup | None = None,
     ) -> Float[Tensor, "frames c h w"]:
-        """The edited latents of the clip, as the engine finds them after a pass of inversion."""
-        self.source_output(STEPS - 1)
+        """The edited latents of the clip, after a pass of inversion if the editor inverts."""
+        if self.editor.inverts:
+            self.source_output(STEPS - 1)
         settings = Settings(steps=STEPS, keyframe_every=2, batch=batch, consistency=consistency)
         return edit_latents(
             self.model, self.trajectory, self.schedule, PROMPTS, self.editor, NNField(), settings,

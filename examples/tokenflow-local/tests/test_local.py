@@ -38,7 +38,7 @@ def test_the_background_stays(tmp_path: Path, kind: str) -> None:
     editor.prepare(backbone, clip)
     schedule, clean = backbone.schedule(2), backbone.encode(clip.frames)
     trajectory = invert(backbone, clean, "", schedule, steps=2)
-    edited = edit_latents(backbone, trajectory, schedule, editor, NNField(), "a ball")
+    edited = edit_latents(backbone, trajectory, schedule, "a ball", editor, NNField())
     assert torch.equal(edited[..., :8], clean[..., :8])
     assert ((edited - clean)[..., 8:].abs() > 0.01).float().mean() > 0.9
 

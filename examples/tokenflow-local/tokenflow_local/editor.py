@@ -16,19 +16,20 @@ class LocalPnP(PnP):
     """Edits a region; elsewhere every step's latents are put back to the source's.
 
     Args:
-        attention: As of PnP: share of the steps with the source's queries and keys, 0 to 1.
-        features: As of PnP: share of the steps with the source's features, 0 to 1.
+        attention: As of PnP: share of the steps with the source's queries and keys, 0 to 1; the
+            model's own if not given.
+        features: As of PnP: share of the steps with the source's features, 0 to 1; likewise.
         box: The region's left, top, right and bottom, as shares of the frame's sides.
         mask: The region as a video or a folder of images instead, white where the edit may be: one
             image for all frames, or one for each. Grey mixes.
     """
 
-    interface = 1
+    interface = 2
 
     def __init__(
         self,
-        attention: float = 0.5,
-        features: float = 0.8,
+        attention: float | None = None,
+        features: float | None = None,
         box: tuple[float, float, float, float] = (0.25, 0.25, 0.75, 0.75),
         mask: str | None = None,
     ) -> None:
@@ -38,7 +39,7 @@ class LocalPnP(PnP):
             raise InputError(f"box must be left < right and top < bottom, from 0 to 1, got {box}")
         self.box, self.mask = box, mask
 
-    def prepare(self, backbone, clip) -> None:
+    def prepare(self, model, clip):
         if self.mask is None:
             height, width = clip.frames.shape[-2:]
             left, top, right, bottom = self.box
@@ -56,14 +57,14 @@ class LocalPnP(PnP):
                 f"the mask {self.mask} has {len(masks)} frames and the clip {clip.total}; give one "
                 f"image, or one for each frame that is edited"
             )
-        size = [side // backbone.latent_scale for side in clip.frames.shape[-2:]]
+        size = [side // model.latent_scale for side in clip.frames.shape[-2:]]
         self.region = interpolate(masks, size, mode="area").expand(clip.total, -1, -1, -1)
         if self.region.max() == 0:
             raise InputError("the region is empty, so nothing would be edited; make it larger")
 
-    def content(self, frame):
+    def cache_key(self, frame):
         return of_tensors({"region": self.region[frame]})
 
-    def constrain(self, latents, frames, t, trajectory):
-        region, source = self.region[list(frames)].to(latents), trajectory.at(t, frames)
-        return region * latents + (1 - region) * source.to(latents)
+    def advance(self, x, outputs, step, source):
+        region, edited = self.region[list(source.frames)], super().advance(x, outputs, step, source)
+        return region * edited + (1 - region) * source.at(step.index + 1)

@@ -79,7 +79,7 @@ def test_a_mask_that_cannot_be_read_is_told_before_the_clip_is_edited(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     err = refused([*words, f"--metrics.mask={tmp_path / 'gone'}"], capsys)
-    assert f"{tmp_path / 'gone'}: expected a video file or a folder of images" in err
+    assert f"{tmp_path / 'gone'} does not exist; expected a video file or a folder of image" in err
     assert not (tmp_path / "runs").exists()
 
 

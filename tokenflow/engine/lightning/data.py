@@ -13,7 +13,6 @@ from tokenflow.engine.lightning.manifest import part_of, read_manifest
 from tokenflow.errors import InputError
 from tokenflow.storage.paths import local
 from tokenflow.text import printable
-from tokenflow.video import VideoError
 
 
 class Video(LightningDataModule):
@@ -21,10 +20,11 @@ class Video(LightningDataModule):
 
     Args:
         video: A video file, or a folder of images in the order of their names.
-        manifest: A YAML or CSV file with a clip in each row: video, prompt, and any option of the
-            frames or of the edit that is the clip's own. Clips that are finished are skipped, and
-            one that fails does not stop the others.
-        root: The folder that a manifest's videos lie in; the manifest's if not given.
+        manifest: A YAML or CSV file with a clip in each row: video, prompt, mask, and any option of
+            the frames, the edit, the editor and the kernel that is the clip's own; a grid of values
+            makes a sweep. Clips that are finished are skipped, and one that fails does not stop the
+            others.
+        root: The folder that a manifest's files lie in; the manifest's if not given.
         part: "3/16" takes the third of sixteen parts of the manifest's clips.
         start: First frame.
         stop: Frame to stop before; the clip's end when not given. One past the end is an error,
@@ -83,11 +83,6 @@ class Video(LightningDataModule):
     def setup(self, stage: str) -> None:
         if not self.jobs and self.trainer is not None and self.trainer.is_global_zero:
             print(printable(self.none), file=sys.stderr)
-        for job in self.jobs:
-            if job.where is None and not job.source.path.exists():  # before the model is loaded
-                raise VideoError(
-                    f"{job.source.path} does not exist; expected a video file or a folder of images"
-                )
 
     def predict_dataloader(self) -> DataLoader[Job]:
         return DataLoader(self.jobs, batch_size=None)  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from tokenflow.engine.lightning.run_writer import shown
 from tokenflow.errors import InputError
 from tokenflow.report import Run, read_run
 from tokenflow.runs.files import EDITED, RECORD
+from tokenflow.storage.digests import of_path
 from tokenflow.video import Clip, read_clip
 
 
@@ -31,7 +32,7 @@ class FinishedRun:
 
     @classmethod
     def read(cls, folder: Path) -> FinishedRun:
-        """Reads `run.yaml`; paths in it are relative to where the run was started.
+        """Reads `run.yaml`, in which paths are absolute.
 
         Raises:
             InputError: The folder holds no finished run, or its record cannot be used.
@@ -65,6 +66,21 @@ class FinishedRun:
             )
         return cls(folder, source, record, run.place)
 
+    def require_unchanged(self) -> None:
+        """Raises `InputError` for a source that is another than the run's, by its digest.
+
+        While the run is written, its reader has seen to that.
+        """
+        inputs = self.record.get("inputs")
+        known = inputs.get("data.video") if isinstance(inputs, dict) else None
+        if self.place != self.folder or not isinstance(known, dict) or "sha256" not in known:
+            return
+        if of_path(self.source.path) != known["sha256"]:
+            raise InputError(
+                f"the source {self.source.path} of {self.folder} has changed since the run; edit "
+                f"again, or give the videos by --source and --edited"
+            )
+
     def clips(self) -> tuple[Clip, Clip]:
         """Source and edit, both as the run's videos show them.
 
@@ -73,9 +89,10 @@ class FinishedRun:
         """
         if not self.source.path.exists():
             raise InputError(
-                f"the source {self.source.path} of {self.folder} does not exist; start from the "
-                f"folder that the run was started from, or give the videos by --source and --edited"
+                f"the source {self.source.path} of {self.folder} does not exist; put it there "
+                f"again, or give the videos by --source and --edited"
             )
+        self.require_unchanged()
         source = self.source.read(self.record["multiple"])
         edited = read_clip(self.place / EDITED, in_memory=False)
         frames = shown(source).in_memory_if_small()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenflow.errors import InputError
+from tokenflow.storage.digests import of_path
 from tokenflow.video import Clip, clip_name, read_clip
 
 CHOICE = ("start", "stop", "stride", "max_frames", "resolution", "fit", "image_rate")
@@ -16,6 +17,7 @@ LONGEST = 255
 UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")
 """Unicode's categories of control characters, lone surrogates, and ends of lines."""
 PROMPTS = ("prompt", "negative_prompt", "inversion_prompt")
+PLUGINS = ("editor", "propagation")
 
 
 class ClipSource:
@@ -31,8 +33,8 @@ class ClipSource:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What `of_record` makes the same source from, as YAML holds it."""
-        return {"video": str(self.path), **self.choice}
+        """What `of_record` makes the same source from, as YAML holds it; its path is absolute."""
+        return {"video": str(self.path.absolute()), **self.choice}
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> ClipSource:
@@ -55,6 +57,27 @@ class ClipSource:
         return read_clip(self.path, multiple=multiple, in_memory=False, **self.choice)
 
 
+class Choice:
+    """An editor or kernel that a manifest's row chooses, made when the clip's turn comes.
+
+    Attributes:
+        spec: As a configuration has it: `class_path` and `init_args`. Where it has no class, the
+            options are those of the run's own editor or kernel.
+        described: Class, package and options as one text, by which samplings are kept.
+    """
+
+    def __init__(self, spec: Mapping[str, Any]) -> None:
+        self.spec, self.described = dict(spec), ""
+
+    def make(self) -> Any:
+        """The plugin.
+
+        Raises:
+            InputError: Nobody has settled how: classes are named to the command line.
+        """
+        raise InputError(f"only tokenflow predict makes what a manifest names, got {self.spec}")
+
+
 class Job:
     """One clip to edit: what a batch is. No dataclass, as Lightning would take that apart.
 
@@ -64,6 +87,8 @@ class Job:
         prompts: Those that are its own: `prompt`, `negative_prompt`, `inversion_prompt`.
         settings: Its own `Settings`.
         where: Its place in a manifest; None for a run of one clip.
+        plugins: Its own `editor` and `propagation`.
+        mask: A video or folder of images, white where the object is that is to be edited.
 
     Raises:
         InputError: The name is none of a folder.
@@ -76,6 +101,8 @@ class Job:
         prompts: Mapping[str, str] | None = None,
         settings: Mapping[str, Any] | None = None,
         where: str | None = None,
+        plugins: Mapping[str, Choice] | None = None,
+        mask: Path | None = None,
     ) -> None:
         self.source, self.name = source, source.name if name is None else name
         if Path(self.name).name != self.name or self.name in ("", ".", ".."):
@@ -89,7 +116,20 @@ class Job:
                 f"{where}: the name {self.name!r:.80} {reason}; give the row another name"
             )
         self.prompts, self.settings = dict(prompts or {}), dict(settings or {})
-        self.where = where
+        self.where, self.mask = where, mask
+        self.plugins: dict[str, Choice] = dict(plugins or {})
+        self.inputs: dict[str, Path] = {"data.video": source.path}
+        """The files and folders that the edit reads, by the option that names them."""
+
+    def record(self) -> dict[str, Any]:
+        """What a run's record holds of the job: its inputs' digests, and what it chose itself."""
+        inputs = {
+            option: {"path": str(path.absolute()), "sha256": of_path(path)}
+            for option, path in self.inputs.items()
+        }
+        own = {name: choice.spec for name, choice in self.plugins.items()}
+        mask = {"mask": str(self.mask.absolute())} if self.mask is not None else {}
+        return {"inputs": inputs, **mask, **({"model": own} if own else {})}
 
 
 def unfit(name: str) -> str:

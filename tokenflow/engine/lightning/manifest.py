@@ -1,4 +1,4 @@
-"""A list of clips to edit, from a YAML or CSV file."""
+"""A list of clips to edit, and of sweeps over options, from a YAML or CSV file."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ import inspect
 import io
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from tokenflow.engine.lightning.job import CHOICE, PROMPTS, ClipSource, Job
+from tokenflow.engine.lightning.job import CHOICE, PLUGINS, PROMPTS, Choice, ClipSource, Job
 from tokenflow.engine.settings import Settings
 from tokenflow.errors import InputError
+from tokenflow.plugins import did_you_mean
 from tokenflow.storage.paths import local
 from tokenflow.storage.safe_yaml import LARGEST, parse_yaml, require_once
 from tokenflow.video import VideoError, image_paths, read_clip
@@ -28,18 +31,25 @@ def read_manifest(path: Path, root: Path | None, choice: Mapping[str, Any]) -> l
     Args:
         path: A YAML file with a list of mappings, or a CSV file with a line of names first. Each
             has `video`, and may have `prompt`, `negative_prompt`, `inversion_prompt`, `name` (of
-            the folder that its files go to), options of the frames (as `start` or `resolution`)
-            and of the edit (as `seed` or `steps`). An empty cell or value is not given.
-        root: The folder that the videos are in, and relative to; the manifest's if not given.
+            the folder that its files go to), `mask`, options of the frames (as `start` or
+            `resolution`) and of the edit (as `seed` or `steps`), `editor` and `propagation` (a
+            class name, or class_path and init_args) and their options (as `editor.features`). A
+            `grid` of names and lists of values makes a clip for each combination of them. An empty
+            cell or value is not given.
+        root: The folder that the files are in, and relative to; the manifest's if not given.
         choice: Which frames are taken, of rows that do not say.
 
     Raises:
         InputError: The file is no manifest, a row is not understood, two would write into one
-            folder, or a video, or an image of a folder, lies outside of the root.
+            folder, or a file lies outside of the root.
     """
     root = (root or path.parent).resolve()
     options = Options()
-    jobs = [job(row, f"{path}, clip {i}", options, root, choice) for i, row in rows(path)]
+    jobs = [
+        job(one, suffix, f"{path}, clip {i}", options, root, choice)
+        for i, row in rows(path)
+        for one, suffix in combinations(row, f"{path}, clip {i}")
+    ]
     if not jobs:
         raise InputError(f"{path} lists no clip; expected at least one, with a video")
     names = Counter(job.name for job in jobs)
@@ -80,11 +90,60 @@ def rows(path: Path) -> Sequence[tuple[int, dict[str, Any]]]:
     return list(enumerate(given, start=1))
 
 
+def combinations(row: Mapping[str, Any], where: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """The rows that a row with a `grid` stands for, each with what its folder's name ends in."""
+    own = {name: value for name, value in row.items() if name != "grid"}
+    if "grid" not in row:
+        yield own, ""
+        return
+    grid = row["grid"]
+    lists = isinstance(grid, dict) and all(isinstance(v, list) and v for v in grid.values())
+    if not lists or not grid:
+        raise InputError(
+            f"{where}: expected a grid of options with a list of values each, as grid: "
+            f"{{seed: [1, 2]}}, got {grid!r:.200}"
+        )
+    if taken := [name for name in grid if name in ("video", "name", "grid") or name in own]:
+        raise InputError(
+            f"{where}: {taken[0]!r} cannot be in the grid: expected options that the row does not "
+            f"give itself, and none of video, name and grid; give it a row of its own"
+        )
+    if (size := prod(map(len, grid.values()))) > MOST:
+        raise InputError(f"{where}: the grid has {size} combinations, expected at most {MOST}")
+    labels = {name: labelled(values) for name, values in grid.items()}
+    for numbers in product(*(range(len(values)) for values in grid.values())):
+        chosen = dict(zip(grid, numbers, strict=True))
+        values = {name: grid[name][number] for name, number in chosen.items()}
+        suffix = "".join(f"_{name}={labels[name][n]}" for name, n in chosen.items())
+        yield own | {k: v for k, v in values.items() if v is not None}, suffix
+
+
+def labelled(values: Sequence[Any]) -> list[str]:
+    """A short text for each value, fit for the name of a folder, no two alike."""
+    texts = [re.sub(r"[^\w.+-]+", "-", label(value)).strip("-")[:LABEL] for value in values]
+    return [f"{text}-{n}" if texts.count(text) > 1 else text for n, text in enumerate(texts, 1)]
+
+
+def label(value: Any) -> str:
+    """A value in words; a class by its name, before its options."""
+    if isinstance(value, dict):
+        named = str(value.get("class_path", "")).split(".")[-1]
+        options = value.get("init_args") or {}
+        return " ".join([named, *(f"{k} {label(v)}" for k, v in dict(options).items())])
+    return str(value)
+
+
 def filled(cell: str | list[str] | None) -> bool:
     """Whether a cell holds anything but space."""
     return bool(cell.strip() if isinstance(cell, str) else cell)
 
 
+LABEL = 40
+"""Characters of a value in a folder's name."""
+MOST = 10_000
+"""Combinations of one grid."""
+FILES = {"ControlVideo": "path", "FlowFiles": "folder", "RAFT": "weights"}
+"""Which option of a class names a file or folder that it reads."""
 PLAIN = {int: re.compile(r"-?(0|[1-9]\d{0,17})"), float: re.compile(r"-?\d{1,15}\.\d{1,15}")}
 """Numbers as they are written by most."""
 
@@ -95,7 +154,7 @@ class Options:
     def __init__(self) -> None:
         self.settings = tuple(inspect.signature(Settings).parameters)
         hints = get_type_hints(read_clip) | get_type_hints(Settings)
-        texts = dict.fromkeys(("video", "name", *PROMPTS), str)
+        texts = dict.fromkeys(("video", "name", "mask", *PROMPTS), str)
         self.types = texts | {name: hints[name] for name in (*CHOICE, *self.settings)}
         # one for each, as a parser looks at all of its options for any value
         self.parsers = {name: ArgumentParser(exit_on_error=False) for name in self.types}
@@ -110,7 +169,11 @@ class Options:
             ValueError: There is no such option, or the value is not of its type.
         """
         if name not in self.types:
-            raise ValueError(f"{name!r} is no option; expected any of {', '.join(self.types)}")
+            others = ", ".join(
+                (*self.types, *PLUGINS, "editor.OPTION", "propagation.OPTION", "grid")
+            )
+            close = did_you_mean(str(name), [*self.types, *PLUGINS, "grid"])
+            raise ValueError(f"{name!r} is no option{close}; expected any of {others}")
         if type(value) is self.types[name]:  # no int that is a bool
             return value
         kinds = get_args(self.types[name]) or (self.types[name],)
@@ -131,6 +194,7 @@ class Options:
 
 def job(
     row: Mapping[str, Any],
+    suffix: str,
     where: str,
     options: Options,
     root: Path,
@@ -138,28 +202,86 @@ def job(
 ) -> Job:
     """What one row says."""
     try:
-        given = {name: options.parsed(name, value) for name, value in row.items()}
+        plugins = {name: chosen(row, name, root) for name in PLUGINS}
+        given = {
+            name: options.parsed(name, value)
+            for name, value in row.items()
+            if str(name).split(".")[0] not in PLUGINS
+        }
+        if not given.get("video"):
+            raise ValueError("expected video: PATH, got none")
+        video = inside(root, given["video"])
+        mask = inside(root, given["mask"]) if given.get("mask") else None
     except ValueError as error:
         raise InputError(f"{where}: {error}") from error
-    if not given.get("video"):
-        raise InputError(f"{where}: expected video: PATH, got none")
-    video = root / local(given["video"])
-    try:
-        video.exists()  # raises where a name is too long
-        paths = [video, *linked_images(video)]
-        outside = [path for path in paths if not path.resolve().is_relative_to(root)]
-    except (OSError, ValueError, RuntimeError) as error:  # a NUL in it, links in a circle
-        raise InputError(f"{where}: {given['video']!r} is no path: {error}") from error
-    if outside:
-        raise InputError(
-            f"{where}: {outside[0]} lies outside of {root}; move it there, or name another folder "
-            f"by --data.root"
-        )
     own = {key: value for key, value in given.items() if key in CHOICE}
     source = ClipSource(video, **{**choice, **own})
     prompts = {key: value for key, value in given.items() if key in PROMPTS}
     settings = {k: v for k, v in given.items() if k in options.settings}
-    return Job(source, given.get("name"), prompts, settings, where)
+    made = {name: Choice(spec) for name, spec in plugins.items() if spec}
+    name = given.get("name", source.name if suffix else None)
+    name = name if name is None else f"{name}{suffix}"
+    return Job(source, name, prompts, settings, where, made, mask)
+
+
+def chosen(row: Mapping[str, Any], name: str, root: Path) -> dict[str, Any]:
+    """A row's own editor or kernel, as a configuration has it; empty where it has none.
+
+    Raises:
+        ValueError: It is none, or a file that it reads lies outside of the root.
+    """
+    spec = row.get(name, {})
+    spec = {"class_path": spec} if isinstance(spec, str) else spec
+    known = isinstance(spec, dict) and set(spec) <= {"class_path", "init_args"}
+    if not known or not isinstance(spec.get("class_path", ""), str):
+        raise ValueError(
+            f"expected {name} as a class name, or class_path and init_args, got {spec}"
+        )
+    arguments = spec.get("init_args") or {}
+    if not isinstance(arguments, dict):
+        raise ValueError(f"expected init_args of {name} with a value for each, got {arguments}")
+    prefix = f"{name}."
+    single = {k.removeprefix(prefix): v for k, v in row.items() if str(k).startswith(prefix)}
+    return placed({**spec, "init_args": {**arguments, **single}} if single else dict(spec), root)
+
+
+def placed(spec: Any, root: Path) -> Any:
+    """A specification in which the files that classes read are paths in the root.
+
+    Raises:
+        ValueError: One lies outside of it.
+    """
+    if isinstance(spec, list):
+        return [placed(one, root) for one in spec]
+    if not isinstance(spec, dict):
+        return spec
+    result = {key: placed(value, root) for key, value in spec.items()}
+    option = FILES.get(str(spec.get("class_path", "")).split(".")[-1])
+    arguments = result.get("init_args")
+    if option and isinstance(arguments, dict) and isinstance(arguments.get(option), str):
+        arguments[option] = str(inside(root, arguments[option]))
+    return result
+
+
+def inside(root: Path, path: str) -> Path:
+    """A path that a row gives, relative to the root and in it, links resolved.
+
+    Raises:
+        ValueError: It is none, or lies outside, or one of the images of a folder does.
+    """
+    whole = root / local(path)
+    try:
+        whole.exists()  # raises where a name is too long
+        paths = [whole, *linked_images(whole)]
+        outside = [path for path in paths if not path.resolve().is_relative_to(root)]
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL in it, links in a circle
+        raise ValueError(f"{path!r} is no path: {error}") from error
+    if outside:
+        raise ValueError(
+            f"{outside[0]} lies outside of {root}; move it there, or name another folder "
+            f"by --data.root"
+        )
+    return whole
 
 
 def linked_images(folder: Path) -> list[Path]:

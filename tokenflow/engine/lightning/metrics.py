@@ -7,6 +7,7 @@ import json
 import sys
 from copy import copy
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from tokenflow.engine.lightning.callback import EditCallback
 from tokenflow.engine.lightning.finished_run import FinishedRun
 from tokenflow.engine.lightning.job import ClipSource
 from tokenflow.engine.lightning.module import TokenFlow
+from tokenflow.engine.lightning.run_writer import shown
 from tokenflow.errors import InputError
 from tokenflow.metrics import Measures
 from tokenflow.propagation import ClipFlow
@@ -31,6 +33,9 @@ from tokenflow.text import printable_lines
 from tokenflow.video import Clip, read_clip, resized
 
 Values = dict[str, float]
+Mask = Bool[Tensor, "frames height width"]
+SCALED = ("resolution", "fit")
+"""Options of a source that choose no frames."""
 
 
 @torch.no_grad()
@@ -66,37 +71,62 @@ def read_mask(path: str) -> Bool[Tensor, "frames height width"]:
     return torch.stack([frame.mean(dim=0) > 0.5 for frame in frames])
 
 
+def mask_of(path: str | Path, run: FinishedRun, like: Clip) -> Bool[Tensor, "frames height width"]:
+    """A run's mask, cut and scaled as its source was, unless it is like the edit already.
+
+    Args:
+        path: A video or folder of images of the edit's length, or of the source's.
+        run: Whose source, start, stop, stride, max_frames, resolution and fit it is cut by.
+        like: The edit.
+
+    Raises:
+        InputError: It cannot be read, or has not so many frames.
+    """
+    whole = read_clip(local(path), in_memory=False)
+    if whole.frames.shape == like.frames.shape:
+        return read_mask(str(path))
+    scaled = {name: run.source.choice[name] for name in SCALED if name in run.source.choice}
+    choice = scaled if len(whole) == len(like) else run.source.choice
+    cut = ClipSource(local(path), **choice).read(run.record["multiple"])
+    return torch.stack([frame.mean(dim=0) > 0.5 for frame in shown(cut)])
+
+
 class Sources:
     """The source of one run after the other; what was found out of the last one is kept.
 
     Args:
         measures: What is measured.
         backbone: A model whose VAE's round trip of each source is measured, too.
-        mask: A video or folder of images, white where the object is that was to be edited.
-
-    Raises:
-        InputError: The mask cannot be read.
+        mask: A video or folder of images, white where the object is that was to be edited; each
+            run's own, where its record names one, if not given.
     """
 
     def __init__(
         self, measures: Measures, backbone: Backbone | None = None, mask: str | None = None
     ) -> None:
         self.measures, self.backbone = measures, backbone
-        self.hidden = None if mask is None else read_mask(mask)
-        self.options = measures.described | {"mask": mask}
-        self.last: tuple[Any, ClipFlow, Values | None] | None = None
+        self.mask = mask
+        self.last: tuple[Any, ClipFlow, Values | None, Mask | None] | None = None
 
-    def of(self, run: FinishedRun, clip: Clip) -> tuple[ClipFlow, Values | None]:
-        """A run's source with its flow, and the metrics of its round trip if there is a model."""
-        prompt = run.record["inversion_prompt"]
-        key = run.source.path.resolve(), run.source.choice, clip.frames.shape, prompt
+    def mask_of(self, run: FinishedRun) -> str | None:
+        """The path of a run's mask."""
+        own = run.record.get("mask")
+        return self.mask if self.mask is not None or not isinstance(own, str) else own
+
+    def of(self, run: FinishedRun, clip: Clip) -> tuple[ClipFlow, Values | None, Mask | None]:
+        """A run's source with its flow, the metrics of its round trip if there is a model, and its
+        mask.
+        """
+        prompt, mask = run.record["inversion_prompt"], self.mask_of(run)
+        key = run.source.path.resolve(), run.source.choice, clip.frames.shape, prompt, mask
         if self.last is None or self.last[0] != key:
             motions, floor = self.measures.motions(clip), None
+            hidden = None if mask is None else mask_of(mask, run, like=clip)
             if self.backbone is not None:
                 back = round_trip(self.backbone, run.source, like=clip)
-                floor = self.measures.of(back, motions, prompt, prompt, self.hidden)
-            self.last = key, motions, floor
-        return self.last[1], self.last[2]
+                floor = self.measures.of(back, motions, prompt, prompt, hidden)
+            self.last = key, motions, floor, hidden
+        return self.last[1:]
 
 
 def measure_run(run: FinishedRun, sources: Sources) -> dict[str, Any]:
@@ -107,14 +137,14 @@ def measure_run(run: FinishedRun, sources: Sources) -> dict[str, Any]:
     """
     source, edited = run.clips()
     measures, prompts = sources.measures, (run.record["prompt"], run.record["inversion_prompt"])
-    motions, floor = sources.of(run, source)
+    motions, floor, hidden = sources.of(run, source)
     found = {
-        "metrics": measures.of(edited, motions, *prompts, sources.hidden),
+        "metrics": measures.of(edited, motions, *prompts, hidden),
         "round_trip": floor,
         "source": str(run.source.path),
         "frames": len(edited),
         "size": list(edited.frames.shape[-2:]),
-        "options": sources.options,
+        "options": measures.described | {"mask": sources.mask_of(run)},
         "tokenflow": version("tokenflow"),
     }
     try:
@@ -133,8 +163,9 @@ class Measuring(EditCallback):
     Args:
         measure: Whether to.
         round_trip: Also measure the source after the VAE alone.
-        mask: A video or folder of images, white where the object is that is to be edited; of one
-            clip, so not with a manifest.
+        mask: A video or folder of images, white where the object is that is to be edited, of the
+            source's length or the edit's; of one clip, so not with a manifest, whose rows have
+            their own.
         options: What is measured.
     """
 
@@ -156,14 +187,15 @@ class Measuring(EditCallback):
         if any(job.where is not None for job in trainer.datamodule.jobs):  # type: ignore[attr-defined]
             raise InputError(
                 f"expected no --metrics.mask with --data.manifest, whose clips would share it, got "
-                f"{self.mask}; leave it out, and measure each run by tokenflow evaluate --mask"
+                f"{self.mask}; leave it out, and give each row of the manifest its mask"
             )
 
     def on_predict_start(self, trainer: Trainer, module: TokenFlow) -> None:  # type: ignore[override]
         with module.everyone.together():
             if self.measure and module.group.rank == 0:
                 backbone = module.backbone if self.round_trip else None
-                self.sources = Sources(Measures(**self.options), backbone, self.mask)
+                # each run's mask is in its record
+                self.sources = Sources(Measures(**self.options), backbone)
 
     def on_run_staged(self, trainer: Trainer, module: LightningModule, run: Run) -> None:
         if self.sources is not None:

@@ -17,7 +17,7 @@ from tokenflow.editors import Editor, Prompts
 from tokenflow.engine.edit import Result, check_prompt, edit_clip
 from tokenflow.engine.keyframes import split_windows
 from tokenflow.engine.lightning.callback import edit_callbacks
-from tokenflow.engine.lightning.job import Job, Outcome
+from tokenflow.engine.lightning.job import PLUGINS, Job, Outcome
 from tokenflow.engine.lightning.stopping import Stopping
 from tokenflow.engine.ranks.group import FrameGroup
 from tokenflow.engine.ranks.preemption import Preemption
@@ -26,7 +26,8 @@ from tokenflow.engine.settings import Settings
 from tokenflow.errors import InputError
 from tokenflow.plugins import origin
 from tokenflow.propagation import Correspondence, Propagation, Window
-from tokenflow.storage.cache import FOLDER, Cache
+from tokenflow.storage.cache import Cache
+from tokenflow.storage.paths import FOLDER
 from tokenflow.video import Clip, FrameBuffer, both_sides, levels, require_writable
 
 
@@ -146,6 +147,12 @@ class TokenFlow(LightningModule):
             raise InputError(f"{job.where}: {error}" if job.where else str(error)) from error
         return prompts, settings
 
+    def plugin_key(self, job: Job, name: str) -> str | None:
+        """A job's editor or kernel with its options, as text, where known."""
+        run = self.plugin_keys[PLUGINS.index(name)]
+        own = job.plugins.get(name)
+        return run if run is None or own is None else own.described
+
     def predict_step(self, job: Job, batch_index: int) -> Prediction | Outcome | None:
         """A job's result, or what else became of it; nothing where other ranks have it."""
         if batch_index % self.groups != self.number:
@@ -186,10 +193,15 @@ class TokenFlow(LightningModule):
         """A job's result, on rank 0 for the whole clip."""
         assert self.backbone is not None, "setup comes before predict_step"
         backbone, (prompts, settings) = self.backbone, self.options(job)
+        own = {name: choice.make() for name, choice in job.plugins.items()}
+        editor, propagation = (
+            own.get("editor", self.editor),
+            own.get("propagation", self.propagation),
+        )
         store = None
         if self.cache is not None:
-            editor, propagation = self.plugin_keys
-            store = ResumeStore(self.cache, editor, propagation, self.save_every)
+            one, other = (self.plugin_key(job, name) for name in PLUGINS)
+            store = ResumeStore(self.cache, one, other, self.save_every)
         with self.group.together(), self.preemption.interruptible():
             clip = job.source.read(backbone.multiple)
             if self.group.rank == 0:  # which writes
@@ -201,8 +213,8 @@ class TokenFlow(LightningModule):
             backbone,
             clip,
             prompts,
-            self.editor,
-            self.propagation,
+            editor,
+            propagation,
             settings,
             on_step=self.on_step,
             look=self.on_correspondence,
@@ -216,6 +228,9 @@ class TokenFlow(LightningModule):
         resolved = {
             "source": job.source.record,
             **self.resolved(backbone, settings, dataclasses.asdict(prompts)),
+            "editor": origin(type(editor)),
+            "propagation": origin(type(propagation)),
+            **(job.record() if self.group.rank == 0 else {}),
         }
         return Prediction(result, resolved)
 
@@ -240,6 +255,4 @@ class TokenFlow(LightningModule):
             **prompts,
             **dataclasses.asdict(settings.for_model(backbone)),
             "defaults": dataclasses.asdict(backbone.defaults),
-            "editor": origin(type(self.editor)),
-            "propagation": origin(type(self.propagation)),
         }

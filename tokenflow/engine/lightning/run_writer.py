@@ -30,7 +30,6 @@ from tokenflow.runs.files import (
     EDITED,
     FAILED,
     FEATURES,
-    FILES,
     RECORD,
     REPORT,
     SHEET,
@@ -75,6 +74,8 @@ class RunWriter(BasePredictionWriter, EditCallback):
         self.folder, self.overwrite, self.crf = local(folder), overwrite, crf
         self.configuration: dict[str, Any] = {}
         self.allowed: list[str] = []
+        self.typed: dict[str, str] = {}
+        """Paths as they were typed, of which the configuration has the absolute ones."""
         self.outcomes: list[Outcome] = []
         self.failed = 0
         self.lock: FolderLock | None = None
@@ -165,9 +166,8 @@ class RunWriter(BasePredictionWriter, EditCallback):
         if module.group.rank == 0:
             self.outcomes.append(outcome)
         if trainer.is_global_zero and outcome.what == "done":
-            for file in (folder / name for name in FILES):
-                if file.exists():
-                    print(printable(file))
+            page = folder / REPORT
+            print(printable(f"{folder}: see {page}" if page.exists() else folder))
 
     def written(
         self, trainer: Trainer, module: TokenFlow, job: Job, prediction: Prediction
@@ -280,6 +280,8 @@ class RunWriter(BasePredictionWriter, EditCallback):
             "versions": {"python": platform.python_version()}
             | {name: version(name) for name in PACKAGES},
         }
+        if self.typed:
+            record["typed"] = self.typed
         if self.allowed:  # for the line that repeats the run; it allows nothing itself
             record["allow_imports"] = self.allowed
         return {**self.configuration, "run": record}

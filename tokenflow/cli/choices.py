@@ -1,0 +1,125 @@
+"""Editors and kernels that are chosen by name: checked, and made for a manifest's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from tokenflow.cli.options import PLUGINS
+from tokenflow.editors import Editor
+from tokenflow.engine.checked import blamed
+from tokenflow.engine.lightning.job import Choice, Job
+from tokenflow.errors import InputError
+from tokenflow.plugins import (
+    describe,
+    did_you_mean,
+    installed_plugins,
+    no_option,
+    origin,
+    require_usable,
+)
+from tokenflow.propagation import Propagation
+
+
+class Choices:
+    """Settles what jobs choose; what it may name, `allowlist.restrict` has limited before.
+
+    Args:
+        defaults: The run's own editor and kernel, with class_path and init_args.
+    """
+
+    def __init__(self, defaults: Mapping[str, Mapping[str, Any]]) -> None:
+        self.defaults = defaults
+        self.parsers = {name: ArgumentParser(exit_on_error=False) for name in PLUGINS}
+        for name, kind in (("editor", Editor), ("propagation", Propagation)):
+            self.parsers[name].add_argument(f"--{name}", type=kind, required=True)
+        self.known: dict[str, tuple[dict[str, Any], str, Any]] = {}
+        self.last: dict[str, tuple[str, Any]] = {}
+
+    def settle(self, job: Job) -> None:
+        """Completes a job's choices, and makes each once to see whether it can be made.
+
+        Raises:
+            InputError: A class is not installed or not allowed, or an option does not fit.
+        """
+        for name, choice in job.plugins.items():
+            try:
+                self.complete(name, choice)
+            except InputError as error:
+                raise InputError(f"{job.where}: {error}") from error
+
+    def complete(self, name: str, choice: Choice) -> None:
+        """Gives a choice all of its options, its description, and what makes it."""
+        own, default = choice.spec, self.defaults[name]
+        if "class_path" not in own:
+            options = {**(default.get("init_args") or {}), **(own.get("init_args") or {})}
+            own = {"class_path": default["class_path"], "init_args": options}
+        text = yaml.safe_dump(own)
+        if text not in self.known:
+            require_named(own["class_path"], name)
+            require_options(own, name)
+            require_usable(own["class_path"], PLUGINS[name])
+            parser = self.parsers[name]
+            try:
+                given = parser.parse_object({name: own})
+                plugin = getattr(parser.instantiate(given), name)
+            except InputError:
+                raise
+            except (ArgumentError, TypeError, ValueError, ImportError) as error:
+                raise InputError(f"the {name} cannot be made: {error}") from error
+            spec = yaml.safe_load(parser.dump(given, skip_unset=False))[name]
+            described = f"{origin(type(plugin))}\n{yaml.safe_dump(spec)}"
+            if isinstance(plugin, Propagation):
+                with blamed(plugin, "cache_key"):
+                    described += plugin.cache_key()
+            self.known[text] = spec, described, given
+        spec, choice.described, given = self.known[text]
+        choice.spec = spec
+
+        def make() -> Any:
+            # the same again for rows that choose alike, whose networks stay loaded
+            before, plugin = self.last.get(name, ("", None))
+            if before != text:
+                plugin = getattr(self.parsers[name].instantiate(given), name)
+                self.last[name] = text, plugin
+            return plugin
+
+        choice.make = make  # type: ignore[method-assign]
+
+
+def require_named(path: str, option: str) -> None:
+    """Raises `InputError` for a name that no editor or kernel has, with the closest that there is.
+
+    Any class path passes, and so does the name of a class that is imported.
+    """
+    group = PLUGINS[option]
+    plugins = [p for p in installed_plugins() if p.group == group]
+    if "." in path or "/" in path or any(p.name == path for p in plugins):
+        return
+    kinds = [Editor if option == "editor" else Propagation]
+    while kinds:
+        kind = kinds.pop()
+        if kind.__name__ == path:
+            return
+        kinds += kind.__subclasses__()
+    close = did_you_mean(path, [p.name for p in plugins])
+    what = {"editor": "editor", "propagation": "kernel"}[option]
+    raise InputError(f"there is no {what} {path!r}{close}; {describe(plugins)}")
+
+
+def require_options(spec: Mapping[str, Any], option: str) -> None:
+    """Raises `InputError` for an option that the chosen editor or kernel does not have."""
+    named = str(spec["class_path"]).split(".")[-1]
+    for plugin in installed_plugins():
+        if plugin.kind is None or plugin.name != named or plugin.group != PLUGINS[option]:
+            continue
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(plugin.kind)
+        known = list(dict.fromkeys(key.split(".")[0] for key in vars(parser.get_defaults())))
+        for name in spec.get("init_args") or {}:
+            if name.split(".")[0] not in known:
+                given = f"--model.{option}.{name}"
+                raise InputError(no_option(given, name, named, known))
