@@ -238,7 +238,10 @@ BAD = {
     "an unknown hub model": (["--model.backbone=nobody/nothing"], "give its folder"),
     "frames outside": (["--data.start=6"], "6 frames"),
     "too few inversion steps": (["--model.inversion_steps=1"], "at least as many steps"),
-    "too many inversion steps": (["--model.inversion_steps=2000"], "inversion_steps: expected 1 to 1000"),
+    "too many inversion steps": (
+        ["--model.inversion_steps=2000"],
+        "inversion_steps: expected 1 to 1000",
+    ),
     "an unknown policy": (["--model.keyframes=-1"], "offset of 0 or more"),
     "a wrong quality": (["--output.crf=99"], "from 0 to 51"),
     "a file for a folder": (["--output.folder=/dev/null"], "cannot be written"),
