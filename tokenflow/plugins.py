@@ -105,7 +105,7 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def stated_interface(kind: type[Any]) -> int | None:
+def stated_interface(kind: type[Any]) -> object:
     """The interface that a class was written for, which a third party's does not inherit from ours.
 
     Else every plugin would be of whatever interface is installed.
