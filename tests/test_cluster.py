@@ -40,13 +40,13 @@ def environment(commands: Path, **more: str) -> dict[str, str]:
 
 @pytest.fixture
 def edit(model_folder: Path, tmp_path: Path) -> list[str]:
-    """What follows a launcher; 40 steps leave time to interrupt them."""
+    """What follows a launcher; 16 steps leave time to interrupt them."""
     video = write_clip(tmp_path / "clip.mp4", tiny_clip(9))
     return [
-        f"--data.video={video}", "--model.prompt=a ball", f"--model.backbone={model_folder}",
-        "--model.steps=40", "--model.keyframe_every=4", "--model.save_every=1000",
-        f"--model.cache={tmp_path / 'cache'}", f"--output.folder={tmp_path / 'runs'}",
-        "--trainer.accelerator=cpu", "--output.crf=0",
+        f"--data.video={video}", "--data.resolution=16", "--model.prompt=a ball",
+        f"--model.backbone={model_folder}", "--model.steps=16", "--model.keyframe_every=4",
+        "--model.save_every=1000", f"--model.cache={tmp_path / 'cache'}",
+        f"--output.folder={tmp_path / 'runs'}", "--trainer.accelerator=cpu", "--output.crf=0",
     ]  # fmt: skip
 
 

@@ -45,13 +45,14 @@ class Preemption:
     def install(self) -> None:
         """Installs the handlers; not outside of the main thread, where Python allows none."""
         if current_thread() is main_thread():
-            self.handlers = {number: signal.signal(number, self.handle) for number in SIGNALS}
+            for number in SIGNALS:
+                # the second time it is Lightning that has installed its own in between
+                self.handlers.setdefault(number, signal.signal(number, self.handle))
 
     def restore(self) -> None:
-        """Puts the handlers back that `install` has replaced."""
+        """Puts the handlers back that the first `install` has replaced."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler or signal.SIG_DFL)
-        self.handlers = {}
 
     def share(self) -> None:
         """Shares requests with the other ranks of torch.distributed's job, who all call this."""
