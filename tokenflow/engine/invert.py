@@ -65,9 +65,10 @@ def invert_clip(
             predict = partial(source_output, network, schedule)
             for level, x in inversion_steps(predict, here, frames, inversion):
                 trajectory.keep(inversion.timesteps[level], part, x)
+                if level == 0:
+                    cached.keep(trajectory, part)
                 done += 1
                 reported(on_step, "invert", done, steps)
-            cached.keep(trajectory, part)
     return trajectory
 
 
