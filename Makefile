@@ -34,8 +34,6 @@ checks: export OMP_NUM_THREADS = 1
 checks: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/tokenflow plugins check LocalPnP
-	$(BIN)/tokenflow plugins check LocalField
 	$(BIN)/tokenflow predict --config $(EXAMPLE)/local.yaml --model.steps 2 --data.max_frames 9 \
 	  --output.folder runs/example --output.overwrite true
 

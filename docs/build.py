@@ -27,7 +27,12 @@ ROOT = Path(__file__).parents[1]
 PAGES = ("*.md", "docs/*.md", "examples/*/*.md", "training/*.md")
 NOTEBOOKS = "examples/*.ipynb"
 KINDS = ("css", "js", "png", "svg", "webp")
-LINKED = ("LICENSE", "CITATION.cff", "tokenflow/engine/algorithm.py")
+LINKED = (
+    "LICENSE",
+    "CITATION.cff",
+    "tokenflow/engine/algorithm.py",
+    "tests/plugins_by_others/*.py",
+)
 FILES = (*LINKED, *(f"docs/*.{kind}" for kind in KINDS))
 
 

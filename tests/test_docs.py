@@ -57,8 +57,8 @@ def test_a_readmes_command_is_known(command: str, monkeypatch: pytest.MonkeyPatc
             assert f"\n{target}:" in makefile
         case ["pip", "install", folder]:
             assert Path(folder, "setup.cfg").exists()
-        case ["tokenflow", "plugins", "check", _]:
-            assert f"\t$(BIN)/{command}\n" in makefile, "make test runs it"
+        case ["tokenflow", "plugins", "check", name]:
+            assert name in {plugin.name for plugin in installed_plugins()}
         case ["tokenflow", "predict", *_]:
             with pytest.raises(SystemExit, match=r"^0$"):
                 main(sys.argv[1:])
@@ -86,7 +86,7 @@ def test_a_page_is_followed_to_its_end(
     page: str, author: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code = blocks(page, "python")
-    assert len(code) == 3
+    assert len(code) >= 3
     named = {m[1]: block for block in code if (m := re.match(r"# (\w+\.py)\n", block))}
     for name, block in named.items():
         (author / name).write_text(block)
@@ -131,6 +131,7 @@ def test_no_block_is_left_out() -> None:
     followed = {page: {"python", "ini", "sh"} for page in PAGES}
     followed |= {page: {"sh"} for page in READMES}
     followed["README.md"] |= {"python"}  # run by test_readme
+    followed["docs/architecture.md"] = {"text"}  # a drawing
     for page in (file for file in PROSE if file.suffix == ".md"):
         known = followed.get(str(page.relative_to(ROOT)), set())
         assert languages(page.read_text()) <= known, page

@@ -17,12 +17,12 @@ from tests.metrics.making import noise, write_random_alexnet, write_tiny_clip
 from tests.on_ranks import on_ranks
 from tokenflow.cli.main import main
 from tokenflow.diffusion import Backbone
-from tokenflow.editors import ControlNet, Editor, PnP, SDEdit
+from tokenflow.editors import ControlNet, Editor, PnP, Prompts, SDEdit
 from tokenflow.engine import Settings, edit_clip
-from tokenflow.engine.editing import needed
+from tokenflow.engine.edit import frames_needed
 from tokenflow.engine.keyframes import split_windows
 from tokenflow.engine.ranks.group import FrameGroup
-from tokenflow.engine.resume import Recall
+from tokenflow.engine.resume import ResumeStore
 from tokenflow.errors import Preempted
 from tokenflow.metrics import ClipEmbedder, load_lpips, lpips
 from tokenflow.propagation import RAFT, FlowWeighted, NNField, Propagation
@@ -34,6 +34,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
 ]
+PROMPTS = Prompts("a blue ball", "", "a ball")
 SETTINGS = Settings(steps=3, keyframe_every=4, span=1, anchors=1)
 
 
@@ -62,8 +63,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone) -> dict[
 
 def frames(backbone: Backbone, case: Case, clip: Clip) -> Tensor:
     editor = copy.deepcopy(case.editor)
-    edit = edit_clip(backbone, clip, "a ball", editor, case.kernel, settings=case.settings)
-    return edit.clip.frames[:]
+    return edit_clip(backbone, clip, PROMPTS, editor, case.kernel, case.settings).clip.frames[:]
 
 
 @pytest.fixture(scope="module")
@@ -107,23 +107,19 @@ def test_the_same_seed_gives_the_same(
 def test_an_interrupted_run_goes_on_bit_for_bit(
     backbones: dict[str, Backbone], tmp_path: Path
 ) -> None:
-    backbone, asked = backbones["cuda float16"], []
+    store = ResumeStore(Cache(tmp_path), "PnP()", "NNField()", 1)
 
-    def edit(cache: Cache | None, stop: bool = False) -> Tensor:
-        def progress(stage: str, done: int, steps: int) -> None:
-            asked.append(stop and (stage, done) == ("edit", 2))
-
-        recall = cache and Recall(cache, "PnP()", "NNField()", 1)
+    def edit(store: ResumeStore | None, stop: int | None = None) -> Tensor:
         return edit_clip(
-            backbone, tiny_clip(9), "a ball", PnP(), NNField(), settings=SETTINGS,
-            group=FrameGroup(asked=lambda: any(asked)), recall=recall, progress=progress,
+            backbones["cuda float16"], tiny_clip(9), PROMPTS, PnP(), NNField(), SETTINGS,
+            on_step=lambda stage, done, _: "stop" if (stage, done) == ("edit", stop) else None,
+            store=store,
         ).clip.frames[:]  # fmt: skip
 
-    whole, cache = edit(None), Cache(tmp_path)
+    whole = edit(None)
     with pytest.raises(Preempted):
-        edit(cache, stop=True)
-    asked.clear()
-    assert torch.equal(edit(cache), whole)
+        edit(store, stop=2)
+    assert torch.equal(edit(store), whole)
 
 
 def test_memory_on_the_device_does_not_grow(backbones: dict[str, Backbone]) -> None:
@@ -178,12 +174,12 @@ def shared(model: Path, cases: dict[str, Case]) -> dict[str, Tensor]:
     torch.backends.cudnn.allow_tf32 = False  # its rounding is above the tolerance
     backbone, latents = Backbone.load(model, str(device), "float32"), {}
     for name, case in cases.items():
-        group = FrameGroup.join(device)
-        share = group.share(split_windows(13, case.settings.keyframe_every))
-        clip = tiny_clip(13).part(needed(share, case.settings, case.editor))
+        ranks = FrameGroup.join(device)
+        shard = ranks.shard(split_windows(13, case.settings.keyframe_every))
+        clip = tiny_clip(13).part(frames_needed(shard, case.settings, case.editor))
         editor = copy.deepcopy(case.editor)
         latents[name] = edit_clip(
-            backbone, clip, "a ball", editor, case.kernel, settings=case.settings, group=group
+            backbone, clip, PROMPTS, editor, case.kernel, case.settings, ranks=ranks
         ).latents
     return latents
 

@@ -189,7 +189,11 @@ CALLS = itertools.count()
 BROKEN_KERNELS: list[tuple[str, Propagation, str]] = [
     ("index_range", spoilt(lambda i: i + 1000), "indices from 0 to 31"),
     ("index_range", kernel(lambda _, s, k, __: s @ k[0].T), "expected a Correspondence, got Tenso"),
-    ("index_range", spoilt(lambda i: i[:, :1]), r"indices of shape \(6, 16, taps\), got \(6, 1, 2"),
+    (
+        "index_range",
+        spoilt(lambda i: i[:, :1], lambda w: w[:, :1]),
+        r"indices of shape \(6, 16, taps\), got \(6, 1, 2",
+    ),
     ("index_range", acting(leave), "expected no exception, got SystemExit: 0"),
     ("non_negative", spoilt(weights=lambda w: 3 * w - 1), "weights of 0 or more"),
     ("rows_sum_to_one", spoilt(weights=lambda w: 0.9 * w), r"got sums from 0\.9 to 0\.9; divide"),
@@ -702,7 +706,7 @@ class Forked(PnP):
 
 def test_ranks_do_not_see_each_others_random_state() -> None:
     (check,) = [one for one in editor_checks(Forked()) if one.__name__ == "two_ranks_agree"]
-    for _ in range(3):
+    for _ in range(2):
         check()
 
 

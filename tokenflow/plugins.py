@@ -52,7 +52,7 @@ class Plugin:
 
 
 def entry(of: EntryPoint) -> Plugin:
-    """What one entry point says, without importing anything."""
+    """A plugin by its entry point's metadata, without an import."""
     dist = of.dist
     where = f"{dist.name} {dist.version}" if dist is not None else "unknown distribution"
     ours = dist is not None and canonical(dist.name or "") == "tokenflow"
@@ -60,7 +60,7 @@ def entry(of: EntryPoint) -> Plugin:
 
 
 def base_of(group: str) -> Any:
-    """The class that a group's plugins extend; imported when it is asked for."""
+    """The class that a group's plugins extend; imported on first use."""
     return getattr(import_module(group), GROUPS[group])
 
 
@@ -105,7 +105,7 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def stated_interface(kind: type[Any]) -> int | None:
+def stated_interface(kind: type[Any]) -> object:
     """The interface that a class was written for, which a third party's does not inherit from ours.
 
     Else every plugin would be of whatever interface is installed.

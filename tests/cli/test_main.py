@@ -23,7 +23,7 @@ from tests.installing import install
 from tests.video.making import beeps, make_video, noise
 from tokenflow.cli import doctor
 from tokenflow.cli.main import COMMANDS, main
-from tokenflow.diffusion import Backbone
+from tokenflow.diffusion import StableDiffusion
 from tokenflow.video import Clip, read_clip, write_clip, write_image
 
 
@@ -157,7 +157,8 @@ def test_the_configurations_run(config: Path, words: list[str], tmp_path: Path) 
     main(["predict", f"--config={config}", *words[1:], *quick])
     summary = yaml.safe_load((tmp_path / "runs" / "ramp" / "run.yaml").read_text())
     written = yaml.safe_load(config.read_text())["model"]
-    assert summary["model"]["guidance"] == written["guidance"]
+    assert summary["model"]["guidance"] == written.get("guidance")
+    assert summary["run"]["guidance"] == (written.get("guidance") or 7.5)
 
 
 def test_the_reference_configuration_is_the_published_code(
@@ -237,7 +238,10 @@ BAD = {
     "an unknown hub model": (["--model.backbone=nobody/nothing"], "give its folder"),
     "frames outside": (["--data.start=6"], "6 frames"),
     "too few inversion steps": (["--model.inversion_steps=1"], "at least as many steps"),
-    "too many inversion steps": (["--model.inversion_steps=2000"], "inversion_steps of at most"),
+    "too many inversion steps": (
+        ["--model.inversion_steps=2000"],
+        "inversion_steps: expected 1 to 1000",
+    ),
     "an unknown policy": (["--model.keyframes=-1"], "offset of 0 or more"),
     "a wrong quality": (["--output.crf=99"], "from 0 to 51"),
     "a file for a folder": (["--output.folder=/dev/null"], "cannot be written"),
@@ -298,7 +302,7 @@ def test_too_little_memory_for_the_edit(
     def fail(*args: Any) -> None:
         raise RuntimeError("could not create a primitive")
 
-    monkeypatch.setattr(Backbone, where, fail)
+    monkeypatch.setattr(StableDiffusion, where, fail)
     refused(
         words, "not enough memory on cpu for the edit (RuntimeError: could not", tmp_path, capsys
     )
@@ -339,7 +343,7 @@ def corrupt(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "option", ["model.prompt", "model.guidance", "model.backbone", "output.folder", "data.start"]
+    "option", ["model.prompt", "model.steps", "model.backbone", "output.folder", "data.start"]
 )
 def test_an_option_that_a_configuration_leaves_empty(
     option: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

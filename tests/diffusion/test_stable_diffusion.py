@@ -319,7 +319,7 @@ def test_a_unet_for_inpainting(backbone: StableDiffusion) -> None:
                 "projection_class_embeddings_input_dim": 64,
                 "cross_attention_dim": 32,
             },
-            r"\(addition_embed_type 'text_time'\), as those of SDXL, .* expected a Stable",
+            r"\(addition_embed_type 'text_time'\), as those of SDXL, .* expected Stable",
         ),
         (
             {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 64},

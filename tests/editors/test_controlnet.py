@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,30 @@ from torch import Tensor
 from tests.conftest import ROOT
 from tests.diffusion.making import make_controlnet
 from tokenflow.cli.main import main
-from tokenflow.diffusion import Backbone, ModelError
-from tokenflow.editors import Canny, Condition, Control, ControlNet, Pass, SDEdit
+from tokenflow.diffusion import Backbone, Conditioning, ModelError, StableDiffusion
+from tokenflow.editors import (
+    Batch,
+    Canny,
+    Condition,
+    Control,
+    ControlNet,
+    Prompts,
+    SDEdit,
+)
 from tokenflow.editors.controlnet import require_controls
 from tokenflow.engine import Result, Settings, edit_clip
-from tokenflow.engine.denoising import NAMES
 from tokenflow.errors import InputError
 from tokenflow.propagation import NNField
 from tokenflow.video import Clip, write_clip, write_image
+
+NAMES = ("source", "negative", "prompt")
 
 # float32 sums in another order, in batches of another size
 ROUNDING = 1e-5
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone) -> list[str]:
+def models(tmp_path_factory: pytest.TempPathFactory, backbone: StableDiffusion) -> list[str]:
     """Two tiny ControlNets."""
     folder = tmp_path_factory.mktemp("controlnets")
     return [str(make_controlnet(folder / str(i), backbone.unet, seed=i)) for i in range(2)]
@@ -47,13 +57,24 @@ def ready(backbone: Backbone, clip: Clip, *controls: Control, **options: Any) ->
 
 
 def one_pass(
-    frames: tuple[int, ...] = (4, 1, 6), branches: tuple[str, ...] = NAMES, share: float = 0.0
-) -> Pass:
-    """A pass of random latents under random embeddings."""
+    frames: tuple[int, ...] = (4, 1, 6),
+    branches: tuple[str, ...] = NAMES,
+    step: int = 0,
+    steps: int = 4,
+) -> Batch:
+    """A pass of random latents under random embeddings, another one for each branch and frame."""
     generator = torch.Generator().manual_seed(len(frames))
+    rows = len(branches) * len(frames)
     latents = torch.randn(len(branches), len(frames), 4, 8, 16, generator=generator)
-    embeddings = torch.randn(len(branches), 5, 16, generator=generator)
-    return Pass(branches, frames, latents, embeddings, 334, share)
+    embeddings = torch.randn(rows, 5, 16, generator=generator)
+    told = Conditioning(embeddings=embeddings)
+    return Batch(branches, frames, latents, told, 334, step, steps)
+
+
+def text_of(batch: Batch) -> Tensor:
+    """The embeddings of every branch and frame."""
+    shape = len(batch.branches), len(batch.frames)
+    return batch.conditioning["embeddings"].unflatten(0, shape)
 
 
 def flat(extra: dict[str, Any]) -> list[Tensor]:
@@ -61,17 +82,17 @@ def flat(extra: dict[str, Any]) -> list[Tensor]:
     return [*extra["down_block_additional_residuals"], extra["mid_block_additional_residual"]]
 
 
-def naive(editor: ControlNet, number: int, forward: Pass, controlled: set[str]) -> list[Tensor]:
-    """Residuals of one control, one forward pass for each branch and frame."""
+def naive(editor: ControlNet, number: int, batch: Batch, controlled: set[str]) -> list[Tensor]:
+    """Residuals of one control, one batch pass for each branch and frame."""
     control, network, images, _ = editor.shown[number]
     parts = []
-    for branch, name in enumerate(forward.branches):
-        for place, frame in enumerate(forward.frames):
+    for branch, name in enumerate(batch.branches):
+        for place, frame in enumerate(batch.frames):
             with torch.no_grad():
                 down, middle = network(
-                    forward.latents[branch, place][None],
-                    torch.tensor(forward.t),
-                    encoder_hidden_states=forward.embeddings[branch][None],
+                    batch.latents[branch, place][None],
+                    torch.tensor(batch.t),
+                    encoder_hidden_states=text_of(batch)[branch, place][None],
                     controlnet_cond=images[frame][None],
                     return_dict=False,
                 )
@@ -92,9 +113,9 @@ def test_residuals_are_the_networks_and_zero_for_the_source(
     backbone: Backbone, clip: Clip, models: list[str], frames: tuple[int, ...]
 ) -> None:
     editor = ready(backbone, clip, Control(models[0], Inverted(), 0.7))
-    forward = one_pass(frames)
-    extra = editor.conditioning(forward)
-    assert_equal(extra, naive(editor, 0, forward, {"negative", "prompt"}))
+    batch = one_pass(frames)
+    extra = editor.model_inputs(batch)
+    assert_equal(extra, naive(editor, 0, batch, {"negative", "prompt"}))
     for part in flat(extra):
         source, *edited = part.chunk(3)
         assert source.abs().max() == 0
@@ -107,15 +128,15 @@ def test_the_source_is_controlled_where_asked_for(
 ) -> None:
     editor = ready(backbone, clip, Control(models[0], Inverted()), control_source=True)
     for branches in (NAMES, ("source",)):
-        forward = one_pass(branches=branches)
-        assert_equal(editor.conditioning(forward), naive(editor, 0, forward, set(branches)))
+        batch = one_pass(branches=branches)
+        assert_equal(editor.model_inputs(batch), naive(editor, 0, batch, set(branches)))
 
 
 def test_inversion_is_not_controlled_unasked(
     backbone: Backbone, clip: Clip, models: list[str]
 ) -> None:
     editor = ready(backbone, clip, Control(models[0]))
-    assert editor.conditioning(one_pass(branches=("source",))) == {}
+    assert editor.model_inputs(one_pass(branches=("source",))) == {}
 
 
 def test_a_network_that_pools_its_image_speaks_for_the_prompt_alone(
@@ -123,22 +144,22 @@ def test_a_network_that_pools_its_image_speaks_for_the_prompt_alone(
 ) -> None:
     editor = ready(backbone, clip, Control(models[0], Inverted()), Control(models[1], Inverted()))
     editor.shown[0].network.register_to_config(global_pool_conditions=True)
-    forward = one_pass()
+    batch = one_pass()
     each = [
-        naive(editor, 0, forward, {"prompt"}),
-        naive(editor, 1, forward, {"negative", "prompt"}),
+        naive(editor, 0, batch, {"prompt"}),
+        naive(editor, 1, batch, {"negative", "prompt"}),
     ]
-    assert_equal(editor.conditioning(forward), [sum(s) for s in zip(*each, strict=True)])  # type: ignore[misc]
+    assert_equal(editor.model_inputs(batch), [sum(s) for s in zip(*each, strict=True)])  # type: ignore[misc]
     editor.shown[1].network.register_to_config(global_pool_conditions=True)
-    assert editor.conditioning(one_pass(branches=("source", "negative"))) == {}
+    assert editor.model_inputs(one_pass(branches=("source", "negative"))) == {}
 
 
 def test_several_controls_add_up(backbone: Backbone, clip: Clip, models: list[str]) -> None:
     controls = Control(models[0], Inverted(), 0.5), Control(models[1], Canny(), 2.0)
     editor = ready(backbone, clip, *controls, Control(models[0], Canny(10.0, 20.0)))
-    forward = one_pass()
-    each = [naive(editor, i, forward, {"negative", "prompt"}) for i in range(3)]
-    assert_equal(editor.conditioning(forward), [sum(s) for s in zip(*each, strict=True)])  # type: ignore[misc]
+    batch = one_pass()
+    each = [naive(editor, i, batch, {"negative", "prompt"}) for i in range(3)]
+    assert_equal(editor.model_inputs(batch), [sum(s) for s in zip(*each, strict=True)])  # type: ignore[misc]
     assert editor.shown[0].network is editor.shown[2].network
 
 
@@ -160,10 +181,8 @@ def test_a_control_is_on_from_begin_to_before_end(
     expected: list[int],
 ) -> None:
     editor = ready(backbone, clip, Control(models[0], begin=begin, end=end))
-    schedule = backbone.schedule(steps)
-    shares = [schedule.share(t) for t in schedule.timesteps]
-    on = [i for i, share in enumerate(shares) if editor.conditioning(one_pass(share=share))]
-    assert on == expected
+    batches = [one_pass(step=step, steps=steps) for step in range(steps)]
+    assert [batch.step for batch in batches if editor.model_inputs(batch)] == expected
 
 
 def test_a_control_that_is_off_leaves_the_others_on(
@@ -172,17 +191,17 @@ def test_a_control_that_is_off_leaves_the_others_on(
     editor = ready(
         backbone, clip, Control(models[0], Inverted(), end=0.5), Control(models[1], begin=0.25)
     )
-    forward = one_pass(share=0.75)
-    expected = naive(editor, 1, forward, {"negative", "prompt"})
-    assert_equal(editor.conditioning(forward), expected)
+    batch = one_pass(step=3)
+    expected = naive(editor, 1, batch, {"negative", "prompt"})
+    assert_equal(editor.model_inputs(batch), expected)
 
 
 class Recording(ControlNet):
     """Keeps every pass, and what the network was shown in it."""
 
-    def prepare(self, backbone: Backbone, clip: Clip) -> None:
-        super().prepare(backbone, clip)
-        self.passes: list[Pass] = []
+    def prepare(self, model: Backbone, clip: Clip) -> None:
+        super().prepare(model, clip)
+        self.passes: list[Batch] = []
         self.seen: list[dict[str, Tensor]] = []
 
         def keep(module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -190,15 +209,16 @@ class Recording(ControlNet):
 
         self.shown[0].network.register_forward_pre_hook(keep, with_kwargs=True)
 
-    def conditioning(self, forward: Pass) -> dict[str, Any]:
-        self.passes.append(forward)
-        return super().conditioning(forward)
+    def model_inputs(self, batch: Batch) -> dict[str, Any]:
+        self.passes.append(batch)
+        return super().model_inputs(batch)
 
 
 def edit(backbone: Backbone, clip: Clip, editor: SDEdit, **settings: Any) -> Result:
     """Two steps with windows of four frames."""
     chosen = Settings(**{"steps": 2, "keyframe_every": 4, "batch": 4, **settings})
-    return edit_clip(backbone, clip, "a blue ball", editor, NNField(), settings=chosen)
+    prompts = Prompts("a blue ball", "", "a ball")
+    return edit_clip(backbone, clip, prompts, editor, NNField(), chosen)
 
 
 @pytest.mark.parametrize("control_source", [False, True])
@@ -218,26 +238,24 @@ def test_the_network_sees_exactly_the_frames_of_each_pass(
     controlled = editor.passes if control_source else sampling
     branches = slice(None) if control_source else slice(1, None)
     assert len(editor.seen) == len(controlled)
-    for seen, forward in zip(editor.seen, controlled, strict=True):
-        latents, embeddings = forward.latents[branches], forward.embeddings[branches]
-        images = (1 - clip.frames)[list(forward.frames)]
+    for seen, batch in zip(editor.seen, controlled, strict=True):
+        latents, embeddings = batch.latents[branches], text_of(batch)[branches]
+        images = (1 - clip.frames)[list(batch.frames)]
         assert torch.equal(seen["images"], torch.cat([images] * len(latents)))
         assert torch.equal(seen["latents"], latents.flatten(0, 1))
-        expected = [text for text in embeddings for _ in forward.frames]
-        assert torch.equal(seen["embeddings"], torch.stack(expected))
+        assert torch.equal(seen["embeddings"], embeddings.flatten(0, 1))
 
 
 def test_the_source_branch_sees_nothing_of_the_control(
     backbone: Backbone, clip: Clip, models: list[str]
 ) -> None:
     editor = ready(backbone, clip, Control(models[0], Inverted()))
-    forward = one_pass()
-    x, schedule = forward.latents.flatten(0, 1), backbone.schedule(3)
-    text = forward.embeddings.repeat_interleave(3, dim=0)
+    batch = one_pass()
+    x, told = batch.latents.flatten(0, 1), batch.conditioning
     with torch.no_grad():
-        extra = editor.conditioning(forward)
-        plain = backbone.epsilon(x, forward.t, text, schedule).chunk(3)
-        controlled = backbone.epsilon(x, forward.t, text, schedule, **extra).chunk(3)
+        extra = editor.model_inputs(batch)
+        plain = backbone.predict(x, batch.t, told).chunk(3)
+        controlled = backbone.predict(x, batch.t, told, **extra).chunk(3)
     assert torch.equal(plain[0], controlled[0])
     for branch in (1, 2):
         assert (plain[branch] - controlled[branch]).abs().max() > 0.01
@@ -260,12 +278,11 @@ def test_an_edit_is_controlled_and_starts_as_sdedit_does(
 
 def test_the_unet_is_as_before(backbone: Backbone, clip: Clip, models: list[str]) -> None:
     x, text = torch.randn(2, 4, 8, 16), backbone.embed(["", "a ball"])
-    schedule = backbone.schedule(2)
     with torch.no_grad():
-        before = backbone.epsilon(x, 1, text, schedule)
+        before = backbone.predict(x, 1, text)
         edit(backbone, clip, ControlNet(models[0], control_source=True))
-        assert torch.equal(backbone.epsilon(x, 1, text, schedule), before)
-    assert not any(module._forward_hooks for module in backbone.unet.modules())
+        assert torch.equal(backbone.predict(x, 1, text), before)
+    assert not any(module._forward_hooks for module in backbone.network.modules())
 
 
 def test_networks_are_loaded_once_and_images_for_every_clip(
@@ -280,14 +297,14 @@ def test_networks_are_loaded_once_and_images_for_every_clip(
     half = Backbone.load(model_folder, device="cpu", dtype="bfloat16")
     editor.prepare(half, clip)
     assert editor.shown[0].network.dtype == torch.bfloat16
-    assert {part.dtype for part in flat(editor.conditioning(bfloat(one_pass())))} == {
+    assert {part.dtype for part in flat(editor.model_inputs(bfloat(one_pass())))} == {
         torch.bfloat16
     }
 
 
-def bfloat(forward: Pass) -> Pass:
+def bfloat(batch: Batch) -> Batch:
     """The pass as a backbone in bfloat16 makes it: latents stay in float32."""
-    return Pass(**{**vars(forward), "embeddings": forward.embeddings.bfloat16()})
+    return dataclasses.replace(batch, conditioning=batch.conditioning.map(Tensor.bfloat16))
 
 
 def test_canny_is_what_a_control_shows_unless_told_otherwise(
@@ -298,7 +315,7 @@ def test_canny_is_what_a_control_shows_unless_told_otherwise(
 
 
 def test_a_controlnet_of_another_backbone_is_refused_before_any_work(
-    backbone: Backbone, clip: Clip, tmp_path: Path
+    backbone: StableDiffusion, clip: Clip, tmp_path: Path
 ) -> None:
     other = make_controlnet(tmp_path / "other", backbone.unet, cross_attention_dim=24)
     done: list[str] = []
@@ -309,7 +326,7 @@ def test_a_controlnet_of_another_backbone_is_refused_before_any_work(
             "a blue ball",
             ControlNet(str(other)),
             NNField(),
-            progress=lambda stage, *_: done.append(stage),
+            on_step=lambda stage, *_: done.append(stage),
         )
     assert done == []
 
@@ -321,7 +338,7 @@ def test_further_controls_are_controls() -> None:
 
 def test_an_editor_that_was_not_prepared() -> None:
     with pytest.raises(InputError, match="needs prepare"):
-        ControlNet().conditioning(one_pass())
+        ControlNet().model_inputs(one_pass())
 
 
 @pytest.mark.parametrize(
@@ -489,3 +506,9 @@ def test_bad_options_on_the_command_line(
     assert exit.value.code == 2
     assert message in capsys.readouterr().err
     assert not list((tmp_path / "runs").rglob("*.*"))
+
+
+def test_an_editor_says_whether_it_conditions_the_source() -> None:
+    assert not ControlNet().conditions_source
+    assert ControlNet(control_source=True).conditions_source
+    assert ControlNet().sees_other_frames

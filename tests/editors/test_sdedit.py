@@ -1,13 +1,12 @@
-import subprocess
-import sys
+import inspect
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from tokenflow.diffusion import Backbone, Schedule, Trajectory
-from tokenflow.editors import Pass, SDEdit
+from tokenflow.diffusion import Backbone, Schedule, StableDiffusion, Trajectory
+from tokenflow.editors import Prompts, SDEdit
 from tokenflow.editors.sdedit import frame_noise, steps_to_run
 from tokenflow.engine import Settings, edit_clip
 from tokenflow.errors import InputError
@@ -20,7 +19,7 @@ def trajectory(schedule: Schedule, frames: int = 3) -> Trajectory:
     generator = torch.Generator().manual_seed(0)
     steps = len(schedule.timesteps)
     latents = torch.randn(steps + 1, frames, 4, 8, 8, generator=generator)
-    return Trajectory(schedule.timesteps, latents[:-1], latents[-1], latents[0], 0.01)
+    return Trajectory(schedule.timesteps, latents[:-1], latents[-1], latents[0])
 
 
 @pytest.mark.parametrize(
@@ -37,9 +36,8 @@ def test_the_last_of_the_steps_run(
     backbone: Backbone, strength: float, steps: int, expected: int
 ) -> None:
     schedule = backbone.schedule(steps)
-    start = SDEdit(strength).start(trajectory(schedule), schedule, 0)
-    assert start.timesteps == schedule.timesteps[steps - expected :]
-    assert len(start.timesteps) == expected
+    start = SDEdit(strength).start(trajectory(schedule).source(), schedule, 0)
+    assert steps - start.step == expected
 
 
 def test_every_share_of_every_number_of_steps_is_that_many_steps() -> None:
@@ -50,57 +48,57 @@ def test_every_share_of_every_number_of_steps_is_that_many_steps() -> None:
 @pytest.mark.parametrize("strength", [0.1, 0.4, 1.0])
 def test_inverted_is_the_trajectory_where_it_starts(backbone: Backbone, strength: float) -> None:
     schedule = backbone.schedule(10)
-    source = trajectory(schedule)
-    start = SDEdit(strength, "inverted").start(source, schedule, 0)
-    assert torch.equal(start.latents, source.latents[10 - len(start.timesteps)])
+    whole = trajectory(schedule)
+    start = SDEdit(strength, "inverted").start(whole.source([2, 1]), schedule, 0)
+    assert start.step == 10 - round(10 * strength)
+    assert torch.equal(start.latents, whole.latents[start.step, [2, 1]])
 
 
 def test_true_is_no_strength() -> None:
-    """In a process of its own, as the tests' type checker refuses it too."""
-    words = "from tokenflow.editors import SDEdit; SDEdit(strength=True)"
-    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True)
-    assert "InputError: strength is the share of the steps" in done.stderr
+    unchecked = inspect.unwrap(SDEdit.__init__)  # without the types that only the tests check
+    with pytest.raises(InputError, match="strength is the share of the steps"):
+        unchecked(SDEdit.__new__(SDEdit), strength=True)
 
 
 @pytest.mark.parametrize("noise", ["shared", "independent"])
 @pytest.mark.parametrize("strength", [0.1, 0.5, 1.0])
 def test_fresh_noise_is_added_as_the_scheduler_does(
-    backbone: Backbone, noise: str, strength: float
+    backbone: StableDiffusion, noise: str, strength: float
 ) -> None:
     schedule = backbone.schedule(10)
-    source = trajectory(schedule)
+    source = trajectory(schedule).source()
     start = SDEdit(strength, noise).start(source, schedule, 5)
     frames = range(3) if noise == "independent" else [0, 0, 0]
     drawn = [frame_noise(5, frame, torch.Size((4, 8, 8))) for frame in frames]
     scheduler = backbone.scheduler
     assert isinstance(scheduler, DDIMScheduler)
-    t = torch.tensor([start.timesteps[0]] * 3)
+    t = torch.tensor([int(schedule.timesteps[start.step])] * 3)
     expected = scheduler.add_noise(source.clean, torch.stack(drawn), t)
     # the same formula with float32 instead of float64 factors
     assert torch.allclose(start.latents, expected, rtol=0, atol=1e-5)
 
 
-def noises(backbone: Backbone, noise: str, seed: int, frames: int) -> torch.Tensor:
-    """The noise in first latents, of a source that is zero."""
+def noises(backbone: Backbone, noise: str, seed: int, frames: range) -> torch.Tensor:
+    """The noise in first latents of these frames, of a source that is zero."""
     schedule = backbone.schedule(4)
-    zero = torch.zeros(4, frames, 4, 8, 8)
-    source = Trajectory(schedule.timesteps, zero, zero[0], zero[0], 0.5)
-    return SDEdit(1.0, noise).start(source, schedule, seed).latents
+    zero = torch.zeros(4, len(frames), 4, 8, 8)
+    own = Trajectory(schedule.timesteps, zero, zero[0], zero[0], first=frames.start, whole=9)
+    return SDEdit(1.0, noise).start(own.source(), schedule, seed).latents
 
 
 def test_shared_noise_is_one_and_independent_noise_is_each_frames_own(backbone: Backbone) -> None:
-    shared, own = (noises(backbone, noise, 0, 4) for noise in ("shared", "independent"))
+    shared, own = (noises(backbone, noise, 0, range(4)) for noise in ("shared", "independent"))
     assert all(torch.equal(frame, shared[0]) for frame in shared)
     assert len({float(frame.sum()) for frame in own}) == 4
 
 
 @pytest.mark.parametrize("noise", ["shared", "independent"])
 def test_noise_comes_from_seed_and_frame_alone(backbone: Backbone, noise: str) -> None:
-    long, short = noises(backbone, noise, 7, 5), noises(backbone, noise, 7, 2)
+    long, short = (noises(backbone, noise, 7, frames) for frames in (range(5), range(3, 5)))
     torch.manual_seed(123)
-    assert torch.equal(long[:2], short)
-    assert torch.equal(long, noises(backbone, noise, 7, 5))
-    assert not torch.allclose(long, noises(backbone, noise, 8, 5))
+    assert torch.equal(long[3:], short)
+    assert torch.equal(long, noises(backbone, noise, 7, range(5)))
+    assert not torch.allclose(long, noises(backbone, noise, 8, range(5)))
 
 
 def test_noise_is_gaussian() -> None:
@@ -111,9 +109,11 @@ def test_noise_is_gaussian() -> None:
 
 
 def test_nothing_is_injected(backbone: Backbone) -> None:
-    assert list(SDEdit().edits(backbone.unet)) == []
-    forward = Pass(("source",), (0,), torch.zeros(1, 1, 4, 8, 8), torch.zeros(1, 2, 8), 1, 0.5)
-    assert SDEdit().conditioning(forward) == {}
+    editor = SDEdit()
+    assert list(editor.injections(backbone)) == []
+    assert editor.cross_attention(backbone) == {}
+    assert not editor.conditions_source
+    assert not editor.sees_other_frames
 
 
 @pytest.mark.parametrize(
@@ -137,14 +137,14 @@ def test_edits_a_clip(backbone: Backbone, clip: Clip, noise: str) -> None:
     result = edit_clip(
         backbone,
         clip,
-        "a blue ball",
+        Prompts("a blue ball", "", "a ball"),
         SDEdit(0.5, noise),
         NNField(),
-        settings=Settings(steps=4, keyframe_every=4),
-        progress=lambda *stage: stages.append(stage),
+        Settings(steps=4, keyframe_every=4),
+        on_step=lambda *stage: stages.append(stage),
     )
     assert result.clip.frames.shape == clip.frames.shape
-    assert [stage for stage in stages if stage[0] == "edit"] == [("edit", 1, 2), ("edit", 2, 2)]
+    assert [stage for stage in stages if stage[0] == "edit"] == [("edit", 3, 4), ("edit", 4, 4)]
 
 
 def test_the_source_itself_comes_back_from_its_own_prompt_unguided(
@@ -154,8 +154,8 @@ def test_the_source_itself_comes_back_from_its_own_prompt_unguided(
 
     def change(strength: float) -> float:
         settings = Settings(steps=20, guidance=1.0, consistency="none")
-        result = edit_clip(backbone, clip, "a ball", SDEdit(strength), NNField(),
-                           inversion_prompt="a ball", settings=settings)  # fmt: skip
+        prompts = Prompts("a ball", "", "a ball")
+        result = edit_clip(backbone, clip, prompts, SDEdit(strength), NNField(), settings)
         latents = backbone.encode(clip.frames)
         back = backbone.decode(latents)
         return float((result.clip.frames - back).abs().mean())

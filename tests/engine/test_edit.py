@@ -1,7 +1,8 @@
 import dataclasses
+import inspect
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from tokenflow.diffusion import Backbone, Schedule, Trajectory, invert
-from tokenflow.editors import Edit, Editor, Pass, PnP, Start
+import tokenflow
+from tokenflow.diffusion import Backbone, Schedule, Source, StableDiffusion, guide, invert
+from tokenflow.editors import Batch, Editor, Injection, PnP, Prompts, Start, Step
+from tokenflow.editors.sdedit import frame_noise
 from tokenflow.engine import Result, Settings, edit_clip, edit_latents
-from tokenflow.errors import DivergedError, InputError, PluginError
+from tokenflow.engine.resume import ResumeStore
+from tokenflow.errors import DivergedError, InputError, PluginError, Preempted
 from tokenflow.metrics import psnr
 from tokenflow.propagation import Correspondence, NNField, Propagation, Window
+from tokenflow.storage.cache import Cache
+from tokenflow.testing import editor_checks
 from tokenflow.video import Clip
 
-PROMPT = "a blue ball"
+PROMPT, SOURCE = "a blue ball", "a ball"
 EVERY_WAY = ("tokenflow", "joint", "none")
 
 
@@ -35,20 +41,31 @@ def edit(
     clip: Clip,
     editor: Editor | None = None,
     kernel: Propagation | None = None,
-    prompt: str = PROMPT,
+    prompts: Prompts = Prompts(PROMPT, "", SOURCE),  # noqa: B008 (it is frozen)
     options: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Result:
-    """Two steps with windows of four frames, unless told otherwise."""
+    """Two steps with windows of four frames by default."""
+    chosen = Settings(**{"steps": 2, "keyframe_every": 4, **settings})
     return edit_clip(
-        backbone,
-        clip,
-        prompt,
-        editor or PnP(),
-        kernel or NNField(),
-        settings=Settings(**{"steps": 2, "keyframe_every": 4, **settings}),
-        **(options or {}),
+        backbone, clip, prompts, editor or PnP(), kernel or NNField(), chosen, **(options or {})
     )
+
+
+class Steps:
+    """Keeps what is reported, and asks to stop at one step of a stage."""
+
+    def __init__(self, stop: tuple[str, int] | None = None) -> None:
+        self.calls: list[tuple[str, int, int]] = []
+        self.stop = stop
+
+    def __call__(self, stage: str, step: int, steps: int) -> Any:
+        self.calls.append((stage, step, steps))
+        return "stop" if (stage, step) == self.stop else None
+
+    def of(self, stage: str) -> list[int]:
+        """The steps of a stage."""
+        return [step for name, step, _ in self.calls if name == stage]
 
 
 def difference(a: Result, b: Result) -> float:
@@ -185,6 +202,7 @@ def test_batch_changes_nothing(backbone: Backbone, consistency: str) -> None:
         (PnP(), {"blend": "linear"}),
         (PnP(), {"keyframes": 3}),
         (PnP(), {"guidance": 1.0}),
+        (PnP(feature_layers=3), {}),
         (PnP(attention=0.0), {}),
         (PnP(features=0.0), {}),
     ],
@@ -199,21 +217,29 @@ def test_options_change_the_result(
     assert difference(default, other) > 10 * ROUNDING
 
 
-@pytest.mark.parametrize("name", ["negative_prompt", "inversion_prompt"])
-def test_prompts_change_the_result(backbone: Backbone, name: str) -> None:
-    clip = random_clip(2)
-    other = edit(backbone, clip, options={name: "a red cube"})
-    assert difference(edit(backbone, clip), other) > 10 * ROUNDING
-    assert difference(edit(backbone, clip, prompt="a red cube"), other) > 10 * ROUNDING
+def test_every_prompt_changes_the_result(backbone: Backbone) -> None:
+    clip, plain = random_clip(2), Prompts(PROMPT, "", SOURCE)
+    names = [field.name for field in dataclasses.fields(plain)]
+    changed = [dataclasses.replace(plain, **{name: "a red cube"}) for name in names]
+    results = [edit(backbone, clip, prompts=prompts) for prompts in (plain, *changed)]
+    for one, other in itertools.combinations(results, 2):
+        assert difference(one, other) > 10 * ROUNDING
+
+
+def test_a_prompt_alone_is_enough(backbone: Backbone) -> None:
+    clip, settings = random_clip(1), Settings(steps=1)
+    with pytest.warns(UserWarning, match="the inversion prompt is empty"):
+        alone = edit_clip(backbone, clip, PROMPT, PnP(), NNField(), settings)
+    same = edit(backbone, clip, prompts=Prompts(PROMPT, "", ""), steps=1)
+    assert torch.equal(alone.latents, same.latents)
 
 
 def test_no_edit_and_no_guidance_reconstruct(backbone: Backbone) -> None:
     """Sampling under the inversion prompt at guidance 1 is `reconstruct`, frame by frame."""
     clip = random_clip(2)
     result = edit(
-        backbone, clip, PnP(attention=0.0, features=0.0), prompt="a ball", guidance=1.0,
-        consistency="none",
-        options={"inversion_prompt": "a ball", "report_reconstruction": True},
+        backbone, clip, PnP(attention=0.0, features=0.0), prompts=Prompts(SOURCE, "", SOURCE),
+        guidance=1.0, consistency="none", report_reconstruction=True,
     )  # fmt: skip
     assert result.reconstruction_psnr is not None
     # in dB; the same float32 steps in other batches
@@ -225,7 +251,7 @@ def test_no_edit_and_no_guidance_reconstruct(backbone: Backbone) -> None:
 def test_reconstruction_is_reported_where_asked_for(backbone: Backbone) -> None:
     clip = random_clip(2)
     assert edit(backbone, clip).reconstruction_psnr is None
-    result = edit(backbone, clip, options={"report_reconstruction": True})
+    result = edit(backbone, clip, report_reconstruction=True)
     assert result.reconstruction_psnr is not None
     assert result.round_trip_psnr is not None
     assert math.isfinite(result.reconstruction_psnr)
@@ -239,18 +265,85 @@ def test_psnr_of_a_known_error() -> None:
     assert psnr(torch.zeros(3, 4), torch.full((3, 4), 0.1)) == pytest.approx(20, abs=1e-4)
 
 
-def test_progress_reaches_every_stages_total(backbone: Backbone) -> None:
-    calls: list[tuple[str, int, int]] = []
-    edit(
-        backbone, random_clip(5), batch=2, inversion_steps=3,
-        options={"progress": lambda *call: calls.append(call), "report_reconstruction": True},
-    )  # fmt: skip
-    totals = {"encode": 3, "invert": 9, "reconstruct": 2, "edit": 2, "decode": 3}
-    for stage, n in totals.items():
-        assert [call for call in calls if call[0] == stage] == [
+STAGES = {"encode": 3, "invert": 9, "reconstruct": 2, "edit": 2, "decode": 3}
+"""The steps of five frames in batches of two, with one inversion step more than sampling's two."""
+FIVE: dict[str, Any] = {"batch": 2, "inversion_steps": 3, "report_reconstruction": True}
+
+
+def test_every_step_of_every_stage_is_reported(backbone: Backbone) -> None:
+    steps = Steps()
+    edit(backbone, random_clip(5), options={"on_step": steps}, **FIVE)
+    for stage, n in STAGES.items():
+        assert [call for call in steps.calls if call[0] == stage] == [
             (stage, i, n) for i in range(1, n + 1)
         ]
-    assert len(calls) == sum(totals.values())
+    assert len(steps.calls) == sum(STAGES.values())
+
+
+@pytest.fixture(scope="module")
+def whole(backbone: Backbone) -> Result:
+    """An edit that nobody stops."""
+    return edit(backbone, random_clip(5), **FIVE)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+def test_an_edit_that_is_stopped_goes_on_bit_for_bit(
+    backbone: Backbone, whole: Result, tmp_path: Path, stage: str, last: bool
+) -> None:
+    clip = random_clip(5)
+    # no step is due for a checkpoint but the one that stops, and the last
+    store = ResumeStore(Cache(tmp_path), "PnP()", "NNField()", save_every=10)
+    stop = (stage, STAGES[stage] if last else 1)
+    first, second = Steps(stop), Steps()
+    with pytest.raises(Preempted):
+        edit(backbone, clip, options={"on_step": first, "store": store}, **FIVE)
+    assert first.calls[-1][:2] == stop
+    again = edit(backbone, clip, options={"on_step": second, "store": store}, **FIVE)
+    assert torch.equal(again.latents, whole.latents)
+    assert torch.equal(again.clip.frames, whole.clip.frames)
+    # what was finished is not done again, but for the batch that inversion was stopped in
+    again_inverted = (1 if last else 3) if stage in ("encode", "invert") else 0
+    assert len(second.of("encode")) == again_inverted
+    done = {"edit": stop[1], "decode": 2}.get(stage, 0)
+    assert second.of("edit") == [step for step in (1, 2) if step > done]
+
+
+@pytest.mark.parametrize("stage", ["invert", "edit", "decode"])
+def test_an_edit_without_a_store_stops_as_well(backbone: Backbone, stage: str) -> None:
+    steps = Steps((stage, 1))
+    with pytest.raises(Preempted):
+        edit(backbone, random_clip(5), options={"on_step": steps}, **FIVE)
+    assert steps.calls[-1][:2] == (stage, 1)
+
+
+def test_an_edit_may_stop_at_what_was_in_the_cache(backbone: Backbone, tmp_path: Path) -> None:
+    clip, store = random_clip(2), ResumeStore(Cache(tmp_path))
+    edit(backbone, clip, options={"store": store})
+    steps = Steps(("cached", 1))
+    with pytest.raises(Preempted):
+        edit(backbone, clip, options={"on_step": steps, "store": store})
+    assert steps.calls == [("cached", 1, 1)]
+
+
+def test_few_calls_lie_between_an_edit_and_a_kernel(backbone: Backbone) -> None:
+    """The method is readable from `edit_clip` down: 7 calls to `correspond`, with its own."""
+    package = Path(tokenflow.__file__).parent
+    depths: set[int] = set()
+
+    class Inspecting(NNField):
+        def correspond(self, source: Tensor, keys: Tensor, window: Window) -> Correspondence:
+            calls = [
+                frame.function
+                for frame in inspect.stack(context=0)
+                if Path(frame.filename).is_relative_to(package)
+            ]
+            depths.add(1 + calls.index("edit_clip"))
+            return super().correspond(source, keys, window)
+
+    edit(backbone, random_clip(5), kernel=Inspecting(), steps=1)
+    assert len(depths) == 1
+    assert 4 <= depths.pop() <= 7  # fewer than four: the frames of the package were not found
 
 
 def test_inputs_are_left_alone(backbone: Backbone) -> None:
@@ -263,63 +356,188 @@ def test_inputs_are_left_alone(backbone: Backbone) -> None:
     trajectory = invert(backbone, backbone.encode(frames), "", schedule, 3)
     before = [t.clone() for t in (trajectory.latents, trajectory.clean, trajectory.noisiest)]
     settings = Settings(steps=2, keyframe_every=4)
-    edit_latents(backbone, trajectory, schedule, PnP(), NNField(), PROMPT, settings=settings)
+    edit_latents(backbone, trajectory, schedule, PROMPT, PnP(), NNField(), settings)
     after = (trajectory.latents, trajectory.clean, trajectory.noisiest)
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
 class Later(Editor):
-    """Starts at the second of the schedule's timesteps, as SDEdit would."""
+    """Starts at the second of the schedule's levels, as SDEdit would."""
 
-    def start(self, trajectory: Trajectory, schedule: Schedule, seed: int) -> Start:
-        timesteps = schedule.timesteps[1:]
-        return Start(trajectory.at(timesteps[0]), timesteps)
+    interface = 2
+
+    def start(self, source: Source, schedule: Schedule, seed: int) -> Start:
+        return Start(source.at(1), 1)
 
 
 def test_an_editor_may_start_later(backbone: Backbone) -> None:
-    calls: list[tuple[str, int, int]] = []
-    options = {"progress": lambda *call: calls.append(call)}
-    edit(backbone, random_clip(2), Later(), steps=3, options=options)
-    assert [call for call in calls if call[0] == "edit"] == [("edit", 1, 2), ("edit", 2, 2)]
+    steps = Steps()
+    edit(backbone, random_clip(2), Later(), steps=3, options={"on_step": steps})
+    assert [call for call in steps.calls if call[0] == "edit"] == [("edit", 2, 3), ("edit", 3, 3)]
 
 
 class Watching(PnP):
-    """Keeps what it was told."""
+    """Keeps what it was given."""
+
+    interface = 2
 
     def __init__(self) -> None:
         super().__init__()
         self.clips: list[Clip] = []
-        self.passes: list[Pass] = []
+        self.batches: list[Batch] = []
 
-    def prepare(self, backbone: Backbone, clip: Clip) -> None:
-        assert not self.passes
+    def prepare(self, model: Backbone, clip: Clip) -> None:
+        assert not self.batches
         self.clips.append(clip)
 
-    def conditioning(self, forward: Pass) -> dict[str, Any]:
-        self.passes.append(forward)
+    def model_inputs(self, batch: Batch) -> dict[str, Any]:
+        self.batches.append(batch)
         return {}
 
 
-def test_an_editor_is_told_of_every_pass(backbone: Backbone) -> None:
+def test_an_editor_is_asked_in_every_pass(backbone: Backbone) -> None:
     editor, clip = Watching(), random_clip(5)
     edit(backbone, clip, editor, batch=4, keyframes="first")
     assert editor.clips == [clip]
     source, all_three = ("source",), ("source", "negative", "prompt")
     inversion = [(source, (0, 1, 2, 3))] * 2 + [(source, (4,))] * 2
     sampling = [(all_three, (0, 4)), (all_three, (0, 1, 2, 3)), (all_three, (4,))]
-    assert [(p.branches, p.frames) for p in editor.passes] == inversion + 2 * sampling
-    assert [(p.t, p.share) for p in editor.passes] == (
-        [(1, 0.5), (501, 0.0)] * 2 + [(501, 0.0)] * 3 + [(1, 0.5)] * 3
+    assert [(b.branches, b.frames) for b in editor.batches] == inversion + 2 * sampling
+    assert [(b.t, b.step, b.progress) for b in editor.batches] == (
+        [(1, 1, 0.5), (501, 0, 0.0)] * 2 + [(501, 0, 0.0)] * 3 + [(1, 1, 0.5)] * 3
     )
-    for p in editor.passes:
-        assert p.latents.shape[:2] == (len(p.branches), len(p.frames))
-        assert len(p.embeddings) == len(p.branches)
+    for b in editor.batches:
+        assert b.latents.shape[:2] == (len(b.branches), len(b.frames))
+        assert len(b.conditioning) == len(b.branches) * len(b.frames)
+
+
+class Following(Editor):
+    """Takes the source's latents in place of guidance and a step."""
+
+    interface = 2
+
+    def __init__(self) -> None:
+        self.given: list[tuple[Tensor, Mapping[str, Tensor], Step, Source]] = []
+
+    def advance(
+        self, x: Tensor, outputs: Mapping[str, Tensor], step: Step, source: Source
+    ) -> Tensor:
+        self.given.append((x, outputs, step, source))
+        return source.at(step.index + 1)
+
+
+@pytest.mark.parametrize("consistency", EVERY_WAY)
+def test_an_editor_may_replace_guidance_and_the_step(backbone: Backbone, consistency: str) -> None:
+    editor, clip = Following(), random_clip(5)
+    result = edit(backbone, clip, editor, consistency=consistency, batch=2, guidance=3.0)
+    clean = torch.cat([backbone.encode(part) for part in clip.frames.split(2)])
+    assert torch.equal(result.latents, clean)
+    for index in range(2):
+        here = [one for one in editor.given if one[2].index == index]
+        assert [frame for *_, source in here for frame in source.frames] == list(range(5))
+        for x, outputs, step, source in here:
+            assert torch.equal(x, source.at(index))
+            assert list(outputs) == ["source", "negative", "prompt"] == list(step.branches)
+            assert all(output.shape == x.shape for output in outputs.values())
+            assert (step.guidance, step.seed, len(step.schedule)) == (3.0, 0, 2)
+            assert step.t == step.schedule.timesteps[index]
+
+
+class TwoPrompts(PnP):
+    """Two prompts, each with a weight of its own in guidance."""
+
+    interface = 2
+
+    def __init__(self, second: str, weight: float) -> None:
+        super().__init__()
+        self.second, self.weight = second, weight
+
+    def branches(self, prompts: Prompts) -> Mapping[str, str]:
+        return {**super().branches(prompts), "second": self.second}
+
+    def advance(
+        self, x: Tensor, outputs: Mapping[str, Tensor], step: Step, source: Source
+    ) -> Tensor:
+        mean = (1 - self.weight) * outputs["prompt"] + self.weight * outputs["second"]
+        guided = guide(outputs["negative"], mean, step.guidance)
+        return step.schedule.step(guided, x, step.index)
+
+
+@pytest.mark.parametrize("consistency", EVERY_WAY)
+def test_an_editor_may_have_two_prompts(backbone: Backbone, consistency: str) -> None:
+    clip, other = random_clip(5), "a red cube"
+    first, second, both = (
+        edit(backbone, clip, TwoPrompts(other, weight), consistency=consistency)
+        for weight in (0.0, 1.0, 0.5)
+    )
+    alone = edit(backbone, clip, consistency=consistency)
+    others = edit(backbone, clip, prompts=Prompts(other, "", SOURCE), consistency=consistency)
+    assert difference(first, alone) < ROUNDING
+    assert difference(second, others) < ROUNDING
+    assert difference(both, alone) > 10 * ROUNDING
+    assert difference(both, others) > 10 * ROUNDING
+
+
+class Direct(Editor):
+    """Moves the source to the edit without inversion, as FlowEdit does (arXiv 2412.08629).
+
+    At each level the source is noised anew, the edit as much, and the edit moves by the difference
+    of the clean latents that the network sees in both.
+    """
+
+    interface = 2
+    inverts = False
+
+    def inputs(self, x: Tensor, step: Step, source: Source) -> Tensor:
+        seed = step.seed + step.index
+        noise = [frame_noise(seed, frame, x.shape[1:]) for frame in source.frames]
+        noised = step.schedule.mix(source.clean, torch.stack(noise), step.index)
+        edited = noised + step.schedule.signal[step.index] * (x - source.clean)
+        return torch.stack([noised, edited, edited])
+
+    def advance(
+        self, x: Tensor, outputs: Mapping[str, Tensor], step: Step, source: Source
+    ) -> Tensor:
+        noised, edited, _ = self.inputs(x, step, source)
+        guided = guide(outputs["negative"], outputs["prompt"], step.guidance)
+        wanted, _ = step.schedule.split(guided, edited, step.index)
+        there, _ = step.schedule.split(outputs["source"], noised, step.index)
+        done = step.schedule.signal[step.index + 1] - step.schedule.signal[step.index]
+        return x + done * (wanted - there)
+
+
+@pytest.mark.parametrize("consistency", EVERY_WAY)
+def test_an_editor_may_do_without_inversion(backbone: Backbone, consistency: str) -> None:
+    clip, steps, options = random_clip(5), Steps(), {"consistency": consistency}
+    result = edit(backbone, clip, Direct(), options={"on_step": steps}, **options)
+    assert {stage for stage, *_ in steps.calls} == {"encode", "edit", "decode"}
+    assert (result.latents - backbone.encode(clip.frames)).abs().amax(dim=(1, 2, 3)).min() > 0.01
+    # the source's own prompt moves nothing
+    same = edit(
+        backbone, clip, Direct(), prompts=Prompts(SOURCE, "", SOURCE), guidance=1.0,
+        consistency="none",
+    )  # fmt: skip
+    assert (same.latents - backbone.encode(clip.frames)).abs().max() < ROUNDING
+
+
+def test_without_inversion_an_edit_is_resumed_and_is_the_same_on_two_ranks(
+    backbone: Backbone, tmp_path: Path
+) -> None:
+    clip, store = random_clip(5), ResumeStore(Cache(tmp_path), "Direct()", "NNField()", 1)
+    with pytest.raises(Preempted):
+        edit(backbone, clip, Direct(), options={"on_step": Steps(("edit", 1)), "store": store})
+    steps = Steps()
+    again = edit(backbone, clip, Direct(), options={"on_step": steps, "store": store})
+    assert steps.of("edit") == [2]
+    assert torch.equal(again.latents, edit(backbone, clip, Direct()).latents)
+    checks = {check.__name__: check for check in editor_checks(Direct(), backbone)}
+    checks["two_ranks_agree"]()
 
 
 @pytest.mark.parametrize("prompt", ["", "   \n"])
 def test_an_empty_prompt(backbone: Backbone, prompt: str) -> None:
     with pytest.raises(InputError, match="the prompt is empty; say what the edited video shows"):
-        edit(backbone, random_clip(1), prompt=prompt)
+        edit(backbone, random_clip(1), prompts=Prompts(prompt, "", SOURCE))
 
 
 @pytest.mark.parametrize(("height", "width"), [(24, 16), (16, 17), (8, 8)])
@@ -354,36 +572,33 @@ def test_too_many_steps_for_the_model(backbone: Backbone) -> None:
 
 
 class Broken(PnP):
-    """Starts at NaN, or makes one in the UNet at a step, or asks for one as conditioning."""
+    """Starts at NaN, or injects infinity at the second step."""
+
+    interface = 2
 
     def __init__(self, where: str) -> None:
         super().__init__()
         self.where = where
 
-    def start(self, trajectory: Trajectory, schedule: Schedule, seed: int) -> Start:
-        start = super().start(trajectory, schedule, seed)
-        if self.where != "start":
-            return start
-        latents = start.latents.clone()
-        latents[-1, 0, 0, 0] = math.nan
-        return Start(latents, start.timesteps)
+    def start(self, source: Source, schedule: Schedule, seed: int) -> Start:
+        latents = source.at(0).clone()
+        if self.where == "start":
+            latents[-1, 0, 0, 0] = math.nan
+        return Start(latents)
 
-    def edits(self, unet: Any) -> Sequence[Edit]:
-        def spoil(edited: Tensor, source: Tensor) -> Tensor:
-            return edited * math.inf if self.where == "edit" and self.t == 1 else edited
+    def injections(self, model: Backbone) -> Sequence[Injection]:
+        def spoil(edited: Tensor, source: Tensor, batch: Batch) -> Tensor:
+            return edited * math.inf if self.where == "injection" else edited
 
-        return [*super().edits(unet), Edit(unet.up_blocks[3].resnets[0].conv2, spoil)]
-
-    def conditioning(self, forward: Pass) -> dict[str, Any]:
-        self.t = forward.t
-        return {}
+        own, last = super().injections(model), model.layers("structure")[-1]
+        return [*own, Injection(last, spoil, begin=0.5)]
 
 
 @pytest.mark.parametrize("consistency", EVERY_WAY)
 def test_latents_that_are_not_finite(backbone: Backbone, consistency: str) -> None:
     said = r"NaN or infinite values in sampling at step 1 \(timestep 1\); .* dtype"
     with pytest.raises(DivergedError, match=said):
-        edit(backbone, random_clip(2), Broken("edit"), consistency=consistency)
+        edit(backbone, random_clip(2), Broken("injection"), consistency=consistency)
 
 
 def test_a_start_that_is_not_finite_is_the_editors_fault(backbone: Backbone) -> None:
@@ -413,6 +628,7 @@ def test_nan_in_the_autoencoder_is_named(
     model_folder: Path, clip: Clip, part: str, where: str
 ) -> None:
     broken = Backbone.load(model_folder, device="cpu")
+    assert isinstance(broken, StableDiffusion)
     getattr(broken.vae, part).conv_out.bias.fill_(float("nan"))
     with pytest.raises(DivergedError, match=where):
-        edit_clip(broken, clip, "a ball", PnP(), NNField(), settings=Settings(steps=1))
+        edit(broken, clip, steps=1)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from tokenflow.cli.main import main
 from tokenflow.diffusion import Backbone, invert
-from tokenflow.editors import PnP
+from tokenflow.editors import PnP, Prompts
 from tokenflow.engine import Settings, edit_clip, edit_latents
-from tokenflow.engine.resume import Recall
+from tokenflow.engine.resume import ResumeStore
 from tokenflow.errors import InputError
 from tokenflow.miniature.edits import SceneFlow
 from tokenflow.miniature.scenes import random_scene
@@ -33,7 +33,9 @@ from tokenflow.propagation import (
 )
 from tokenflow.video import Clip, write_clip
 
-PROMPT = "a blue ball"
+pytestmark = pytest.mark.filterwarnings("ignore:the inversion prompt is empty")
+
+PROMPTS = Prompts("a blue ball")
 SIZE, FRAMES = 32, 7
 SCENE = random_scene(5, FRAMES, size=SIZE)
 CLIP = Clip.from_frames(SCENE.render(SIZE), name="scene")
@@ -52,7 +54,7 @@ class Counting(OpticalFlow):
 
 def edited(backbone: Backbone, kernel: Propagation, **settings: object) -> Tensor:
     chosen = Settings(**{"steps": 3, "keyframe_every": 3, "batch": 4, **settings})  # type: ignore
-    return edit_clip(backbone, CLIP, PROMPT, PnP(), kernel, settings=chosen).clip.frames
+    return edit_clip(backbone, CLIP, PROMPTS, PnP(), kernel, chosen).clip.frames
 
 
 @pytest.mark.parametrize("flow", [DIS(), SceneFlow(SCENE)])
@@ -68,7 +70,7 @@ def test_every_frame_is_edited(backbone: Backbone, flow: OpticalFlow, neighbours
 def test_batch_changes_nothing(backbone: Backbone) -> None:
     kernel = FlowWeighted(SceneFlow(SCENE))
     whole = edited(backbone, kernel, batch=7, steps=2)
-    # as in test_editing: float32 with sums in another order
+    # as in test_edit: float32 with sums in another order
     assert (edited(backbone, kernel, batch=2, steps=2) - whole).abs().max() < 1e-4
 
 
@@ -105,11 +107,11 @@ def test_latents_are_edited_with_a_given_flow(backbone: Backbone) -> None:
     trajectory = invert(backbone, backbone.encode(CLIP.frames), "", schedule, 2)
     flow = ClipFlow(CLIP, kernel.flow or DIS(), backbone.latent_scale)
     latents = edit_latents(
-        backbone, trajectory, schedule, PnP(), kernel, PROMPT, settings=Settings(steps=2), flow=flow
+        backbone, trajectory, schedule, PROMPTS, PnP(), kernel, Settings(steps=2), flow=flow
     )
     assert latents.isfinite().all()
     with pytest.raises(InputError, match=r"FlowWeighted needs the clip's optical flow, got none; "):
-        edit_latents(backbone, trajectory, schedule, PnP(), kernel, PROMPT)
+        edit_latents(backbone, trajectory, schedule, PROMPTS, PnP(), kernel)
 
 
 class Wrong(NNField):
@@ -153,13 +155,11 @@ def test_a_wrong_kernel_is_caught_in_the_first_step(
     backbone: Backbone, what: str, message: str
 ) -> None:
     clip = Clip.from_frames(CLIP.frames[:, :, :16])
-    settings, site = (
-        Settings(steps=2, keyframe_every=3, batch=4),
-        r"Wrong of .* at down_blocks\.0\.\S+",
-    )
+    settings = Settings(steps=2, keyframe_every=3, batch=4)
+    site = r"Wrong of .* at down_blocks\.0\.\S+"
     before = dict(backbone.unet.attn_processors)
     with pytest.raises(InputError, match=f"{site}: .*{message}"):
-        edit_clip(backbone, clip, PROMPT, PnP(), Wrong(what), settings=settings)
+        edit_clip(backbone, clip, PROMPTS, PnP(), Wrong(what), settings)
     assert backbone.unet.attn_processors == before
 
 
@@ -187,8 +187,8 @@ def test_a_missing_flow_file_stops_before_any_work(backbone: Backbone, flow_fold
     stages: list[str] = []
     with pytest.raises(InputError, match=r"has no 4_3\.npy"):
         edit_clip(
-            backbone, CLIP, PROMPT, PnP(), FlowWeighted(FlowFiles(str(flow_folder))),
-            progress=lambda stage, step, steps: stages.append(stage),
+            backbone, CLIP, PROMPTS, PnP(), FlowWeighted(FlowFiles(str(flow_folder))),
+            on_step=lambda stage, step, steps: stages.append(stage),
         )  # fmt: skip
     assert not stages
 
@@ -214,7 +214,7 @@ def test_the_command_line_chooses_kernel_and_flow(
     words = [
         f"--data.video={write_clip(tmp_path / 'scene.mp4', CLIP)}",
         f"--model.backbone={model_folder}",
-        f"--model.prompt={PROMPT}",
+        f"--model.prompt={PROMPTS.prompt}",
         "--model.steps=1",
         "--model.keyframe_every=4",
         f"--output.folder={tmp_path / 'runs'}",
@@ -248,14 +248,14 @@ def test_the_command_line_tells_other_flow_files_apart(
 ) -> None:
     seen: list[str | None] = []
 
-    def looked_at(*_: Any, recall: Recall, **__: Any) -> None:
-        seen.append(recall.propagation)
+    def looked_at(*_: Any, store: ResumeStore, **__: Any) -> None:
+        seen.append(store.propagation)
         raise InputError("seen")
 
     monkeypatch.setattr("tokenflow.engine.lightning.module.edit_clip", looked_at)
     words = [
         f"--data.video={write_clip(tmp_path / 'scene.mp4', CLIP)}",
-        f"--model.backbone={model_folder}", f"--model.prompt={PROMPT}",
+        f"--model.backbone={model_folder}", f"--model.prompt={PROMPTS.prompt}",
         "--model.propagation=FlowWeighted", "--model.propagation.flow=FlowFiles",
         f"--model.propagation.flow.folder={flow_folder}", "--trainer.accelerator=cpu",
         f"--output.folder={tmp_path / 'runs'}",

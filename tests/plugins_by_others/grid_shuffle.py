@@ -30,7 +30,8 @@ class GridShuffle(Consistency):
             tiled = rearrange(every[grid], "(p q) b c h w -> b 1 c (p h) (q w)", p=side)
             output = s.network.run(s.network.batch(tiled, grid[:1], step))
             cut = rearrange(output, "b 1 c (p h) (q w) -> (p q) b c h w", p=side, q=side)
-            result[grid] = cut.to(result)
+            for frame, its in zip(grid, cut, strict=True):
+                result[frame] = its
         yield frames, result[list(frames)].transpose(0, 1)
 
 

@@ -275,7 +275,7 @@ def test_a_full_disk_is_told_once_and_leaves_nothing(tmp_path: Path) -> None:
         check=True,
     )
     told, rest = done.stdout.splitlines()
-    assert told.startswith(f"nothing can be kept in {folder} (")
+    assert told.startswith(f"the cache {folder} cannot be written (")
     assert told.endswith("free some space, or choose another --model.cache")
     assert rest == "None []"
 

@@ -18,7 +18,7 @@ HEADER = ("clip", "what", "files", "GB", "used, days ago")
 
 
 def show(folder: Path = Path(FOLDER)) -> None:
-    """Lists what is kept of each clip, longest unused first.
+    """Lists the entries of each clip, least recently used first.
 
     Args:
         folder: The cache, --model.cache of tokenflow predict.
@@ -30,7 +30,7 @@ def show(folder: Path = Path(FOLDER)) -> None:
 
 
 def prune(leave: float, folder: Path = Path(FOLDER)) -> None:
-    """Removes what is longest unused until at most so much is left.
+    """LRU eviction, until at most so much is left.
 
     Args:
         leave: Gigabytes that may stay, 10⁹ bytes each; 0 removes everything.

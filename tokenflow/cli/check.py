@@ -16,7 +16,7 @@ from tokenflow.testing import Check, ConformanceError, editor_checks, kernel_che
 
 
 def verdict(plugin: Plugin, options: list[str]) -> int:
-    """Prints what the kit says of one plugin; 1 if anything fails, else 0.
+    """Prints the kit's result for one plugin; 1 if anything fails, else 0.
 
     Raises:
         InputError: The plugin needs another model than the one that it would be checked on.

@@ -42,7 +42,7 @@ def examine(imports: bool = False) -> int:
     """Prints one line for each check; returns 1 if anything needed is broken, else 0.
 
     Args:
-        imports: Whether packages and plugins are imported, and the device is asked for by torch.
+        imports: Whether packages and plugins are imported, and torch is asked for the device.
     """
     print(f"{'python':<{WIDTH}} {platform.python_version()} on {platform.platform()}")
     look = check_package if imports else check_metadata

@@ -107,7 +107,7 @@ def run(words: list[str]) -> None:
         )
     for file, option in ((table, "--csv"), (record, "--json")):
         if file is not None:
-            with told(file, option):  # before all is measured for nothing
+            with refused(file, option):  # before all is measured for nothing
                 require_room(local(file).parent)
     disable_progress_bar()
     measures = Measures(**given)
@@ -231,13 +231,13 @@ def write_json(file: str, found: Mapping[str, Any]) -> None:
 @contextmanager
 def writing(file: str, option: str) -> Iterator[Path]:
     """A temporary path that becomes an option's file; `InputError` if it cannot be written."""
-    with told(file, option), atomic(local(file)) as temporary:
+    with refused(file, option), atomic(local(file)) as temporary:
         yield temporary
 
 
 @contextmanager
-def told(file: str, option: str) -> Iterator[None]:
-    """A block in which what the disk refuses is told as an `InputError`."""
+def refused(file: str, option: str) -> Iterator[None]:
+    """A block whose disk errors become an `InputError`."""
     try:
         yield
     except OSError as error:

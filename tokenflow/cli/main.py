@@ -33,7 +33,7 @@ usage: tokenflow plugins
        tokenflow plugins check NAME [OPTIONS of the plugin]
 
 Lists the editors and kernels that packages offer, without importing them. With check, imports all
-and says which are usable; exit code 1 if one is not. With a name, makes that plugin with the given
+and lists which are usable; exit code 1 if one is not. With a name, makes that plugin with the given
 options, which tokenflow plugins check NAME --help lists, and tests it against its contract.
 """
 DOCTOR = """\

@@ -170,7 +170,7 @@ def escaped(text: str) -> str:
 
 
 def described(option: Option) -> str:
-    """What the help says of an option."""
+    """The help of an option."""
     if option.name in PLUGINS:
         names = sorted({entry.name for entry in entry_points(group=PLUGINS[option.name])})
         named = DEFAULTS[option.name].rsplit(".", 1)[-1]
@@ -185,7 +185,7 @@ def described(option: Option) -> str:
 
 
 def check(words: Sequence[str]) -> None:
-    """Checks what a command line alone tells, before anything heavy is imported.
+    """Checks a command line as far as possible before anything heavy is imported.
 
     Args:
         words: After `tokenflow predict`.

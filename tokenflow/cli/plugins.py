@@ -20,7 +20,7 @@ def run(words: list[str]) -> int:
     """
     if not words:
         show(offered_plugins(), "class", lambda p: p.reason or p.path)
-        print("tokenflow plugins check imports each of them and says which are usable")
+        print("tokenflow plugins check imports each of them and lists which are usable")
         return 0
     if words[0] != "check":
         raise InputError(f"{USAGE}; got {' '.join(words)!r}")

@@ -1,4 +1,4 @@
-"""Samples a run's clip again, as its record says, up to one step, and watches one site."""
+"""Samples a run's clip again, from its record, up to one step, and probes one site."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Enough(BaseException):
 
 
 class Probing(EditCallback):
-    """Probes one clip's sampling, and ends it after the step that was asked for.
+    """Probes one clip's sampling, and ends it after that step.
 
     Args:
         run: Whose clip.
@@ -49,7 +49,7 @@ class Probing(EditCallback):
         if job.where is not None and (
             job.name != self.run.name or job.source.record != self.run.came.get("source")
         ):
-            return "not asked for"
+            return "not probed"
         job.where = None  # an error ends the command, and is no note in the run's folder
         settings = module.options(job)[1]
         if settings.consistency != "tokenflow":

@@ -218,7 +218,11 @@ def schedules(
     schedule = model.schedule(settings.steps)
     if not editor.inverts:
         return schedule, None
-    return schedule, schedule.refined(model.schedule(settings.inversion_steps or settings.steps))
+    try:
+        grid = model.schedule(settings.inversion_steps or settings.steps)
+    except InputError as error:
+        raise InputError(f"inversion_steps: {error}") from error
+    return schedule, schedule.refined(grid)
 
 
 def frames_needed(shard: WindowShard, settings: Settings, editor: Editor) -> range:

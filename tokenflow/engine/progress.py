@@ -98,5 +98,5 @@ class Reporter:
     def line(self, *parts: str) -> None:
         """Prints the parts that are not empty, where there are no bars."""
         if self.bars.disable:
-            with suppress(OSError):  # nobody reads stderr any more; the work goes on
+            with suppress(OSError):  # stderr is closed; the work continues
                 print(printable(", ".join(filter(None, parts))), file=sys.stderr, flush=True)

@@ -47,7 +47,7 @@ MAIN = (
 
 
 def write_report(run: Run, output: Path | None = None, features: Features | None = None) -> Path:
-    """Writes one run's page, into its folder if not told otherwise.
+    """Writes one run's page, into its folder by default.
 
     Its features are those that the run has left, where no others are given.
 

@@ -28,7 +28,7 @@ PACKAGES = {"editor": "editor.package", "propagation": "propagation.package"}
 
 @dataclass(frozen=True)
 class Run:
-    """What a folder holds: the record is that of `run.yaml`, videos are read when asked for.
+    """What a folder holds: the record is that of `run.yaml`, videos are read on demand.
 
     As long as the run is written, its files are in `unfinished`.
     """
@@ -49,7 +49,7 @@ class Run:
 
     @property
     def came(self) -> dict[str, Any]:
-        """What the record says of the run itself."""
+        """The record's part about the run itself."""
         return self.record.get("run") or {}
 
     @property

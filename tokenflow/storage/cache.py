@@ -101,8 +101,8 @@ class Cache(CacheFolder):
             warned, self.full = self.full, True
             if not warned:
                 warnings.warn(
-                    f"nothing can be kept in {printable(self.folder)} ({printable(error)}): the "
-                    f"run goes on, but if it is interrupted it begins anew; free some space, or "
+                    f"the cache {printable(self.folder)} cannot be written ({printable(error)}): "
+                    f"the run continues, but cannot be resumed; free some space, or "
                     f"choose another --model.cache",
                     stacklevel=2,
                 )

@@ -58,7 +58,7 @@ class CacheFolder:
         self.folder, self.limit = folder_of(folder), gigabytes * 1e9
 
     def entries(self) -> list[Entry]:
-        """All that is kept, longest unused first; what cannot be read is of kind "damaged"."""
+        """All entries, least recently used first; an unreadable one is of kind "damaged"."""
         found = []
         for file in self.files():
             about: dict[str, str] = {}
@@ -74,7 +74,7 @@ class CacheFolder:
         return found
 
     def files(self, left: bool = False) -> list[File]:
-        """The files of all entries, longest unused first, or those `left` by writers; unopened."""
+        """The entries' files, least recently used first, or those `left` by writers; unopened."""
         found, form = [], LEFT if left else OWN
         for part in listed(self.folder):
             # what a link leads to is another's
@@ -90,7 +90,7 @@ class CacheFolder:
         return sorted(found, key=lambda file: file.used)
 
     def prune(self, limit: int | float | None = None) -> list[File]:
-        """Removes what is longest unused until the rest has at most `limit` bytes, and returns it.
+        """LRU eviction until at most `limit` bytes are left; returns the removed files.
 
         So do temporary files that a killed process left more than an hour ago. What cannot be
         removed stays.

@@ -1,4 +1,4 @@
-"""What a check is, what it says on failure, and those that editors and kernels share."""
+"""A check, its message on failure, and the checks that editors and kernels share."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Check:
 @contextmanager
 def unchanged_state() -> Iterator[None]:
     """Requires a block to leave the process's own state as it was."""
-    # of a seed that nobody takes: whoever seeds as it was would go unnoticed
+    # of a seed that nobody takes: a plugin that seeds with the current seed would not be noticed
     torch.manual_seed(SEED)
     np.random.seed(SEED)
     before = global_state()
@@ -103,7 +103,7 @@ def run_all(checks: Sequence[Check]) -> None:
 
 
 def interface_stated(plugin: Any) -> None:
-    """The class says itself for which interface it was written, and that is this one."""
+    """The class itself states the interface for which it was written, and that is this one."""
     (base,) = (base for base in map(base_of, GROUPS) if isinstance(plugin, base))
     stated = stated_interface(type(plugin))
     require(

@@ -61,7 +61,7 @@ class TinyEdit:
         dtype: torch.dtype | None = None,
         negated: bool = False,
     ) -> TinyEdit:
-        """Always the same for an editor, which is prepared for it unless told otherwise.
+        """Always the same for an editor, which is prepared for it by default.
 
         `dtype` is the model's, its own when not given; a `negated` one has another clip.
         """

@@ -12,7 +12,7 @@ from av.stream import Stream
 
 # Those of FFmpeg's own tools: a packet that is so much earlier or later than due is on a new clock.
 BACK, AHEAD = Fraction(1, 10), Fraction(10)
-WAIT = 200  # packets that wait at most for the picture to go on as well
+WAIT = 200  # packets that wait at most for the picture to continue as well
 
 
 def restarts(container: InputContainer) -> bool:

@@ -1,4 +1,4 @@
-"""Frames that are not all in memory: decoded when they are asked for, or kept in a file."""
+"""Frames that are not all in memory: decoded on demand, or in a file."""
 
 from __future__ import annotations
 

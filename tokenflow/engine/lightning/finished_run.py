@@ -1,4 +1,4 @@
-"""A finished run, read back: where its source is, what was asked for, and the two clips."""
+"""A finished run, read back: its source, its configuration, and the two clips."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tokenflow.video import Clip, read_clip
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run's folder and what its `run.yaml` says.
+    """A run's folder and its `run.yaml`.
 
     `source` is where the frames came from and which; `record` what came of the configuration:
     prompts, settings, `multiple`. `each` is called for each frame that is read. The files are in

@@ -141,8 +141,8 @@ def unfit(name: str) -> str:
 
 
 class Outcome:
-    """What became of a job: "done", "skipped" or "failed", and why."""
+    """The status of a job, "done", "skipped" or "failed", and the reason."""
 
-    def __init__(self, job: Job, what: str, why: str = "", seconds: float = 0.0) -> None:
-        self.name, self.what, self.why, self.seconds = job.name, what, why, seconds
+    def __init__(self, job: Job, status: str, reason: str = "", seconds: float = 0.0) -> None:
+        self.name, self.status, self.reason, self.seconds = job.name, status, reason, seconds
         self.many = job.where is not None

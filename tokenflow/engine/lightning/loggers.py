@@ -31,7 +31,7 @@ class Logged(Callback):
     """Gives every logger a finished run's numbers, and those that can show them its pictures.
 
     The clips that other groups of ranks edit are not logged: loggers belong to the first process.
-    A logger that fails is told and left out from then on; the others and the job go on.
+    A logger that fails is reported and removed; the others and the job continue.
     """
 
     def on_predict_batch_end(  # type: ignore[override]
@@ -41,7 +41,7 @@ class Logged(Callback):
             return
         writer = writer_of(trainer)
         folder = writer.folder / job.name
-        for logger in trainer.loggers if writer.outcomes[-1].what == "done" else []:
+        for logger in trainer.loggers if writer.outcomes[-1].status == "done" else []:
             try:
                 log_run(logger, printable(job.name), folder)
             except Exception as error:  # whatever it is, the videos are there
@@ -92,7 +92,7 @@ def add_animation(writer: Any, tag: str, path: Path) -> None:
 
 
 def gif(frames: Float[Tensor, "frames 3 height width"] | Frames, duration: float) -> bytes:
-    """An animation that goes on and on, each frame shown for so many milliseconds."""
+    """An endless GIF, each frame shown for so many milliseconds."""
     first, *rest = (Image.fromarray(levels(x).permute(1, 2, 0).numpy()) for x in frames)
     file = io.BytesIO()
     first.save(file, "GIF", save_all=True, append_images=rest, duration=duration, loop=0)

@@ -1,4 +1,4 @@
-"""Metrics of finished runs: measured, written beside the video, during predict if asked for."""
+"""Metrics of finished runs, and of each run of predict with `--metrics.measure true`."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ from tokenflow.video import Clip, FrameBuffer, both_sides, levels, require_writa
 
 
 def forget_frames(error: BaseException | None) -> None:
-    """Lets go of what a failed clip has left in memory: the variables of all who were at work."""
+    """Frees the memory of a failed clip: the variables of the traceback's functions."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
@@ -61,9 +61,9 @@ class TokenFlow(LightningModule):
             an accelerator and float32 on the CPU.
         negative_prompt: What the edited video does not show.
         inversion_prompt: What the source video shows.
-        cache: A folder for inversions, which later edits of the same frames find again, and for
-            interrupted samplings, which the same command goes on with; null for none.
-        cache_gigabytes: What the cache may hold; what is longest unused goes first.
+        cache: A folder for inversions, which later edits of the same frames reuse, and for sampling
+            checkpoints, from which the same command resumes; null for none.
+        cache_gigabytes: The cache's limit; LRU eviction.
         save_every: Sampling steps between two checkpoints; null for none.
         ranks_per_clip: How many processes share a clip; all of the job's if not given. Others
             edit other clips of a manifest at the same time.
@@ -154,7 +154,7 @@ class TokenFlow(LightningModule):
         return run if run is None or own is None else own.described
 
     def predict_step(self, job: Job, batch_index: int) -> Prediction | Outcome | None:
-        """A job's result, or what else became of it; nothing where other ranks have it."""
+        """A job's result or its status; None where other ranks have the job."""
         if batch_index % self.groups != self.number:
             return None
         try:

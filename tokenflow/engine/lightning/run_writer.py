@@ -82,7 +82,7 @@ class RunWriter(BasePredictionWriter, EditCallback):
         self.probe: Probe | None = None
 
     def admit(self, trainer: Trainer, module: LightningModule, job: Job) -> str | None:
-        """Takes a job's folder for this run; or says why not, for a clip among many.
+        """Locks a job's folder for this run; or returns the reason why not, for one clip of many.
 
         Raises:
             InputError: The job's files may not or cannot be written.
@@ -159,20 +159,22 @@ class RunWriter(BasePredictionWriter, EditCallback):
             outcome = self.written(trainer, module, job, prediction)
         else:
             outcome = prediction
-        if outcome.what == "failed" and self.lock is not None:  # else the folder is not this run's
+        if (
+            outcome.status == "failed" and self.lock is not None
+        ):  # else the folder is not this run's
             with suppress(OSError), atomic(folder / FAILED) as file:
-                file.write_text(yaml.safe_dump({"failed": printable_lines(outcome.why)}))
+                file.write_text(yaml.safe_dump({"failed": printable_lines(outcome.reason)}))
         self.release()
         if module.group.rank == 0:
             self.outcomes.append(outcome)
-        if trainer.is_global_zero and outcome.what == "done":
+        if trainer.is_global_zero and outcome.status == "done":
             page = folder / REPORT
             print(printable(f"{folder}: see {page}" if page.exists() else folder))
 
     def written(
         self, trainer: Trainer, module: TokenFlow, job: Job, prediction: Prediction
     ) -> Outcome:
-        """What became of a job that was edited, once its files are there.
+        """Writes an edited job's files; returns its status.
 
         Raises:
             InputError: The files of a clip that is not one of many cannot be written.
@@ -198,11 +200,11 @@ class RunWriter(BasePredictionWriter, EditCallback):
         self.lock = None
 
     def on_predict_end(self, trainer: Trainer, module: TokenFlow) -> None:  # type: ignore[override]
-        """Says what became of many clips, when all have been edited."""
+        """Prints the status of many clips, when all have been edited."""
         module.everyone.meet()
         gathered = module.everyone.all_gather_object(self.outcomes)
         every = [outcome for some in gathered for outcome in some]
-        self.failed = sum(outcome.what == "failed" for outcome in every)
+        self.failed = sum(outcome.status == "failed" for outcome in every)
         if trainer.is_global_zero and any(outcome.many for outcome in every):
             print_outcomes(every)
 
@@ -308,7 +310,7 @@ def print_outcomes(outcomes: Sequence[Outcome]) -> None:
     width = max(map(len, names), default=0)
     for name, outcome in zip(names, outcomes, strict=True):
         time = f"{outcome.seconds:8.1f} s" if outcome.seconds else " " * 10
-        print(f"{name:{width}}  {outcome.what:7}  {time}  {printable(outcome.why)}".rstrip())
-    counts = Counter(outcome.what for outcome in outcomes)
+        print(f"{name:{width}}  {outcome.status:7}  {time}  {printable(outcome.reason)}".rstrip())
+    counts = Counter(outcome.status for outcome in outcomes)
     kinds = ("done", "skipped", "failed")
     print(f"{len(outcomes)} clips: " + ", ".join(f"{counts[kind]} {kind}" for kind in kinds))

@@ -120,7 +120,7 @@ class FrameGroup:
             raise Preempted
 
     def knows(self, error: Exception) -> bool:
-        """Whether all ranks have failed with this one, and can go on together with other work."""
+        """Whether all ranks have failed with this error, and can continue with the next clip."""
         return self.size == 1 or error is self.shared
 
     def meet(self) -> None:
