@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -99,8 +100,8 @@ def observe(
     """
     probing = Probing(run, (site, step, frame))
     options = ["--config", str(run.folder / RECORD), *ALONE, *(words or [])]
-    with suppress(Enough):
-        predict(options, [probing])
+    with suppress(Enough), TemporaryDirectory() as elsewhere:  # the run's folder is finished
+        predict([*options, f"--output.folder={elsewhere}"], [probing])
     if probing.probe is None or probing.probe.seen is None:
         raise InputError(
             f"{run.folder / RECORD} lists no clip {run.name!r} any more, or other frames; expected "

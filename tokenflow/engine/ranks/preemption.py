@@ -80,7 +80,7 @@ class Preemption:
         self.restore()
 
     def leave(self, store: Store) -> None:
-        """Says that this rank stops; after a request, waits until all do."""
+        """Counts this rank as stopped; after a request, waits until all are."""
         store.add("left", 1)
         if not self.requested:
             return
