@@ -497,7 +497,7 @@ def test_an_editor_that_raises_is_named_and_the_network_restored(
     method = where.replace("attend", "cross_attention")
     message = (
         rf"^Raising of tests.test_plugins \(not installed as a plugin\) failed in {method}: "
-        r"ZeroDivisionError: two \(test_plugins.py, line \d+\); the plugin is to be mended"
+        r"ZeroDivisionError: two \(test_plugins.py, line \d+\); fix the plugin"
     )
     with pytest.raises(PluginError, match=message) as raised:
         edit(backbone, clip, Raising(where, ZeroDivisionError("two")))

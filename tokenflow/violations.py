@@ -20,6 +20,4 @@ class Violation(NamedTuple):
 def require_none(violations: Iterable[Violation], who: str) -> None:
     """Raises `PluginError` with the first violation; `who` names the plugin and where it was."""
     for _, expected, got, advice in violations:
-        raise PluginError(
-            f"{who}: expected {expected}, got {got}; the plugin is to be mended: {advice}"
-        )
+        raise PluginError(f"{who}: expected {expected}, got {got}; fix the plugin: {advice}")

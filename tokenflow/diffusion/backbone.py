@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib.metadata import entry_points
+from dataclasses import dataclass, fields
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +45,29 @@ class Defaults:
     attention: float = 0.5
     features: float = 0.8
     feature_layers: int = 1
+
+    def __post_init__(self) -> None:
+        shares = self.attention, self.features
+        numbers = all(type(value) in (int, float) for value in (self.guidance, *shares))
+        whole = type(self.feature_layers) is int and self.feature_layers >= 1
+        if not (numbers and whole and all(0 <= share <= 1 for share in shares)):
+            raise ModelError(
+                f"a model's defaults must be numbers, attention and features from 0 to 1 and "
+                f"feature_layers at least 1, got {self}"
+            )
+
+    @classmethod
+    def read(cls, file: Path) -> Defaults:
+        """Those in a JSON file.
+
+        Raises:
+            ModelError: The file holds something else.
+        """
+        try:
+            return cls(**json.loads(file.read_text()))
+        except (ValueError, TypeError) as error:
+            names = ", ".join(field.name for field in fields(cls))
+            raise ModelError(f"{file} holds something else than {names}: {error}") from error
 
 
 class Backbone(ABC):
@@ -197,7 +221,9 @@ def family(model: str) -> type[Backbone]:
             f"{INDEX} of the model {model} names no pipeline: expected a mapping with _class_name, "
             f"got a {type(index).__name__}; fetch the model again"
         )
-    known = {entry.name: entry for entry in entry_points(group=GROUP)}
+    found = entry_points(group=GROUP)
+    # tokenflow's own come last: no other package replaces them
+    known = {entry.name: entry for entry in sorted(found, key=is_ours)}
     name = index.get("_class_name")
     entry = known.get(str(name)) or (known.get(DEFAULT) if "unet" in index else None)
     if entry is None:
@@ -205,7 +231,21 @@ def family(model: str) -> type[Backbone]:
             f"the model {model} is a {name}, expected one of {', '.join(sorted(known))}; choose a "
             f"model of one of these families"
         )
-    return entry.load()
+    try:
+        kind = entry.load()
+    except Exception as error:  # a third party's module may raise anything
+        raise ModelError(
+            f"the backbone {entry.value} for {entry.name} cannot be imported: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not (isinstance(kind, type) and issubclass(kind, Backbone)):
+        raise ModelError(f"{entry.value}, offered for {entry.name}, is no subclass of Backbone")
+    return kind
+
+
+def is_ours(entry: EntryPoint) -> bool:
+    """Whether an entry point is tokenflow's own."""
+    return entry.dist is not None and entry.dist.name == "tokenflow"
 
 
 def default_device() -> str:

@@ -109,7 +109,7 @@ class StableDiffusion(Backbone):
                 parts[name] = parts[name].to(device)
         backbone = cls(**parts)
         if (Path(model) / DEFAULTS).is_file():
-            backbone.own_defaults = Defaults(**json.loads((Path(model) / DEFAULTS).read_text()))
+            backbone.own_defaults = Defaults.read(Path(model) / DEFAULTS)
         return backbone
 
     @property

@@ -130,8 +130,14 @@ class Source:
 
     @property
     def noise(self) -> Float[Tensor, "frames c h w"]:
-        """The noise that the noisiest inverted latent implies."""
+        """The noise that the noisiest inverted latent implies.
+
+        Raises:
+            IndexError: The source was not inverted.
+        """
         one = self.trajectory
+        if not len(one.latents):
+            raise IndexError("the source was not inverted: draw noise by frame_noise")
         noisiest = one.noisiest[rows(one.positions, self.frames)]
         return (noisiest - one.noisiest_signal * self.clean) / one.noisiest_noise
 

@@ -149,12 +149,12 @@ class Editor(ABC):  # noqa: B024 (every method has a default)
 
     @property
     def sees_other_frames(self) -> bool:
-        """Whether `conditioning` or `model_inputs` depend on frames that other ranks have.
+        """Whether `conditioning`, `model_inputs` or `cross_attention` need other ranks' frames.
 
         With windowed keyframe attention, a rank denoises keyframes of its neighbours as well.
         `prepare` is then given the whole clip on every rank.
         """
-        return overrides(self, "conditioning", "model_inputs")
+        return overrides(self, "conditioning", "model_inputs", "cross_attention")
 
     def branches(self, prompts: Prompts) -> Mapping[str, str]:
         """The branches of the network's batch and the prompt of each; the first is the source.

@@ -59,6 +59,7 @@ def of_injections(injections: Sequence[object], model: Backbone) -> Iterator[Vio
             isinstance(one, Injection)
             and one.layer in layers
             and callable(one.function)
+            and all(isinstance(share, int | float) for share in (one.begin, one.end))
             and 0 <= one.begin <= one.end <= 1
         ):
             found = " ".join(repr(one).split())
@@ -94,6 +95,15 @@ def of_conditioning(found: object, batch: Batch) -> Iterator[Violation]:
             f"{', '.join(found.tensors)} with {len(found)} rows",
             "keep the names and give a row per branch and frame, as batch.conditioning has",
         )  # fmt: skip
+        return
+    for name, tensor in found.tensors.items():
+        like = given[name]
+        if (tensor.dtype, tensor.shape[-1]) != (like.dtype, like.shape[-1]):
+            yield Violation(
+                "conditioning", f"{name} of dtype {like.dtype} and width {like.shape[-1]}",
+                f"{tensor.dtype} and {tensor.shape[-1]}",
+                "make it from batch.conditioning, or by model.embed(prompts)",
+            )  # fmt: skip
 
 
 def of_model_inputs(extra: object, model: Backbone) -> Iterator[Violation]:
@@ -116,7 +126,7 @@ def of_cross_attention(found: object, model: Backbone) -> Iterator[Violation]:
     if wrong or not all(map(callable, found.values() if isinstance(found, Mapping) else ())):
         yield Violation(
             "cross_attention", "a dict of functions by the names of model.cross_attention()",
-            sorted(wrong) or "something that is no function",
+            sorted(map(str, wrong)) or "something that is no function",
             f"choose from {', '.join(known) or 'none: this model has no such layers'}",
         )  # fmt: skip
 

@@ -40,12 +40,14 @@ def sample(
     consistency, trajectory = way(sampling), sampling.trajectory
     with sampling.network.installed():
         for index in range(first, len(sampling.schedule) if last is None else last):
-            step, following = sampling.step(index), x.clone()
+            step, following, seen = sampling.step(index), x.clone(), set[int]()
             for frames, outputs in consistency.outputs(x, step):
+                seen.update(frames)
                 here, source = rows(trajectory.positions, frames), trajectory.source(frames)
                 branches = dict(zip(step.branches, outputs.to(x.device), strict=True))
                 following[here] = sampling.network.editor.advance(x[here], branches, step, source)
             x = following
+            sampling.require_all(seen, way.__name__)
             sampling.require_finite(x, step)
             if after_step(index + 1, x):
                 raise Preempted
@@ -61,6 +63,11 @@ class Consistency(ABC):
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
+
+    @classmethod
+    def cache_key(cls) -> str:
+        """A digest of options that the result depends on: a checkpoint is found by it."""
+        return ""
 
     @abstractmethod
     def outputs(self, x: Latents, step: Step) -> Iterator[tuple[Sequence[int], Outputs]]:

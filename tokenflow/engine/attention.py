@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tokenflow.diffusion import Site
 from tokenflow.diffusion.sites import Attention
-from tokenflow.engine.checked import blamed, named
+from tokenflow.engine.checked import blamed, named, require_interface
 from tokenflow.propagation import (
     ClipFlow,
     Correspondence,
@@ -135,6 +135,7 @@ class Matcher:
         flow: ClipFlow | None = None,
         look: Look | None = None,
     ) -> None:
+        require_interface(kernel)
         self.kernel, self.size, self.flow, self.look = kernel, size, flow, look
         self.first: int | None = None
 

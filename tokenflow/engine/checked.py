@@ -23,7 +23,7 @@ from tokenflow.editors import (
     editor_contract,
 )
 from tokenflow.errors import InputError, Interrupted, PluginError, Preempted
-from tokenflow.plugins import origin
+from tokenflow.plugins import changes, origin, stated_interface
 from tokenflow.propagation import OpticalFlow, Propagation
 from tokenflow.video import Clip
 from tokenflow.violations import Violation, require_none
@@ -34,6 +34,17 @@ Plugin = Editor | Propagation | OpticalFlow
 def named(plugin: Plugin) -> str:
     """A plugin's name, package and version."""
     return f"{type(plugin).__name__} of {origin(type(plugin))}"
+
+
+def require_interface(plugin: Editor | Propagation) -> None:
+    """Raises `PluginError` for a class that states an earlier interface than this one."""
+    stated = stated_interface(type(plugin))
+    base = Editor if isinstance(plugin, Editor) else Propagation
+    if isinstance(stated, int) and stated < base.interface:
+        raise PluginError(
+            f"{named(plugin)} was written for interface {stated} of {base.__name__}, this is "
+            f"interface {base.interface}{changes(base.__name__, stated)}"
+        )
 
 
 @contextmanager
@@ -55,7 +66,7 @@ def blamed(plugin: Plugin, function: str) -> Iterator[None]:
         kit = f": see tokenflow plugins check {type(plugin).__name__}"
         raise PluginError(
             f"{named(plugin)} failed in {function}: {type(error).__name__}: {error} "
-            f"({Path(last.filename).name}, line {last.lineno}); the plugin is to be mended"
+            f"({Path(last.filename).name}, line {last.lineno}); fix the plugin"
             f"{'' if isinstance(plugin, OpticalFlow) else kit}"
         ) from error
 
@@ -64,6 +75,7 @@ class CheckedEditor(Editor):
     """An editor whose answers are checked against the contract, by the same methods."""
 
     def __init__(self, editor: Editor, model: Backbone) -> None:
+        require_interface(editor)
         self.editor, self.model = editor, model
         self.inverts = editor.inverts  # type: ignore[misc]
 

@@ -20,6 +20,7 @@ from tokenflow.engine.attention import Look, Matcher
 from tokenflow.engine.invert import (
     OnStep,
     cached_inversion,
+    check_size,
     invert_clip,
     reported,
     source_output,
@@ -109,28 +110,30 @@ def edit_clip(
     seconds: dict[str, float] = {}
     quality: dict[str, float] = {}
     shard = ranks.shard(split_windows(clip.total, settings.keyframe_every))
-    seen, clip = clip.part(frames_needed(shard, settings, editor)), clip.part(shard.frames)
+    seen, clip = clip.part(frames_needed(shard, settings, editor, way)), clip.part(shard.frames)
     with ranks.together(), ranks.preemption.interruptible():
         check(model, clip, prompts, editor.inverts)
         schedule, inversion = schedules(model, settings, editor)
         network = EditedNetwork(model, editor, prompts)
-        network.editor.prepare(model, seen if sees_all(settings, editor) else clip)
+        network.editor.prepare(model, seen if sees_all(settings, editor, way) else clip)
         cached = cached_inversion(network, clip, schedule, inversion, store)
-        flow = None
+        near, flow = seen.part(shard.positions(shard.halo)), None
         if issubclass(way, TokenFlow) and propagation.flow is not None:
-            near = seen.part(shard.positions(shard.halo))
             flow = ClipFlow(near, propagation.flow, model.latent_scale)
         trajectory = invert_clip(
             network, clip, schedule, inversion, settings.batch, cached, seconds, on_step
         )
     matcher = Matcher(propagation, trajectory.size, flow, look)
-    sampling = Sampling(network, trajectory, schedule, matcher, settings, clip.name, shard, ranks)
+    sampling = Sampling(
+        network, trajectory, schedule, matcher, settings, clip.name, shard, ranks, near
+    )
     if settings.report_reconstruction and inversion is not None:
         with timed(seconds, "reconstruct"):
             quality = inversion_quality(sampling, clip, on_step)
     checkpoint = None
     if store is not None and store.checkpoints:
-        key = sampling_key(model, store, settings, *dataclasses.astuple(prompts), way.__qualname__)
+        named = way.__module__, way.__qualname__, way.cache_key()
+        key = sampling_key(model, store, settings, *dataclasses.astuple(prompts), *named)
         counts = shard.frame_counts
         checkpoint = SamplingCheckpoint(store, clip, cached.frames, counts, ranks, key)
     with timed(seconds, "edit"):
@@ -155,12 +158,18 @@ def edit_latents(
     name: str = "clip",
     flow: ClipFlow | None = None,
     ranks: FrameGroup | None = None,
+    x: Float[Tensor, "frames c h w"] | None = None,
+    first: int = 0,
+    last: int | None = None,
 ) -> Float[Tensor, "frames c h w"]:
     """Algorithm 1 of the paper: the edited latents of a trajectory's frames.
 
     The editor must have been prepared for the clip, and a kernel that needs optical flow must be
     given that of the source's frames. Of a clip that `ranks` share, each has the trajectory of its
     own windows.
+
+    With `x`, the latents at level `first`, sampling begins there instead of at the editor's start;
+    it ends at level `last`. So `first=i, last=i + 1` is one step.
     """
     settings, ranks = (settings or Settings()).for_model(model), ranks or FrameGroup()
     prompts = Prompts(prompts) if isinstance(prompts, str) else prompts
@@ -176,7 +185,9 @@ def edit_latents(
         network = EditedNetwork(model, editor, prompts)
     matcher = Matcher(propagation, trajectory.size, flow)
     sampling = Sampling(network, trajectory, schedule, matcher, settings, name, shard, ranks)
-    return sample(sampling, way, *first_latents(sampling))
+    if x is None:
+        x, first = first_latents(sampling)
+    return sample(sampling, way, x, first, last=last)
 
 
 def first_latents(
@@ -225,20 +236,22 @@ def schedules(
     return schedule, schedule.refined(grid)
 
 
-def frames_needed(shard: WindowShard, settings: Settings, editor: Editor) -> range:
+def frames_needed(
+    shard: WindowShard, settings: Settings, editor: Editor, way: type[Consistency] | None = None
+) -> range:
     """The frames of the source that a rank reads: of its windows and of one more at each side.
 
     All frames where the editor conditions other ranks' keyframes.
     """
-    if sees_all(settings, editor):
+    if sees_all(settings, editor, way):
         return range(shard.windows[-1].stop)
     return shard.positions(shard.halo)
 
 
-def sees_all(settings: Settings, editor: Editor) -> bool:
+def sees_all(settings: Settings, editor: Editor, way: type[Consistency] | None = None) -> bool:
     """Whether an editor may condition any of the clip's frames on each rank."""
-    bounded = settings.consistency == "tokenflow" and settings.keyframe_attention == "windowed"
-    return bounded and editor.sees_other_frames
+    propagated = issubclass(way or WAYS[settings.consistency], TokenFlow)
+    return propagated and settings.keyframe_attention == "windowed" and editor.sees_other_frames
 
 
 def check(model: Backbone, clip: Clip, prompts: Prompts, inverts: bool) -> None:
@@ -250,12 +263,7 @@ def check(model: Backbone, clip: Clip, prompts: Prompts, inverts: bool) -> None:
             "it shows (inversion_prompt), and the edit keeps more of it",
             stacklevel=2,
         )
-    height, width = clip.frames.shape[-2:]
-    if height % model.multiple or width % model.multiple:
-        raise InputError(
-            f"the frames are {height}x{width}, expected multiples of {model.multiple} for this "
-            f"model; read them with read_clip(..., multiple={model.multiple})"
-        )
+    check_size(model, clip)
 
 
 def check_prompt(prompt: str) -> None:

@@ -11,12 +11,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tokenflow.diffusion import Schedule, Trajectory
+from tokenflow.diffusion import Backbone, Schedule, Trajectory
 from tokenflow.diffusion.inversion import inversion_steps
 from tokenflow.diffusion.schedule import Timestep, require_finite
 from tokenflow.engine.network import EditedNetwork
 from tokenflow.engine.resume import CachedInversion, ResumeStore
-from tokenflow.errors import Preempted
+from tokenflow.errors import InputError, Preempted
 from tokenflow.video import Clip
 
 OnStep = Callable[[str, int, int], Literal["stop"] | None]
@@ -28,6 +28,16 @@ def reported(on_step: OnStep, stage: str, step: int, steps: int) -> None:
     """Reports a step; raises `Preempted` where the answer is "stop"."""
     if on_step(stage, step, steps) == "stop":
         raise Preempted
+
+
+def check_size(model: Backbone, clip: Clip) -> None:
+    """Raises `InputError` for frames whose sides do not fit the model."""
+    height, width = clip.frames.shape[-2:]
+    if height % model.multiple or width % model.multiple:
+        raise InputError(
+            f"the frames are {height}x{width}, expected multiples of {model.multiple} for this "
+            f"model; read them with read_clip(..., multiple={model.multiple})"
+        )
 
 
 def invert_clip(

@@ -66,7 +66,7 @@ class EditedNetwork:
             raise PluginError(
                 f"an injection's layer must put out a tensor: expected another than "
                 f"{injection.layer}, a {type(layer).__name__}, which puts out "
-                f"{type(output).__name__}; the editor is to be mended: choose a layer inside it"
+                f"{type(output).__name__}; fix the editor: choose a layer inside it"
             )
         source, *edited = output.chunk(len(batch.branches))
         changed = self.editor.inject(injection, torch.stack(edited), source, batch)
@@ -100,7 +100,7 @@ class EditedNetwork:
     ) -> Batch:
         """A pass of the source alone, as inversion needs it; t may lie between sampling's steps."""
         given = self.prompts.rows([0]).per_frame(len(frames))
-        names, step = self.branches[:1], schedule.passed(t)
+        names, step = self.branches[:1], min(schedule.passed(t), len(schedule) - 1)
         return Batch(names, tuple(frames), latents[None], given, t, step, len(schedule))
 
     def run(
@@ -111,7 +111,9 @@ class EditedNetwork:
         self.running, self.switch.attention = batch, attention
         try:
             # what fails in the network with an editor's inputs is the editor's
-            with blamed(self.editor.editor, "model_inputs") if inputs else nullcontext():
+            own = conditioning is not batch.conditioning
+            function = "model_inputs" if inputs else "conditioning"
+            with blamed(self.editor.editor, function) if inputs or own else nullcontext():
                 output = self.model.predict(
                     batch.latents.flatten(0, 1), batch.t, conditioning, **inputs
                 )

@@ -13,7 +13,7 @@ from tokenflow.diffusion import Backbone, Site
 from tokenflow.editors import Editor, Prompts
 from tokenflow.engine.attention import Matcher, plain
 from tokenflow.engine.checked import blamed
-from tokenflow.engine.invert import invert_clip
+from tokenflow.engine.invert import check_size, invert_clip
 from tokenflow.engine.keyframes import draw_keyframes, neighbourhood, split_windows
 from tokenflow.engine.network import EditedNetwork
 from tokenflow.engine.resume import CachedInversion
@@ -120,13 +120,14 @@ def find_correspondences(
         frame: One whose correspondence is wanted besides those that are evenly spaced.
 
     Raises:
-        InputError: There is no such step or site.
+        InputError: There is no such step, site or frame, or the frames do not fit the model.
     """
     s = (settings or Settings()).for_model(model)
-    network, schedule = (
-        EditedNetwork(model, Editor(), Prompts(prompt, "", prompt)),
-        model.schedule(s.steps),
-    )
+    check_size(model, clip)
+    if frame is not None and not 0 <= frame < len(clip):
+        raise InputError(f"expected a frame from 0 to {len(clip) - 1}, got {frame}")
+    network = EditedNetwork(model, Editor(), Prompts(prompt, "", prompt))
+    schedule = model.schedule(s.steps)
     probe = Probe(model.sites(), range(len(clip)), s.steps, site, step, frame)
     inversion = schedule.refined(model.schedule(s.inversion_steps or s.steps))
     cached = CachedInversion(None, clip)
@@ -148,7 +149,9 @@ def find_correspondences(
         window, used = neighbourhood(
             part, windows, keyframes, s.neighbours, s.blend, probe.step, s.steps
         )
-        keys, source = tokens[[keyframes[k] for k in used]], tokens[part.start : part.stop]
+        keys, source = (
+            tokens[frames].to(model.device) for frames in ([keyframes[k] for k in used], list(part))
+        )
         here = matcher.at_site(window, probe.site, keys)
         with blamed(kernel, "correspond"):
             found = kernel.correspond(source, keys, here)
@@ -165,5 +168,5 @@ class Recorder:
 
     def __call__(self, site: Site, hidden_states: Tensor, *args: Any, **given: Any) -> Tensor:
         if site.name == self.site:
-            self.tokens.append(hidden_states)
+            self.tokens.append(hidden_states.cpu())
         return plain(site, hidden_states, *args, **given)

@@ -186,7 +186,8 @@ def sampling_key(model: Backbone, store: ResumeStore, settings: Any, *prompts: s
     chosen = dataclasses.asdict(settings)
     for name in UNIMPORTANT:
         del chosen[name]
-    return [model.fingerprint, store.editor, store.propagation, chosen, prompts]
+    own = dataclasses.astuple(model.defaults)
+    return [model.fingerprint, own, store.editor, store.propagation, chosen, prompts]
 
 
 UNIMPORTANT = ("batch", "report_reconstruction")

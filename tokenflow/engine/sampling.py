@@ -17,6 +17,8 @@ from tokenflow.engine.network import EditedNetwork
 from tokenflow.engine.ranks.group import FrameGroup
 from tokenflow.engine.ranks.shard import WindowShard
 from tokenflow.engine.settings import Settings
+from tokenflow.errors import InputError
+from tokenflow.video import Clip
 
 Latents = Float[Tensor, "own c h w"]
 """Of all frames that this rank has, in host memory."""
@@ -35,7 +37,9 @@ class Sampling:
         settings: How the clip is edited.
         name: The clip's: keyframes are drawn by it.
         shard: The clip's windows, and which of them this rank has.
-        ranks: Who share the clip.
+        ranks: That share the clip.
+        clip: The source's frames, of this rank's windows and of one more at each side; None where
+            only latents are edited.
     """
 
     network: EditedNetwork
@@ -46,6 +50,7 @@ class Sampling:
     name: str
     shard: WindowShard
     ranks: FrameGroup
+    clip: Clip | None = None
 
     def step(self, index: int) -> Step:
         """A step of sampling, as the editor sees it."""
@@ -62,6 +67,14 @@ class Sampling:
         """Runs of frames for one forward pass each."""
         batch = self.settings.batch
         return [frames[i : i + batch] for i in range(0, len(frames), batch)]
+
+    def require_all(self, frames: set[int], way: str) -> None:
+        """Raises an `InputError` where a way of consistency has left out frames."""
+        if missing := set(self.trajectory.positions) - frames:
+            raise InputError(
+                f"{way}.outputs yielded nothing for frames {sorted(missing)}; it must yield every "
+                f"frame of sampling.trajectory.positions once"
+            )
 
     def require_finite(self, x: Latents, step: Step) -> None:
         """Raises a `DivergedError` on all ranks when a latent is NaN or infinite on one."""
