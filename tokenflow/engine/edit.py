@@ -15,7 +15,7 @@ from torch import Tensor
 from tokenflow.diffusion import Backbone, Schedule, Trajectory, reconstruct
 from tokenflow.diffusion.schedule import require_finite
 from tokenflow.editors import Editor, Prompts
-from tokenflow.engine.algorithm import WAYS, Consistency, TokenFlow, sample
+from tokenflow.engine.algorithm import WAYS, Consistency, Joint, PerFrame, sample
 from tokenflow.engine.attention import Look, Matcher
 from tokenflow.engine.invert import (
     OnStep,
@@ -118,7 +118,7 @@ def edit_clip(
         network.editor.prepare(model, seen if sees_all(settings, editor, way) else clip)
         cached = cached_inversion(network, clip, schedule, inversion, store)
         near, flow = seen.part(shard.positions(shard.halo)), None
-        if issubclass(way, TokenFlow) and propagation.flow is not None:
+        if propagates(way) and propagation.flow is not None:
             flow = ClipFlow(near, propagation.flow, model.latent_scale)
         trajectory = invert_clip(
             network, clip, schedule, inversion, settings.batch, cached, seconds, on_step
@@ -174,7 +174,7 @@ def edit_latents(
     settings, ranks = (settings or Settings()).for_model(model), ranks or FrameGroup()
     prompts = Prompts(prompts) if isinstance(prompts, str) else prompts
     way = WAYS[settings.consistency]
-    if issubclass(way, TokenFlow) and propagation.flow is not None and flow is None:
+    if propagates(way) and propagation.flow is not None and flow is None:
         kernel, provider = type(propagation).__name__, type(propagation.flow).__name__
         raise InputError(
             f"{kernel} needs the clip's optical flow, got none; use edit_clip, or give "
@@ -250,8 +250,13 @@ def frames_needed(
 
 def sees_all(settings: Settings, editor: Editor, way: type[Consistency] | None = None) -> bool:
     """Whether an editor may condition any of the clip's frames on each rank."""
-    propagated = issubclass(way or WAYS[settings.consistency], TokenFlow)
-    return propagated and settings.keyframe_attention == "windowed" and editor.sees_other_frames
+    bounded = settings.keyframe_attention == "windowed"
+    return bounded and propagates(way or WAYS[settings.consistency]) and editor.sees_other_frames
+
+
+def propagates(way: type[Consistency]) -> bool:
+    """Whether a way of consistency may denoise keyframes jointly and propagate from them."""
+    return not issubclass(way, PerFrame | Joint)
 
 
 def check(model: Backbone, clip: Clip, prompts: Prompts, inverts: bool) -> None:
