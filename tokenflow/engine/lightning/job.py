@@ -63,11 +63,12 @@ class Choice:
     Attributes:
         spec: As a configuration has it: `class_path` and `init_args`. Where it has no class, the
             options are those of the run's own editor or kernel.
+        root: The folder that its files must lie in, and are relative to.
         described: Class, package and options as one text, by which samplings are kept.
     """
 
-    def __init__(self, spec: Mapping[str, Any]) -> None:
-        self.spec, self.described = dict(spec), ""
+    def __init__(self, spec: Mapping[str, Any], root: Path) -> None:
+        self.spec, self.root, self.described = dict(spec), root, ""
 
     def make(self) -> Any:
         """The plugin.
