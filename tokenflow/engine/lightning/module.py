@@ -204,6 +204,8 @@ class TokenFlow(LightningModule):
             store = ResumeStore(self.cache, one, other, self.save_every)
         with self.group.together(), self.preemption.interruptible():
             clip = job.source.read(backbone.multiple)
+            # now, as the files may change or vanish during the edit
+            record = job.record() if self.group.rank == 0 else {}
             if self.group.rank == 0:  # which writes
                 clip = require_writable(clip, both_sides(clip.display_size))
             shard = self.group.shard(split_windows(clip.total, settings.keyframe_every))
@@ -230,7 +232,7 @@ class TokenFlow(LightningModule):
             **self.resolved(backbone, settings, dataclasses.asdict(prompts)),
             "editor": origin(type(editor)),
             "propagation": origin(type(propagation)),
-            **(job.record() if self.group.rank == 0 else {}),
+            **record,
         }
         return Prediction(result, resolved)
 
