@@ -67,6 +67,7 @@ BAD = {
     "too many": (f"grid: {{seed: {[*range(101)]}, span: {[*range(1, 101)]}}}", f"at most {MOST}"),
     "an editor that is none": ("editor: [PnP]", "expected editor as a class name, or class_path"),
     "arguments that are none": ("editor: {init_args: 3}", "expected init_args of editor"),
+    "an option's name that is no text": ("editor: {init_args: {1: 2}}", "init_args of editor as a"),
     "more than a class": ("editor: {class_path: PnP, dict_kwargs: {}}", "expected editor as a"),
     "a mask outside": ("mask: ../mask.mp4", "mask.mp4 lies outside of"),
 }

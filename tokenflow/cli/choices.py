@@ -145,9 +145,11 @@ def require_named(path: str, option: str) -> None:
 
 def require_options(spec: Mapping[str, Any], option: str) -> None:
     """Raises `InputError` for an option that the chosen editor or kernel does not have."""
-    named = str(spec["class_path"]).split(".")[-1]
+    package, _, named = str(spec["class_path"]).rpartition(".")
     for plugin in installed_plugins():
         if plugin.kind is None or plugin.name != named or plugin.group != PLUGINS[option]:
+            continue
+        if package and package.split(".")[0] != plugin.path.split(".")[0]:
             continue
         parser = ArgumentParser(exit_on_error=False)
         parser.add_class_arguments(plugin.kind)
