@@ -210,6 +210,26 @@ def test_a_mask_of_another_length(tmp_path: Path) -> None:
         mask_of(tmp_path / "mask", run, Clip.from_frames(torch.rand(3, 3, 16, 32)))
 
 
+@pytest.mark.parametrize(
+    ("count", "size"), [(3, (16, 32)), (5, (16, 32)), (4, (32, 32))], ids=["short", "long", "high"]
+)
+def test_a_mask_that_does_not_fit_is_refused_before_the_edit(
+    count: int, size: tuple[int, int], video: Path, model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(video.parent)
+    for number in range(count):
+        write_image(Path("mask") / f"{number}.png", torch.ones(3, *size))
+    with pytest.raises(SystemExit) as exit:
+        main(words(model_folder, "--metrics.mask=mask"))
+    assert exit.value.code == 2
+    err = capsys.readouterr().err
+    assert "expected a mask of the edit's 4 frames of 32x16" in err
+    assert f"mask, of {count} frames of {size[1]}x{size[0]}" in err
+    assert "encode:" not in err
+    assert not Path("runs/ramp").exists()
+
+
 def test_unknown_words_are_named_once() -> None:
     with pytest.warns(UserWarning, match="does not know") as warned:
         warn_of_unknown_words(["a shiny red ball on grass", "a Shiny wombat", ""])

@@ -18,6 +18,7 @@ from tokenflow.engine.edit import Result, check_prompt, edit_clip
 from tokenflow.engine.keyframes import split_windows
 from tokenflow.engine.lightning.callback import edit_callbacks
 from tokenflow.engine.lightning.job import PLUGINS, Job, Outcome
+from tokenflow.engine.lightning.mask import cut_mask
 from tokenflow.engine.lightning.stopping import Stopping
 from tokenflow.engine.ranks.group import FrameGroup
 from tokenflow.engine.ranks.preemption import Preemption
@@ -207,6 +208,8 @@ class TokenFlow(LightningModule):
             # now, as the files may change or vanish during the edit
             record = job.record() if self.group.rank == 0 else {}
             if self.group.rank == 0:  # which writes
+                if job.mask is not None:  # before the edit, as it is used only afterwards
+                    cut_mask(job.mask, job.source, backbone.multiple, clip)
                 clip = require_writable(clip, both_sides(clip.display_size))
             shard = self.group.shard(split_windows(clip.total, settings.keyframe_every))
             for callback in edit_callbacks(self.trainer):
