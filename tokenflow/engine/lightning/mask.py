@@ -34,8 +34,8 @@ def cut_mask(path: str | Path, source: ClipSource, multiple: int, like: Clip) ->
     cut = ClipSource(local(path), **choice).read(multiple)
     if (len(cut), cut.display_size) != size:
         raise InputError(
-            f"expected a mask of the edit's {described(like)}, or of its source's length and size, "
-            f"got {path}, of {described(whole)}, of which {described(cut)} are left"
+            f"expected a mask of {described(like)} like the edit, or of its source's length and "
+            f"size, got {path}, of {described(whole)}, which would be cut to {described(cut)}"
         )
     return cut
 
