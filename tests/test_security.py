@@ -21,10 +21,12 @@ from safetensors.torch import load_file
 
 from tests.conftest import ROOT
 from tests.installing import install
-from tokenflow.cli.allowlist import require_local
+from tokenflow.cli.allowlist import require_local, restrict
+from tokenflow.cli.choices import Choices
 from tokenflow.cli.configurations import split_allowed
 from tokenflow.cli.main import main
 from tokenflow.diffusion import Backbone, ModelError
+from tokenflow.engine.lightning.manifest import read_manifest
 from tokenflow.errors import InputError
 from tokenflow.plugins import installed_plugins
 
@@ -151,6 +153,74 @@ def test_a_manifest_runs_no_code(
     assert not Path("imported").exists()
 
 
+NESTED = {"class_path": "ControlVideo", "init_args": {"path": "/etc/passwd"}}
+OUTSIDE: dict[str, Any] = {
+    "nested": {"editor": {"class_path": "ControlNet", "init_args": {"condition": NESTED}}},
+    "in a column": {"editor": "ControlNet", "editor.condition": NESTED},
+    "in dotted columns": {
+        "editor": "ControlNet",
+        "editor.condition.class_path": "ControlVideo",
+        "editor.condition.init_args.path": "/etc/passwd",
+    },
+    "in dotted options": {
+        "propagation": {
+            "class_path": "FlowWeighted",
+            "init_args": {"flow.class_path": "FlowFiles", "flow.init_args.folder": "/etc"},
+        }
+    },
+    "of a class that the run has chosen": {"propagation.flow.init_args.folder": "/etc"},
+    "as text": {"editor": "ControlNet", "editor.condition": json.dumps(NESTED)},
+    "in a list": {
+        "editor": "ControlNet",
+        "editor.condition": "Canny",
+        "editor.further": [{"class_path": "Control", "init_args": {"condition": NESTED}}],
+    },
+    "in dict_kwargs": {
+        "editor": "ControlNet",
+        "editor.condition": {"class_path": "ControlVideo", "dict_kwargs": NESTED["init_args"]},
+    },
+    "above the root": {"editor": "ControlNet", "editor.condition": dict(
+        class_path="ControlVideo", init_args={"path": "../control.mp4"}
+    )},
+    "weights": {"propagation": "FlowWeighted", "propagation.flow": {
+        "class_path": "RAFT", "init_args": {"weights": "/etc/passwd"}
+    }},
+}  # fmt: skip
+RUN_FLOW = {"class_path": "FlowFiles", "init_args": {"folder": "/flows"}}
+RUN = {
+    "editor": {"class_path": "tokenflow.PnP", "init_args": {}},
+    "propagation": {"class_path": "tokenflow.FlowWeighted", "init_args": {"flow": RUN_FLOW}},
+}
+
+
+def settled(row: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """What a manifest's row chooses, as the run's record has it."""
+    (tmp_path / "clips.yaml").write_text(yaml.safe_dump([{"video": "in.mp4", **row}]))
+    (job,) = read_manifest(tmp_path / "clips.yaml", None, {})
+    restrict([])
+    Choices(RUN).settle(job)
+    return {name: choice.spec["init_args"] for name, choice in job.plugins.items()}
+
+
+@pytest.mark.parametrize("row", OUTSIDE)
+def test_a_row_reads_no_file_outside_of_the_root(row: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"clip 1: .*lies outside of"):
+        settled(OUTSIDE[row], tmp_path)
+
+
+def test_a_row_takes_no_options_that_a_signature_does_not_list(tmp_path: Path) -> None:
+    canny = {"class_path": "Canny", "dict_kwargs": {"path": "/etc/passwd"}}
+    with pytest.raises(InputError, match=r"clip 1: .*no dict_kwargs"):
+        settled({"editor": "ControlNet", "editor.condition": canny}, tmp_path)
+
+
+def test_a_row_reads_files_of_the_root_and_those_that_the_run_names(tmp_path: Path) -> None:
+    one = settled({"propagation.inconsistency": 0.2}, tmp_path)["propagation"]
+    assert one["flow"]["init_args"]["folder"] == "/flows"
+    one = settled({"propagation.flow.init_args.folder": "own"}, tmp_path)["propagation"]
+    assert one["flow"]["init_args"]["folder"] == str(tmp_path / "own")
+
+
 URL = "reference::http://127.0.0.1:9/index.json"
 REQUESTS: list[dict[str, Any]] = [
     {"default_root_dir": URL},
@@ -232,7 +302,7 @@ PLUGIN = {
     "part/__init__.py": "",
     "part/__main__.py": f"from pathlib import Path\nPath({MARK!r}).touch()\nclass X: ...\n",
     "part/editor.py": "from tokenflow.editors import PnP\n"
-    "class Mine(PnP):\n    interface = 1\n"
+    "class Mine(PnP):\n    interface = 2\n"
     f"def run() -> None:\n    open({MARK!r}, 'w')\n",
 }
 
@@ -357,7 +427,7 @@ def test_no_code_of_a_model_folder_is_imported(folder: Path) -> None:
     change(folder / "tokenizer/tokenizer_config.json", tokenizer_class="Evil")
     change(folder / "text_encoder/config.json", architectures=["Evil"])
     backbone = Backbone.load(folder, device="cpu")
-    assert backbone.embed(["a ball"]).isfinite().all()
+    assert backbone.embed(["a ball"])["embeddings"].isfinite().all()
     assert not Path(MARK).exists()
 
 

@@ -178,6 +178,22 @@ def no_option(given: str, option: str, kind: str, known: Sequence[str]) -> str:
     )
 
 
+def named_options(given: Any, of: str) -> dict[str, Any]:
+    """The init_args of an editor or kernel, of which None are none.
+
+    Raises:
+        InputError: They are no mapping from names to values.
+    """
+    if given is None:
+        return {}
+    if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
+        raise InputError(
+            f"expected init_args of {of} as a mapping from names of options to values, got "
+            f"{given!r:.200}"
+        )
+    return dict(given)
+
+
 def no_plugin(name: str, plugins: tuple[Plugin, ...]) -> str:
     """What to say of a name that no plugin has."""
     known = [p.name for p in plugins]

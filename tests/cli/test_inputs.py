@@ -14,9 +14,10 @@ import yaml
 
 from tokenflow.cli.inputs import make_absolute
 from tokenflow.cli.main import main
-from tokenflow.cli.predict import warn_of_unknown_words
+from tokenflow.cli.predict import run, warn_of_unknown_words
+from tokenflow.engine.lightning.callback import EditCallback
 from tokenflow.engine.lightning.finished_run import FinishedRun
-from tokenflow.engine.lightning.job import ClipSource
+from tokenflow.engine.lightning.job import ClipSource, Job
 from tokenflow.engine.lightning.metrics import mask_of
 from tokenflow.errors import InputError
 from tokenflow.storage.digests import of_path
@@ -117,6 +118,36 @@ def test_a_run_folder_works_from_any_folder(
     assert "has changed since the run; edit again" in capsys.readouterr().err
 
 
+class ChangesSource(EditCallback):
+    """Deletes the source at the first step of an edit, or puts another file in its place."""
+
+    def __init__(self, source: Path, delete: bool) -> None:
+        self.source, self.delete = source, delete
+
+    def on_edit_step(self, *_: Any) -> None:
+        if self.delete:
+            self.source.unlink(missing_ok=True)
+        else:
+            self.source.write_bytes(b"another video")
+
+
+@pytest.mark.parametrize("delete", [True, False])
+def test_digests_are_of_the_inputs_as_they_were_read(
+    delete: bool, video: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(video.parent)
+    digest = of_path(video)
+    run(words(model_folder)[1:], [ChangesSource(video, delete)])
+    record = yaml.safe_load(Path("runs/ramp/run.yaml").read_text())["run"]
+    assert record["inputs"]["data.video"]["sha256"] == digest
+
+
+def test_an_input_that_vanishes_is_named(tmp_path: Path) -> None:
+    job = Job(ClipSource(tmp_path / "gone.mp4"))
+    with pytest.raises(InputError, match=r"an input of gone cannot be read: .*gone\.mp4"):
+        job.record()
+
+
 def test_every_input_is_opened_before_the_model_is_loaded(
     video: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -163,7 +194,7 @@ def test_a_mask_is_cut_and_scaled_as_its_clip(length: str, scale: int, tmp_path:
         write_image(tmp_path / "mask" / f"{number}.png", image)
     choice = {"start": 2, "stop": 8, "stride": 2, "resolution": 16, "fit": "resize"}
     run = FinishedRun(
-        tmp_path, ClipSource(tmp_path / "in.mp4", **choice), {"multiple": 16}, int, tmp_path
+        tmp_path, ClipSource(tmp_path / "in.mp4", **choice), {"multiple": 16}, tmp_path
     )
     edit = Clip.from_frames(torch.rand(3, 3, 16, 32))
     mask = mask_of(tmp_path / "mask", run, edit)
@@ -174,9 +205,29 @@ def test_a_mask_is_cut_and_scaled_as_its_clip(length: str, scale: int, tmp_path:
 def test_a_mask_of_another_length(tmp_path: Path) -> None:
     write_image(tmp_path / "mask" / "0.png", torch.zeros(3, 16, 32))
     source = ClipSource(tmp_path / "in.mp4", start=2, stop=5)
-    run = FinishedRun(tmp_path, source, {"multiple": 16}, int, tmp_path)
+    run = FinishedRun(tmp_path, source, {"multiple": 16}, tmp_path)
     with pytest.raises(InputError, match="mask has 1 frames"):
         mask_of(tmp_path / "mask", run, Clip.from_frames(torch.rand(3, 3, 16, 32)))
+
+
+@pytest.mark.parametrize(
+    ("count", "size"), [(3, (16, 32)), (5, (16, 32)), (4, (32, 32))], ids=["short", "long", "high"]
+)
+def test_a_mask_that_does_not_fit_is_refused_before_the_edit(
+    count: int, size: tuple[int, int], video: Path, model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(video.parent)
+    for number in range(count):
+        write_image(Path("mask") / f"{number}.png", torch.ones(3, *size))
+    with pytest.raises(SystemExit) as exit:
+        main(words(model_folder, "--metrics.mask=mask"))
+    assert exit.value.code == 2
+    err = capsys.readouterr().err
+    assert "expected a mask of 4 frames of 32x16 like the edit" in err
+    assert f"mask, of {count} frames of {size[1]}x{size[0]}" in err
+    assert "encode:" not in err
+    assert not Path("runs/ramp").exists()
 
 
 def test_unknown_words_are_named_once() -> None:

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from huggingface_hub.utils import logging as hub_logging
 
 from tests.conftest import ROOT
+from tokenflow.cli.choices import require_options
 from tokenflow.cli.main import main
 from tokenflow.cli.options import CLASSES, check, group_options
 from tokenflow.engine.lightning.data import Video
@@ -177,6 +179,12 @@ def test_a_misspelt_option_in_a_file_names_its_class(
         ),
         (["--model.editor={class_path: SDEdit, init_args: {atention: 1}}"], "SDEdit has no option"),
         (["--config=editor.yaml"], "PnP has no option 'feetures', .*; did you mean features"),
+        (
+            ["--config=list.yaml"],
+            r"expected init_args of --model.editor as a mapping .* got \['a'\]",
+        ),
+        (["--model=text.yaml"], "expected init_args of --model.propagation as a mapping .* 'abc'"),
+        (["--model.editor={class_path: PnP, init_args: {1: 2}}"], r"as a mapping .* got \{1: 2\}"),
     ],
 )
 def test_a_misspelt_editor_or_option_of_one(
@@ -188,10 +196,48 @@ def test_a_misspelt_editor_or_option_of_one(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("editor.yaml").write_text("model: {editor: {class_path: PnP, init_args: {feetures: 1}}}")
+    Path("list.yaml").write_text("model: {editor: {class_path: PnP, init_args: [a]}}")
+    Path("text.yaml").write_text("propagation: {init_args: abc}")
     with pytest.raises(SystemExit) as exit:
         main(["predict", "--data.video=in.mp4", "--model.prompt=a ball", *words])
     assert exit.value.code == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("TOKENFLOW_PREDICT__MODEL__EDITOR", "SDEdit"),
+        ("TOKENFLOW_PREDICT__CONFIG", "sdedit.yaml"),
+        (None, None),
+    ],
+)
+def test_options_are_of_the_editor_that_is_chosen_wherever(
+    name: str | None,
+    value: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("sdedit.yaml").write_text("model: {editor: SDEdit}")
+    words = ["--model.editor.strength=0.3", "--print_config"]
+    if name is not None:
+        monkeypatch.setenv(name, value)
+    else:
+        words = ["--print_config", "--model.editor=SDEdit", words[0]]
+    with pytest.raises(SystemExit) as exit:
+        main(["predict", *words])
+    out, err = capsys.readouterr()
+    assert exit.value.code == 0, err
+    assert yaml.safe_load(out)["model"]["editor"]["init_args"]["strength"] == 0.3
+
+
+def test_a_class_of_another_package_has_options_of_its_own() -> None:
+    own = {"atention": 1}
+    require_options({"class_path": "mypackage.PnP", "init_args": own}, "editor")
+    with pytest.raises(InputError, match="PnP has no option 'atention'"):
+        require_options({"class_path": "tokenflow.editors.PnP", "init_args": own}, "editor")
 
 
 def test_a_wrong_hub_id_gives_one_message(

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from tokenflow.cli.inputs import NAMED, paths_of
 from tokenflow.cli.options import PLUGINS
 from tokenflow.editors import Editor
 from tokenflow.engine.checked import blamed
 from tokenflow.engine.lightning.job import Choice, Job
+from tokenflow.engine.lightning.manifest import inside
 from tokenflow.errors import InputError
 from tokenflow.plugins import (
     describe,
@@ -64,13 +68,13 @@ class Choices:
             require_usable(own["class_path"], PLUGINS[name])
             parser = self.parsers[name]
             try:
-                given = parser.parse_object({name: own})
+                spec = self.confined(name, self.parsed(name, own), choice.root)
+                given = parser.parse_object({name: spec})
                 plugin = getattr(parser.instantiate(given), name)
             except InputError:
                 raise
             except (ArgumentError, TypeError, ValueError, ImportError) as error:
                 raise InputError(f"the {name} cannot be made: {error}") from error
-            spec = yaml.safe_load(parser.dump(given, skip_unset=False))[name]
             described = f"{origin(type(plugin))}\n{yaml.safe_dump(spec)}"
             if isinstance(plugin, Propagation):
                 with blamed(plugin, "cache_key"):
@@ -88,6 +92,35 @@ class Choices:
             return plugin
 
         choice.make = make  # type: ignore[method-assign]
+
+    def parsed(self, name: str, spec: Mapping[str, Any]) -> dict[str, Any]:
+        """A choice with all options, in the one form that jsonargparse has for its many spellings:
+        dotted names, text that holds a mapping, dict_kwargs.
+        """
+        parser = self.parsers[name]
+        given = parser.parse_object({name: deepcopy(spec)})  # which writes dotted names into it
+        return dict(yaml.safe_load(parser.dump(given, skip_unset=False))[name])
+
+    def confined(self, name: str, spec: dict[str, Any], root: Path) -> dict[str, Any]:
+        """A parsed choice whose files, but for those that the run itself names, are in the root.
+
+        Raises:
+            ValueError: One lies outside of it, or there are options in which one could.
+        """
+        if has_dict_kwargs(spec):
+            raise ValueError("expected no dict_kwargs; give a class its options under init_args")
+        own = {options[option] for _, options, option in paths_of(name, self.defaults[name])}
+        for _, options, option in list(paths_of(name, spec)):
+            if option not in NAMED and options[option] not in own:
+                options[option] = str(inside(root, options[option]))
+        return spec
+
+
+def has_dict_kwargs(spec: Any) -> bool:
+    """Whether a class in a specification takes options that its signature does not list."""
+    if isinstance(spec, dict):
+        return "dict_kwargs" in spec or any(map(has_dict_kwargs, spec.values()))
+    return isinstance(spec, list) and any(map(has_dict_kwargs, spec))
 
 
 def require_named(path: str, option: str) -> None:
@@ -112,9 +145,11 @@ def require_named(path: str, option: str) -> None:
 
 def require_options(spec: Mapping[str, Any], option: str) -> None:
     """Raises `InputError` for an option that the chosen editor or kernel does not have."""
-    named = str(spec["class_path"]).split(".")[-1]
+    package, _, named = str(spec["class_path"]).rpartition(".")
     for plugin in installed_plugins():
         if plugin.kind is None or plugin.name != named or plugin.group != PLUGINS[option]:
+            continue
+        if package and package.split(".")[0] != plugin.path.split(".")[0]:
             continue
         parser = ArgumentParser(exit_on_error=False)
         parser.add_class_arguments(plugin.kind)

@@ -22,7 +22,7 @@ from docstring_parser import DocstringStyle, parse
 
 from tokenflow.cli.configurations import configs_first, split_allowed
 from tokenflow.errors import InputError
-from tokenflow.plugins import no_option
+from tokenflow.plugins import named_options, no_option
 from tokenflow.storage.paths import FOLDER
 from tokenflow.storage.safe_yaml import parse_yaml
 
@@ -227,7 +227,11 @@ def meant(group: str, option: str) -> list[str]:
 def chosen_plugins(words: Sequence[str]) -> dict[str, dict[str, Any]]:
     """The editor and kernel that words and files choose: class_path, and init_args by name.
 
-    Values are as they are written; those that only the parser understands are left out.
+    Values are as they are written; those that only the parser understands are left out, and so is
+    an editor or kernel that the environment may choose.
+
+    Raises:
+        InputError: Options of an editor or kernel are no mapping.
     """
     chosen: dict[str, dict[str, Any]] = {
         name: {"class_path": path, "init_args": {}} for name, path in DEFAULTS.items()
@@ -239,38 +243,58 @@ def chosen_plugins(words: Sequence[str]) -> dict[str, dict[str, Any]]:
             return
         if path := spec.get("class_path"):
             chosen[name] = {"class_path": str(path), "init_args": {}}
-        chosen[name]["init_args"] |= dict(spec.get("init_args") or {})
+        chosen[name]["init_args"] |= named_options(spec.get("init_args"), f"--model.{name}")
+
+    def choose_all(model: Any) -> None:
+        for name in PLUGINS if isinstance(model, dict) else ():
+            choose(name, model.get(name))
 
     for kind, file in files(words):
-        with suppress(OSError, UnicodeDecodeError, InputError, AttributeError, TypeError):
-            given = parse_yaml(Path(file).read_text(), file)
-            model = given.get("model") if kind == "config" else given
-            for name in PLUGINS if kind in ("config", "model") else ():
-                choose(name, model.get(name))
+        given = parsed_file(file)
+        if kind == "config" and isinstance(given, dict):
+            choose_all(given.get("model"))
+        elif kind == "model":
+            choose_all(given)
     for word, value in options_in(words):
         if found := CHOSEN.fullmatch(word):
             name, option = found.groups()
             if option is None and value.startswith("{"):
-                with suppress(InputError, TypeError):
-                    choose(name, parse_yaml(value, word))
+                with suppress(InputError):
+                    value = parse_yaml(value, word)
+                choose(name, value if isinstance(value, dict) else None)
             elif option in (None, "class_path"):
                 choose(name, value)
-            else:
+            elif option not in ("init_args", "dict_kwargs"):
                 chosen[name]["init_args"][option] = value
-    return chosen
+    unknown = in_environment()
+    return {
+        name: spec
+        for name, spec in chosen.items()
+        if not any(f"{one}.".startswith(("?", f"model.{name}.")) for one in unknown)
+    }
+
+
+def parsed_file(file: str) -> Any:
+    """What a YAML file holds; nothing where it cannot be read, which the parser reports."""
+    with suppress(OSError, UnicodeDecodeError, InputError):
+        return parse_yaml(Path(file).read_text(), file)
+    return None
 
 
 def options_in(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Each option among words, with its value."""
+    """Each option among words, with its value; one that another option follows has none."""
     left = list(words)
     while left:
         name, equals, value = left.pop(0).partition("=")
         if name.startswith("--"):
-            yield name, value if equals else left.pop(0) if left else ""
+            follows = left and not left[0].startswith("--")
+            yield name, value if equals else left.pop(0) if follows else ""
 
 
 def in_environment() -> set[str]:
     """The options that environment variables give; "?" where one names a configuration."""
+    if "TOKENFLOW_CONFIG" in os.environ:
+        return {"?"}
     found = {name.removeprefix(PREFIX) for name in os.environ if name.startswith(PREFIX)}
     groups = {"CONFIG", *map(str.upper, CLASSES)}
     return {"?" if name in groups else name.lower().replace("__", ".") for name in found}

@@ -21,8 +21,8 @@ class FinishedRun:
     """A run's folder and its `run.yaml`.
 
     `source` is where the frames came from and which; `record` what came of the configuration:
-    prompts, settings, `multiple`. `each` is called for each frame that is read. The files are in
-    `place`, which is the folder once the run is written.
+    prompts, settings, `multiple`. The files are in `place`, which is the folder once the run is
+    written.
     """
 
     folder: Path

@@ -63,11 +63,12 @@ class Choice:
     Attributes:
         spec: As a configuration has it: `class_path` and `init_args`. Where it has no class, the
             options are those of the run's own editor or kernel.
+        root: The folder that its files must lie in, and are relative to.
         described: Class, package and options as one text, by which samplings are kept.
     """
 
-    def __init__(self, spec: Mapping[str, Any]) -> None:
-        self.spec, self.described = dict(spec), ""
+    def __init__(self, spec: Mapping[str, Any], root: Path) -> None:
+        self.spec, self.root, self.described = dict(spec), root, ""
 
     def make(self) -> Any:
         """The plugin.
@@ -122,11 +123,18 @@ class Job:
         """The files and folders that the edit reads, by the option that names them."""
 
     def record(self) -> dict[str, Any]:
-        """What a run's record holds of the job: its inputs' digests, and what it chose itself."""
-        inputs = {
-            option: {"path": str(path.absolute()), "sha256": of_path(path)}
-            for option, path in self.inputs.items()
-        }
+        """What a run's record holds of the job: its inputs' digests, and what it chose itself.
+
+        Raises:
+            InputError: An input cannot be read.
+        """
+        try:
+            inputs = {
+                option: {"path": str(path.absolute()), "sha256": of_path(path)}
+                for option, path in self.inputs.items()
+            }
+        except OSError as error:
+            raise InputError(f"an input of {self.name} cannot be read: {error}") from error
         own = {name: choice.spec for name, choice in self.plugins.items()}
         mask = {"mask": str(self.mask.absolute())} if self.mask is not None else {}
         return {"inputs": inputs, **mask, **({"model": own} if own else {})}

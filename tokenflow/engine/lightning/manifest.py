@@ -19,7 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from tokenflow.engine.lightning.job import CHOICE, PLUGINS, PROMPTS, Choice, ClipSource, Job
 from tokenflow.engine.settings import Settings
 from tokenflow.errors import InputError
-from tokenflow.plugins import did_you_mean
+from tokenflow.plugins import did_you_mean, named_options
 from tokenflow.storage.paths import local
 from tokenflow.storage.safe_yaml import LARGEST, parse_yaml, require_once
 from tokenflow.video import VideoError, image_paths, read_clip
@@ -202,7 +202,7 @@ def job(
 ) -> Job:
     """What one row says."""
     try:
-        plugins = {name: chosen(row, name, root) for name in PLUGINS}
+        plugins = {name: chosen(row, name) for name in PLUGINS}
         given = {
             name: options.parsed(name, value)
             for name, value in row.items()
@@ -218,17 +218,17 @@ def job(
     source = ClipSource(video, **{**choice, **own})
     prompts = {key: value for key, value in given.items() if key in PROMPTS}
     settings = {k: v for k, v in given.items() if k in options.settings}
-    made = {name: Choice(spec) for name, spec in plugins.items() if spec}
+    made = {name: Choice(spec, root) for name, spec in plugins.items() if spec}
     name = given.get("name", source.name if suffix else None)
     name = name if name is None else f"{name}{suffix}"
     return Job(source, name, prompts, settings, where, made, mask)
 
 
-def chosen(row: Mapping[str, Any], name: str, root: Path) -> dict[str, Any]:
+def chosen(row: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A row's own editor or kernel, as a configuration has it; empty where it has none.
 
     Raises:
-        ValueError: It is none, or a file that it reads lies outside of the root.
+        ValueError: It is none.
     """
     spec = row.get(name, {})
     spec = {"class_path": spec} if isinstance(spec, str) else spec
@@ -237,30 +237,10 @@ def chosen(row: Mapping[str, Any], name: str, root: Path) -> dict[str, Any]:
         raise ValueError(
             f"expected {name} as a class name, or class_path and init_args, got {spec}"
         )
-    arguments = spec.get("init_args") or {}
-    if not isinstance(arguments, dict):
-        raise ValueError(f"expected init_args of {name} with a value for each, got {arguments}")
+    arguments = named_options(spec.get("init_args"), name)
     prefix = f"{name}."
     single = {k.removeprefix(prefix): v for k, v in row.items() if str(k).startswith(prefix)}
-    return placed({**spec, "init_args": {**arguments, **single}} if single else dict(spec), root)
-
-
-def placed(spec: Any, root: Path) -> Any:
-    """A specification in which the files that classes read are paths in the root.
-
-    Raises:
-        ValueError: One lies outside of it.
-    """
-    if isinstance(spec, list):
-        return [placed(one, root) for one in spec]
-    if not isinstance(spec, dict):
-        return spec
-    result = {key: placed(value, root) for key, value in spec.items()}
-    option = FILES.get(str(spec.get("class_path", "")).split(".")[-1])
-    arguments = result.get("init_args")
-    if option and isinstance(arguments, dict) and isinstance(arguments.get(option), str):
-        arguments[option] = str(inside(root, arguments[option]))
-    return result
+    return {**spec, "init_args": {**arguments, **single}} if single else dict(spec)
 
 
 def inside(root: Path, path: str) -> Path:

@@ -19,6 +19,7 @@ from tokenflow.diffusion import Backbone
 from tokenflow.engine.lightning.callback import EditCallback
 from tokenflow.engine.lightning.finished_run import FinishedRun
 from tokenflow.engine.lightning.job import ClipSource
+from tokenflow.engine.lightning.mask import cut_mask
 from tokenflow.engine.lightning.module import TokenFlow
 from tokenflow.engine.lightning.run_writer import shown
 from tokenflow.errors import InputError
@@ -34,8 +35,6 @@ from tokenflow.video import Clip, read_clip, resized
 
 Values = dict[str, float]
 Mask = Bool[Tensor, "frames height width"]
-SCALED = ("resolution", "fit")
-"""Options of a source that choose no frames."""
 
 
 @torch.no_grad()
@@ -76,18 +75,13 @@ def mask_of(path: str | Path, run: FinishedRun, like: Clip) -> Bool[Tensor, "fra
 
     Args:
         path: A video or folder of images of the edit's length, or of the source's.
-        run: Whose source, start, stop, stride, max_frames, resolution and fit it is cut by.
+        run: Whose source it is cut by.
         like: The edit.
 
     Raises:
-        InputError: It cannot be read, or has not so many frames.
+        InputError: It cannot be read, or has another number of frames or another size.
     """
-    whole = read_clip(local(path), in_memory=False)
-    if whole.frames.shape == like.frames.shape:
-        return read_mask(str(path))
-    scaled = {name: run.source.choice[name] for name in SCALED if name in run.source.choice}
-    choice = scaled if len(whole) == len(like) else run.source.choice
-    cut = ClipSource(local(path), **choice).read(run.record["multiple"])
+    cut = cut_mask(path, run.source, run.record["multiple"], like)
     return torch.stack([frame.mean(dim=0) > 0.5 for frame in shown(cut)])
 
 

@@ -18,6 +18,7 @@ from tokenflow.engine.edit import Result, check_prompt, edit_clip
 from tokenflow.engine.keyframes import split_windows
 from tokenflow.engine.lightning.callback import edit_callbacks
 from tokenflow.engine.lightning.job import PLUGINS, Job, Outcome
+from tokenflow.engine.lightning.mask import cut_mask
 from tokenflow.engine.lightning.stopping import Stopping
 from tokenflow.engine.ranks.group import FrameGroup
 from tokenflow.engine.ranks.preemption import Preemption
@@ -204,7 +205,11 @@ class TokenFlow(LightningModule):
             store = ResumeStore(self.cache, one, other, self.save_every)
         with self.group.together(), self.preemption.interruptible():
             clip = job.source.read(backbone.multiple)
+            # now, as the files may change or vanish during the edit
+            record = job.record() if self.group.rank == 0 else {}
             if self.group.rank == 0:  # which writes
+                if job.mask is not None:  # before the edit, as it is used only afterwards
+                    cut_mask(job.mask, job.source, backbone.multiple, clip)
                 clip = require_writable(clip, both_sides(clip.display_size))
             shard = self.group.shard(split_windows(clip.total, settings.keyframe_every))
             for callback in edit_callbacks(self.trainer):
@@ -230,7 +235,7 @@ class TokenFlow(LightningModule):
             **self.resolved(backbone, settings, dataclasses.asdict(prompts)),
             "editor": origin(type(editor)),
             "propagation": origin(type(propagation)),
-            **(job.record() if self.group.rank == 0 else {}),
+            **record,
         }
         return Prediction(result, resolved)
 
