@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
 
 from tokenflow.engine import Result
 from tokenflow.engine.lightning.module import Prediction
@@ -42,5 +44,7 @@ def make_run(
     result = Result(source, edited, torch.zeros(frames, 4, 6, 8), 0, {"invert": 1.5, "edit": 2.5})
     writer = RunWriter()
     writer.configuration = configuration or {"data": {"video": "bar.mp4"}}
-    writer.write(Prediction(result, resolved, seen), folder)
+    writer.probe = SimpleNamespace(seen=seen)  # type: ignore[assignment]
+    trainer = Trainer(accelerator="cpu", logger=False, callbacks=[writer])
+    writer.write(trainer, LightningModule(), Prediction(result, resolved), folder)
     return folder
