@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any, NoReturn
 
+from tokenflow.cli.stop import stop
 from tokenflow.errors import InputError, Interrupted, Preempted
 from tokenflow.text import printable_lines
 
@@ -102,12 +103,6 @@ def dispatch(words: list[str]) -> None:
         COMMANDS[command](words[1:])
     except InputError as error:
         stop(str(error))
-
-
-def stop(message: str) -> NoReturn:
-    """Prints an error and exits with code 2."""
-    print(printable_lines(f"tokenflow: error: {message}"), file=sys.stderr)
-    raise SystemExit(2)
 
 
 def predict(words: list[str]) -> None:

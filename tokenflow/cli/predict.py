@@ -28,8 +28,8 @@ from tokenflow.cli.allowlist import require_local, restrict
 from tokenflow.cli.choices import Choices, require_named, require_options
 from tokenflow.cli.configurations import configs_first, split_allowed
 from tokenflow.cli.inputs import NAMED, make_absolute, paths_of, require_readable
-from tokenflow.cli.main import stop
 from tokenflow.cli.options import CLASSES, DEFAULTS, PLUGINS, chosen_plugins, meant
+from tokenflow.cli.stop import stop
 from tokenflow.engine.checked import blamed
 from tokenflow.engine.lightning.data import Video
 from tokenflow.engine.lightning.job import Job

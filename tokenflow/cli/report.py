@@ -8,7 +8,7 @@ from typing import NoReturn
 from jsonargparse import ArgumentParser
 
 from tokenflow.cli.configurations import split_allowed
-from tokenflow.cli.main import stop
+from tokenflow.cli.stop import stop
 from tokenflow.errors import InputError
 from tokenflow.storage.paths import local
 

@@ -1,8 +1,8 @@
 """Propagation kernels: where each token of a frame is found in the keyframes."""
 
 from tokenflow.propagation.base import Correspondence, Motion, Propagation, Window
+from tokenflow.propagation.clip_flow import ClipFlow
 from tokenflow.propagation.flow.base import OpticalFlow, warp
-from tokenflow.propagation.flow.cache import ClipFlow
 from tokenflow.propagation.flow.dis import DIS
 from tokenflow.propagation.flow.files import FlowFiles
 from tokenflow.propagation.flow.raft import RAFT

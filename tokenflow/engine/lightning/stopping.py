@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol, runtime_checkable
 
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
+from tokenflow.engine.ranks.preemption import Preemption
 from tokenflow.errors import Preempted
 
-if TYPE_CHECKING:
-    from tokenflow.engine.lightning.module import TokenFlow
+
+@runtime_checkable
+class Preemptible(Protocol):
+    """A module whose ranks stop together."""
+
+    preemption: Preemption
 
 
 class Stopping(Callback):
     """Passes a rank's request to stop on to the others before it ends."""
 
     def on_exception(  # type: ignore[override]
-        self, trainer: Trainer, module: TokenFlow, exception: BaseException
+        self, trainer: Trainer, module: Preemptible, exception: BaseException
     ) -> None:
         module.preemption.close()
         if isinstance(exception, Preempted) and not counts(trainer):
