@@ -202,7 +202,7 @@ def no_plugin(name: str, plugins: tuple[Plugin, ...]) -> str:
 
 def origin(kind: type[Any]) -> str:
     """The package and version that offers a class, else the module that holds it."""
-    # others may offer ours, too, and are then unusable: who is usable comes last
+    # another package may offer our class, too, as an unusable plugin: usable ones overwrite it
     offered = {p.kind: p.distribution for p in sorted(installed_plugins(), key=lambda p: p.usable)}
     if kind in offered:
         return offered[kind]

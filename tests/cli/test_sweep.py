@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,9 @@ from tokenflow.cli.main import main
 from tokenflow.editors import ControlNet, PnP, SDEdit
 from tokenflow.engine.lightning.job import Choice, ClipSource, Job
 from tokenflow.engine.lightning.manifest import MOST, read_manifest
+from tokenflow.engine.lightning.module import TokenFlow
 from tokenflow.errors import InputError
-from tokenflow.propagation import FlowWeighted
+from tokenflow.propagation import FlowWeighted, NNField
 from tokenflow.report import read_run
 from tokenflow.video import Clip, write_clip
 
@@ -102,20 +105,35 @@ def test_choices_are_completed_as_a_configuration_is() -> None:
     for spec in (
         {"init_args": {"features": 0.5}},  # of the run's own editor
         {"class_path": "ControlNet", "init_args": {"condition": {"class_path": "Canny"}}},
-        {"class_path": "ControlNet", "init_args": {"condition": {"class_path": "Canny"}}},
     ):
         job = Job(
             ClipSource(Path("a.mp4")), plugins={"editor": Choice(spec, Path())}, where="clip 1"
         )
         choices.settle(job)
         made.append(job.plugins["editor"])
-    pnp, *nets = (choice.make() for choice in made)
+    pnp, net = (choice.make() for choice in made)
     assert isinstance(pnp, PnP)
     assert (pnp.attention, pnp.features) == (0.25, 0.5)
-    assert isinstance(nets[0], ControlNet)
-    assert nets[0] is nets[1]  # loads its network once
+    assert isinstance(net, ControlNet)
     assert made[0].spec["init_args"]["start_from"] == "inverted"  # the default, for the record
     assert made[0].described != made[1].described
+
+
+def test_a_plugin_is_kept_for_the_next_row_that_chooses_alike_and_for_no_other() -> None:
+    module, choices, rows = TokenFlow(PnP(), NNField()), Choices(RUN), []
+    canny = {"class_path": "ControlNet", "init_args": {"condition": {"class_path": "Canny"}}}
+    for spec in (canny, canny, None, canny):
+        plugins = {} if spec is None else {"editor": Choice(spec, Path())}
+        rows.append(Job(ClipSource(Path("a.mp4")), plugins=plugins, where="clip 1"))
+        choices.settle(rows[-1])
+    first, _ = module.plugins_of(rows[0])
+    assert module.plugins_of(rows[1]) == (first, module.propagation)  # its network is loaded once
+    kept = weakref.ref(first)
+    del first
+    assert module.plugins_of(rows[2]) == (module.editor, module.propagation)
+    gc.collect()
+    assert kept() is None
+    assert isinstance(module.plugins_of(rows[3])[0], ControlNet)
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,6 @@ class Choices:
         for name, kind in (("editor", Editor), ("propagation", Propagation)):
             self.parsers[name].add_argument(f"--{name}", type=kind, required=True)
         self.known: dict[str, tuple[dict[str, Any], str, Any]] = {}
-        self.last: dict[str, tuple[str, Any]] = {}
 
     def settle(self, job: Job) -> None:
         """Completes a job's choices, and makes each once to see whether it can be made.
@@ -84,12 +83,7 @@ class Choices:
         choice.spec = spec
 
         def make() -> Any:
-            # the same again for rows that choose alike, whose networks stay loaded
-            before, plugin = self.last.get(name, ("", None))
-            if before != text:
-                plugin = getattr(self.parsers[name].instantiate(given), name)
-                self.last[name] = text, plugin
-            return plugin
+            return getattr(self.parsers[name].instantiate(given), name)
 
         choice.make = make  # type: ignore[method-assign]
 

@@ -56,7 +56,7 @@ def configs_first(words: Sequence[str]) -> list[str]:
         whole = name == "-c" or (name.startswith("--c") and "--config".startswith(name))
         follows = equals or (left and not left[0].startswith("-"))
         if not follows or not (whole or name in GROUPS):
-            rest.append(word)  # among them a --config without a file, which argparse tells
+            rest.append(word)  # argparse reports a --config without a file
             continue
         value = value if equals else left.pop(0)
         if whole:

@@ -267,7 +267,7 @@ def require_values(given: Namespace, kind: type, group: str) -> None:
 
 
 def run(words: list[str], callbacks: Sequence[Callback] = ()) -> None:
-    """Parses the words after `tokenflow predict` and edits; further callbacks may look on."""
+    """Parses the words after `tokenflow predict` and edits, with `callbacks` besides its own."""
     words, allowed = split_allowed(words)
     words = configs_first(words)
     restrict(allowed)
@@ -286,7 +286,7 @@ def run(words: list[str], callbacks: Sequence[Callback] = ()) -> None:
         ".*does not have many workers.*",
         ".*LightningCLI.s args parameter.*",
         ".*local_dir_use_symlinks.*",  # an option that diffusers gives the hub's client
-        ".*Total length of .DataLoader. across ranks is zero.*",  # which we tell ourselves
+        ".*Total length of .DataLoader. across ranks is zero.*",  # Video.setup prints its own line
     ):
         warnings.filterwarnings("ignore", message=harmless)
     try:

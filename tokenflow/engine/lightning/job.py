@@ -71,7 +71,7 @@ class Choice:
         self.spec, self.root, self.described = dict(spec), root, ""
 
     def make(self) -> Any:
-        """The plugin.
+        """A new plugin.
 
         Raises:
             InputError: Nobody has settled how: classes are named to the command line.

@@ -105,6 +105,8 @@ class TokenFlow(LightningModule):
         self.number, self.groups = 0, 1  # of frame groups
         self.plugin_keys: tuple[str, str] | tuple[None, None] = (None, None)
         """Editor and kernel with their options, as text, where known: parts of cache keys."""
+        self.chosen: dict[str, tuple[str, Any]] = {}
+        """What the last job of a manifest chose, with its description: `Choice.described`."""
 
     def setup(self, stage: str) -> None:
         device = str(self.trainer.strategy.root_device)
@@ -154,6 +156,26 @@ class TokenFlow(LightningModule):
         own = job.plugins.get(name)
         return run if run is None or own is None else own.described
 
+    def plugins_of(self, job: Job) -> tuple[Editor, Propagation]:
+        """A job's editor and kernel.
+
+        Those of the last job again where both choose alike, as their networks are loaded; others
+        are freed first.
+        """
+        own = job.plugins
+        self.chosen = {
+            name: kept
+            for name, kept in self.chosen.items()
+            if name in own and own[name].described == kept[0]
+        }
+        for name, choice in own.items():
+            if name not in self.chosen:
+                self.chosen[name] = choice.described, choice.make()
+        editor, propagation = (
+            self.chosen[name][1] if name in self.chosen else getattr(self, name) for name in PLUGINS
+        )
+        return editor, propagation
+
     def predict_step(self, job: Job, batch_index: int) -> Prediction | Outcome | None:
         """A job's result or its status; None where other ranks have the job."""
         if batch_index % self.groups != self.number:
@@ -194,11 +216,7 @@ class TokenFlow(LightningModule):
         """A job's result, on rank 0 for the whole clip."""
         assert self.backbone is not None, "setup comes before predict_step"
         backbone, (prompts, settings) = self.backbone, self.options(job)
-        own = {name: choice.make() for name, choice in job.plugins.items()}
-        editor, propagation = (
-            own.get("editor", self.editor),
-            own.get("propagation", self.propagation),
-        )
+        editor, propagation = self.plugins_of(job)
         store = None
         if self.cache is not None:
             one, other = (self.plugin_key(job, name) for name in PLUGINS)

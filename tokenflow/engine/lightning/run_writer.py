@@ -240,7 +240,7 @@ class RunWriter(BasePredictionWriter, EditCallback):
         except (OSError, VideoError) as error:
             again = "free some space or choose another --output.folder, and start again"
             safe = result.checkpoint is not None and not result.checkpoint.cache.full
-            keeps = "; the edit is kept and only written then" if safe else ""
+            keeps = "; the edit is in the cache, and the next run only writes it" if safe else ""
             what = (
                 error
                 if isinstance(error, VideoError)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -13,6 +13,7 @@ from tokenflow.engine.ranks.preemption import Preemption
 from tokenflow.errors import Preempted
 
 
+@runtime_checkable
 class Preemptible(Protocol):
     """A module whose ranks stop together."""
 
