@@ -9,11 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 
+from tokenflow.editors import SDEdit
 from tokenflow.engine import Result
-from tokenflow.engine.lightning.module import Prediction
+from tokenflow.engine.lightning.module import Prediction, TokenFlow
 from tokenflow.engine.lightning.run_writer import RunWriter
+from tokenflow.propagation import NNField
 from tokenflow.runs.observed import Observed
 from tokenflow.video import AudioSpan, Clip
 
@@ -46,5 +48,5 @@ def make_run(
     writer.configuration = configuration or {"data": {"video": "bar.mp4"}}
     writer.probe = SimpleNamespace(seen=seen)  # type: ignore[assignment]
     trainer = Trainer(accelerator="cpu", logger=False, callbacks=[writer])
-    writer.write(trainer, LightningModule(), Prediction(result, resolved), folder)
+    writer.write(trainer, TokenFlow(SDEdit(), NNField()), Prediction(result, resolved), folder)
     return folder
