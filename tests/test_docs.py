@@ -20,7 +20,7 @@ from tests.installing import install
 from tokenflow.cli.main import main
 from tokenflow.engine import Settings
 from tokenflow.engine.lightning.data import Video
-from tokenflow.engine.lightning.module import TokenFlow
+from tokenflow.engine.lightning.module import TokenFlowModule
 from tokenflow.engine.lightning.run_writer import RunWriter
 from tokenflow.plugins import installed_plugins
 from tokenflow.testing.checks import Check
@@ -153,6 +153,6 @@ def test_links_exist(file: Path) -> None:
 
 @pytest.mark.parametrize("file", PROSE, ids=lambda p: str(p.relative_to(ROOT)))
 def test_options_exist(file: Path) -> None:
-    groups = {"model": (TokenFlow, Settings), "data": (Video,), "output": (RunWriter,)}
+    groups = {"model": (TokenFlowModule, Settings), "data": (Video,), "output": (RunWriter,)}
     for group, option in re.findall(r"--(model|data|output)\.(\w+)", file.read_text()):
         assert any(option in inspect.signature(c).parameters for c in groups[group]), option

@@ -19,7 +19,7 @@ from tests.on_ranks import command, ended, launched
 from tokenflow.cli.main import main
 from tokenflow.editors import PnP
 from tokenflow.engine.lightning.job import Job
-from tokenflow.engine.lightning.module import Prediction, TokenFlow
+from tokenflow.engine.lightning.module import Prediction, TokenFlowModule
 from tokenflow.errors import PluginError
 from tokenflow.video import Clip, read_clip, write_clip, write_video
 
@@ -100,16 +100,16 @@ def test_a_result_does_not_outlive_its_clip(
 ) -> None:
     results: list[weakref.ref[Any]] = []
     alive: list[int] = []
-    edited = TokenFlow.edited
+    edited = TokenFlowModule.edited
 
-    def counted(self: TokenFlow, job: Job) -> Prediction:
+    def counted(self: TokenFlowModule, job: Job) -> Prediction:
         gc.collect()
         alive.append(sum(result() is not None for result in results))
         prediction = edited(self, job)
         results.append(weakref.ref(prediction.result.clip.frames))
         return prediction
 
-    monkeypatch.setattr(TokenFlow, "edited", counted)
+    monkeypatch.setattr(TokenFlowModule, "edited", counted)
     with pytest.raises(SystemExit):
         main(words)
     assert (len(results), alive) == (3, [0] * 4)

@@ -22,7 +22,7 @@ from tokenflow.cli.main import main
 from tokenflow.cli.options import CLASSES, check, group_options
 from tokenflow.engine.lightning.data import Video
 from tokenflow.engine.lightning.metrics import Measuring
-from tokenflow.engine.lightning.module import TokenFlow
+from tokenflow.engine.lightning.module import TokenFlowModule
 from tokenflow.engine.lightning.run_writer import RunWriter
 from tokenflow.engine.settings import Settings
 from tokenflow.errors import InputError
@@ -30,7 +30,7 @@ from tokenflow.metrics import Measures
 
 KINDS = {
     "data": (Video,),
-    "model": (TokenFlow, Settings),
+    "model": (TokenFlowModule, Settings),
     "output": (RunWriter,),
     "metrics": (Measuring, Measures),
 }
@@ -160,7 +160,7 @@ def test_a_misspelt_option_in_a_file_names_its_class(
     with pytest.raises(SystemExit):
         main(["predict", f"--config={tmp_path / 'bad.yaml'}"])
     err = capsys.readouterr().err
-    assert "TokenFlow has no option 'stepz'" in err
+    assert "TokenFlowModule has no option 'stepz'" in err
     assert "did you mean steps; its options are editor, " in err
 
 

@@ -16,7 +16,7 @@ from tokenflow.cli.main import main
 from tokenflow.editors import ControlNet, PnP, SDEdit
 from tokenflow.engine.lightning.job import Choice, ClipSource, Job
 from tokenflow.engine.lightning.manifest import MOST, read_manifest
-from tokenflow.engine.lightning.module import TokenFlow
+from tokenflow.engine.lightning.module import TokenFlowModule
 from tokenflow.errors import InputError
 from tokenflow.propagation import FlowWeighted, NNField
 from tokenflow.report import read_run
@@ -120,7 +120,7 @@ def test_choices_are_completed_as_a_configuration_is() -> None:
 
 
 def test_a_plugin_is_kept_for_the_next_row_that_chooses_alike_and_for_no_other() -> None:
-    module, choices, rows = TokenFlow(PnP(), NNField()), Choices(RUN), []
+    module, choices, rows = TokenFlowModule(PnP(), NNField()), Choices(RUN), []
     canny = {"class_path": "ControlNet", "init_args": {"condition": {"class_path": "Canny"}}}
     for spec in (canny, canny, None, canny):
         plugins = {} if spec is None else {"editor": Choice(spec, Path())}

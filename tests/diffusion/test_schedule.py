@@ -7,7 +7,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from tokenflow.diffusion import Schedule, guide
-from tokenflow.diffusion.schedule import Prediction, require_finite
+from tokenflow.diffusion.schedule import PredictionType, require_finite
 from tokenflow.errors import DivergedError, InputError
 
 STABLE_DIFFUSION = {
@@ -29,7 +29,7 @@ def flow(steps: int) -> Schedule:
     return Schedule(timesteps, tuple(1 - t for t in times), tuple(times), "flow")
 
 
-def made(prediction: Prediction, steps: int) -> Schedule:
+def made(prediction: PredictionType, steps: int) -> Schedule:
     """A schedule of any kind."""
     if prediction == "flow":
         return flow(steps)
@@ -49,7 +49,7 @@ every_prediction = pytest.mark.parametrize("prediction", ["epsilon", "v_predicti
 
 @every_prediction
 @pytest.mark.parametrize("steps", [1, 2, 7, 50])
-def test_split_undoes_mix(prediction: Prediction, steps: int) -> None:
+def test_split_undoes_mix(prediction: PredictionType, steps: int) -> None:
     schedule = made(prediction, steps)
     x0, n = torch.randn(2, 100, dtype=torch.float64)
     for i in range(steps + 1):
@@ -60,7 +60,7 @@ def test_split_undoes_mix(prediction: Prediction, steps: int) -> None:
 
 
 @every_prediction
-def test_a_step_by_the_exact_output_is_the_next_level(prediction: Prediction) -> None:
+def test_a_step_by_the_exact_output_is_the_next_level(prediction: PredictionType) -> None:
     schedule = made(prediction, 7)
     x0, n = torch.randn(2, 100, dtype=torch.float64)
     for i in range(7):
@@ -70,7 +70,7 @@ def test_a_step_by_the_exact_output_is_the_next_level(prediction: Prediction) ->
 
 
 @every_prediction
-def test_a_step_undoes_a_step_of_inversion(prediction: Prediction) -> None:
+def test_a_step_undoes_a_step_of_inversion(prediction: PredictionType) -> None:
     """Where the network sees the same clean latent and noise at both ends of the step."""
     schedule = made(prediction, 7)
     x0, n = torch.randn(2, 100, dtype=torch.float64)
@@ -86,7 +86,7 @@ def test_a_step_undoes_a_step_of_inversion(prediction: Prediction) -> None:
 
 
 @every_prediction
-def test_a_gaussians_latents_come_back(prediction: Prediction) -> None:
+def test_a_gaussians_latents_come_back(prediction: PredictionType) -> None:
     """The output is known for latents of N(0, 0.25): the mean of x0 and n where x was seen."""
     schedule, variance = made(prediction, 200), 0.25
 

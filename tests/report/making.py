@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 
 from tokenflow.editors import SDEdit
 from tokenflow.engine import Result
-from tokenflow.engine.lightning.module import Prediction, TokenFlow
+from tokenflow.engine.lightning.module import Prediction, TokenFlowModule
 from tokenflow.engine.lightning.run_writer import RunWriter
 from tokenflow.propagation import NNField
 from tokenflow.runs.observed import Observed
@@ -48,5 +48,7 @@ def make_run(
     writer.configuration = configuration or {"data": {"video": "bar.mp4"}}
     writer.probe = SimpleNamespace(seen=seen)  # type: ignore[assignment]
     trainer = Trainer(accelerator="cpu", logger=False, callbacks=[writer])
-    writer.write(trainer, TokenFlow(SDEdit(), NNField()), Prediction(result, resolved), folder)
+    writer.write(
+        trainer, TokenFlowModule(SDEdit(), NNField()), Prediction(result, resolved), folder
+    )
     return folder

@@ -29,7 +29,10 @@ from tokenflow.storage.safe_yaml import parse_yaml
 PACKAGE = Path(__file__).parents[1]
 CLASSES = {
     "data": (("engine/lightning/data.py", "Video"),),
-    "model": (("engine/lightning/module.py", "TokenFlow"), ("engine/settings.py", "Settings")),
+    "model": (
+        ("engine/lightning/module.py", "TokenFlowModule"),
+        ("engine/settings.py", "Settings"),
+    ),
     "output": (("engine/lightning/run_writer.py", "RunWriter"),),
     "metrics": (("engine/lightning/metrics.py", "Measuring"), ("metrics/measures.py", "Measures")),
 }

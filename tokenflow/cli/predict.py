@@ -35,7 +35,7 @@ from tokenflow.engine.lightning.data import Video
 from tokenflow.engine.lightning.job import Job
 from tokenflow.engine.lightning.loggers import Logged
 from tokenflow.engine.lightning.metrics import Measuring
-from tokenflow.engine.lightning.module import TokenFlow
+from tokenflow.engine.lightning.module import TokenFlowModule
 from tokenflow.engine.lightning.progress import StageProgress
 from tokenflow.engine.lightning.run_writer import RunWriter, writer_of
 from tokenflow.engine.ranks.group import FrameGroup
@@ -91,7 +91,7 @@ class PredictCLI(LightningCLI):
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """As Lightning's own, with the trainer's many options last."""
         parser.add_lightning_class_args(Video, "data")
-        parser.add_lightning_class_args(TokenFlow, "model")
+        parser.add_lightning_class_args(TokenFlowModule, "model")
         parser.add_lightning_class_args(RunWriter, "output")
         parser.add_lightning_class_args(Measuring, "metrics")  # after what it measures
         parser.add_argument(
@@ -103,7 +103,7 @@ class PredictCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         for option, kind in (
-            ("data", Video), ("model", TokenFlow), ("model", Settings), ("output", RunWriter)
+            ("data", Video), ("model", TokenFlowModule), ("model", Settings), ("output", RunWriter)
         ):  # fmt: skip
             require_values(self.config.predict[option], kind, option)
         for option, group in PLUGINS.items():
@@ -179,7 +179,7 @@ class PredictCLI(LightningCLI):
                     said = f"{job.where} will fail: {error}"
                     print(printable_lines(said), file=sys.stderr)
 
-    def predict(self, model: TokenFlow, datamodule: Video) -> None:
+    def predict(self, model: TokenFlowModule, datamodule: Video) -> None:
         """As the trainer's own, which would keep every clip's result until the last is done."""
         remedy = (
             "lower --data.resolution or --model.batch, or take --model.dtype float16 or bfloat16"
@@ -291,7 +291,7 @@ def run(words: list[str], callbacks: Sequence[Callback] = ()) -> None:
         warnings.filterwarnings("ignore", message=harmless)
     try:
         PredictCLI(
-            TokenFlow,
+            TokenFlowModule,
             Video,
             args=["predict", *words],
             allowed=allowed,

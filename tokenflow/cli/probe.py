@@ -13,7 +13,7 @@ from torch import Tensor
 from tokenflow.cli.predict import run as predict
 from tokenflow.engine.lightning.callback import EditCallback
 from tokenflow.engine.lightning.job import Job
-from tokenflow.engine.lightning.module import TokenFlow
+from tokenflow.engine.lightning.module import TokenFlowModule
 from tokenflow.engine.probe import Probe
 from tokenflow.engine.settings import Settings
 from tokenflow.errors import InputError
@@ -45,7 +45,7 @@ class Probing(EditCallback):
         self.run, self.asked = run, asked
         self.probe: Probe | None = None
 
-    def admit(self, trainer: Trainer, module: TokenFlow, job: Job) -> str | None:  # type: ignore[override]
+    def admit(self, trainer: Trainer, module: TokenFlowModule, job: Job) -> str | None:  # type: ignore[override]
         if job.where is not None and (
             job.name != self.run.name or job.source.record != self.run.came.get("source")
         ):
@@ -60,13 +60,13 @@ class Probing(EditCallback):
         self.made(module, range(0), settings)  # refuses a wrong step or site at once
         return None
 
-    def made(self, module: TokenFlow, frames: range, settings: Settings) -> Probe:
+    def made(self, module: TokenFlowModule, frames: range, settings: Settings) -> Probe:
         """A probe of a clip's frames."""
         assert module.backbone is not None, "setup comes before a clip"
         return Probe(module.backbone.sites(), frames, settings.steps, *self.asked)
 
     def on_edit_start(  # type: ignore[override]
-        self, trainer: Trainer, module: TokenFlow, job: Job, frames: range
+        self, trainer: Trainer, module: TokenFlowModule, job: Job, frames: range
     ) -> None:
         self.probe = self.made(module, frames, module.options(job)[1])
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokenflow.errors import DivergedError, InputError
 
-Prediction = Literal["epsilon", "v_prediction", "flow"]
+PredictionType = Literal["epsilon", "v_prediction", "flow"]
 Timestep = int | float
 """What a network is given for a noise level: its number in training, or a time."""
 
@@ -29,7 +29,7 @@ class Schedule:
     timesteps: tuple[Timestep, ...]
     signal: tuple[float, ...]
     noise: tuple[float, ...]
-    prediction: Prediction = "epsilon"
+    prediction: PredictionType = "epsilon"
 
     def __post_init__(self) -> None:
         if not len(self.signal) == len(self.noise) == len(self.timesteps) + 1 > 1:
@@ -37,9 +37,9 @@ class Schedule:
                 f"a schedule needs one noise level per timestep and the clean one, got "
                 f"{len(self.timesteps)} timesteps, {len(self.signal)} and {len(self.noise)} levels"
             )
-        if self.prediction not in get_args(Prediction):
+        if self.prediction not in get_args(PredictionType):
             raise ValueError(
-                f"prediction must be one of {get_args(Prediction)}, got {self.prediction!r}"
+                f"prediction must be one of {get_args(PredictionType)}, got {self.prediction!r}"
             )
 
     @classmethod

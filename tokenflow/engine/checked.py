@@ -28,10 +28,10 @@ from tokenflow.propagation import OpticalFlow, Propagation
 from tokenflow.video import Clip
 from tokenflow.violations import Violation, require_none
 
-Plugin = Editor | Propagation | OpticalFlow
+AnyPlugin = Editor | Propagation | OpticalFlow
 
 
-def named(plugin: Plugin) -> str:
+def named(plugin: AnyPlugin) -> str:
     """A plugin's name, package and version."""
     return f"{type(plugin).__name__} of {origin(type(plugin))}"
 
@@ -48,7 +48,7 @@ def require_interface(plugin: Editor | Propagation) -> None:
 
 
 @contextmanager
-def blamed(plugin: Plugin, function: str) -> Iterator[None]:
+def blamed(plugin: AnyPlugin, function: str) -> Iterator[None]:
     """A block that calls a plugin's function; exceptions become a `PluginError` that names it.
 
     `InputError` passes as it is, since its message is for the user already, and so does a lack of

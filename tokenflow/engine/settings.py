@@ -11,7 +11,7 @@ from tokenflow.diffusion import Backbone
 from tokenflow.engine.keyframes import Blend, Keyframes, Neighbours, draw_keyframes
 from tokenflow.errors import InputError
 
-Consistency = Literal["tokenflow", "joint", "none"]
+ConsistencyName = Literal["tokenflow", "joint", "none"]
 KeyframeAttention = Literal["full", "windowed"]
 
 
@@ -50,7 +50,7 @@ class Settings:
     keyframes: Keyframes = "random"
     neighbours: Neighbours = "bracketing"
     blend: Blend = "sigmoid"
-    consistency: Consistency = "tokenflow"
+    consistency: ConsistencyName = "tokenflow"
     keyframe_attention: KeyframeAttention = "windowed"
     span: int = 8
     anchors: int = 2
@@ -62,7 +62,7 @@ class Settings:
         names = {
             "neighbours": Neighbours,
             "blend": Blend,
-            "consistency": Consistency,
+            "consistency": ConsistencyName,
             "keyframe_attention": KeyframeAttention,
         }
         for name, kind in names.items():

@@ -4,7 +4,7 @@ from tokenflow.metrics.clip_score import ClipEmbedder, frame_consistency, text_a
 from tokenflow.metrics.fidelity import decibels, psnr, ssim
 from tokenflow.metrics.flicker import flicker
 from tokenflow.metrics.judge_accuracy import Verdict, judge_accuracy, judge_edit
-from tokenflow.metrics.long_range import Consistency, long_range
+from tokenflow.metrics.long_range import LongRangeError, long_range
 from tokenflow.metrics.measures import Measures
 from tokenflow.metrics.perceptual import load_lpips, lpips
 from tokenflow.metrics.structure import structure
@@ -13,7 +13,7 @@ from tokenflow.metrics.warp_error import warp_error
 
 __all__ = [
     "ClipEmbedder",
-    "Consistency",
+    "LongRangeError",
     "Measures",
     "Verdict",
     "VisibleFlow",

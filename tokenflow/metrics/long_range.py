@@ -13,7 +13,7 @@ from tokenflow.metrics.warp_error import squared_changes
 from tokenflow.video import Frames
 
 
-class Consistency(NamedTuple):
+class LongRangeError(NamedTuple):
     """The warp error of frames so far apart, and the share of their pixels that it is of."""
 
     error: float
@@ -22,7 +22,7 @@ class Consistency(NamedTuple):
 
 def long_range(
     frames: Float[Tensor, "frames 3 height width"] | Frames, flow: VisibleFlow, distance: int
-) -> Consistency | None:
+) -> LongRangeError | None:
     """Warp error of every frame and the one d frames on; none for a clip that is too short:
 
         mean over i, over visible p and over channels of (x_i(p) - x_{i+d}(p + flow_{i,i+d}(p)))².
@@ -43,4 +43,4 @@ def long_range(
         changes = squared_changes(frames[list(pair)], motion[None])[visible[None]]
         error += float(changes.double().sum())
         pixels, seen = pixels + visible.numel(), seen + int(visible.sum())
-    return Consistency(error / seen if seen else torch.nan, seen / pixels)
+    return LongRangeError(error / seen if seen else torch.nan, seen / pixels)

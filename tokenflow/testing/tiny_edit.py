@@ -17,7 +17,7 @@ from tokenflow.editors import Batch, Editor, Prompts, Step
 from tokenflow.engine import Settings, edit_latents
 from tokenflow.engine.network import EditedNetwork
 from tokenflow.engine.ranks.group import FrameGroup
-from tokenflow.engine.settings import Consistency
+from tokenflow.engine.settings import ConsistencyName
 from tokenflow.propagation import NNField
 from tokenflow.testing.tiny import tiny_backbone, tiny_clip
 from tokenflow.video import Clip
@@ -100,7 +100,7 @@ class TinyEdit:
     def edit(
         self,
         batch: int = 3,
-        consistency: Consistency = "tokenflow",
+        consistency: ConsistencyName = "tokenflow",
         ranks: FrameGroup | None = None,
     ) -> Float[Tensor, "frames c h w"]:
         """The edited latents of the clip, after a pass of inversion if the editor inverts."""

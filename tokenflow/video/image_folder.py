@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from tokenflow.video.clip import VideoError
-from tokenflow.video.source import MAX_PIXELS, Picture, Source
+from tokenflow.video.source import MAX_PIXELS, Picture, VideoSource
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 # whatever the suffix says; of all others Pillow would start Ghostscript for PostScript
@@ -23,7 +23,7 @@ FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
-def image_source(folder: Path, rate: Fraction) -> Source:
+def image_source(folder: Path, rate: Fraction) -> VideoSource:
     """The folder's images by name, 2 before 10; other files and hidden ones are passed over.
 
     EXIF orientation is applied, transparency is dropped. VideoError names what cannot be read, and
@@ -33,7 +33,7 @@ def image_source(folder: Path, rate: Fraction) -> Source:
     if not paths:
         raise VideoError(f"{folder}: expected images ({', '.join(SUFFIXES)}), found none.")
     _require_one_order(folder, paths)
-    return Source(rate, _pictures(paths, rate))
+    return VideoSource(rate, _pictures(paths, rate))
 
 
 def image_paths(folder: Path) -> list[Path]:

@@ -21,7 +21,7 @@ from tokenflow.video.clock import repaired
 from tokenflow.video.frames import DecodeCache, Frames
 from tokenflow.video.image_folder import image_source
 from tokenflow.video.sizing import Fit, Framing, framing
-from tokenflow.video.source import MAX_PIXELS, Picture, Source
+from tokenflow.video.source import MAX_PIXELS, Picture, VideoSource
 from tokenflow.video.video_file import video_source
 
 SLOWEST = Fraction(1, 10_000)  # image_rate
@@ -138,7 +138,7 @@ class Reading:
     digests: dict[int, bytes] = field(default_factory=dict)
 
     @contextmanager
-    def opened(self) -> Iterator[Source]:
+    def opened(self) -> Iterator[VideoSource]:
         """The file or folder; it can be opened again."""
         if self.path.is_dir():
             yield image_source(self.path, self.image_rate)
@@ -238,7 +238,7 @@ def _times(
 
 
 def _end(
-    source: Source,
+    source: VideoSource,
     reading: Reading,
     pictures: Iterator[Picture],
     time: Fraction,

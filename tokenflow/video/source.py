@@ -35,7 +35,7 @@ class Picture(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Source:
+class VideoSource:
     """Pictures in the order of display; their nominal number per second; if there is sound.
 
     end: when the last picture goes, if the container tells better than that picture.

@@ -24,7 +24,7 @@ from tokenflow.video import colour
 from tokenflow.video.clip import MAX_RATE, VideoError
 from tokenflow.video.clock import continuous, restarts
 from tokenflow.video.decoder import DamagedError, clean_frames, configure
-from tokenflow.video.source import MAX_PIXELS, Picture, Source
+from tokenflow.video.source import MAX_PIXELS, Picture, VideoSource
 
 # By name, since a playlist (m3u8, concat, dash) can pull in any other file or address.
 CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif,yuv4mpegpipe"
@@ -69,7 +69,7 @@ def timed_packets(container: InputContainer, *wanted: Stream) -> Iterator[Packet
 
 
 @contextmanager
-def video_source(path: Path) -> Iterator[Source]:
+def video_source(path: Path) -> Iterator[VideoSource]:
     """The pictures of a file's first video stream, upright, with their true times, in BT.709.
 
     VideoError says what is wrong with the file, and at which frame. What cannot be decoded before
@@ -78,7 +78,7 @@ def video_source(path: Path) -> Iterator[Source]:
     with open_container(path) as container:
         stream = _require_picture(path, container)
         configure(stream, MAX_PIXELS)
-        yield Source(
+        yield VideoSource(
             rate=_rate(path, stream),
             pictures=_pictures(path, container, stream),
             end=_end(container, stream),

@@ -14,7 +14,7 @@ from tokenflow.cli.main import main
 from tokenflow.editors import SDEdit
 from tokenflow.engine.lightning import metrics as metrics_module
 from tokenflow.engine.lightning.metrics import Measuring, Sources
-from tokenflow.engine.lightning.module import TokenFlow
+from tokenflow.engine.lightning.module import TokenFlowModule
 from tokenflow.propagation import NNField
 from tokenflow.report import Run
 from tokenflow.video import Clip, write_clip, write_image
@@ -27,7 +27,7 @@ def test_nothing_of_a_clip_is_kept_for_the_next(monkeypatch: pytest.MonkeyPatch)
         seen.append(sources)
 
     monkeypatch.setattr(metrics_module, "leave", leave)
-    metrics, module = Measuring(measure=True), TokenFlow(SDEdit(), NNField())
+    metrics, module = Measuring(measure=True), TokenFlowModule(SDEdit(), NNField())
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     metrics.on_predict_start(trainer, module)
     for name in ("one", "two"):

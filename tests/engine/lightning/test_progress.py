@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 
 from tokenflow.editors import PnP
 from tokenflow.engine.lightning.job import ClipSource, Job
-from tokenflow.engine.lightning.module import TokenFlow
+from tokenflow.engine.lightning.module import TokenFlowModule
 from tokenflow.engine.lightning.progress import StageProgress
 from tokenflow.engine.progress import Reporter
 from tokenflow.propagation import NNField
@@ -23,7 +23,7 @@ def test_while_a_clip_is_inverted_the_eta_includes_the_edit(
 ) -> None:
     job = Job(ClipSource(Path("in.mp4")))
     for chosen in ({"keyframe_every": 2}, {"consistency": "none"}):
-        module = TokenFlow(
+        module = TokenFlowModule(
             PnP(), NNField(), "a ball", cache=None, steps=4, inversion_steps=8, **chosen
         )
         shown = StageProgress()
@@ -44,7 +44,7 @@ def test_while_a_clip_is_inverted_the_eta_includes_the_edit(
 def test_only_rank_zero_reports(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = TokenFlow(PnP(), NNField(), cache=None)
+    module = TokenFlowModule(PnP(), NNField(), cache=None)
     for first in (True, False):
         monkeypatch.setattr(Trainer, "is_global_zero", first)
         shown = StageProgress()

@@ -15,7 +15,7 @@ from tokenflow.editors import PnP
 from tokenflow.engine import Result
 from tokenflow.engine.lightning import run_writer
 from tokenflow.engine.lightning.job import ClipSource, Job, Outcome
-from tokenflow.engine.lightning.module import Prediction, TokenFlow
+from tokenflow.engine.lightning.module import Prediction, TokenFlowModule
 from tokenflow.engine.lightning.run_writer import RunWriter
 from tokenflow.errors import InputError, Preempted
 from tokenflow.propagation import NNField
@@ -23,7 +23,7 @@ from tokenflow.runs.files import FolderLock
 from tokenflow.video import Clip, read_clip
 
 TRAINER = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-MODULE = TokenFlow(PnP(), NNField(), cache=None)
+MODULE = TokenFlowModule(PnP(), NNField(), cache=None)
 
 
 @pytest.fixture
@@ -212,7 +212,7 @@ def test_a_run_is_whole_without_its_page(
 def test_a_run_that_is_asked_to_stop_while_it_writes(
     last: str, tmp_path: Path, source: Job, prediction: Prediction, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    writer, module = RunWriter(str(tmp_path)), TokenFlow(PnP(), NNField(), cache=None)
+    writer, module = RunWriter(str(tmp_path)), TokenFlowModule(PnP(), NNField(), cache=None)
     admit(writer, source)
     call = getattr(run_writer, last)
 

@@ -13,7 +13,7 @@ from torch.distributed import TCPStore
 
 from tokenflow.editors import PnP
 from tokenflow.engine.lightning.data import Video
-from tokenflow.engine.lightning.module import TokenFlow
+from tokenflow.engine.lightning.module import TokenFlowModule
 from tokenflow.engine.lightning.run_writer import RunWriter
 from tokenflow.engine.ranks.preemption import SIGNALS, Preemption
 from tokenflow.errors import Preempted
@@ -65,7 +65,7 @@ def test_a_trainer_leaves_the_handlers_as_they_were(
     """Twice, as in a notebook."""
     video = write_clip(tmp_path / "clip.mp4", tiny_clip(3))
     before = [signal.getsignal(number) for number in SIGNALS]
-    module = TokenFlow(PnP(), NNField(), "a ball", str(model_folder), cache=None, steps=1)
+    module = TokenFlowModule(PnP(), NNField(), "a ball", str(model_folder), cache=None, steps=1)
 
     def edit(name: str) -> None:
         trainer = Trainer(

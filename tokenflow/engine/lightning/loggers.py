@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from tokenflow.engine.lightning.job import Job
-from tokenflow.engine.lightning.module import Prediction, TokenFlow
+from tokenflow.engine.lightning.module import Prediction, TokenFlowModule
 from tokenflow.engine.lightning.run_writer import writer_of
 from tokenflow.report import read_run
 from tokenflow.runs.files import EDITED, SHEET
@@ -35,7 +35,7 @@ class Logged(Callback):
     """
 
     def on_predict_batch_end(  # type: ignore[override]
-        self, trainer: Trainer, module: TokenFlow, prediction: Any, job: Job, *_: Any
+        self, trainer: Trainer, module: TokenFlowModule, prediction: Any, job: Job, *_: Any
     ) -> None:
         if not isinstance(prediction, Prediction) or not trainer.is_global_zero:
             return

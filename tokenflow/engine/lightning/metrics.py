@@ -20,7 +20,7 @@ from tokenflow.engine.lightning.callback import EditCallback
 from tokenflow.engine.lightning.finished_run import FinishedRun
 from tokenflow.engine.lightning.job import ClipSource
 from tokenflow.engine.lightning.mask import cut_mask
-from tokenflow.engine.lightning.module import TokenFlow
+from tokenflow.engine.lightning.module import TokenFlowModule
 from tokenflow.engine.lightning.run_writer import shown
 from tokenflow.errors import InputError
 from tokenflow.metrics import Measures
@@ -184,7 +184,7 @@ class Measuring(EditCallback):
                 f"{self.mask}; leave it out, and give each row of the manifest its mask"
             )
 
-    def on_predict_start(self, trainer: Trainer, module: TokenFlow) -> None:  # type: ignore[override]
+    def on_predict_start(self, trainer: Trainer, module: TokenFlowModule) -> None:  # type: ignore[override]
         with module.everyone.together():
             if self.measure and module.group.rank == 0:
                 backbone = module.backbone if self.round_trip else None

@@ -20,7 +20,7 @@ from tokenflow.engine.lightning.callback import edit_callbacks
 from tokenflow.engine.lightning.job import PLUGINS, Job, Outcome
 from tokenflow.engine.lightning.mask import cut_mask
 from tokenflow.engine.lightning.stopping import Stopping
-from tokenflow.engine.ranks.group import FrameGroup
+from tokenflow.engine.ranks.group import FrameGroup, require_divisor
 from tokenflow.engine.ranks.preemption import Preemption
 from tokenflow.engine.resume import ResumeStore
 from tokenflow.engine.settings import Settings
@@ -49,7 +49,7 @@ class Prediction:
         self.result, self.resolved = result, resolved
 
 
-class TokenFlow(LightningModule):
+class TokenFlowModule(LightningModule):
     """Edits clips with a frozen text-to-image model, consistently over time.
 
     Args:
@@ -109,6 +109,7 @@ class TokenFlow(LightningModule):
         """What the last job of a manifest chose, with its description: `Choice.described`."""
 
     def setup(self, stage: str) -> None:
+        require_divisor(self.ranks_per_clip)  # before a collective, which a rank could miss
         device = str(self.trainer.strategy.root_device)
         self.preemption = Preemption()
         self.preemption.install()

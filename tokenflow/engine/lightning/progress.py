@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from tokenflow.engine.lightning.callback import EditCallback
 from tokenflow.engine.lightning.job import Job
-from tokenflow.engine.lightning.module import TokenFlow
+from tokenflow.engine.lightning.module import TokenFlowModule
 from tokenflow.engine.progress import Reporter
 from tokenflow.engine.settings import Settings
 
@@ -34,7 +34,7 @@ class StageProgress(EditCallback):
             self.reporter.bars.start()
 
     def on_predict_batch_start(  # type: ignore[override]
-        self, trainer: Trainer, module: TokenFlow, job: Job, index: int, *_: Any
+        self, trainer: Trainer, module: TokenFlowModule, job: Job, index: int, *_: Any
     ) -> None:
         self.index, self.edit_share = index, edit_to_inversion(module.options(job)[1])
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tokenflow.engine.lightning.callback import EditCallback, edit_callbacks
 from tokenflow.engine.lightning.job import ClipSource, Job, Outcome
-from tokenflow.engine.lightning.module import Prediction, TokenFlow
+from tokenflow.engine.lightning.module import Prediction, TokenFlowModule
 from tokenflow.engine.probe import Probe
 from tokenflow.errors import InputError
 from tokenflow.propagation import Correspondence, Window
@@ -102,7 +102,7 @@ class RunWriter(BasePredictionWriter, EditCallback):
         )
 
     def on_edit_start(  # type: ignore[override]
-        self, trainer: Trainer, module: TokenFlow, job: Job, frames: range
+        self, trainer: Trainer, module: TokenFlowModule, job: Job, frames: range
     ) -> None:
         assert module.backbone is not None, "setup comes before a clip"
         settings, sites = module.options(job)[1], module.backbone.sites()
@@ -146,7 +146,7 @@ class RunWriter(BasePredictionWriter, EditCallback):
     def write_on_batch_end(  # type: ignore[override]
         self,
         trainer: Trainer,
-        module: TokenFlow,
+        module: TokenFlowModule,
         prediction: Prediction | Outcome | None,
         indices: Any,
         job: Job,
@@ -172,7 +172,7 @@ class RunWriter(BasePredictionWriter, EditCallback):
             print(printable(f"{folder}: see {page}" if page.exists() else folder))
 
     def written(
-        self, trainer: Trainer, module: TokenFlow, job: Job, prediction: Prediction
+        self, trainer: Trainer, module: TokenFlowModule, job: Job, prediction: Prediction
     ) -> Outcome:
         """Writes an edited job's files; returns its status.
 
@@ -199,7 +199,7 @@ class RunWriter(BasePredictionWriter, EditCallback):
             self.lock.release()
         self.lock = None
 
-    def on_predict_end(self, trainer: Trainer, module: TokenFlow) -> None:  # type: ignore[override]
+    def on_predict_end(self, trainer: Trainer, module: TokenFlowModule) -> None:  # type: ignore[override]
         """Prints the status of many clips, when all have been edited."""
         module.everyone.meet()
         gathered = module.everyone.all_gather_object(self.outcomes)
@@ -209,7 +209,7 @@ class RunWriter(BasePredictionWriter, EditCallback):
             print_outcomes(every)
 
     def write(
-        self, trainer: Trainer, module: TokenFlow, prediction: Prediction, folder: Path
+        self, trainer: Trainer, module: TokenFlowModule, prediction: Prediction, folder: Path
     ) -> None:
         """Writes a run's files, which stand in its folder when all are there.
 

@@ -69,19 +69,11 @@ class FrameGroup:
         Raises:
             InputError: The job's ranks are no multiple of the members.
         """
+        require_divisor(members)
         if not dist.is_initialized():
-            if members not in (None, 1):
-                raise InputError(
-                    f"expected 1 rank for each clip of this one-rank run, got {members}"
-                )
             return cls(preemption=preemption)
         rank, ranks = dist.get_rank(), dist.get_world_size()
         members = members or ranks
-        if members < 1 or ranks % members:
-            raise InputError(
-                f"expected the number of ranks for each clip to divide {ranks}, the job's ranks; "
-                f"got {members}"
-            )
         mine = cls(rank % members, members, device=device, preemption=preemption)
         for begin in range(0, ranks, members):
             those = list(range(begin, begin + members))
@@ -248,3 +240,13 @@ class FrameGroup:
         for request in dist.batch_isend_irecv(exchanges) if exchanges else ():
             request.wait()
         return torch.cat(parts)
+
+
+def require_divisor(members: int | None) -> None:
+    """Raises `InputError` for a number of ranks per clip that does not divide the job's ranks."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    if members is not None and (members < 1 or ranks % members):
+        raise InputError(
+            f"expected the number of ranks for each clip to divide {ranks}, the job's ranks; "
+            f"got {members}"
+        )
