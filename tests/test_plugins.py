@@ -668,7 +668,7 @@ class Flow(OpticalFlow):
     [
         (
             lambda clip: clip.nonsense,
-            r"^Flow of tests.* failed in motion: AttributeError: .*mended$",
+            r"^Flow of tests.* failed in motion: AttributeError: .*fix the plugin$",
         ),
         (lambda clip: None, "^Flow from frame . to . is no flow: expected a tensor .*got NoneType"),
         (lambda clip: clip.frames[0].numpy(), "is no flow: .*, got ndarray"),

@@ -302,9 +302,9 @@ def test_an_edit_that_is_stopped_goes_on_bit_for_bit(
     again = edit(backbone, clip, options={"on_step": second, "store": store}, **FIVE)
     assert torch.equal(again.latents, whole.latents)
     assert torch.equal(again.clip.frames, whole.clip.frames)
-    # what was finished is not done again, but for the batch that inversion was stopped in
-    again_inverted = (1 if last else 3) if stage in ("encode", "invert") else 0
-    assert len(second.of("encode")) == again_inverted
+    # of three batches, those are inverted again that were not finished
+    unfinished = {"encode": 1 if last else 3, "invert": 0 if last else 3}.get(stage, 0)
+    assert len(second.of("encode")) == unfinished
     done = {"edit": stop[1], "decode": 2}.get(stage, 0)
     assert second.of("edit") == [step for step in (1, 2) if step > done]
 
