@@ -21,7 +21,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from transformers.utils import logging as transformers_logging
 
 from tokenflow.cli.allowlist import require_local, restrict
@@ -44,6 +43,7 @@ from tokenflow.errors import InputError, Interrupted, Preempted
 from tokenflow.memory import explained_shortage
 from tokenflow.miniature.scenes import VOCABULARY
 from tokenflow.plugins import OPTION, describe, installed_plugins, origin, require_usable
+from tokenflow.private_names import dump_config, forks
 from tokenflow.runs.files import finished
 from tokenflow.storage.paths import local
 from tokenflow.text import printable, printable_lines
@@ -127,11 +127,10 @@ class PredictCLI(LightningCLI):
                 f"nothing; leave it out"
             )
         strategy = self.trainer.strategy
-        forks = isinstance(strategy.launcher, _MultiProcessingLauncher)  # and knows no exit code
-        if forks or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        if forks(strategy.launcher) or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
             raise InputError(
                 f"expected one device or --trainer.strategy ddp, got {type(strategy).__name__}"
-                f"{', whose processes fork' if forks else ''}"
+                f"{', whose processes fork' if forks(strategy.launcher) else ''}"
             )
         choices = Choices(self.config_dump["model"])
         for job in self.datamodule.jobs:
@@ -222,8 +221,7 @@ class PredictCLI(LightningCLI):
             raise InputError(f"the configuration cannot be used: SystemExit: {error}") from error
 
     def after_instantiate_classes(self) -> None:
-        self._dump_config()
-        self.config_dump.pop("run", None)
+        dump_config(self).pop("run", None)
         self.config_dump["output"]["overwrite"] = False  # a repetition destroys nothing unasked
         typed = make_absolute(self.config_dump)
         self.writer = writer_of(self.trainer)

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokenflow.errors import InputError
+from tokenflow.private_names import lpips_network
 from tokenflow.storage.paths import local
 from tokenflow.storage.weights import load_torchvision
 
@@ -24,11 +25,8 @@ def load_lpips(weights: str, device: str = "cpu") -> nn.Module:
     Raises:
         InputError: torchvision is missing, or the file is, or does not fit.
     """
-    # not the public class: that one fetches AlexNet's weights, without asking
-    from torchmetrics.functional.image.lpips import _NoTrainLpips
-
     try:
-        network = _NoTrainLpips(net="alex", pnet_rand=True)
+        network = lpips_network()
     except (ImportError, RuntimeError) as error:  # built for another torch, it is a RuntimeError
         raise InputError(
             f"LPIPS needs torchvision, which does not import ({error}); install it with: "
