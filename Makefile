@@ -25,7 +25,7 @@ test: setup
 
 # The long forms of tests, minutes each, which `make test` leaves out.
 test-full: setup
-	$(PYTEST) -m full tests
+	$(PYTEST) --dist loadfile -m full tests
 
 suite: setup
 	$(PYTEST) $(LONGEST) tests $(EXAMPLE)
