@@ -23,13 +23,15 @@ from diffusers import UNet2DConditionModel
 from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
-from tokenflow.engine.joint import overlap
-from tokenflow.engine.spans import spans
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokenflow.diffusion import Backbone
-from tokenflow.engine.attention import JointAttention, processors
+from tokenflow.diffusion.sites import DiffusersSite
+from tokenflow.diffusion.stable_diffusion import attention_sites
+from tokenflow.engine.attention import AttentionSwitch, JointAttention
+from tokenflow.engine.joint_passes import overlap
+from tokenflow.engine.keyframes import spans
 
 SD21 = dict(
     sample_size=64, cross_attention_dim=1024, block_out_channels=(320, 640, 1280, 1280),
@@ -63,12 +65,11 @@ def counted(unet: UNet2DConditionModel) -> Cost:
     size, width = unet.config.sample_size, unet.config.cross_attention_dim
     sites: dict[str, tuple[int, int]] = {}
 
-    def skipped(site: str):
-        def attention(attn, hidden_states: Tensor, *_, **__) -> Tensor:
-            sites[site] = hidden_states.shape[1:]
-            return hidden_states
+    switch = AttentionSwitch(attention_sites(unet, "attn1"))
 
-        return attention
+    def skipped(site: DiffusersSite, hidden_states: Tensor, *_, **__) -> Tensor:
+        sites[site.name] = hidden_states.shape[1:]
+        return hidden_states
 
     def operations(batch: int, attention=None) -> int:
         x = torch.empty(batch, unet.config.in_channels, size, size, device="meta")
@@ -77,12 +78,13 @@ def counted(unet: UNet2DConditionModel) -> Cost:
             if attention is None:
                 unet(x, torch.zeros(batch, device="meta"), text)
             else:
-                with processors(unet, attention):
+                switch.attention = attention
+                with switch.installed():
                     unet(x, torch.zeros(batch, device="meta"), text)
         return counter.get_total_flops()
 
     forward, propagated = operations(1), operations(3, skipped)
-    one, two = (operations(3 * k, lambda _: JointAttention(3)) / k for k in (1, 2))
+    one, two = (operations(3 * k, JointAttention(3)) / k for k in (1, 2))
     matching = sum(2 * 2 * n * n * c for n, c in sites.values())
     features = sum(n * c for n, c in sites.values())
     return Cost(forward, one, two - one, propagated + matching, features)

@@ -54,7 +54,7 @@ class GaussianFlow(Backbone):
     x_σ = (1 - σ) mean + (x_0 - mean) · √((1 - σ)² std² + σ²) / std.
     """
 
-    latent_channels, latent_scale, multiple, fingerprint = 3, 1, 1, "gaussian"
+    latent_channels, latent_scale, multiple, size, fingerprint = 3, 1, 1, 4, "gaussian"
     device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self, std: float = 0.7, share: float = 0.0) -> None:

@@ -135,9 +135,9 @@ class Backbone(ABC):
         """Pixels of a frame along the side of one latent pixel."""
 
     @property
+    @abstractmethod
     def size(self) -> int:
         """Height and width, in latent pixels, of the images that the model was trained for."""
-        raise NotImplementedError(f"{type(self).__name__} names no image size")
 
     @property
     @abstractmethod

@@ -217,18 +217,10 @@ class StableDiffusion(Backbone):
         return frozenset(inspect.signature(type(self.unet).forward).parameters.keys() - OWN)
 
     def sites(self) -> Mapping[str, DiffusersSite]:
-        return self._attention("attn1")
+        return attention_sites(self.unet, "attn1")
 
     def cross_attention(self) -> Mapping[str, DiffusersSite]:
-        return self._attention("attn2")
-
-    def _attention(self, kind: str) -> dict[str, DiffusersSite]:
-        names = [name.removesuffix(".processor") for name in self.unet.attn_processors]
-        return {
-            name: DiffusersSite(name, self.unet.get_submodule(name))
-            for name in names
-            if name.endswith(f".{kind}")
-        }
+        return attention_sites(self.unet, "attn2")
 
     def layers(self, role: Role) -> Sequence[str]:
         """The decoder's layers from a third of the way up: of twelve, the paper's 4 to 11."""
@@ -245,6 +237,16 @@ class StableDiffusion(Backbone):
 
 
 PROJECTIONS = {"queries": "to_q", "keys": "to_k", "values": "to_v"}
+
+
+def attention_sites(unet: UNet2DConditionModel, kind: str) -> dict[str, DiffusersSite]:
+    """A UNet's self-attention ("attn1") or cross-attention ("attn2"), by layer name."""
+    names = [name.removesuffix(".processor") for name in unet.attn_processors]
+    return {
+        name: DiffusersSite(name, unet.get_submodule(name))
+        for name in names
+        if name.endswith(f".{kind}")
+    }
 
 
 def decoder_layers(unet: UNet2DConditionModel) -> list[tuple[str, list[str]]]:
