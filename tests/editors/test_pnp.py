@@ -6,8 +6,7 @@ from diffusers import DDIMScheduler
 
 from tests.gaussian_flow import GaussianFlow
 from tokenflow.diffusion import Backbone, Schedule, StableDiffusion, Trajectory
-from tokenflow.editors import Batch, Injection, PnP
-from tokenflow.editors.pnp import take_source
+from tokenflow.editors import Injection, PnP
 from tokenflow.errors import InputError
 
 
@@ -40,7 +39,7 @@ def test_the_layers_are_the_papers(backbone: Backbone) -> None:
     expected = [f"{site}.{projection}" for projection in ("to_q", "to_k") for site in attentions]
     assert of_end(injections, 0.3) == expected
     assert len(injections) == 17
-    assert all(one.begin == 0 and one.function is take_source for one in injections)
+    assert all(one.begin == 0 and one.function is None for one in injections)
 
 
 def test_more_layers_take_features(backbone: Backbone) -> None:
@@ -52,18 +51,9 @@ def test_more_layers_take_features(backbone: Backbone) -> None:
 def test_what_is_not_given_is_the_models_own() -> None:
     model = GaussianFlow()
     (plain,) = PnP().injections(model)
-    assert plain == Injection("tokens", take_source, end=model.defaults.features)
+    assert plain == Injection("tokens", end=model.defaults.features)
     (given,) = PnP(features=0.2).injections(model)
     assert given.end == 0.2
-
-
-def test_the_edited_branches_take_the_sources_output(backbone: Backbone) -> None:
-    edited, source = torch.randn(2, 3, 5, 4), torch.randn(3, 5, 4)
-    told = backbone.embed(["a ball"]).rows([0] * 9)
-    names, x = ("source", "negative", "prompt"), torch.zeros(3, 3, 4, 8, 8)
-    result = take_source(edited, source, Batch(names, (0, 1, 2), x, told, 1, 0, 1))
-    assert result.shape == edited.shape
-    assert all(torch.equal(branch, source) for branch in result)
 
 
 def test_starts_at_the_inverted_latent(trajectory: Trajectory, schedule: Schedule) -> None:

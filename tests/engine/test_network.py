@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tokenflow.diffusion import Backbone, Conditioning, Site, StableDiffusion
 from tokenflow.editors import Batch, Editor, Injection, PnP, Prompts
 from tokenflow.engine import Settings, edit_clip
-from tokenflow.engine.attention import JointAttention
+from tokenflow.engine.attention import JointAttention, plain
 from tokenflow.engine.network import EditedNetwork
 from tokenflow.errors import PluginError
 from tokenflow.propagation import NNField
@@ -432,3 +432,69 @@ def test_nothing_remains_after_a_clip_that_fails(
 def test_nothing_remains_after_a_clip(backbone: StableDiffusion, clip: Clip) -> None:
     with unchanged(backbone.unet):
         edit(backbone, clip, PnP())
+
+
+class Replacing(Editor):
+    """Takes the source's output at some layers: by a function, or as the engine does it."""
+
+    interface = 2
+
+    def __init__(self, layers: Sequence[str], named: bool = False) -> None:
+        self.layers, self.function = layers, taken if named else None
+
+    def injections(self, model: Backbone) -> list[Injection]:
+        return [Injection(layer, self.function, end=0.5) for layer in self.layers]
+
+
+def taken(edited: Tensor, source: Tensor, batch: Batch) -> Tensor:
+    return source.expand_as(edited)
+
+
+def rows_of(model: Backbone, editor: Editor, attention: Any, step: int) -> tuple[dict, Tensor]:
+    """How many of a batch's rows go through each convolution and linear layer in a pass."""
+    network, rows = EditedNetwork(model, editor, PROMPTS), dict[str, int]()
+    with torch.no_grad(), ExitStack() as stack:
+        for name, module in model.network.named_modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                count = lambda _, given, __, name=name: rows.update({name: len(given[0])})  # noqa: E731
+                stack.callback(module.register_forward_hook(count).remove)
+        stack.enter_context(network.installed())
+        return rows, network.run(a_batch(network, step), attention)
+
+
+def test_edited_branches_do_not_compute_what_the_source_replaces(backbone: Backbone) -> None:
+    features, queries = backbone.layers("structure")[0], backbone.layers("queries")[0]
+    keys, values = backbone.layers("keys")[0], backbone.layers("values")[0]
+    layers = [features, queries, keys]
+    block = features.removesuffix("conv2")
+    source = {features, block + "conv1", block + "time_emb_proj", queries, keys}
+    attention = JointAttention(len(BRANCHES))
+    rows, found = rows_of(backbone, Replacing(layers), attention, step=0)
+    assert {name for name, count in rows.items() if count == 2} == source
+    assert rows[values] == rows[block + "conv_shortcut"] == 6
+    every, expected = rows_of(backbone, Replacing(layers, named=True), attention, step=0)
+    assert set(every.values()) == {6}
+    # float32 sums of other batches
+    assert torch.allclose(found, expected, rtol=0, atol=1e-5)
+    later, _ = rows_of(backbone, Replacing(layers), attention, step=4)
+    assert set(later.values()) == {6}
+
+
+@pytest.mark.parametrize("role", ["queries", "keys", "values"])
+def test_each_projection_may_be_the_sources_alone(backbone: Backbone, role: Any) -> None:
+    layers = backbone.layers(role)[:2]
+    for attention in (JointAttention(len(BRANCHES)), plain):
+        rows, found = rows_of(backbone, Replacing(layers), attention, step=0)
+        assert {name for name, count in rows.items() if count == 2} == set(layers)
+        _, expected = rows_of(backbone, Replacing(layers, named=True), attention, step=0)
+        assert torch.allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_what_another_injection_sees_is_computed_for_all(backbone: Backbone) -> None:
+    layer = backbone.layers("structure")[0]
+    editor, other = Replacing([layer]), Injecting(layer.removesuffix("2") + "1")
+    both = [*editor.injections(backbone), *other.injections(backbone)]
+    editor.injections = lambda model: both  # type: ignore[method-assign]
+    rows, _ = rows_of(backbone, editor, plain, step=0)
+    assert set(rows.values()) == {6}
+    assert other.given[0][0].shape[:2] == (2, 2)

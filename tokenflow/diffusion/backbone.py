@@ -199,6 +199,14 @@ class Backbone(ABC):
         projections of the self-attentions from there upwards.
         """
 
+    def entries(self, layer: str) -> Sequence[str]:
+        """The modules through which a batch's rows enter what leads to a layer alone, by name.
+
+        Where the layer's output is needed for the first rows only, these modules are given only
+        those. None by default: the whole batch goes through the layer.
+        """
+        return ()
+
     @property
     def defaults(self) -> Defaults:
         """The options of an edit that suit this model; the paper's by default."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
 from jaxtyping import Float
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -230,6 +231,17 @@ class StableDiffusion(Backbone):
             return [resnet for resnet, _ in chosen]
         projection = PROJECTIONS[role]
         return [f"{site}.{projection}" for _, sites in chosen for site in sites]
+
+    def entries(self, layer: str) -> Sequence[str]:
+        """Of a residual block's last convolution: where latents and the time's embedding enter."""
+        name, _, last = layer.rpartition(".")
+        if last in PROJECTIONS.values() and name.endswith(".attn1"):
+            return (layer,)
+        block = self.unet.get_submodule(name)
+        plain = type(block) is ResnetBlock2D and block.upsample is block.downsample is None
+        if last == "conv2" and plain and block.time_emb_proj is not None:
+            return (f"{name}.norm1", f"{name}.time_emb_proj")
+        return ()
 
     @property
     def defaults(self) -> Defaults:

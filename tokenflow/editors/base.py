@@ -94,15 +94,16 @@ class Injection:
     """A change to one layer's output, for a part of the schedule.
 
     `function(edited, source, batch)` is given the layer's output in the edited branches (branches,
-    frames, ...) and in the source branch (frames, ...), and returns the new edited output. It is
-    on at step i of N while int(N · begin) <= i < int(N · end).
+    frames, ...) and in the source branch (frames, ...), and returns the new edited output. Without
+    a function the edited branches take the source's output, and what leads to this layer alone is
+    not computed for them. It is on at step i of N while int(N · begin) <= i < int(N · end).
 
     In a propagated pass the output of self-attention is taken from keyframes, so that injections
     into its projections have no effect there; `batch.keyframes` is true in the joint pass.
     """
 
     layer: str
-    function: Callable[[Tensor, Tensor, Batch], Tensor]
+    function: Callable[[Tensor, Tensor, Batch], Tensor] | None = None
     begin: float = 0.0
     end: float = 1.0
 

@@ -58,7 +58,7 @@ def of_injections(injections: Sequence[object], model: Backbone) -> Iterator[Vio
         if not (
             isinstance(one, Injection)
             and one.layer in layers
-            and callable(one.function)
+            and (one.function is None or callable(one.function))
             and all(isinstance(share, int | float) for share in (one.begin, one.end))
             and 0 <= one.begin <= one.end <= 1
         ):

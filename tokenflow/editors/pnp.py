@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from tokenflow.diffusion import Backbone, Schedule, Source
-from tokenflow.editors.base import Batch, Editor, Injection, Start
+from tokenflow.editors.base import Editor, Injection, Start
 from tokenflow.errors import InputError
 
 
@@ -55,14 +53,6 @@ class PnP(Editor):
         attention = own.attention if self.attention is None else self.attention
         projections = [*model.layers("queries"), *model.layers("keys")]
         return [
-            *(
-                Injection(layer, take_source, end=features)
-                for layer in model.layers("structure")[:count]
-            ),
-            *(Injection(layer, take_source, end=attention) for layer in projections),
+            *(Injection(layer, end=features) for layer in model.layers("structure")[:count]),
+            *(Injection(layer, end=attention) for layer in projections),
         ]
-
-
-def take_source(edited: Tensor, source: Tensor, batch: Batch) -> Tensor:
-    """Every edited branch gets the source branch's output."""
-    return source.expand_as(edited)

@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from tokenflow.diffusion import Site
 from tokenflow.diffusion.sites import Attention
@@ -68,8 +68,31 @@ class Bank:
         self.outputs.clear()
 
 
+WIDEST = 256
+"""Width of a head up to which PyTorch's fused kernels attend."""
+
+
+def attend(query: Tensor, key: Tensor, values: Tensor, scale: float | None) -> Tensor:
+    """Attention of several values, (values, batch, heads, tokens, width), by one attention map.
+
+    The values stand beside each other in one head, whose further width is 0 in query and key, as
+    the fused kernels take one width.
+    """
+    count, width = len(values), query.shape[-1]
+    scale = width**-0.5 if scale is None else scale
+    if count * width > WIDEST:
+        each = [scaled_dot_product_attention(query, key, value, scale=scale) for value in values]
+        return torch.stack(each)
+    query, key = (pad(x, (0, (count - 1) * width)) for x in (query, key))
+    beside = rearrange(values, "n b h s d -> b h s (n d)")
+    out = scaled_dot_product_attention(query, key, beside, scale=scale)
+    return rearrange(out, "b h s (n d) -> n b h s d", n=count)
+
+
 class JointAttention:
     """Edited branches attend to all keyframes at once (equation 3), the source to its own frame.
+
+    Where they have the source's queries and keys, they share one attention map.
 
     Args:
         branches: Of the network's batch.
@@ -92,18 +115,21 @@ class JointAttention:
         self, site: Site, hidden_states: Tensor, *_: Any, **given: Any
     ) -> Float[Tensor, "batch tokens channels"]:
         b = self.branches
-        q, k, v = (
-            rearrange(x, "(b f) h s d -> b f h s d", b=b) for x in site.qkv(hidden_states, **given)
-        )
-        frames = q.shape[1]
+        frames = len(hidden_states) // b
+        # injected projections are of the source's rows alone
+        q, k, v = (x.unflatten(0, (-1, frames)) for x in site.qkv(hidden_states, **given))
+        v = v.expand(b, *v.shape[1:])
         attended = [scaled_dot_product_attention(q[0], k[0], v[0], scale=site.scale)]
-        edited = self.all_gather(rearrange([k[1:], v[1:]], "two b f h s d -> f two b h s d"))
+        maps = max(len(q), len(k)) - 1 or 1
+        q, k = (x[-maps:].expand(maps, *x.shape[1:]) for x in (q, k))
+        edited = self.all_gather(rearrange([*k, *v[1:]], "n f h s d -> f n h s d"))
         # the frames are folded into the sequence: four dimensions keep the fused kernels
-        keys, values = rearrange(edited, "f two b h s d -> two b 1 h (f s) d")
-        for query, key, value in zip(q[1:], keys, values, strict=True):
-            folded = rearrange(query, "f h s d -> 1 h (f s) d")
-            out = scaled_dot_product_attention(folded, key, value, scale=site.scale)
-            attended.append(rearrange(out, "1 h (f s) d -> f h s d", f=frames))
+        folded = rearrange(edited, "f n h s d -> n 1 h (f s) d")
+        keys, values = folded[:maps], folded[maps:].unflatten(0, (maps, -1))
+        for query, key, value in zip(q, keys, values, strict=True):
+            query = rearrange(query, "f h s d -> 1 h (f s) d")
+            out = attend(query, key, value, site.scale)
+            attended.append(rearrange(out, "n 1 h (f s) d -> (n f) h s d", f=frames))
         output = site.output(torch.cat(attended), **given)
         if self.bank is not None:
             outputs = rearrange(output, "(b f) s c -> f b s c", b=b)

@@ -13,12 +13,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokenflow.diffusion import Backbone, Schedule, Site
+from tokenflow.diffusion.backbone import Role
 from tokenflow.diffusion.schedule import Timestep
 from tokenflow.diffusion.sites import Attention
 from tokenflow.editors import Batch, Editor, Injection, Processor, Prompts, Step
-from tokenflow.engine.attention import AttentionSwitch, plain
+from tokenflow.engine.attention import AttentionSwitch, JointAttention, plain
 from tokenflow.engine.checked import CheckedEditor, blamed
 from tokenflow.errors import PluginError
+
+PROJECTED: tuple[Role, ...] = ("queries", "keys", "values")
 
 
 class EditedNetwork:
@@ -42,6 +45,7 @@ class EditedNetwork:
         self.source_prompt = next(iter(found.values()))
         self.prompts = model.embed(list(found.values()))
         self.switch = AttentionSwitch(model.sites())
+        self.projections = {n for role in PROJECTED for n in model.layers(role)}
         self.running: Batch | None = None
 
     @contextmanager
@@ -52,10 +56,22 @@ class EditedNetwork:
             stack.enter_context(self.switch.installed())
             for name, processor in self.editor.cross_attention(self.model).items():
                 stack.enter_context(cross[name].replaced(CrossAttention(self, processor)))
-            for one in self.editor.injections(self.model):
+            injections = self.editor.injections(self.model)
+            for one in injections:
                 layer = self.model.network.get_submodule(one.layer)
                 stack.enter_context(layer.register_forward_hook(partial(self.inject, one)))
+                for entry in self.model.entries(one.layer) if alone(one, injections) else ():
+                    module = self.model.network.get_submodule(entry)
+                    hook = partial(self.narrow, one)
+                    stack.enter_context(module.register_forward_pre_hook(hook))
             yield
+
+    def narrow(self, injection: Injection, _: nn.Module, inputs: Any) -> Any:
+        """The hook of what leads to a replaced layer alone: the source's rows go through it."""
+        batch = self.running
+        if batch is None or not injection.active(batch.step, batch.steps):
+            return inputs
+        return (inputs[0][: batch.latents.shape[1]], *inputs[1:])
 
     def inject(self, injection: Injection, layer: nn.Module, _: Any, output: Any) -> Any:
         """The forward hook of an injection."""
@@ -68,8 +84,15 @@ class EditedNetwork:
                 f"{injection.layer}, a {type(layer).__name__}, which puts out "
                 f"{type(output).__name__}; fix the editor: choose a layer inside it"
             )
-        source, *edited = output.chunk(len(batch.branches))
-        changed = self.editor.inject(injection, torch.stack(edited), source, batch)
+        branches, frames = batch.latents.shape[:2]
+        source = output[:frames]
+        if injection.function is None:
+            joint = isinstance(self.switch.attention, JointAttention)
+            if joint and injection.layer in self.projections and len(output) == frames:
+                return output
+            return source.repeat(branches, *[1] * (output.ndim - 1))
+        edited = output[frames:].unflatten(0, (-1, frames))
+        changed = self.editor.inject(injection, edited, source, batch)
         return torch.cat([source, changed.flatten(0, 1)])
 
     def batch(
@@ -120,6 +143,18 @@ class EditedNetwork:
         finally:
             self.running, self.switch.attention = None, plain
         return output.unflatten(0, batch.latents.shape[:2])
+
+
+def alone(injection: Injection, every: Sequence[Injection]) -> bool:
+    """Whether the edited branches need not go through what leads to an injection's layer.
+
+    No other injection may be on the layer, or beside it within a residual block.
+    """
+    block = injection.layer.rpartition(".")[0]
+    others = {one.layer for one in every if one is not injection and one.function is not None}
+    return injection.function is None and not any(
+        other == injection.layer or other.startswith(f"{block}.") for other in others
+    )
 
 
 @dataclass(frozen=True)
