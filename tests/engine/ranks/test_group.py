@@ -247,8 +247,10 @@ def test_an_error_or_a_request_to_stop_is_all_ranks(tmp_path: Path) -> None:
 def test_what_arrives_is_what_the_documentation_predicts(
     cases: dict[str, Case], backbone: Backbone, shared: list[dict[str, Part]]
 ) -> None:
-    numbers = tokens_times_channels(backbone)
-    ranks = len(shared)
+    sites = tokens_times_channels(backbone)
+    # where PnP takes the source's queries and keys, in the first of two steps, keys are shared
+    keys_shared = sum(sites[layer.removesuffix(".to_q")] for layer in backbone.layers("queries"))
+    numbers, ranks = sum(sites.values()), len(shared)
     for name in ("uneven, ragged", "windowed"):
         windows = len(split_windows(cases[name].frames, EVERY))
         most = -(-windows // ranks)
@@ -257,20 +259,20 @@ def test_what_arrives_is_what_the_documentation_predicts(
             if part.idle:
                 continue
             beside = (rank > 0) + (rank < min(ranks, windows) - 1)
-            gathered = (ranks - 1) * most * 2 * 2 * numbers
-            halo = beside * 4 * numbers
+            gathered = (ranks - 1) * most * (STEPS * 2 * 2 * numbers - keys_shared)
+            halo = STEPS * beside * 4 * numbers
             if name == "windowed":
-                gathered, halo = (ranks - 1) * most * 3 * latent, 0
+                gathered, halo = STEPS * (ranks - 1) * most * 3 * latent, 0
             size = 4 if name == "windowed" else 8  # latents are in float32, features in double
-            assert part.received == STEPS * size * (gathered + halo), name
+            assert part.received == size * (gathered + halo), name
 
 
-def tokens_times_channels(backbone: Backbone) -> int:
-    """Σ over sites, found by running the UNet."""
-    seen: list[int] = []
+def tokens_times_channels(backbone: Backbone) -> dict[str, int]:
+    """Of each site, found by running the UNet."""
+    seen: dict[str, int] = {}
     hooks = [
         backbone.network.get_submodule(site).register_forward_hook(
-            lambda module, inputs, output: seen.append(output[0].numel())
+            lambda module, inputs, output, site=site: seen.update({site: output[0].numel()})
         )
         for site in backbone.sites()
     ]
@@ -278,7 +280,7 @@ def tokens_times_channels(backbone: Backbone) -> int:
     backbone.predict(latents, 1.0, backbone.embed([""]))
     for hook in hooks:
         hook.remove()
-    return sum(seen)
+    return seen
 
 
 @pytest.mark.parametrize("size", range(1, 6))
