@@ -7,8 +7,10 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from tokenflow.propagation.flow.base import OpticalFlow
 
@@ -80,17 +82,16 @@ class Correspondence:
     ) -> Float[Tensor, "branches frames tokens channels"]:
         """Each token's weighted mean of the keyframes' values, in every branch.
 
-        One tap at a time: nothing larger than the result is made.
+        One pass over memory: nothing but the result is made.
         """
-        flat = values.flatten(1, 2)
-        taps = zip(self.indices.unbind(-1), self.weights.unbind(-1), strict=True)
-        result: Tensor | None = None
-        for index, weight in taps:
-            part = flat[:, index] * weight[None, ..., None].to(flat.dtype)
-            result = part if result is None else result.add_(part)
-        if result is None:
+        if not self.indices.shape[-1]:
             raise ValueError("a correspondence needs at least one tap, got none")
-        return result
+        taps, weights = self.indices.flatten(0, 1), self.weights.flatten(0, 1).to(values.dtype)
+        result = [
+            embedding_bag(taps, branch, per_sample_weights=weights, mode="sum")
+            for branch in values.flatten(1, 2)
+        ]
+        return torch.stack(result).unflatten(1, self.indices.shape[:2])
 
 
 class Propagation(ABC):
