@@ -58,7 +58,8 @@ class Batch:
     """One forward pass of the network, as an editor sees it.
 
     Attributes:
-        branches: What the batch is stacked from, the source first; the source alone in inversion.
+        branches: What the batch is stacked from, the source first; the source alone in inversion,
+            and all but the source where what an edit takes from it is cached.
         frames: Positions in the clip, the same in every branch.
         latents: Of every branch and frame.
         conditioning: One row per branch and frame, in the order of the batch.
@@ -67,6 +68,7 @@ class Batch:
         steps: Of sampling.
         keyframes: Whether these are keyframes, denoised jointly: else the outputs of self-attention
             are propagated from keyframes, or every frame is on its own.
+        inversion: Whether the source is inverted.
     """
 
     branches: tuple[str, ...]
@@ -77,11 +79,7 @@ class Batch:
     step: int
     steps: int
     keyframes: bool = False
-
-    @property
-    def inversion(self) -> bool:
-        """Whether the source is alone."""
-        return len(self.branches) == 1
+    inversion: bool = False
 
     @property
     def progress(self) -> float:
@@ -156,6 +154,17 @@ class Editor(ABC):  # noqa: B024 (every method has a default)
         `prepare` is then given the whole clip on every rank.
         """
         return overrides(self, "conditioning", "model_inputs", "cross_attention")
+
+    @property
+    def needs_source(self) -> bool:
+        """Whether the source's branch must run in every pass, as a method may read or change it.
+
+        Else what injections take from it is cached, and a later edit of the clip runs without it:
+        `branches` of a batch and `outputs` of `advance` are then the edited ones.
+        """
+        return overrides(
+            self, "inputs", "conditioning", "model_inputs", "cross_attention", "advance"
+        )
 
     def branches(self, prompts: Prompts) -> Mapping[str, str]:
         """The branches of the network's batch and the prompt of each; the first is the source.

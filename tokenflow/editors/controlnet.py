@@ -103,6 +103,10 @@ class ControlNet(SDEdit):
     def conditions_source(self) -> bool:
         return self.control_source
 
+    @property
+    def needs_source(self) -> bool:
+        return self.control_source
+
     def prepare(self, model: Backbone, clip: Clip) -> None:
         """Loads what is not loaded yet, and makes the clip's control images.
 

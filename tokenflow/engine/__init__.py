@@ -5,6 +5,7 @@ from tokenflow.engine.edit import Result, edit_clip, edit_latents
 from tokenflow.engine.probe import find_correspondences
 from tokenflow.engine.sampling import Sampling
 from tokenflow.engine.settings import Settings
+from tokenflow.engine.source_cache import SourceCache
 
 __all__ = [
     "Consistency",
@@ -13,6 +14,7 @@ __all__ = [
     "Result",
     "Sampling",
     "Settings",
+    "SourceCache",
     "TokenFlow",
     "edit_clip",
     "edit_latents",

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import ClassVar
 
 from tokenflow.diffusion.trajectory import rows
 from tokenflow.editors import Step
@@ -41,16 +42,20 @@ def sample(
     with sampling.network.installed():
         for index in range(first, len(sampling.schedule) if last is None else last):
             step, following, seen = sampling.step(index), x.clone(), set[int]()
+            sampling.features.begin(index)
             for frames, outputs in consistency.outputs(x, step):
                 seen.update(frames)
                 here, source = rows(trajectory.positions, frames), trajectory.source(frames)
-                branches = dict(zip(step.branches, outputs.to(x.device), strict=True))
+                names = step.branches[-len(outputs) :]  # without a source that is cached
+                branches = dict(zip(names, outputs.to(x.device), strict=True))
                 following[here] = sampling.network.editor.advance(x[here], branches, step, source)
             x = following
+            sampling.features.end()
             sampling.require_all(seen, way.__name__)
             sampling.require_finite(x, step)
             if after_step(index + 1, x):
                 raise Preempted
+    sampling.features.close()
     return x
 
 
@@ -60,6 +65,9 @@ class Consistency(ABC):
     Another one, such as a shuffle of frames in grids, is a subclass: it makes the network's passes
     by `sampling.network.run`, with an attention of its own if it needs one.
     """
+
+    uses_features: ClassVar[bool] = False
+    """Whether its passes keep the source's features, and run without the source where they can."""
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
@@ -80,6 +88,8 @@ class Consistency(ABC):
 class TokenFlow(Consistency):
     """Keyframes jointly, then every window with the keyframes' features (section 4.2)."""
 
+    uses_features = True
+
     def outputs(self, x: Latents, step: Step) -> Iterator[tuple[Sequence[int], Outputs]]:
         s, branches = self.sampling, len(step.branches)
         # κ: one keyframe per window, drawn anew in each step
@@ -89,7 +99,9 @@ class TokenFlow(Consistency):
         for joint in joint_passes(s, x, keyframes, step):
             # T_base: the keyframes' outputs at every site, each attending to all of them
             bank = Bank()
-            attention = JointAttention(branches, bank, joint.all_gather, joint.exchange_halo)
+            attention = JointAttention(
+                branches, bank, joint.all_gather, joint.exchange_halo, s.features, joint.frames
+            )
             s.network.run(s.network.batch(joint.inputs, joint.frames, step, True), attention)
 
             # all frames: γ by the source's tokens, and F_γ(T_base) in place of attention
@@ -99,7 +111,9 @@ class TokenFlow(Consistency):
                     part, s.shard.windows[held], keyframes[held], s.settings.neighbours,
                     s.settings.blend, step.index, len(step.schedule),
                 )  # fmt: skip
-                propagated = PropagatedAttention(branches, bank, s.matcher, window, used)
+                propagated = PropagatedAttention(
+                    branches, bank, s.matcher, window, used, s.features, held.start
+                )
                 batch = s.network.batch(s.inputs(x, part, step), part, step)
                 yield part, s.network.run(batch, propagated)
             bank.evict()  # before the next joint pass
@@ -108,10 +122,14 @@ class TokenFlow(Consistency):
 class Joint(Consistency):
     """All frames at once, each attending to all of them (equation 3); nothing is propagated."""
 
+    uses_features = True
+
     def outputs(self, x: Latents, step: Step) -> Iterator[tuple[Sequence[int], Outputs]]:
         s, frames = self.sampling, self.sampling.trajectory.positions
         all_gather = partial(s.ranks.all_gather, counts=s.shard.frame_counts)
-        attention = JointAttention(len(step.branches), all_gather=all_gather)
+        attention = JointAttention(
+            len(step.branches), all_gather=all_gather, features=s.features, frames=frames
+        )
         batch = s.network.batch(s.inputs(x, frames, step), frames, step, keyframes=True)
         yield frames, s.network.run(batch, attention)
 

@@ -6,7 +6,7 @@ The network's batch is always branches × frames, the source branch first.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +20,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from tokenflow.diffusion import Site
 from tokenflow.diffusion.sites import Attention
 from tokenflow.engine.checked import blamed, named, require_interface
+from tokenflow.engine.source_cache import SourceFeatures
 from tokenflow.propagation import (
     ClipFlow,
     Correspondence,
@@ -92,13 +93,16 @@ def attend(query: Tensor, key: Tensor, values: Tensor, scale: float | None) -> T
 class JointAttention:
     """Edited branches attend to all keyframes at once (equation 3), the source to its own frame.
 
-    Where they have the source's queries and keys, they share one attention map.
+    Where they have the source's queries and keys, they share one attention map. A batch without the
+    source's branch takes these from cached tokens.
 
     Args:
-        branches: Of the network's batch.
+        branches: Of the edit, the source's among them.
         bank: Where to leave source tokens and outputs, if anywhere.
         all_gather: Of this rank's keyframes' keys and values: those of all keyframes, in order.
         exchange_halo: Of this rank's keyframes' tokens and outputs: those that the bank keeps.
+        features: The source's, of the step.
+        frames: The batch's, by position in the clip, for `features`.
     """
 
     def __init__(
@@ -107,22 +111,33 @@ class JointAttention:
         bank: Bank | None = None,
         all_gather: Callable[[Tensor], Tensor] = lambda own: own,
         exchange_halo: Callable[[Tensor], Tensor] = lambda own: own,
+        features: SourceFeatures | None = None,
+        frames: Sequence[int] = (),
     ) -> None:
-        self.branches, self.bank = branches, bank
+        self.edited, self.bank = branches - 1, bank
         self.all_gather, self.exchange_halo = all_gather, exchange_halo
+        self.features, self.positions = features or SourceFeatures(), frames
 
     def __call__(
         self, site: Site, hidden_states: Tensor, *_: Any, **given: Any
     ) -> Float[Tensor, "batch tokens channels"]:
-        b = self.branches
-        frames = len(hidden_states) // b
-        # injected projections are of the source's rows alone
-        q, k, v = (x.unflatten(0, (-1, frames)) for x in site.qkv(hidden_states, **given))
-        v = v.expand(b, *v.shape[1:])
-        attended = [scaled_dot_product_attention(q[0], k[0], v[0], scale=site.scale)]
-        maps = max(len(q), len(k)) - 1 or 1
-        q, k = (x[-maps:].expand(maps, *x.shape[1:]) for x in (q, k))
-        edited = self.all_gather(rearrange([*k, *v[1:]], "n f h s d -> f n h s d"))
+        features, tokens = self.features, f"tokens/{site.name}"
+        alone = features.cached  # the edited branches, without the source's
+        frames = len(hidden_states) // (self.edited + (not alone))
+        seen, attended = hidden_states, list[Tensor]()
+        if features.has(tokens):
+            seen = torch.cat([features.take(tokens, self.positions, seen), seen])
+        # injected projections are of the source's rows alone, which come first
+        q, k, v = (x.unflatten(0, (-1, frames)) for x in site.qkv(seen, **given))
+        if not alone:
+            own = scaled_dot_product_attention(q[0], k[0], v[0], scale=site.scale)
+            attended.append(own)
+            if min(len(q), len(k), len(v)) == 1:
+                features.keep(tokens, self.positions, hidden_states[:frames])
+        q, k, v = (x[-self.edited :] for x in (q, k, v))
+        v, maps = v.expand(self.edited, *v.shape[1:]), max(len(q), len(k))
+        q, k = (x.expand(maps, *x.shape[1:]) for x in (q, k))
+        edited = self.all_gather(rearrange([*k, *v], "n f h s d -> f n h s d"))
         # the frames are folded into the sequence: four dimensions keep the fused kernels
         folded = rearrange(edited, "f n h s d -> n 1 h (f s) d")
         keys, values = folded[:maps], folded[maps:].unflatten(0, (maps, -1))
@@ -132,16 +147,22 @@ class JointAttention:
             attended.append(rearrange(out, "n 1 h (f s) d -> (n f) h s d", f=frames))
         output = site.output(torch.cat(attended), **given)
         if self.bank is not None:
-            outputs = rearrange(output, "(b f) s c -> f b s c", b=b)
-            seen = torch.cat([hidden_states[:frames, None], outputs], dim=1)
-            source, outputs = self.exchange_halo(seen).split([1, b], dim=1)
-            self.bank.source[site.name] = source[:, 0]
-            self.bank.outputs[site.name] = outputs.transpose(0, 1)
+            left = rearrange(output, "(b f) s c -> f b s c", f=frames)
+            if alone:
+                self.bank.outputs[site.name] = self.exchange_halo(left).transpose(0, 1)
+            else:
+                left = torch.cat([hidden_states[:frames, None], left], dim=1)
+                source, outputs = self.exchange_halo(left).split([1, left.shape[1] - 1], dim=1)
+                self.bank.source[site.name] = source[:, 0]
+                self.bank.outputs[site.name] = outputs.transpose(0, 1)
         return output
 
 
 Look = Callable[[Tensor, Window, Correspondence], None]
-"""Called with a window's source tokens, the window at its site, and the correspondence found."""
+"""Called with a window's source tokens, the window at its site, and the correspondence found.
+
+Where it has a method `wants(step)`, only at the steps for which that is true.
+"""
 
 
 class Matcher:
@@ -165,6 +186,11 @@ class Matcher:
         self.kernel, self.size, self.flow, self.look = kernel, size, flow, look
         self.first: int | None = None
 
+    def wanted(self, step: int) -> bool:
+        """Whether a step's correspondences are to be shown."""
+        wants: Callable[[int], bool] | None = getattr(self.look, "wants", None)
+        return self.look is not None and (wants is None or wants(step))
+
     def at_site(self, window: Window, site: str, keys: Tensor) -> Window:
         """The window at a site, with the motion between its frames and their neighbours."""
         window = window.at_site(site, keys.shape[1], self.size)
@@ -179,7 +205,7 @@ class Matcher:
         if window.step == self.first:
             who = f"{named(self.kernel)} at {window.site}"
             check_correspondence(found, source, keys, who)
-        if self.look is not None:
+        if self.look is not None and self.wanted(window.step):
             self.look(source, window, found)
 
 
@@ -187,29 +213,44 @@ class PropagatedAttention:
     """No attention: every token takes the keyframes' outputs at its correspondence (equation 6).
 
     Args:
-        branches: Of the network's batch.
+        branches: Of the edit, the source's among them.
         bank: Of the step's joint pass.
         matcher: What finds correspondences.
         window: The frames of the pass and their neighbouring keyframes.
-        used: Which keyframes of the bank these are.
+        used: Which keyframes of the bank these are, in a row.
+        features: The source's, of the step.
+        first: The number of the bank's first keyframe in the clip, for `features`.
     """
 
     def __init__(
-        self, branches: int, bank: Bank, matcher: Matcher, window: Window, used: list[int]
+        self,
+        branches: int,
+        bank: Bank,
+        matcher: Matcher,
+        window: Window,
+        used: list[int],
+        features: SourceFeatures | None = None,
+        first: int = 0,
     ) -> None:
-        self.branches, self.bank, self.matcher = branches, bank, matcher
-        self.window, self.used = window, used
+        self.edited, self.bank, self.matcher = branches - 1, bank, matcher
+        self.window, self.used, self.first = window, slice(used[0], used[-1] + 1), first
+        self.features = features or SourceFeatures()
 
     def __call__(
         self, site: Site, hidden_states: Tensor, *_: Any, **__: Any
     ) -> Float[Tensor, "batch tokens channels"]:
-        source = hidden_states[: len(hidden_states) // self.branches]
-        # one by one: a list of indices would be sent to an accelerator, and waited for
-        keys = torch.stack([self.bank.source[site.name][k] for k in self.used])
-        outputs = torch.stack([self.bank.outputs[site.name][:, k] for k in self.used], dim=1)
-        window = self.matcher.at_site(self.window, site.name, keys)
-        with blamed(self.matcher.kernel, "correspond"):
-            found = self.matcher.kernel.correspond(source, keys, window)
-        self.matcher.inspect(found, source, keys, window)
+        features, frames, used = self.features, self.window.frames, self.used
+        outputs = self.bank.outputs[site.name][:, used]
+        first = (self.first + used.start) * outputs.shape[2]
+        if features.cached:
+            found = features.correspondence(site.name, frames, first, outputs)
+        else:
+            source = hidden_states[: len(frames)]
+            keys = self.bank.source[site.name][used]
+            window = self.matcher.at_site(self.window, site.name, keys)
+            with blamed(self.matcher.kernel, "correspond"):
+                found = self.matcher.kernel.correspond(source, keys, window)
+            self.matcher.inspect(found, source, keys, window)
+            features.keep_correspondence(site.name, frames, found, first)
         with blamed(self.matcher.kernel, "gather"):
             return found.gather(outputs).flatten(0, 1)

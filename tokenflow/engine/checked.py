@@ -91,6 +91,10 @@ class CheckedEditor(Editor):
     def sees_other_frames(self) -> bool:
         return self.editor.sees_other_frames
 
+    @property
+    def needs_source(self) -> bool:
+        return self.editor.needs_source or self.editor.conditions_source
+
     def branches(self, prompts: Prompts) -> Mapping[str, str]:
         with blamed(self.editor, "branches"):
             found = self.editor.branches(prompts)
@@ -137,6 +141,7 @@ class CheckedEditor(Editor):
 
     def inject(self, injection: Injection, edited: Tensor, source: Tensor, batch: Batch) -> Tensor:
         """The answer of an injection's function."""
+        assert injection.function is not None, "the network replaces outputs itself"
         with blamed(self.editor, "an injection"):
             result = injection.function(edited, source, batch)
         self.require(editor_contract.of_injection(result, edited), "an injection")

@@ -33,9 +33,11 @@ from tokenflow.engine.ranks.shard import WindowShard
 from tokenflow.engine.resume import ResumeStore, SamplingCheckpoint, sampling_key
 from tokenflow.engine.sampling import Sampling
 from tokenflow.engine.settings import Settings
+from tokenflow.engine.source_cache import SourceCache, SourceFeatures, described
 from tokenflow.errors import InputError
 from tokenflow.metrics import decibels
 from tokenflow.propagation import ClipFlow, Propagation
+from tokenflow.storage import digests
 from tokenflow.video import Clip, FrameBuffer, Frames
 
 
@@ -75,6 +77,7 @@ def edit_clip(
     on_step: OnStep = ignore,
     look: Look | None = None,
     store: ResumeStore | None = None,
+    source_cache: SourceCache | None = None,
     ranks: FrameGroup | None = None,
 ) -> Result:
     """Edits every frame of a clip: encode, invert, sample with TokenFlow, decode.
@@ -93,7 +96,10 @@ def edit_clip(
         consistency: A way of consistency in place of the one that the settings name.
         on_step: Called after every step; may ask to stop.
         look: Is shown every correspondence that the kernel finds, as `Probe` is.
-        store: Where inversions and checkpoints are cached; nowhere when not given.
+        store: Where inversions, checkpoints and the source's features are cached; nowhere when not
+            given.
+        source_cache: Where the source's features are cached without a store: give the same one to
+            several edits of a clip, and all but the first run without the source's branch.
         ranks: That share the clip; this process alone when not given.
 
     Raises:
@@ -124,18 +130,24 @@ def edit_clip(
             network, clip, schedule, inversion, settings.batch, cached, seconds, on_step
         )
     matcher = Matcher(propagation, trajectory.size, flow, look)
-    sampling = Sampling(
-        network, trajectory, schedule, matcher, settings, clip.name, shard, ranks, near
-    )
-    if settings.report_reconstruction and inversion is not None:
-        with timed(seconds, "reconstruct"):
-            quality = inversion_quality(sampling, clip, on_step)
     checkpoint = None
     if store is not None and store.checkpoints:
         named = way.__module__, way.__qualname__, way.cache_key()
         key = sampling_key(model, store, settings, *dataclasses.astuple(prompts), *named)
         counts = shard.frame_counts
         checkpoint = SamplingCheckpoint(store, clip, cached.frames, counts, ranks, key)
+    if store is not None and store.source:
+        source_cache = SourceCache(store.cache)
+    sampling = Sampling(
+        network, trajectory, schedule, matcher, settings, clip.name, shard, ranks, near
+    )
+    if source_cache is not None:
+        kernel = described(propagation) if store is None else store.propagation
+        writer = "" if checkpoint is None else checkpoint.key
+        sampling = with_features(sampling, way, source_cache, kernel, writer)
+    if settings.report_reconstruction and inversion is not None:
+        with timed(seconds, "reconstruct"):
+            quality = inversion_quality(sampling, clip, on_step)
     with timed(seconds, "edit"):
         x, first = first_latents(sampling, checkpoint)
         after_step = EditSteps(ranks, checkpoint, len(schedule), on_step)
@@ -157,6 +169,7 @@ def edit_latents(
     *,
     name: str = "clip",
     flow: ClipFlow | None = None,
+    source_cache: SourceCache | None = None,
     ranks: FrameGroup | None = None,
     x: Float[Tensor, "frames c h w"] | None = None,
     first: int = 0,
@@ -166,7 +179,7 @@ def edit_latents(
 
     The editor must have been prepared for the clip, and a kernel that needs optical flow must be
     given that of the source's frames. Of a clip that `ranks` share, each has the trajectory of its
-    own windows.
+    own windows. Edits of the clip that share a `source_cache` run the source's branch only once.
 
     With `x`, the latents at level `first`, sampling begins there instead of at the editor's start;
     it ends at level `last`. So `first=i, last=i + 1` is one step.
@@ -185,9 +198,53 @@ def edit_latents(
         network = EditedNetwork(model, editor, prompts)
     matcher = Matcher(propagation, trajectory.size, flow)
     sampling = Sampling(network, trajectory, schedule, matcher, settings, name, shard, ranks)
+    if source_cache is not None:
+        sampling = with_features(sampling, way, source_cache, described(propagation))
     if x is None:
         x, first = first_latents(sampling)
     return sample(sampling, way, x, first, last=last)
+
+
+def with_features(
+    sampling: Sampling,
+    way: type[Consistency],
+    cache: SourceCache,
+    kernel: object | None,
+    writer: str = "",
+) -> Sampling:
+    """With the source's features cached, where they depend on the source alone.
+
+    Args:
+        sampling: Of this edit.
+        way: Of consistency.
+        cache: Where they are kept.
+        kernel: Its class and options; None where they are not known.
+        writer: The edit's own name.
+    """
+    network, trajectory, settings = sampling.network, sampling.trajectory, sampling.settings
+    if not way.uses_features or network.editor.needs_source or kernel is None:
+        return sampling
+    shard, steps = sampling.shard, len(sampling.schedule)
+    with sampling.ranks.together():
+        own = digests.of_tensors({"clean": trajectory.clean, "noisiest": trajectory.noisiest})
+        injected = [network.injected(step, steps) for step in range(steps)]
+    chosen = {name: getattr(settings, name) for name in SOURCE_SETTINGS}
+    key = (
+        network.model.fingerprint, network.source_prompt, sampling.schedule.timesteps, chosen,
+        sampling.name, kernel, sampling.matcher.kernel.cache_key(), list(shard.own), shard.counts,
+        way.__module__, way.__qualname__, way.cache_key(), sampling.ranks.all_gather_object(own),
+    )  # fmt: skip
+    features = SourceFeatures(
+        cache, key, writer, sampling.name, injected, sampling.matcher.wanted, sampling.ranks
+    )
+    return dataclasses.replace(sampling, features=features)
+
+
+SOURCE_SETTINGS = (
+    "keyframe_every", "keyframes", "neighbours", "blend", "keyframe_attention", "span", "anchors",
+    "seed",
+)  # fmt: skip
+"""Settings that the source's features depend on."""
 
 
 def first_latents(

@@ -19,8 +19,10 @@ from tokenflow.diffusion.sites import Attention
 from tokenflow.editors import Batch, Editor, Injection, Processor, Prompts, Step
 from tokenflow.engine.attention import AttentionSwitch, JointAttention, plain
 from tokenflow.engine.checked import CheckedEditor, blamed
+from tokenflow.engine.source_cache import SourceFeatures
 from tokenflow.errors import PluginError
 
+NONE = SourceFeatures()
 PROJECTED: tuple[Role, ...] = ("queries", "keys", "values")
 
 
@@ -48,6 +50,20 @@ class EditedNetwork:
         self.projections = {n for role in PROJECTED for n in model.layers(role)}
         self.running: Batch | None = None
 
+    @property
+    def features(self) -> SourceFeatures:
+        """The source's, of the pass that runs."""
+        return getattr(self.switch.attention, "features", NONE)
+
+    def injected(self, step: int, steps: int) -> list[str]:
+        """The layers that are injected at a step of an edit."""
+        every = self.editor.injections(self.model)
+        return [
+            f"{one.layer} {'replaced' if one.function is None else 'changed'}"
+            for one in every
+            if one.active(step, steps)
+        ]
+
     @contextmanager
     def installed(self) -> Iterator[None]:
         """A block in which the editor's changes are in the network; afterwards it is as before."""
@@ -71,7 +87,10 @@ class EditedNetwork:
         batch = self.running
         if batch is None or not injection.active(batch.step, batch.steps):
             return inputs
-        return (inputs[0][: batch.latents.shape[1]], *inputs[1:])
+        rows = batch.latents.shape[1]
+        if self.features.cached and injection.layer not in self.projections:
+            rows = 0
+        return (inputs[0][:rows], *inputs[1:])
 
     def inject(self, injection: Injection, layer: nn.Module, _: Any, output: Any) -> Any:
         """The forward hook of an injection."""
@@ -85,15 +104,23 @@ class EditedNetwork:
                 f"{type(output).__name__}; fix the editor: choose a layer inside it"
             )
         branches, frames = batch.latents.shape[:2]
-        source = output[:frames]
-        if injection.function is None:
+        if injection.function is None and injection.layer in self.projections:
             joint = isinstance(self.switch.attention, JointAttention)
-            if joint and injection.layer in self.projections and len(output) == frames:
+            if joint and len(output) == frames:
                 return output
+        name = f"{'keyframes' if batch.keyframes else 'windows'}/{injection.layer}"
+        if self.features.cached:
+            source = self.features.take(name, batch.frames, output)
+            kept, edited = output[:0], output
+        else:
+            self.features.keep(name, batch.frames, output[:frames])
+            kept = source = output[:frames]
+            edited = output[frames:]
+        if injection.function is None:
             return source.repeat(branches, *[1] * (output.ndim - 1))
-        edited = output[frames:].unflatten(0, (-1, frames))
+        edited = edited.unflatten(0, (-1, frames))
         changed = self.editor.inject(injection, edited, source, batch)
-        return torch.cat([source, changed.flatten(0, 1)])
+        return torch.cat([kept, changed.flatten(0, 1)])
 
     def batch(
         self,
@@ -105,13 +132,18 @@ class EditedNetwork:
         """A pass of all branches.
 
         Args:
-            inputs: Of every branch.
+            inputs: Of every branch, or of all but the source's.
             frames: Their positions in the clip; of a grid of several frames, the first one's.
             step: Of sampling.
             keyframes: Whether these are keyframes, denoised jointly.
         """
-        x, given = inputs.to(self.model.device), self.prompts.per_frame(len(frames))
-        names, steps = self.branches, len(step.schedule)
+        branches = slice(len(self.branches) - len(inputs), None)
+        x, prompts = inputs.to(self.model.device), self.prompts.map(lambda x: x[branches])
+        given, names, steps = (
+            prompts.per_frame(len(frames)),
+            self.branches[branches],
+            len(step.schedule),
+        )
         return Batch(names, tuple(frames), x, given, step.t, step.index, steps, keyframes)
 
     def source_batch(
@@ -124,7 +156,9 @@ class EditedNetwork:
         """A pass of the source alone, as inversion needs it; t may lie between sampling's steps."""
         given = self.prompts.rows([0]).per_frame(len(frames))
         names, step = self.branches[:1], min(schedule.passed(t), len(schedule) - 1)
-        return Batch(names, tuple(frames), latents[None], given, t, step, len(schedule))
+        return Batch(
+            names, tuple(frames), latents[None], given, t, step, len(schedule), inversion=True
+        )
 
     def run(
         self, batch: Batch, attention: Attention = plain

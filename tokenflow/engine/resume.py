@@ -30,12 +30,14 @@ class ResumeStore:
         propagation: The kernel with its options and its `cache_key`, as text. If None, there are no
             checkpoints.
         save_every: Sampling steps between two checkpoints; None for no checkpoints.
+        source: Whether the source's features are cached, for later edits of the same clip.
     """
 
     cache: Cache
     editor: str | None = None
     propagation: str | None = None
     save_every: int | None = 10
+    source: bool = True
 
     @property
     def checkpoints(self) -> bool:

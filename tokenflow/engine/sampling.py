@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jaxtyping import Float
 from torch import Tensor
@@ -17,6 +17,7 @@ from tokenflow.engine.network import EditedNetwork
 from tokenflow.engine.ranks.group import FrameGroup
 from tokenflow.engine.ranks.shard import WindowShard
 from tokenflow.engine.settings import Settings
+from tokenflow.engine.source_cache import SourceFeatures
 from tokenflow.errors import InputError
 from tokenflow.video import Clip
 
@@ -40,6 +41,7 @@ class Sampling:
         ranks: That share the clip.
         clip: The source's frames, of this rank's windows and of one more at each side; None where
             only latents are edited.
+        features: What edits take from the source's branch, at the step that runs.
     """
 
     network: EditedNetwork
@@ -51,6 +53,7 @@ class Sampling:
     shard: WindowShard
     ranks: FrameGroup
     clip: Clip | None = None
+    features: SourceFeatures = field(default_factory=SourceFeatures)
 
     def step(self, index: int) -> Step:
         """A step of sampling, as the editor sees it."""
@@ -59,9 +62,13 @@ class Sampling:
         return Step(index, self.schedule, s.guidance, s.seed, self.network.branches)
 
     def inputs(self, x: Latents, frames: Sequence[int], step: Step) -> Outputs:
-        """The network's inputs for some of this rank's frames, by position in the clip."""
+        """The network's inputs for some of this rank's frames, by position in the clip.
+
+        Without the source's branch where its features are cached.
+        """
         here = x[rows(self.trajectory.positions, frames)]
-        return self.network.editor.inputs(here, step, self.trajectory.source(frames))
+        inputs = self.network.editor.inputs(here, step, self.trajectory.source(frames))
+        return inputs[1:] if self.features.cached else inputs
 
     def parts(self, frames: range) -> list[range]:
         """Runs of frames for one forward pass each."""

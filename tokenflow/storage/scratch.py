@@ -44,8 +44,22 @@ def empty_or_memmap(*shape: int, budget: int = BUDGET) -> Float32[Tensor, ...]:
         InputError: The disk refuses.
     """
     size = 4 * prod(shape)
-    if size <= budget:
-        return torch.empty(shape)
+    return torch.empty(shape) if size <= budget else mapped(size).view(torch.float32).view(shape)
+
+
+def on_disk(tensor: Tensor) -> Tensor:
+    """A copy in a file that is mapped into memory.
+
+    Raises:
+        InputError: The disk refuses.
+    """
+    if not tensor.numel():
+        return tensor
+    return mapped(tensor.nbytes).view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def mapped(size: int) -> Tensor:
+    """So many bytes in a file that has no name."""
     with disk(), TemporaryFile() as file:
         os.posix_fallocate(file.fileno(), 0, size)  # else a full disk is a bus error, later
-        return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=shape))
+        return torch.from_numpy(np.memmap(file, np.uint8, "r+", shape=(size,)))

@@ -1,0 +1,220 @@
+"""What an edit takes from the source's branch in each step, kept for later edits of the clip.
+
+Correspondences, injected features, and the tokens of injected queries and keys depend on the source
+alone: an edit that finds them runs without the source's branch.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenflow.engine.ranks.group import FrameGroup
+from tokenflow.propagation import Correspondence
+from tokenflow.storage import digests
+from tokenflow.storage.cache import Cache
+from tokenflow.storage.scratch import BUDGET, on_disk
+
+FRAMES = "#"
+"""Stands before the name of a table's frames."""
+WRITER = "writer"
+
+Tables = Mapping[str, Tensor]
+
+
+class SourceCache:
+    """Tables of the source's features, one entry for each step.
+
+    In host memory, and beyond a budget in memory-mapped files; or, with a `Cache`, on disk, where
+    they are written behind and read ahead of the steps.
+
+    Args:
+        cache: Where entries are kept between runs.
+        budget: Bytes that stay in memory, where there is no such cache.
+    """
+
+    def __init__(self, cache: Cache | None = None, budget: int = BUDGET) -> None:
+        self.cache, self.budget = cache, budget
+        self.entries: dict[str, Tables] = {}
+        self.pending: dict[str, Future[Tables | None]] = {}
+        self.worker = ThreadPoolExecutor(1) if cache is not None else None
+        self.written, self.full = 0, False
+
+    def load(self, key: str) -> Tables | None:
+        """An entry, if it is there."""
+        if self.cache is None:
+            return self.entries.get(key)
+        if key in self.pending:
+            return self.pending.pop(key).result()
+        return self.cache.load(key)
+
+    def ahead(self, key: str) -> None:
+        """Begins to read the entry that is asked for next."""
+        if self.cache is not None and self.worker is not None and self.cache.path(key).exists():
+            self.pending[key] = self.worker.submit(self.cache.load, key)
+
+    def save(self, key: str, tables: Tables, clip: str) -> None:
+        """Keeps an entry; one clip's may take half of a cache's limit."""
+        size = sum(table.nbytes for table in tables.values())
+        self.written += size
+        if self.cache is None or self.worker is None:
+            large = self.written > self.budget
+            self.entries[key] = {n: on_disk(t) if large else t for n, t in tables.items()}
+            return
+        if self.full or 2 * self.written > self.cache.limit:
+            if not self.full:
+                warnings.warn(
+                    f"the source features of {clip} would take more than half of the cache's limit "
+                    f"of {self.cache.limit / 1e9:g} GB: further steps are not kept, and later "
+                    f"edits of the clip compute them anew; raise --model.cache_gigabytes",
+                    stacklevel=2,
+                )
+            self.full = True
+            return
+        self.flush()  # one at a time is in memory
+        self.pending[key] = self.worker.submit(self._write, key, tables, clip)
+
+    def _write(self, key: str, tables: Tables, clip: str) -> None:
+        assert self.cache is not None
+        self.cache.save(key, tables, "source features", clip)
+
+    def flush(self) -> None:
+        """Waits for what is being read and written."""
+        for key in list(self.pending):
+            self.pending.pop(key).result()
+
+
+class SourceFeatures:
+    """The features of one step after the other, of the frames that a rank denoises.
+
+    They are of another edit, where `cached` is true, or this edit's own, to be kept.
+
+    Args:
+        cache: Where they are kept; None for no cache.
+        key: What they depend on besides the step and the layers that are injected.
+        writer: This edit's own name: what it has kept itself is not used, so that an edit which
+            is resumed or repeated takes the same passes again, bit for bit.
+        clip: The clip's name.
+        injected: The layers that are injected, of each step.
+        wanted: Whether the source's own tokens are wanted at a step.
+        ranks: That share the clip, and agree.
+    """
+
+    def __init__(
+        self,
+        cache: SourceCache | None = None,
+        key: Sequence[Any] = (),
+        writer: str = "",
+        clip: str = "clip",
+        injected: Sequence[Sequence[str]] = (),
+        wanted: Callable[[int], bool] = lambda step: False,
+        ranks: FrameGroup | None = None,
+    ) -> None:
+        self.cache, self.key, self.writer, self.clip = cache, digests.of_values(*key), writer, clip
+        self.injected, self.wanted, self.ranks = injected, wanted, ranks or FrameGroup()
+        self.tables: Tables = {}
+        self.rows: dict[str, dict[int, Tensor]] = {}
+        self.cached = self.known = False
+        self.entry = ""
+
+    def begin(self, step: int) -> None:
+        """Looks up a step's features."""
+        if self.cache is None:
+            return
+        self.entry = self._entry(step)
+        found = self.cache.load(self.entry)
+        self.known = found is not None
+        own = found is None or (self.writer and text(found[WRITER]) == self.writer)
+        (alone,) = self.ranks.any(bool(own) or self.wanted(step))
+        self.cached, self.tables = not alone, found if found and not alone else {}
+        if self.cached and step + 1 < len(self.injected):
+            self.cache.ahead(self._entry(step + 1))
+
+    def _entry(self, step: int) -> str:
+        return digests.of_values("source features", 1, self.key, step, self.injected[step])
+
+    def end(self) -> None:
+        """Keeps what was recorded in the step."""
+        if self.cache is not None and not self.known:
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()  # the rows are on their way to host memory
+            tables = {WRITER: torch.tensor(list(self.writer.encode()), dtype=torch.uint8)}
+            for name, rows in self.rows.items():
+                if len({row.shape for row in rows.values()}) == 1:
+                    tables[FRAMES + name] = torch.tensor(list(rows))
+                    tables[name] = torch.stack(list(rows.values()))
+            if len(tables) == 1 + 2 * len(self.rows):  # a kernel's number of taps may vary
+                self.cache.save(self.entry, tables, self.clip)
+        self.rows, self.tables, self.cached = {}, {}, False
+
+    def close(self) -> None:
+        """Waits until everything is written."""
+        if self.cache is not None:
+            self.cache.flush()
+
+    def keep(self, name: str, frames: Sequence[int], values: Tensor) -> None:
+        """Records a row for each of some frames, by position in the clip."""
+        if self.cache is None or self.known or self.cache.full:
+            return
+        rows = self.rows.setdefault(name, {})
+        if not rows.keys() >= set(frames):
+            own = values.to("cpu", copy=True, non_blocking=True)
+            rows.update(zip(frames, own, strict=True))
+
+    def has(self, name: str) -> bool:
+        """Whether there are cached rows of this name."""
+        return name in self.tables
+
+    def take(self, name: str, frames: Sequence[int], like: Tensor) -> Tensor:
+        """The cached rows of some frames, on another tensor's device."""
+        places = {frame: row for row, frame in enumerate(self.tables[FRAMES + name].tolist())}
+        rows = self.tables[name][[places[frame] for frame in frames]]
+        return rows.to(like.device, non_blocking=True)
+
+    def keep_correspondence(
+        self, site: str, frames: Sequence[int], found: Correspondence, first: int
+    ) -> None:
+        """Records a correspondence whose keyframes are counted from token `first` of the clip's."""
+        indices = (found.indices + first).to(torch.int32)
+        weights = found.weights
+        if weights.stride(1) == 0 or weights.shape[1] == 1:  # the same for all tokens
+            weights = weights[:, :1]
+        self.keep(f"indices/{site}", frames, indices)
+        self.keep(f"weights/{site}", frames, weights)
+
+    def correspondence(
+        self, site: str, frames: Sequence[int], first: int, like: Tensor
+    ) -> Correspondence:
+        """A cached correspondence, into keyframes that begin with token `first` of the clip's."""
+        indices = self.take(f"indices/{site}", frames, like) - first
+        weights = self.take(f"weights/{site}", frames, like)
+        return Correspondence(indices, weights.expand(indices.shape))
+
+
+def text(values: Tensor) -> str:
+    """What a tensor of bytes says."""
+    return bytes(values.tolist()).decode()
+
+
+def described(plugin: object) -> Any:
+    """A plugin's class and options for a cache key; None where they are not all plain values."""
+    values = {name: described_value(value) for name, value in vars(plugin).items()}
+    if UNKNOWN in values.values():
+        return None
+    return [f"{type(plugin).__module__}.{type(plugin).__qualname__}", values]
+
+
+def described_value(value: object) -> Any:
+    """A plain value, or a plugin's description."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    inner = described(value) if hasattr(value, "__dict__") else None
+    return UNKNOWN if inner is None else inner
+
+
+UNKNOWN = "?"
