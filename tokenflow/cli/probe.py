@@ -70,6 +70,9 @@ class Probing(EditCallback):
     ) -> None:
         self.probe = self.made(module, frames, module.options(job)[1])
 
+    def wants_correspondences(self, step: int) -> bool:
+        return self.probe is not None and self.probe.wants(step)
+
     def on_correspondence(self, source: Tensor, window: Window, found: Correspondence) -> None:
         if self.probe is not None:
             self.probe(source, window, found)

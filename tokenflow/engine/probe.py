@@ -62,6 +62,10 @@ class Probe:
         self.parts: list[tuple[Window, Correspondence]] = []
         self.seen: Observed | None = None
 
+    def wants(self, step: int) -> bool:
+        """Whether a step's correspondences are still missing."""
+        return self.seen is None and step >= self.step
+
     def __call__(self, source: Tensor, window: Window, found: Correspondence) -> None:
         """Is shown a window's source tokens and its correspondence, at one site and step."""
         if window.site != self.site or self.seen is not None or window.step < self.step:

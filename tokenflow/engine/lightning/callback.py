@@ -36,7 +36,14 @@ class EditCallback(Callback):
         return None
 
     def on_correspondence(self, source: Tensor, window: Window, found: Correspondence) -> None:
-        """Called with every correspondence that the kernel finds, and the window's tokens."""
+        """Called with every correspondence of a step that it wants, and the window's tokens."""
+
+    def wants_correspondences(self, step: int) -> bool:
+        """Whether a step's are wanted; by default all are, by who has `on_correspondence`.
+
+        The source's branch then runs, though what an edit takes from it may be cached.
+        """
+        return type(self).on_correspondence is not EditCallback.on_correspondence
 
     def on_run_staged(self, trainer: Trainer, module: LightningModule, run: Run) -> None:
         """Called when a run's videos are written, and before its page is."""

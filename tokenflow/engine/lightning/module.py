@@ -16,7 +16,7 @@ from tokenflow.diffusion import Backbone
 from tokenflow.editors import Editor, Prompts
 from tokenflow.engine.edit import Result, check_prompt, edit_clip
 from tokenflow.engine.keyframes import split_windows
-from tokenflow.engine.lightning.callback import edit_callbacks
+from tokenflow.engine.lightning.callback import EditCallback, edit_callbacks
 from tokenflow.engine.lightning.job import PLUGINS, Job, Outcome
 from tokenflow.engine.lightning.mask import cut_mask
 from tokenflow.engine.lightning.stopping import Stopping
@@ -65,6 +65,9 @@ class TokenFlowModule(LightningModule):
         cache: A folder for inversions, which later edits of the same frames reuse, and for sampling
             checkpoints, from which the same command resumes; null for none.
         cache_gigabytes: The cache's limit; LRU eviction.
+        cache_source: Also caches what an edit takes from the source's branch (for PnP on 120 frames
+            of 512×512 some 10 GB, at most half of the limit), so that another prompt on the
+            same clip takes two branches of three.
         save_every: Sampling steps between two checkpoints; null for none.
         ranks_per_clip: How many processes share a clip; all of the job's if not given. Others
             edit other clips of a manifest at the same time.
@@ -82,6 +85,7 @@ class TokenFlowModule(LightningModule):
         inversion_prompt: str = "",
         cache: str | None = FOLDER,
         cache_gigabytes: float = 20.0,
+        cache_source: bool = True,
         save_every: int | None = 10,
         ranks_per_clip: int | None = None,
         **settings: Any,
@@ -97,6 +101,7 @@ class TokenFlowModule(LightningModule):
         }
         self.model, self.dtype_name = backbone, dtype
         self.cache = None if cache is None else Cache(cache, cache_gigabytes)
+        self.cache_source = cache_source
         self.save_every, self.ranks_per_clip = save_every, ranks_per_clip
         self.settings = Settings(**settings)
         self.backbone: Backbone | None = None
@@ -208,11 +213,6 @@ class TokenFlowModule(LightningModule):
         ]
         return "stop" if self.preemption.requested or "stop" in answers else None
 
-    def on_correspondence(self, source: Tensor, window: Window, found: Correspondence) -> None:
-        """What the kernel's answers are shown to."""
-        for callback in edit_callbacks(self.trainer):
-            callback.on_correspondence(source, window, found)
-
     def edited(self, job: Job) -> Prediction:
         """A job's result, on rank 0 for the whole clip."""
         assert self.backbone is not None, "setup comes before predict_step"
@@ -221,7 +221,7 @@ class TokenFlowModule(LightningModule):
         store = None
         if self.cache is not None:
             one, other = (self.plugin_key(job, name) for name in PLUGINS)
-            store = ResumeStore(self.cache, one, other, self.save_every)
+            store = ResumeStore(self.cache, one, other, self.save_every, self.cache_source)
         with self.group.together(), self.preemption.interruptible():
             clip = job.source.read(backbone.multiple)
             # now, as the files may change or vanish during the edit
@@ -241,7 +241,7 @@ class TokenFlowModule(LightningModule):
             propagation,
             settings,
             on_step=self.on_step,
-            look=self.on_correspondence,
+            look=Watching(edit_callbacks(self.trainer)),
             store=store,
             ranks=self.group,
         )
@@ -280,3 +280,18 @@ class TokenFlowModule(LightningModule):
             **dataclasses.asdict(settings.for_model(backbone)),
             "defaults": dataclasses.asdict(backbone.defaults),
         }
+
+
+class Watching:
+    """Callbacks that correspondences are shown to."""
+
+    def __init__(self, callbacks: Sequence[EditCallback]) -> None:
+        self.callbacks = callbacks
+
+    def wants(self, step: int) -> bool:
+        """Whether one of them wants a step's."""
+        return any(callback.wants_correspondences(step) for callback in self.callbacks)
+
+    def __call__(self, source: Tensor, window: Window, found: Correspondence) -> None:
+        for callback in self.callbacks:
+            callback.on_correspondence(source, window, found)

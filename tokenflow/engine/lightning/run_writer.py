@@ -109,6 +109,9 @@ class RunWriter(BasePredictionWriter, EditCallback):
         propagated = settings.consistency == "tokenflow" and sites
         self.probe = Probe(sites, frames, settings.steps) if propagated else None
 
+    def wants_correspondences(self, step: int) -> bool:
+        return self.probe is not None and self.probe.wants(step)
+
     def on_correspondence(self, source: Tensor, window: Window, found: Correspondence) -> None:
         if self.probe is not None:
             self.probe(source, window, found)
