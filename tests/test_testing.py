@@ -485,6 +485,22 @@ class TensorOption(PnP):
         super().__init__()
 
 
+class ReadsSource(PnP):
+    """Reads the source's output and says that it needs none."""
+
+    needs_source = False
+
+    def advance(self, x: Tensor, outputs: Any, step: Step, source: Source) -> Tensor:
+        return super().advance(x, outputs, step, source) + 0 * outputs["source"]
+
+
+class AddsSource(ReadsSource):
+    """Adds the source's output where it is there."""
+
+    def advance(self, x: Tensor, outputs: Any, step: Step, source: Source) -> Tensor:
+        return Editor.advance(self, x, outputs, step, source) + outputs.get("source", 0)
+
+
 BROKEN_EDITORS: list[tuple[str, Editor, str]] = [
     ("branches_with_prompts", editor(branches=lambda *_: {"source": ""}), "and an edited one, wit"),
     ("branches_with_prompts", editor(branches=lambda *_: ["a", "b"]), r"got \['a', 'b'\]; return"),
@@ -648,6 +664,8 @@ BROKEN_EDITORS: list[tuple[str, Editor, str]] = [
         starting(lambda source, *_: Start(source.at(0), min(source.frames[0], 1))),
         "as many steps, got one that ends before another; choose",
     ),
+    ("same_without_the_source", ReadsSource(), "KeyError: 'source' .*; let needs_source be True"),
+    ("same_without_the_source", AddsSource(), r"got a difference of \d.*; let needs_source be"),
     ("determinism_from_the_seed", starting(lambda s, *_: Start(torch.randn_like(s.clean))), "draw"),
     ("determinism_from_the_seed", CountsClips(), "from one clip to the next"),
     ("clips_independent", FirstClip(), "whatever is kept of a clip"),

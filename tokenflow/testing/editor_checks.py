@@ -17,10 +17,11 @@ from torch import Tensor
 
 from tokenflow.diffusion import Backbone
 from tokenflow.editors import Batch, Editor, Injection, Start, editor_contract
-from tokenflow.engine import Settings
+from tokenflow.engine import Settings, SourceCache
 from tokenflow.engine.edit import sees_all
 from tokenflow.engine.network import EditedNetwork
 from tokenflow.engine.ranks.group import FrameGroup
+from tokenflow.errors import PluginError
 from tokenflow.testing.checks import (
     Check,
     anew,
@@ -56,6 +57,7 @@ def editor_checks(editor: Editor, backbone: Backbone | None = None) -> list[Chec
         answers_keep_shape_and_dtype, result_shape, backbone_restored, source_branch_unchanged,
         source_condition_stated, injections_have_an_effect, cache_key_of_frames,
         frames_independent_of_the_pass, batch_independent, advance_per_frame, two_ranks_agree,
+        same_without_the_source,
         determinism_from_the_seed, clips_independent, inputs_unchanged, global_state_unchanged,
     )  # fmt: skip
     watched = [Check(editor, function, (backbone,)) for function in functions]
@@ -309,6 +311,27 @@ def two_ranks_agree(editor: Editor, backbone: Backbone | None) -> None:
         difference <= GUIDED * ROUNDING, "the same edit on two ranks as on one",
         f"a difference of {difference:.4g}",
         "go by positions in the clip, treat every frame on its own, and draw noise by its index",
+    )  # fmt: skip
+
+
+def same_without_the_source(editor: Editor, backbone: Backbone | None) -> None:
+    cache, whole = SourceCache(), TinyEdit.of(copy.deepcopy(editor), backbone).edit(batch=1)
+    other = dataclasses.replace(PROMPTS, prompt="a green cube")
+    TinyEdit.of(copy.deepcopy(editor), backbone).edit(1, prompts=other, source_cache=cache)
+    advice = (
+        "let needs_source be True where a method reads or changes the source's branch, or change "
+        "the edited branches by what the source's layers put out"
+    )
+    try:
+        again = TinyEdit.of(editor, backbone).edit(1, source_cache=cache)
+    except PluginError as error:
+        reason = str(error).partition(" failed ")[2] or str(error)
+        require(False, "the same edit without the source's branch", reason, advice)
+        raise
+    difference = float((again - whole).abs().max())
+    require(
+        difference <= GUIDED * ROUNDING, "the same edit without the source's branch",
+        f"a difference of {difference:.4g}", advice,
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tokenflow.diffusion import Backbone, Schedule, StableDiffusion, Trajectory
 from tokenflow.editors import Batch, Editor, Prompts, Step
-from tokenflow.engine import Settings, edit_latents
+from tokenflow.engine import Settings, SourceCache, edit_latents
 from tokenflow.engine.network import EditedNetwork
 from tokenflow.engine.ranks.group import FrameGroup
 from tokenflow.engine.settings import ConsistencyName
@@ -102,14 +102,16 @@ class TinyEdit:
         batch: int = 3,
         consistency: ConsistencyName = "tokenflow",
         ranks: FrameGroup | None = None,
+        prompts: Prompts = PROMPTS,
+        source_cache: SourceCache | None = None,
     ) -> Float[Tensor, "frames c h w"]:
         """The edited latents of the clip, after a pass of inversion if the editor inverts."""
         if self.editor.inverts:
             self.source_output(STEPS - 1)
         settings = Settings(steps=STEPS, keyframe_every=2, batch=batch, consistency=consistency)
         return edit_latents(
-            self.model, self.trajectory, self.schedule, PROMPTS, self.editor, NNField(), settings,
-            ranks=ranks,
+            self.model, self.trajectory, self.schedule, prompts, self.editor, NNField(), settings,
+            ranks=ranks, source_cache=source_cache,
         )  # fmt: skip
 
     @property
