@@ -17,7 +17,7 @@ from tokenflow.editors import Step
 from tokenflow.engine.attention import Bank, JointAttention, PropagatedAttention
 from tokenflow.engine.joint_passes import joint_passes
 from tokenflow.engine.keyframes import draw_keyframes, neighbourhood
-from tokenflow.engine.sampling import Latents, Outputs, Sampling
+from tokenflow.engine.sampling import Latents, Outputs, Sampling, on_host
 from tokenflow.errors import Preempted
 
 AfterStep = Callable[[int, Latents], bool]
@@ -43,11 +43,11 @@ def sample(
         for index in range(first, len(sampling.schedule) if last is None else last):
             step, following, seen = sampling.step(index), x.clone(), set[int]()
             sampling.features.begin(index)
-            for frames, outputs in consistency.outputs(x, step):
+            for frames, outputs in on_host(consistency.outputs(x, step)):
                 seen.update(frames)
                 here, source = rows(trajectory.positions, frames), trajectory.source(frames)
                 names = step.branches[-len(outputs) :]  # without a source that is cached
-                branches = dict(zip(names, outputs.to(x.device), strict=True))
+                branches = dict(zip(names, outputs, strict=True))
                 following[here] = sampling.network.editor.advance(x[here], branches, step, source)
             x = following
             sampling.features.end()

@@ -137,13 +137,10 @@ class EditedNetwork:
             step: Of sampling.
             keyframes: Whether these are keyframes, denoised jointly.
         """
-        branches = slice(len(self.branches) - len(inputs), None)
-        x, prompts = inputs.to(self.model.device), self.prompts.map(lambda x: x[branches])
-        given, names, steps = (
-            prompts.per_frame(len(frames)),
-            self.branches[branches],
-            len(step.schedule),
-        )
+        first, steps = len(self.branches) - len(inputs), len(step.schedule)
+        x = inputs.to(self.model.device, non_blocking=True)
+        given = self.prompts.map(lambda rows: rows[first:]).per_frame(len(frames))
+        names = self.branches[first:]
         return Batch(names, tuple(frames), x, given, step.t, step.index, steps, keyframes)
 
     def source_batch(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -87,3 +89,20 @@ class Sampling:
         """Raises a `DivergedError` on all ranks when a latent is NaN or infinite on one."""
         with self.ranks.together():
             require_finite(x, f"sampling at step {step.index} (timestep {step.t})")
+
+
+PASSES = 64
+"""Forward passes whose outputs are in host memory at once."""
+
+
+def on_host(
+    outputs: Iterator[tuple[Sequence[int], Outputs]],
+) -> Iterator[tuple[Sequence[int], Outputs]]:
+    """Outputs in host memory; an accelerator is waited for once in many passes."""
+    while parts := [
+        (frames, output.to("cpu", non_blocking=True))
+        for frames, output in itertools.islice(outputs, PASSES)
+    ]:
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        yield from parts

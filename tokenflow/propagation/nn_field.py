@@ -45,7 +45,8 @@ class NNField(Propagation):
                 for side in (0, 1):
                     if neighbours[frame][side] == k:
                         indices[frame, :, side] = match
-        weights = window.blend.to(source.device, torch.float32)[:, None].expand(-1, tokens, -1)
+        blend = window.blend.to(source.device, torch.float32, non_blocking=True)
+        weights = blend[:, None].expand(-1, tokens, -1)
         return Correspondence(indices, weights)
 
 
