@@ -9,7 +9,9 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) \
 # begun first, so that no core waits for another at the end
 LONGEST := $(addprefix tests/,miniature/test_edits.py engine/test_resume.py \
   engine/ranks/test_group.py training/test_control.py)
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --durations 40
+# a worker more than cores: some tests wait for processes that they have started
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(($$(nproc) + 1)) --dist worksteal \
+  --durations 40
 
 .PHONY: demo test test-full suite checks docs setup constraints
 .DELETE_ON_ERROR:

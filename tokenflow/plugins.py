@@ -170,11 +170,11 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
     return f"; did you mean {lower[close[0]]}" if close else ""
 
 
-def no_option(given: str, option: str, kind: str, known: Sequence[str]) -> str:
+def no_option(option: str, kind: str, known: Sequence[str]) -> str:
     """What to say of an option that a class does not have."""
     return (
-        f"{kind} has no option {option!r}, got {given}{did_you_mean(option, known)}; its options "
-        f"are {', '.join(known) or 'none'}"
+        f"{kind} has no option {option!r}{did_you_mean(option, known)}; its options are "
+        f"{', '.join(known) or 'none'}"
     )
 
 
@@ -192,12 +192,6 @@ def named_options(given: Any, of: str) -> dict[str, Any]:
             f"{given!r:.200}"
         )
     return dict(given)
-
-
-def no_plugin(name: str, plugins: tuple[Plugin, ...]) -> str:
-    """What to say of a name that no plugin has."""
-    known = [p.name for p in plugins]
-    return f"there is no plugin {name!r}{did_you_mean(name, known)}; {describe(plugins)}"
 
 
 def origin(kind: type[Any]) -> str:

@@ -437,7 +437,7 @@ def test_doctor_tells_what_to_do_about_a_torchvision_for_another_torch(
     (tmp_path / "torchvision.py").write_text(f"raise RuntimeError({reason!r})\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "torchvision", raising=False)
-    assert not doctor.check_package("torchvision")
+    assert not doctor.check_package("torchvision", doctor.unimportable)
     out = capsys.readouterr().out
     assert f"0.1 BROKEN: RuntimeError: {reason}" in out
     assert f"torchvision 0.1 was not built for torch {version('torch')}: pip install" in out

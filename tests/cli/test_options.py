@@ -6,7 +6,6 @@ import inspect
 import logging
 import os
 import re
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,6 @@ import yaml
 from huggingface_hub.utils import logging as hub_logging
 
 from tests.conftest import ROOT
-from tokenflow.cli.choices import require_options
 from tokenflow.cli.main import main
 from tokenflow.cli.options import CLASSES, check, group_options
 from tokenflow.engine.lightning.data import Video
@@ -84,17 +82,13 @@ def test_predict_help_is_whole_and_says_nothing_of_training(
 def test_a_command_that_edits_nothing_imports_nothing_heavy(
     words: list[str], code: int, tmp_path: Path
 ) -> None:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-X", "importtime", "-m", "tokenflow.cli", *words]
     places: dict[str, Any] = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
     done = subprocess.run(command, capture_output=True, text=True, check=False, **places)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if "|" in line}
     assert done.returncode == code, done.stderr
     assert "tokenflow.cli.main" in imported
     assert not imported & {*HEAVY}
-    # processor time, which does not depend on what else the machine does
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
 
 
 @pytest.mark.parametrize(
@@ -102,8 +96,8 @@ def test_a_command_that_edits_nothing_imports_nothing_heavy(
     [
         ([], "expected --data.video, or --data.manifest for many, got neither"),
         (["--data.video=a.mp4"], "the prompt is empty"),
-        (["--data.vido=a.mp4"], r"Video has no option 'vido', .*; did you mean video; its options"),
-        (["--metrics.maks", "x"], r"Measuring has no option 'maks', .*did you mean mask; .*lpips"),
+        (["--data.vido=a.mp4"], r"Video has no option 'vido'; did you mean video; its options"),
+        (["--metrics.maks", "x"], r"Measuring has no option 'maks'; did you mean mask; .*lpips"),
         (["--config=half.yaml"], "the prompt is empty"),
         (["--config=gone.yaml"], "there is no configuration file gone.yaml"),
     ],
@@ -169,22 +163,16 @@ def test_a_misspelt_option_in_a_file_names_its_class(
     [
         (["--model.editor=Pnp"], "there is no editor 'Pnp'; did you mean PnP; installed are: "),
         (["--model.propagation", "NNFeild"], "there is no kernel 'NNFeild'; did you mean NNField"),
-        (
-            ["--model.editor.atention=1"],
-            "PnP has no option 'atention', got --model.edi",
-        ),
+        (["--model.editor.atention=1"], "PnP has no option 'atention'; did you mean attention"),
         (
             ["--model.editor=SDEdit", "--model.editor.init_args.stren", "1"],
             "did you mean strength; its options are strength, noise",
         ),
         (["--model.editor={class_path: SDEdit, init_args: {atention: 1}}"], "SDEdit has no option"),
-        (["--config=editor.yaml"], "PnP has no option 'feetures', .*; did you mean features"),
-        (
-            ["--config=list.yaml"],
-            r"expected init_args of --model.editor as a mapping .* got \['a'\]",
-        ),
-        (["--model=text.yaml"], "expected init_args of --model.propagation as a mapping .* 'abc'"),
-        (["--model.editor={class_path: PnP, init_args: {1: 2}}"], r"as a mapping .* got \{1: 2\}"),
+        (["--config=editor.yaml"], "PnP has no option 'feetures'; did you mean features"),
+        (["--config=list.yaml"], "expected init_args of editor as a mapping"),
+        (["--model=text.yaml"], "Not a valid subclass of Propagation. Got .*'init_args': 'abc'"),
+        (["--model.editor={class_path: PnP, init_args: {1: 2}}"], "must be a string, got: 1"),
     ],
 )
 def test_a_misspelt_editor_or_option_of_one(
@@ -231,13 +219,6 @@ def test_options_are_of_the_editor_that_is_chosen_wherever(
     out, err = capsys.readouterr()
     assert exit.value.code == 0, err
     assert yaml.safe_load(out)["model"]["editor"]["init_args"]["strength"] == 0.3
-
-
-def test_a_class_of_another_package_has_options_of_its_own() -> None:
-    own = {"atention": 1}
-    require_options({"class_path": "mypackage.PnP", "init_args": own}, "editor")
-    with pytest.raises(InputError, match="PnP has no option 'atention'"):
-        require_options({"class_path": "tokenflow.editors.PnP", "init_args": own}, "editor")
 
 
 def test_a_wrong_hub_id_gives_one_message(

@@ -142,16 +142,16 @@ def test_a_plugin_is_kept_for_the_next_row_that_chooses_alike_and_for_no_other()
         ({"class_path": "Pnp"}, "there is no editor 'Pnp'; did you mean PnP; installed are"),
         (
             {"class_path": "PnP", "init_args": {"atention": 1}},
-            "PnP has no option 'atention', .*; did you mean attention; its options are attention, ",
+            "PnP has no option 'atention'; did you mean attention; its options are attention, ",
         ),
-        ({"class_path": "PnP", "init_args": {"attention": "x"}}, "the editor cannot be made"),
+        ({"class_path": "PnP", "init_args": {"attention": "x"}}, 'key "attention":.*a .*float'),
         ({"class_path": "PnP", "init_args": {"attention": 3}}, "clip 7: .*attention"),
-        ({"class_path": "tokenflow.NNField"}, "the editor cannot be made"),
+        ({"class_path": "tokenflow.NNField"}, "does not correspond to a subclass of Editor"),
     ],
 )
 def test_a_choice_that_cannot_be_made(spec: dict[str, object], message: str) -> None:
     job = Job(ClipSource(Path("a.mp4")), plugins={"editor": Choice(spec, Path())}, where="clip 7")
-    with pytest.raises(InputError, match=f"clip 7: .*{message}|{message}"):
+    with pytest.raises(InputError, match=f"(?s)clip 7: .*{message}|{message}"):
         Choices(RUN).settle(job)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from tokenflow.cli.corrections import corrected
 from tokenflow.cli.inputs import NAMED, paths_of
 from tokenflow.cli.options import PLUGINS
 from tokenflow.editors import Editor
@@ -17,15 +18,15 @@ from tokenflow.engine.checked import blamed
 from tokenflow.engine.lightning.job import Choice, Job
 from tokenflow.engine.lightning.manifest import inside
 from tokenflow.errors import InputError
-from tokenflow.plugins import (
-    describe,
-    did_you_mean,
-    installed_plugins,
-    no_option,
-    origin,
-    require_usable,
-)
+from tokenflow.plugins import origin, require_usable
 from tokenflow.propagation import Propagation
+
+
+class ChoiceParser(ArgumentParser):
+    """Raises `InputError` with what is wrong."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise InputError(corrected(self, message)) from ex
 
 
 class Choices:
@@ -37,7 +38,7 @@ class Choices:
 
     def __init__(self, defaults: Mapping[str, Mapping[str, Any]]) -> None:
         self.defaults = defaults
-        self.parsers = {name: ArgumentParser(exit_on_error=False) for name in PLUGINS}
+        self.parsers = {name: ChoiceParser(exit_on_error=False) for name in PLUGINS}
         for name, kind in (("editor", Editor), ("propagation", Propagation)):
             self.parsers[name].add_argument(f"--{name}", type=kind, required=True)
         self.known: dict[str, tuple[dict[str, Any], str, Any]] = {}
@@ -62,8 +63,6 @@ class Choices:
             own = {"class_path": default["class_path"], "init_args": options}
         text = yaml.safe_dump(own)
         if text not in self.known:
-            require_named(own["class_path"], name)
-            require_options(own, name)
             require_usable(own["class_path"], PLUGINS[name])
             parser = self.parsers[name]
             try:
@@ -115,40 +114,3 @@ def has_dict_kwargs(spec: Any) -> bool:
     if isinstance(spec, dict):
         return "dict_kwargs" in spec or any(map(has_dict_kwargs, spec.values()))
     return isinstance(spec, list) and any(map(has_dict_kwargs, spec))
-
-
-def require_named(path: str, option: str) -> None:
-    """Raises `InputError` for a name that no editor or kernel has, with the closest that there is.
-
-    Any class path passes, and so does the name of a class that is imported.
-    """
-    group = PLUGINS[option]
-    plugins = [p for p in installed_plugins() if p.group == group]
-    if "." in path or "/" in path or any(p.name == path for p in plugins):
-        return
-    kinds = [Editor if option == "editor" else Propagation]
-    while kinds:
-        kind = kinds.pop()
-        if kind.__name__ == path:
-            return
-        kinds += kind.__subclasses__()
-    close = did_you_mean(path, [p.name for p in plugins])
-    what = {"editor": "editor", "propagation": "kernel"}[option]
-    raise InputError(f"there is no {what} {path!r}{close}; {describe(plugins)}")
-
-
-def require_options(spec: Mapping[str, Any], option: str) -> None:
-    """Raises `InputError` for an option that the chosen editor or kernel does not have."""
-    package, _, named = str(spec["class_path"]).rpartition(".")
-    for plugin in installed_plugins():
-        if plugin.kind is None or plugin.name != named or plugin.group != PLUGINS[option]:
-            continue
-        if package and package.split(".")[0] != plugin.path.split(".")[0]:
-            continue
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_class_arguments(plugin.kind)
-        known = list(dict.fromkeys(key.split(".")[0] for key in vars(parser.get_defaults())))
-        for name in spec.get("init_args") or {}:
-            if name.split(".")[0] not in known:
-                given = f"--model.{option}.{name}"
-                raise InputError(no_option(given, name, named, known))

@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
@@ -15,7 +16,8 @@ from runpy import run_path
 
 from packaging.requirements import Requirement
 
-from tokenflow.errors import PluginError
+from tokenflow.cli.stop import HELP
+from tokenflow.errors import InputError, PluginError
 from tokenflow.plugins import Plugin, describe, installed_plugins, offered_plugins
 
 PACKAGES = (
@@ -35,18 +37,35 @@ OPTIONAL = ("torchvision",)
 MODULES = {"opencv-python-headless": "cv2"}  # where a package's module has another name
 WIDTH = max(map(len, PACKAGES))
 MINIATURE = Path(__file__).parents[1] / "miniature" / "weights"
+USAGE = """\
+usage: tokenflow doctor
+       tokenflow doctor --imports
+
+Shows versions, accelerator, codecs and plugins, and what is wrong with them; exit code 1 if
+anything is. With --imports, every package and plugin is imported, too, which takes some 10 s and
+finds a package that was built for another version of its neighbour.
+"""
 CARDS = ("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
 
 
-def examine(imports: bool = False) -> int:
+def run(words: list[str]) -> int | None:
     """Prints one line for each check; returns 1 if anything needed is broken, else 0.
 
-    Args:
-        imports: Whether packages and plugins are imported, and torch is asked for the device.
+    With --imports, packages and plugins are imported, and torch is asked for the device.
+
+    Raises:
+        InputError: There are other words.
     """
+    if words[:1] and words[0] in HELP:
+        print(USAGE, end="")
+        return None
+    if words not in ([], ["--imports"]):
+        raise InputError(
+            f"tokenflow doctor takes no options, got {' '.join(words)!r}, but for --imports"
+        )
+    imports = bool(words)
     print(f"{'python':<{WIDTH}} {platform.python_version()} on {platform.platform()}")
-    look = check_package if imports else check_metadata
-    healthy = all([look(name) for name in PACKAGES])
+    healthy = all([check_package(name, unimportable if imports else unmet) for name in PACKAGES])
     checks: tuple[tuple[str, Callable[[], str]], ...] = (
         ("accelerator", device if imports else cards),
         ("video", codecs),
@@ -68,48 +87,43 @@ def examine(imports: bool = False) -> int:
     return 0 if healthy else 1
 
 
-def check_metadata(name: str) -> bool:
-    """Prints a package's version, or which of the others it needs in another one."""
+def check_package(name: str, fault: Callable[[str], str]) -> bool:
+    """Prints a package's version, and what is wrong with it, if anything is."""
     try:
         found = version(name)
     except PackageNotFoundError:
         print(f"{name:<{WIDTH}} not installed{' (not needed)' if name in OPTIONAL else ''}")
         return name in OPTIONAL
-    unmet = []
+    wrong = fault(name)
+    print(f"{name:<{WIDTH}} {found}{f' BROKEN: {wrong}' if wrong else ''}")
+    return not wrong
+
+
+def unmet(name: str) -> str:
+    """Which of the other packages a package needs in another version, by its metadata."""
+    found = []
     for needed in map(Requirement, requires(name) or ()):
         if needed.name in PACKAGES and (needed.marker is None or needed.marker.evaluate()):
-            try:
+            with suppress(PackageNotFoundError):  # which has a line of its own
                 other = version(needed.name)
-            except PackageNotFoundError:  # which has a line of its own
-                continue
-            if not needed.specifier.contains(other, prereleases=True):
-                unmet.append(f"it needs {needed.name}{needed.specifier}, installed is {other}")
-    if unmet:
-        print(f"{name:<{WIDTH}} {found} BROKEN: {'; '.join(unmet)}: pip install --upgrade both")
-        return False
-    print(f"{name:<{WIDTH}} {found}")
-    return True
+                if not needed.specifier.contains(other, prereleases=True):
+                    found.append(f"it needs {needed.name}{needed.specifier}, installed is {other}")
+    return f"{'; '.join(found)}: pip install --upgrade both" if found else ""
 
 
-def check_package(name: str) -> bool:
-    """Prints a package's version, or why it does not import."""
-    try:
-        found = version(name)
-    except PackageNotFoundError:
-        print(f"{name:<{WIDTH}} not installed{' (not needed)' if name in OPTIONAL else ''}")
-        return name in OPTIONAL
+def unimportable(name: str) -> str:
+    """Why a package does not import, if it does not."""
     try:
         import_module(MODULES.get(name, name))
     except Exception as error:  # a broken installation may raise anything
-        print(f"{name:<{WIDTH}} {found} BROKEN: {type(error).__name__}: {error}")
+        reason = f"{type(error).__name__}: {error}"
         if name == "torchvision" or "torchvision::" in str(error):
-            print(
-                f"{'':<{WIDTH}} torchvision {version('torchvision')} was not built for torch "
+            reason += (
+                f"\n{'':<{WIDTH}} torchvision {version('torchvision')} was not built for torch "
                 f"{version('torch')}: pip install --upgrade torch torchvision brings a pair"
             )
-        return False
-    print(f"{name:<{WIDTH}} {found}")
-    return True
+        return reason
+    return ""
 
 
 def device() -> str:

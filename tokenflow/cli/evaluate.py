@@ -25,10 +25,10 @@ from tokenflow.engine.progress import Reporter
 from tokenflow.errors import InputError, explained
 from tokenflow.metrics import Measures
 from tokenflow.report.columns import column
-from tokenflow.storage.atomic import atomic
+from tokenflow.storage.atomic import atomic, require_room
 from tokenflow.storage.paths import local
 from tokenflow.text import printable
-from tokenflow.video import read_clip, require_room
+from tokenflow.video import read_clip
 
 USAGE = """\
 tokenflow evaluate RUN... [OPTIONS]

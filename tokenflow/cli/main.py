@@ -6,10 +6,12 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
 from importlib.metadata import version
 from typing import Any, NoReturn
 
-from tokenflow.cli.stop import stop
+from tokenflow.cli.stop import HELP, stop
 from tokenflow.errors import InputError, Interrupted, Preempted
 from tokenflow.text import printable_lines
 
@@ -28,24 +30,6 @@ commands:
 
 Options of a command: tokenflow COMMAND --help; the version: tokenflow --version
 """
-PLUGINS = """\
-usage: tokenflow plugins
-       tokenflow plugins check
-       tokenflow plugins check NAME [OPTIONS of the plugin]
-
-Lists the editors and kernels that packages offer, without importing them. With check, imports all
-and lists which are usable; exit code 1 if one is not. With a name, makes that plugin with the given
-options, which tokenflow plugins check NAME --help lists, and tests it against its contract.
-"""
-DOCTOR = """\
-usage: tokenflow doctor
-       tokenflow doctor --imports
-
-Shows versions, accelerator, codecs and plugins, and what is wrong with them; exit code 1 if
-anything is. With --imports, every package and plugin is imported, too, which takes some 10 s and
-finds a package that was built for another version of its neighbour.
-"""
-HELP = ("-h", "--help")
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -105,6 +89,12 @@ def dispatch(words: list[str]) -> None:
         stop(str(error))
 
 
+def call(command: str, words: list[str]) -> None:
+    """Runs the words after a command, whose module is imported only now."""
+    if (code := import_module(f"tokenflow.cli.{command}").run(words)) is not None:
+        raise SystemExit(code)
+
+
 def predict(words: list[str]) -> None:
     """Edits a video, through Lightning's command line."""
     from tokenflow.cli import options
@@ -113,63 +103,20 @@ def predict(words: list[str]) -> None:
         options.print_help()
         return
     options.check(words)
-    from tokenflow.cli.predict import run
-
-    run(words)
+    call("predict", words)
 
 
 def evaluate(words: list[str]) -> None:
     """Measures finished runs, or a pair of videos."""
     if not words:
         stop("expected folders of runs, or --source and --edited; see tokenflow evaluate --help")
-    from tokenflow.cli.evaluate import run
-
-    run(words)
-
-
-def report(words: list[str]) -> None:
-    """Writes the page of a run, or of several."""
-    from tokenflow.cli.report import run
-
-    run(words)
-
-
-def plugins(words: list[str]) -> None:
-    """Lists editors and kernels, or checks one."""
-    if words[-1:] and words[-1] in HELP and words[:-1] in ([], ["check"]):
-        print(PLUGINS, end="")
-        return
-    from tokenflow.cli.plugins import run
-
-    raise SystemExit(run(words))
-
-
-def cache(words: list[str]) -> None:
-    """Lists what is kept between runs, or makes it less."""
-    from tokenflow.cli.cache import run
-
-    run(words)
-
-
-def doctor(words: list[str]) -> None:
-    """Shows what the installation is and what is wrong with it."""
-    if words[:1] and words[0] in HELP:
-        print(DOCTOR, end="")
-        return
-    if words not in ([], ["--imports"]):
-        stop(f"tokenflow doctor takes no options, got {' '.join(words)!r}, but for --imports")
-    from tokenflow.cli.doctor import examine
-
-    raise SystemExit(examine(bool(words)))
+    call("evaluate", words)
 
 
 COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "predict": predict,
     "evaluate": evaluate,
-    "report": report,
-    "cache": cache,
-    "plugins": plugins,
-    "doctor": doctor,
+    **{name: partial(call, name) for name in ("report", "cache", "plugins", "doctor")},
 }
 
 if __name__ == "__main__":

@@ -8,10 +8,8 @@ from __future__ import annotations
 import ast
 import json
 import os
-import re
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from importlib.metadata import entry_points
 from inspect import cleandoc
@@ -22,7 +20,7 @@ from docstring_parser import DocstringStyle, parse
 
 from tokenflow.cli.configurations import configs_first, split_allowed
 from tokenflow.errors import InputError
-from tokenflow.plugins import named_options, no_option
+from tokenflow.plugins import no_option
 from tokenflow.storage.paths import FOLDER
 from tokenflow.storage.safe_yaml import parse_yaml
 
@@ -42,8 +40,6 @@ DEFAULTS = {"editor": "tokenflow.editors.PnP", "propagation": "tokenflow.propaga
 """By path, whatever else has the name."""
 NAMED = {"FOLDER": FOLDER}
 """What stands in the sources for a default."""
-CHOSEN = re.compile(r"--model\.(editor|propagation)(?:\.(?:init_args\.)?(\w+))?")
-"""A word that chooses an editor or kernel, or gives it an option."""
 PREFIX = "TOKENFLOW_PREDICT__"
 """Of the environment variables that hold options."""
 
@@ -224,64 +220,7 @@ def meant(group: str, option: str) -> list[str]:
     if found := [name for name in known if name.startswith(option)]:
         return found
     kind = CLASSES[group][0][1]
-    raise InputError(no_option(f"--{group}.{option}", option, kind, known))
-
-
-def chosen_plugins(words: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The editor and kernel that words and files choose: class_path, and init_args by name.
-
-    Values are as they are written; those that only the parser understands are left out, and so is
-    an editor or kernel that the environment may choose.
-
-    Raises:
-        InputError: Options of an editor or kernel are no mapping.
-    """
-    chosen: dict[str, dict[str, Any]] = {
-        name: {"class_path": path, "init_args": {}} for name, path in DEFAULTS.items()
-    }
-
-    def choose(name: str, value: Any) -> None:
-        spec = {"class_path": value} if isinstance(value, str) else value
-        if not isinstance(spec, dict):
-            return
-        if path := spec.get("class_path"):
-            chosen[name] = {"class_path": str(path), "init_args": {}}
-        chosen[name]["init_args"] |= named_options(spec.get("init_args"), f"--model.{name}")
-
-    def choose_all(model: Any) -> None:
-        for name in PLUGINS if isinstance(model, dict) else ():
-            choose(name, model.get(name))
-
-    for kind, file in files(words):
-        given = parsed_file(file)
-        if kind == "config" and isinstance(given, dict):
-            choose_all(given.get("model"))
-        elif kind == "model":
-            choose_all(given)
-    for word, value in options_in(words):
-        if found := CHOSEN.fullmatch(word):
-            name, option = found.groups()
-            if option is None and value.startswith("{"):
-                with suppress(InputError):
-                    value = parse_yaml(value, word)
-                choose(name, value if isinstance(value, dict) else None)
-            elif option in (None, "class_path"):
-                choose(name, value)
-            elif option not in ("init_args", "dict_kwargs"):
-                chosen[name]["init_args"][option] = value
-    unknown = in_environment()
-    return {
-        name: spec
-        for name, spec in chosen.items()
-        if not any(f"{one}.".startswith(("?", f"model.{name}.")) for one in unknown)
-    }
-
-
-def parsed_file(file: str) -> Any:
-    """What a YAML file holds; nothing where it cannot be read, which the parser reports."""
-    with suppress(OSError, UnicodeDecodeError, InputError):
-        return parse_yaml(Path(file).read_text(), file)
-    return None
+    raise InputError(no_option(option, kind, known))
 
 
 def options_in(words: Sequence[str]) -> Iterator[tuple[str, str]]:

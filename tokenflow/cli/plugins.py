@@ -4,26 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from tokenflow.cli.stop import HELP
 from tokenflow.errors import InputError
-from tokenflow.plugins import Plugin, installed_plugins, no_plugin, offered_plugins
+from tokenflow.plugins import Plugin, describe, did_you_mean, installed_plugins, offered_plugins
 from tokenflow.text import printable
 
 KINDS = {"tokenflow.editors": "editor", "tokenflow.propagation": "kernel"}
-USAGE = "expected tokenflow plugins, or tokenflow plugins check [NAME [OPTIONS of the plugin]]"
+USAGE = """\
+usage: tokenflow plugins
+       tokenflow plugins check
+       tokenflow plugins check NAME [OPTIONS of the plugin]
+
+Lists the editors and kernels that packages offer, without importing them. With check, imports all
+and lists which are usable; exit code 1 if one is not. With a name, makes that plugin with the given
+options, which tokenflow plugins check NAME --help lists, and tests it against its contract.
+"""
 
 
-def run(words: list[str]) -> int:
-    """Runs the words after `tokenflow plugins`; returns the exit code.
+def run(words: list[str]) -> int | None:
+    """Runs the words after `tokenflow plugins`; returns the exit code, None after help.
 
     Raises:
         InputError: The words are no such command, or name no plugin.
     """
+    if words[-1:] and words[-1] in HELP and words[:-1] in ([], ["check"]):
+        print(USAGE, end="")
+        return None
     if not words:
         show(offered_plugins(), "class", lambda p: p.reason or p.path)
         print("tokenflow plugins check imports each of them and lists which are usable")
         return 0
     if words[0] != "check":
-        raise InputError(f"{USAGE}; got {' '.join(words)!r}")
+        raise InputError(
+            f"expected tokenflow plugins, or tokenflow plugins check, got {' '.join(words)!r}"
+        )
     if len(words) > 1:
         return check(words[1], words[2:])
     found = installed_plugins()
@@ -43,8 +57,11 @@ def show(plugins: Sequence[Plugin], heading: str, last: Callable[[Plugin], str])
 
 def check(name: str, options: list[str]) -> int:
     """Runs the kit on a name's plugins, made with these options; 1 if anything fails, else 0."""
-    if not any(plugin.name == name for plugin in offered_plugins()):
-        raise InputError(no_plugin(name, offered_plugins()))
+    offered = offered_plugins()
+    names = [plugin.name for plugin in offered]
+    if name not in names:
+        close = did_you_mean(name, names)
+        raise InputError(f"there is no plugin {name!r}{close}; {describe(offered)}")
     from tokenflow.cli.check import verdict  # late: it imports all that edits need
 
     return max([verdict(p, options) for p in installed_plugins() if p.name == name])

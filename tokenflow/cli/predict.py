@@ -24,10 +24,11 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from transformers.utils import logging as transformers_logging
 
 from tokenflow.cli.allowlist import require_local, restrict
-from tokenflow.cli.choices import Choices, require_named, require_options
+from tokenflow.cli.choices import Choices
 from tokenflow.cli.configurations import configs_first, split_allowed
+from tokenflow.cli.corrections import corrected
 from tokenflow.cli.inputs import NAMED, make_absolute, paths_of, require_readable
-from tokenflow.cli.options import CLASSES, DEFAULTS, PLUGINS, chosen_plugins, meant
+from tokenflow.cli.options import CLASSES, DEFAULTS, PLUGINS, meant
 from tokenflow.cli.stop import stop
 from tokenflow.engine.checked import blamed
 from tokenflow.engine.lightning.data import Video
@@ -42,7 +43,7 @@ from tokenflow.engine.settings import Settings
 from tokenflow.errors import InputError, Interrupted, Preempted
 from tokenflow.memory import explained_shortage
 from tokenflow.miniature.scenes import VOCABULARY
-from tokenflow.plugins import OPTION, describe, installed_plugins, origin, require_usable
+from tokenflow.plugins import OPTION, origin, require_usable
 from tokenflow.private_names import dump_config, forks
 from tokenflow.runs.files import finished
 from tokenflow.storage.paths import local
@@ -67,10 +68,7 @@ class Parser(LightningArgumentParser):
             group, option = unknown.groups()
             if group in CLASSES:
                 meant(group, option)
-        lines = [message]
-        for option, group in PLUGINS.items():
-            if f"model.{option}" in message:
-                lines.append(describe([p for p in installed_plugins() if p.group == group]))
+        lines = [corrected(self, message)]
         if "is not allowed, denied by" in message:
             lines.append(f"a configuration may not run code; if you trust it: {OPTION} PACKAGE")
         stop("\n".join([*lines, "see tokenflow predict --help"]))
@@ -269,10 +267,6 @@ def run(words: list[str], callbacks: Sequence[Callback] = ()) -> None:
     words, allowed = split_allowed(words)
     words = configs_first(words)
     restrict(allowed)
-    if not any(word.endswith(".help") for word in words):
-        for option, spec in chosen_plugins(words).items():
-            require_named(spec["class_path"], option)
-            require_options(spec, option)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
     diffusers_logging.disable_progress_bar()

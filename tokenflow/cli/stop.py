@@ -1,4 +1,4 @@
-"""How a command ends on an error that the user can mend."""
+"""How a command ends on an error that the user can mend, and which words ask for help."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import sys
 from typing import NoReturn
 
 from tokenflow.text import printable_lines
+
+HELP = ("-h", "--help")
 
 
 def stop(message: str) -> NoReturn:

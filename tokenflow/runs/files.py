@@ -12,7 +12,7 @@ from tempfile import mkdtemp
 from filelock import FileLock, Timeout
 
 from tokenflow.errors import InputError
-from tokenflow.video import remove_leftovers
+from tokenflow.storage.atomic import remove_leftovers
 
 EDITED, COMPARE, SHEET = "edited.mp4", "compare.mp4", "contact_sheet.png"
 REPORT = "report.html"

@@ -1,6 +1,5 @@
 """Videos in and out: clips, and pictures made of them."""
 
-from tokenflow.storage.atomic import atomic, remove_leftovers, require_room
 from tokenflow.video.alpha import transparent
 from tokenflow.video.clip import AudioSpan, Clip, VideoError
 from tokenflow.video.frames import FrameBuffer, Frames, levels, luma
@@ -16,7 +15,6 @@ __all__ = [
     "FrameBuffer",
     "Frames",
     "VideoError",
-    "atomic",
     "both_sides",
     "clip_name",
     "contact_sheet",
@@ -25,8 +23,6 @@ __all__ = [
     "levels",
     "luma",
     "read_clip",
-    "remove_leftovers",
-    "require_room",
     "require_writable",
     "resized",
     "side_by_side",

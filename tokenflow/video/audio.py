@@ -1,11 +1,11 @@
 """Carry a clip's sound over into the video made from it."""
 
-import io
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import lru_cache
+from tempfile import TemporaryFile
 from typing import cast
 
 import av
@@ -43,7 +43,7 @@ def audio_track(span: AudioSpan | None, output: OutputContainer) -> Iterator[Ite
 
     Their times count from the span's start, and increase. Sound that cannot be carried over is
     left out, from there on, with a warning: it does not cost the user the picture. So each way is
-    tried before, with an output that goes nowhere.
+    tried before, with a temporary file.
     """
     way = None if span is None else way_of(span)
     if span is None or way is None:
@@ -81,37 +81,13 @@ def _rehearsed(span: AudioSpan) -> Way:
 def _rehearse(span: AudioSpan, way: Way) -> None:
     with (
         open_container(span.path) as source,
-        av.open(Nowhere(), "w", format="mp4") as output,
+        TemporaryFile() as file,
+        av.open(file, "w", format="mp4") as output,
         warnings.catch_warnings(),  # they come when it is done
     ):
         warnings.simplefilter("ignore")
         for packet in increasing(way(span, source, _stream(source), output), output):
             output.mux(packet)
-
-
-class Nowhere(io.RawIOBase):
-    """A file that forgets what is written."""
-
-    def __init__(self) -> None:
-        self.place = self.size = 0
-
-    def writable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def write(self, data: bytes) -> int:  # type: ignore[override]
-        self.place += len(data)
-        self.size = max(self.size, self.place)
-        return len(data)
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.place}.get(whence, self.size)
-        return self.place
-
-    def tell(self) -> int:
-        return self.place
 
 
 def increasing(packets: Iterator[Packet], output: OutputContainer) -> Iterator[Packet]:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from heapq import merge
+from io import BytesIO
 from itertools import chain
 from math import lcm
 from pathlib import Path
@@ -21,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from tokenflow.storage.atomic import atomic
-from tokenflow.video.audio import Nowhere, audio_track, increasing, way_of
+from tokenflow.video.audio import audio_track, increasing, way_of
 from tokenflow.video.clip import AudioSpan, Clip, VideoError, check_rate, check_times
 from tokenflow.video.colour import EXACT
 from tokenflow.video.frames import Frames, levels
@@ -131,7 +132,7 @@ def require_writable(clip: Clip, size: Size | None = None) -> Clip:
     height, width = size or clip.display_size
     with (
         _as_video_error(f"a video of {width}x{height}"),
-        av.open(Nowhere(), "w", format="mp4") as output,
+        av.open(BytesIO(), "w", format="mp4") as output,
     ):
         tick = _tick([*clip.times, clip.end or Fraction(0)])
         stream = _stream(output, (height, width), clip.rate, tick, 51)

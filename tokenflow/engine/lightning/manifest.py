@@ -12,7 +12,7 @@ from contextlib import suppress
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser
 
@@ -144,8 +144,6 @@ MOST = 10_000
 """Combinations of one grid."""
 FILES = {"ControlVideo": "path", "FlowFiles": "folder", "RAFT": "weights"}
 """Which option of a class names a file or folder that it reads."""
-PLAIN = {int: re.compile(r"-?(0|[1-9]\d{0,17})"), float: re.compile(r"-?\d{1,15}\.\d{1,15}")}
-"""Numbers as they are written by most."""
 
 
 class Options:
@@ -176,10 +174,6 @@ class Options:
             raise ValueError(f"{name!r} is no option{close}; expected any of {others}")
         if type(value) is self.types[name]:  # no int that is a bool
             return value
-        kinds = get_args(self.types[name]) or (self.types[name],)
-        for kind, plain in PLAIN.items():  # most cells of a CSV file: no parser needs to look
-            if kind in kinds and isinstance(value, str) and plain.fullmatch(value):
-                return kind(value)
         key = name, repr(value)
         if key not in self.known:
             try:

@@ -38,15 +38,14 @@ from tokenflow.runs.files import (
     require_free,
     staged,
 )
+from tokenflow.storage.atomic import atomic, require_room
 from tokenflow.storage.paths import local
 from tokenflow.text import printable, printable_lines
 from tokenflow.video import (
     Clip,
     Frames,
     VideoError,
-    atomic,
     contact_sheet,
-    require_room,
     resized,
     side_by_side,
     write_image,
