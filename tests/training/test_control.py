@@ -41,14 +41,15 @@ def test_a_pixel_is_the_objects_whose_colour_is_nearer() -> None:
     assert object_mask(image, truth, mask).tolist() == [[False, True]]
 
 
-# of 16 stills 13 have their shape, overlap 0.91 (14 and 0.91 on the next seeds, 4 and 0.17 without)
+# of 16 stills 13 have their shape, overlap 0.91 (14 and 0.91 on the next seeds); without a control
+# 4 and 0.17, of 8 stills 2 and 0.22
 @pytest.mark.parametrize(("each", "steps"), [(4, 10), pytest.param(8, 15, marks=pytest.mark.full)])
 def test_edges_alone_give_shape_and_place(each: int, steps: int) -> None:
     backbone, judge = Backbone.load("miniature", device="cpu"), Judge.load()
     controlled = judge_control(backbone, ControlNet(), judge, each, steps)
     assert controlled.shape >= SHAPE_BAR, controlled
     assert controlled.overlap >= OVERLAP_BAR, controlled
-    free = judge_control(backbone, SDEdit(), judge, each, steps)
+    free = judge_control(backbone, SDEdit(), judge, each // 2, steps)
     assert free.shape < SHAPE_BAR, free
     assert free.overlap < OVERLAP_BAR, free
 
