@@ -178,22 +178,6 @@ def no_option(option: str, kind: str, known: Sequence[str]) -> str:
     )
 
 
-def named_options(given: Any, of: str) -> dict[str, Any]:
-    """The init_args of an editor or kernel, of which None are none.
-
-    Raises:
-        InputError: They are no mapping from names to values.
-    """
-    if given is None:
-        return {}
-    if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
-        raise InputError(
-            f"expected init_args of {of} as a mapping from names of options to values, got "
-            f"{given!r:.200}"
-        )
-    return dict(given)
-
-
 def origin(kind: type[Any]) -> str:
     """The package and version that offers a class, else the module that holds it."""
     # another package may offer our class, too, as an unusable plugin: usable ones overwrite it

@@ -16,9 +16,10 @@ from tokenflow.cli.inputs import make_absolute
 from tokenflow.cli.main import main
 from tokenflow.cli.predict import run, warn_of_unknown_words
 from tokenflow.engine.lightning.callback import EditCallback
-from tokenflow.engine.lightning.finished_run import FinishedRun
 from tokenflow.engine.lightning.job import ClipSource, Job
-from tokenflow.engine.lightning.metrics import mask_of
+from tokenflow.engine.lightning.mask import cut_mask
+from tokenflow.engine.lightning.metrics import white
+from tokenflow.engine.lightning.run_writer import shown
 from tokenflow.errors import InputError
 from tokenflow.storage.digests import of_path
 from tokenflow.video import Clip, write_clip, write_image
@@ -193,11 +194,9 @@ def test_a_mask_is_cut_and_scaled_as_its_clip(length: str, scale: int, tmp_path:
         image[..., : 2 * number * scale] = 1
         write_image(tmp_path / "mask" / f"{number}.png", image)
     choice = {"start": 2, "stop": 8, "stride": 2, "resolution": 16, "fit": "resize"}
-    run = FinishedRun(
-        tmp_path, ClipSource(tmp_path / "in.mp4", **choice), {"multiple": 16}, tmp_path
-    )
+    source = ClipSource(tmp_path / "in.mp4", **choice)
     edit = Clip.from_frames(torch.rand(3, 3, 16, 32))
-    mask = mask_of(tmp_path / "mask", run, edit)
+    mask = white(shown(cut_mask(tmp_path / "mask", source, 16, edit)))
     assert [int(frame[0].sum()) for frame in mask] == [4, 8, 12]
     assert mask.shape == (3, 16, 32)
 
@@ -205,9 +204,8 @@ def test_a_mask_is_cut_and_scaled_as_its_clip(length: str, scale: int, tmp_path:
 def test_a_mask_of_another_length(tmp_path: Path) -> None:
     write_image(tmp_path / "mask" / "0.png", torch.zeros(3, 16, 32))
     source = ClipSource(tmp_path / "in.mp4", start=2, stop=5)
-    run = FinishedRun(tmp_path, source, {"multiple": 16}, tmp_path)
     with pytest.raises(InputError, match="mask has 1 frames"):
-        mask_of(tmp_path / "mask", run, Clip.from_frames(torch.rand(3, 3, 16, 32)))
+        cut_mask(tmp_path / "mask", source, 16, Clip.from_frames(torch.rand(3, 3, 16, 32)))
 
 
 @pytest.mark.parametrize(

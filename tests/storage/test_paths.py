@@ -12,7 +12,8 @@ import yaml
 from tokenflow.cli.main import main
 from tokenflow.editors.conditions import ControlVideo
 from tokenflow.engine.lightning.data import Video
-from tokenflow.engine.lightning.metrics import read_mask
+from tokenflow.engine.lightning.job import ClipSource
+from tokenflow.engine.lightning.mask import cut_mask
 from tokenflow.propagation import RAFT, FlowFiles
 from tokenflow.storage.paths import default_cache, local
 from tokenflow.video import Clip, write_clip
@@ -74,8 +75,8 @@ def test_a_manifest_in_the_users_home(home: Path) -> None:
 
 
 def test_flow_masks_control_and_weights_in_the_users_home(home: Path) -> None:
-    assert read_mask("~/in.mp4").shape == (3, 16, 32)
     clip = Clip.from_frames(torch.rand(3, 3, 16, 32))
+    assert len(cut_mask("~/in.mp4", ClipSource(home / "in.mp4"), 16, clip)) == 3
     assert len(ControlVideo("~/in.mp4").of(clip)) == 3
     (home / "flow").mkdir()
     for pair in ("0_1", "1_0", "1_2", "2_1"):

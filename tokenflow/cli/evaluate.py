@@ -20,7 +20,7 @@ from tokenflow.cli.allowlist import restrict
 from tokenflow.diffusion import Backbone
 from tokenflow.engine.lightning.finished_run import FinishedRun
 from tokenflow.engine.lightning.job import ClipSource
-from tokenflow.engine.lightning.metrics import Sources, Values, measure_run, read_mask, round_trip
+from tokenflow.engine.lightning.metrics import Sources, Values, measure_run, round_trip, white
 from tokenflow.engine.progress import Reporter
 from tokenflow.errors import InputError, explained
 from tokenflow.metrics import Measures
@@ -165,7 +165,7 @@ def of_pair(
 ) -> dict[str, Any]:
     """An edit measured, in the form of `metrics.json`."""
     old, new = (read_clip(path, in_memory=False) for path in map(local, (source, edited)))
-    hidden = None if mask is None else read_mask(mask)
+    hidden = None if mask is None else white(read_clip(local(mask), in_memory=False).frames)
     motions, floor = measures.motions(old), None
     measures.check(new, old, hidden)
     reporter = Reporter()

@@ -25,7 +25,7 @@ from tokenflow.miniature.judge import Judge
 from tokenflow.miniature.scenes import SIZE, Attributes
 from tokenflow.propagation import DIS, ClipFlow, OpticalFlow
 from tokenflow.storage.scratch import BUDGET
-from tokenflow.video import Clip, Frames
+from tokenflow.video import Clip, described
 
 MOST_DECIBELS = 100.0
 """What stands for an infinite PSNR."""
@@ -210,11 +210,6 @@ def options_of(flow: OpticalFlow) -> dict[str, str | int | float]:
     given = {name: getattr(flow, name, None) for name in signature(type(flow)).parameters}
     words = {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
     return {k: v for k, v in words.items() if isinstance(v, str | int | float)}
-
-
-def described(frames: Tensor | Frames) -> str:
-    """The number of frames and their size."""
-    return f"{len(frames)} frames of {frames.shape[-1]}x{frames.shape[-2]}"
 
 
 def judged(

@@ -20,7 +20,7 @@ from tokenflow.plugins import OPTION
 from tokenflow.runs.files import COMPARE, EDITED, FAILED, METRICS, RECORD, finished
 from tokenflow.storage.paths import local
 from tokenflow.storage.safe_yaml import parse_yaml
-from tokenflow.video import Clip, Frames, halves, read_clip
+from tokenflow.video import Clip, Frames, described, halves, read_clip
 
 QUALITY = ("reconstruction_psnr", "round_trip_psnr")
 PACKAGES = {"editor": "editor.package", "propagation": "propagation.package"}
@@ -208,14 +208,8 @@ def require_alike(source: Clip, edited: Clip, run: Run) -> None:
     if source.frames.shape != edited.frames.shape:
         raise InputError(
             f"expected {run.place / COMPARE} to show the frames of {EDITED} beside their source, "
-            f"got {described(source)} there and {described(edited)} here; edit again"
+            f"got {described(source.frames)} there and {described(edited.frames)} here; edit again"
         )
-
-
-def described(clip: Clip) -> str:
-    """How many frames a clip has, and of which size."""
-    height, width = clip.frames.shape[-2:]
-    return f"{len(clip)} frames of {width}x{height}"
 
 
 class RecordDumper(yaml.SafeDumper):

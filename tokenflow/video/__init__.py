@@ -2,7 +2,7 @@
 
 from tokenflow.video.alpha import transparent
 from tokenflow.video.clip import AudioSpan, Clip, VideoError
-from tokenflow.video.frames import FrameBuffer, Frames, levels, luma
+from tokenflow.video.frames import FrameBuffer, Frames, described, levels, luma
 from tokenflow.video.image_folder import image_paths
 from tokenflow.video.layout import both_sides, contact_sheet, halves, side_by_side
 from tokenflow.video.reader import clip_name, read_clip
@@ -18,6 +18,7 @@ __all__ = [
     "both_sides",
     "clip_name",
     "contact_sheet",
+    "described",
     "halves",
     "image_paths",
     "levels",

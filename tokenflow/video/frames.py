@@ -187,6 +187,11 @@ class FrameBuffer:
         return Frames(self.frame, range(self.count), self.size)
 
 
+def described(frames: Tensor | Frames) -> str:
+    """The number of frames and their size."""
+    return f"{len(frames)} frames of {frames.shape[-1]}x{frames.shape[-2]}"
+
+
 def levels(
     image: Float[Tensor, "*frames 3 height width"],
 ) -> UInt8[Tensor, "*frames 3 height width"]:

@@ -19,7 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from tokenflow.engine.lightning.job import CHOICE, PLUGINS, PROMPTS, Choice, ClipSource, Job
 from tokenflow.engine.settings import Settings
 from tokenflow.errors import InputError
-from tokenflow.plugins import did_you_mean, named_options
+from tokenflow.plugins import did_you_mean
 from tokenflow.storage.paths import local
 from tokenflow.storage.safe_yaml import LARGEST, parse_yaml, require_once
 from tokenflow.video import VideoError, image_paths, read_clip
@@ -231,7 +231,12 @@ def chosen(row: Mapping[str, Any], name: str) -> dict[str, Any]:
         raise ValueError(
             f"expected {name} as a class name, or class_path and init_args, got {spec}"
         )
-    arguments = named_options(spec.get("init_args"), name)
+    arguments = spec.get("init_args") or {}
+    if not isinstance(arguments, dict) or not all(isinstance(key, str) for key in arguments):
+        raise ValueError(
+            f"expected init_args of {name} as a mapping from names of options to values, got "
+            f"{arguments!r:.200}"
+        )
     prefix = f"{name}."
     single = {k.removeprefix(prefix): v for k, v in row.items() if str(k).startswith(prefix)}
     return {**spec, "init_args": {**arguments, **single}} if single else dict(spec)

@@ -7,7 +7,6 @@ import json
 import sys
 from copy import copy
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,10 +27,9 @@ from tokenflow.propagation import ClipFlow
 from tokenflow.report import Run
 from tokenflow.runs.files import METRICS
 from tokenflow.storage.atomic import atomic
-from tokenflow.storage.paths import local
 from tokenflow.storage.scratch import empty_or_memmap
 from tokenflow.text import printable_lines
-from tokenflow.video import Clip, read_clip, resized
+from tokenflow.video import Clip, Frames, resized
 
 Values = dict[str, float]
 Mask = Bool[Tensor, "frames height width"]
@@ -46,7 +44,6 @@ def round_trip(
 ) -> Clip:
     """The source after the VAE alone, at the size of `like`: what no edit is better than.
 
-
     Raises:
         InputError: The source cannot be read.
     """
@@ -60,29 +57,9 @@ def round_trip(
     return dataclasses.replace(clip, frames=images, name="VAE round trip")
 
 
-def read_mask(path: str) -> Bool[Tensor, "frames height width"]:
-    """White and brighter greys of a video or a folder of images.
-
-    Raises:
-        InputError: It cannot be read.
-    """
-    frames = read_clip(local(path), in_memory=False).frames
+def white(frames: Tensor | Frames) -> Mask:
+    """Where frames are white, or of a brighter grey."""
     return torch.stack([frame.mean(dim=0) > 0.5 for frame in frames])
-
-
-def mask_of(path: str | Path, run: FinishedRun, like: Clip) -> Bool[Tensor, "frames height width"]:
-    """A run's mask, cut and scaled as its source was, unless it is like the edit already.
-
-    Args:
-        path: A video or folder of images of the edit's length, or of the source's.
-        run: Whose source it is cut by.
-        like: The edit.
-
-    Raises:
-        InputError: It cannot be read, or has another number of frames or another size.
-    """
-    cut = cut_mask(path, run.source, run.record["multiple"], like)
-    return torch.stack([frame.mean(dim=0) > 0.5 for frame in shown(cut)])
 
 
 class Sources:
@@ -115,7 +92,10 @@ class Sources:
         key = run.source.path.resolve(), run.source.choice, clip.frames.shape, prompt, mask
         if self.last is None or self.last[0] != key:
             motions, floor = self.measures.motions(clip), None
-            hidden = None if mask is None else mask_of(mask, run, like=clip)
+            hidden = None
+            if mask is not None:
+                cut = cut_mask(mask, run.source, run.record["multiple"], like=clip)
+                hidden = white(shown(cut))
             if self.backbone is not None:
                 back = round_trip(self.backbone, run.source, like=clip)
                 floor = self.measures.of(back, motions, prompt, prompt, hidden)

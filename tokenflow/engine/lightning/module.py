@@ -189,7 +189,9 @@ class TokenFlowModule(LightningModule):
         try:
             self.group.meet()  # rank 0 may still be writing the clip before
             with self.group.together(), self.preemption.interruptible():
-                reason = self.refused(job) if self.group.rank == 0 else None
+                callbacks = edit_callbacks(self.trainer) if self.group.rank == 0 else []
+                reasons = (callback.admit(self.trainer, self, job) for callback in callbacks)
+                reason = next(filter(None, reasons), None)
             if reason := self.group.all_gather_object(reason)[0]:
                 return Outcome(job, "skipped", reason)
             return self.edited(job)
@@ -199,11 +201,6 @@ class TokenFlowModule(LightningModule):
             forget_frames(error)
             torch.accelerator.empty_cache() if torch.accelerator.is_available() else None
             return Outcome(job, "failed", f"{type(error).__name__}: {error}")
-
-    def refused(self, job: Job) -> str | None:
-        """Why a job is not to be done, if a callback has a reason."""
-        reasons = (one.admit(self.trainer, self, job) for one in edit_callbacks(self.trainer))
-        return next(filter(None, reasons), None)
 
     def on_step(self, stage: str, step: int, steps: int) -> Literal["stop"] | None:
         """What `edit_clip` calls after every step."""
@@ -251,7 +248,13 @@ class TokenFlowModule(LightningModule):
             self.cache.prune()
         resolved = {
             "source": job.source.record,
-            **self.resolved(backbone, settings, dataclasses.asdict(prompts)),
+            # what stands in a configuration as a default, a name or for many clips
+            "device": str(backbone.device),
+            "multiple": backbone.multiple,
+            "dtype": str(backbone.dtype).removeprefix("torch."),
+            **dataclasses.asdict(prompts),
+            **dataclasses.asdict(settings.for_model(backbone)),
+            "defaults": dataclasses.asdict(backbone.defaults),
             "editor": origin(type(editor)),
             "propagation": origin(type(propagation)),
             **record,
@@ -267,19 +270,6 @@ class TokenFlowModule(LightningModule):
             return result
         edited = dataclasses.replace(source, frames=buffer.frames)
         return dataclasses.replace(result, source=source, clip=edited)
-
-    def resolved(
-        self, backbone: Backbone, settings: Settings, prompts: dict[str, str]
-    ) -> dict[str, Any]:
-        """What stands in a configuration as a default, a name or for many clips."""
-        return {
-            "device": str(backbone.device),
-            "multiple": backbone.multiple,
-            "dtype": str(backbone.dtype).removeprefix("torch."),
-            **prompts,
-            **dataclasses.asdict(settings.for_model(backbone)),
-            "defaults": dataclasses.asdict(backbone.defaults),
-        }
 
 
 class Watching:
