@@ -7,9 +7,11 @@ import multiprocessing
 import os
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from random import SystemRandom
 from typing import Any
 
 import torch
@@ -49,10 +51,7 @@ def launched(
 
     What they print is added to `output`.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{free_port()}"}
     if slurm:
         names = "SLURM_PROCID", "SLURM_LOCALID"
         shared |= {
@@ -68,6 +67,15 @@ def launched(
     ranks = (dict.fromkeys(names, f"{rank}") for rank in range(size))
     options = ["--trainer.accelerator=cpu", f"--trainer.devices={size}", "--trainer.strategy=ddp"]
     return [command([*words, *options], shared | rank, output) for rank in ranks]
+
+
+def free_port() -> int:
+    """A port that is free, and that the system gives to none who asks for any before it is used."""
+    for port in SystemRandom().sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("found no free port")
 
 
 def command(words: list[str], environment: dict[str, str], output: Path | None) -> BaseProcess:

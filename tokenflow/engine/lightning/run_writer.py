@@ -161,9 +161,8 @@ class RunWriter(BasePredictionWriter, EditCallback):
             outcome = self.written(trainer, module, job, prediction)
         else:
             outcome = prediction
-        if (
-            outcome.status == "failed" and self.lock is not None
-        ):  # else the folder is not this run's
+        # without the lock the folder is not this run's
+        if outcome.status == "failed" and self.lock is not None:
             with suppress(OSError), atomic(folder / FAILED) as file:
                 file.write_text(yaml.safe_dump({"failed": printable_lines(outcome.reason)}))
         self.release()
@@ -243,11 +242,8 @@ class RunWriter(BasePredictionWriter, EditCallback):
             again = "free some space or choose another --output.folder, and start again"
             safe = result.checkpoint is not None and not result.checkpoint.cache.full
             keeps = "; the edit is in the cache, and the next run only writes it" if safe else ""
-            what = (
-                error
-                if isinstance(error, VideoError)
-                else (f"{folder} cannot be written ({error}): {again}")
-            )
+            refused = f"{folder} cannot be written ({error}): {again}"
+            what = error if isinstance(error, VideoError) else refused
             raise InputError(f"{what}{keeps}") from error
 
     def show(self, run: Run, prediction: Prediction) -> None:
