@@ -239,3 +239,16 @@ def test_beyond_its_budget_memory_is_mapped(backbone: Backbone, clip: Clip) -> N
             )  # fmt: skip
         results.append(found)
     assert torch.equal(*results)
+
+
+def test_a_step_that_is_too_large_for_memory_is_not_kept(
+    backbone: Backbone, clip: Clip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tokenflow.engine.source_cache.BUDGET", 100_000)
+    cache, settings = SourceCache(), Settings(steps=STEPS, keyframe_every=4)
+    with pytest.warns(UserWarning, match="the source features of clip take more than"):
+        edit_latents(
+            backbone, inverted(backbone, clip), backbone.schedule(STEPS), "x", PnP(), NNField(),
+            settings, source_cache=cache,
+        )  # fmt: skip
+    assert not cache.entries

@@ -119,8 +119,8 @@ class SourceFeatures:
         self.injected, self.wanted, self.ranks = injected, wanted, ranks or FrameGroup()
         self.tables: Tables = {}
         self.rows: dict[str, dict[int, Tensor]] = {}
-        self.cached = self.known = False
-        self.entry = ""
+        self.cached = self.known = self.off = False
+        self.entry, self.size = "", 0
 
     def begin(self, step: int) -> None:
         """Looks up a step's features."""
@@ -140,7 +140,7 @@ class SourceFeatures:
 
     def end(self) -> None:
         """Keeps what was recorded in the step."""
-        if self.cache is not None and not self.known:
+        if self.cache is not None and not (self.known or self.off):
             if torch.accelerator.is_available():
                 torch.accelerator.synchronize()  # the rows are on their way to host memory
             tables = {WRITER: torch.tensor(list(self.writer.encode()), dtype=torch.uint8)}
@@ -150,7 +150,7 @@ class SourceFeatures:
                     tables[name] = torch.stack(list(rows.values()))
             if len(tables) == 1 + 2 * len(self.rows):  # a kernel's number of taps may vary
                 self.cache.save(self.entry, tables, self.clip)
-        self.rows, self.tables, self.cached = {}, {}, False
+        self.rows, self.tables, self.cached, self.size = {}, {}, False, 0
 
     def close(self) -> None:
         """Waits until everything is written."""
@@ -159,12 +159,21 @@ class SourceFeatures:
 
     def keep(self, name: str, frames: Sequence[int], values: Tensor) -> None:
         """Records a row for each of some frames, by position in the clip."""
-        if self.cache is None or self.known or self.cache.full:
+        if self.cache is None or self.known or self.cache.full or self.off:
             return
         rows = self.rows.setdefault(name, {})
-        if not rows.keys() >= set(frames):
-            own = values.to("cpu", copy=True, non_blocking=True)
-            rows.update(zip(frames, own, strict=True))
+        if rows.keys() >= set(frames):
+            return
+        own = values.to("cpu", copy=True, non_blocking=True)
+        rows.update(zip(frames, own, strict=True))
+        self.size += own.nbytes
+        if self.size > BUDGET:
+            self.off, self.rows = True, {}
+            warnings.warn(
+                f"the source features of {self.clip} take more than {BUDGET >> 30} GiB a step, and "
+                f"are not kept: other edits of the clip compute them anew",
+                stacklevel=2,
+            )
 
     def has(self, name: str) -> bool:
         """Whether there are cached rows of this name."""
