@@ -244,7 +244,7 @@ def test_beyond_its_budget_memory_is_mapped(backbone: Backbone, clip: Clip) -> N
 def test_a_step_that_is_too_large_for_memory_is_not_kept(
     backbone: Backbone, clip: Clip, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tokenflow.engine.source_cache.BUDGET", 100_000)
+    monkeypatch.setattr("tokenflow.engine.source_cache.BUDGET", 50_000)
     cache, settings = SourceCache(), Settings(steps=STEPS, keyframe_every=4)
     with pytest.warns(UserWarning, match="the source features of clip take more than"):
         edit_latents(

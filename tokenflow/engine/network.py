@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,16 +55,11 @@ class EditedNetwork:
         """The source's, of the pass that runs."""
         return getattr(self.switch.attention, "features", NONE)
 
-    @cached_property
-    def injections(self) -> Sequence[Injection]:
-        """The editor's, which has been prepared for the clip."""
-        return self.editor.injections(self.model)
-
     def injected(self, step: int, steps: int) -> list[str]:
         """The layers that are injected at a step of an edit."""
         return [
             f"{one.layer} {'replaced' if one.function is None else 'changed'}"
-            for one in self.injections
+            for one in self.editor.injections(self.model)
             if one.active(step, steps)
         ]
 
@@ -76,10 +71,11 @@ class EditedNetwork:
             stack.enter_context(self.switch.installed())
             for name, processor in self.editor.cross_attention(self.model).items():
                 stack.enter_context(cross[name].replaced(CrossAttention(self, processor)))
-            for one in self.injections:
+            injections = self.editor.injections(self.model)
+            for one in injections:
                 layer = self.model.network.get_submodule(one.layer)
                 stack.enter_context(layer.register_forward_hook(partial(self.inject, one)))
-                for entry in self.model.entries(one.layer) if alone(one, self.injections) else ():
+                for entry in self.model.entries(one.layer) if alone(one, injections) else ():
                     module = self.model.network.get_submodule(entry)
                     hook = partial(self.narrow, one)
                     stack.enter_context(module.register_forward_pre_hook(hook))
