@@ -15,12 +15,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
-from time import perf_counter
-from typing import Any
+from time import perf_counter, process_time
 
 import torch
 import transcription
+import yaml
 from jsonargparse import auto_cli
 from operations import KINDS, Plan, executed, needed
 from rich.console import Console
@@ -28,10 +29,10 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tokenflow.diffusion import Schedule, StableDiffusion, Trajectory, invert
+from tokenflow.diffusion import Backbone, Schedule, StableDiffusion, Trajectory, invert
 from tokenflow.diffusion.backbone import DTYPES
 from tokenflow.editors import PnP, Prompts
-from tokenflow.engine import Settings, edit_latents
+from tokenflow.engine import Settings, SourceCache, edit_clip, edit_latents
 from tokenflow.engine.keyframes import draw_keyframes, split_windows
 from tokenflow.miniature.edits import suite
 from tokenflow.propagation import Correspondence, NNField, Window
@@ -39,6 +40,7 @@ from tokenflow.video import Clip
 
 AGREEMENT = 5e-5
 """Largest difference of float32 latents to the transcription's: its sums have another order."""
+FAST = Path(__file__).parents[1] / "configs" / "fast.yaml"
 TIE = 1e-5
 """Largest difference of cosine similarities that is a tie."""
 
@@ -75,13 +77,11 @@ class Case:
         frames, size = len(self.trajectory), self.trajectory.size
         return Plan(frames, size, words, drawn, pnp_of(backbone))
 
-    def ours(
-        self, backbone: StableDiffusion, kernel: NNField | None = None, **options: Any
-    ) -> Tensor:
-        """The edited latents by tokenflow."""
+    def ours(self, backbone: StableDiffusion, cache: SourceCache | None = None) -> Tensor:
+        """The edited latents by tokenflow: a clip's second edit if another has filled the cache."""
         return edit_latents(
-            backbone, self.trajectory, self.schedule, self.prompts, PnP(), kernel or NNField(),
-            self.settings, **options,
+            backbone, self.trajectory, self.schedule, self.prompts, PnP(), NNField(),
+            self.settings, source_cache=cache,
         )  # fmt: skip
 
     def transcribed(self, backbone: StableDiffusion) -> Tensor:
@@ -102,18 +102,26 @@ def pnp_of(backbone: StableDiffusion) -> transcription.PlugAndPlay:
     return transcription.PlugAndPlay(own.attention, own.features, own.feature_layers)
 
 
-class Recorded(NNField):
-    """NNField, whose matches are kept by step, site and frame."""
+Matches = dict[tuple[int, str, int], Tensor]
+"""Each token's two nearest neighbours, by step, site and frame."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.matches: dict[tuple[int, str, int], Tensor] = {}
 
-    def correspond(self, source: Tensor, keys: Tensor, window: Window) -> Correspondence:
-        found = super().correspond(source, keys, window)
+@contextmanager
+def recorded() -> Iterator[Matches]:
+    """A block in which NNField's matches are kept."""
+    correspond, matches = NNField.correspond, Matches()
+
+    def keeping(self: NNField, source: Tensor, keys: Tensor, window: Window) -> Correspondence:
+        found = correspond(self, source, keys, window)
         for frame, indices in zip(window.frames, found.indices % source.shape[1], strict=True):
-            self.matches[window.step, window.site, frame] = indices
+            matches[window.step, window.site, frame] = indices
         return found
+
+    NNField.correspond = keeping
+    try:
+        yield matches
+    finally:
+        NNField.correspond = correspond
 
 
 @dataclass
@@ -127,14 +135,14 @@ class Ties:
 
 
 @contextmanager
-def ties_as(recorded: Recorded, case: Case) -> Iterator[Ties]:
+def ties_as(matches: Matches, case: Case) -> Iterator[Ties]:
     """A block in which the transcription takes our matches, and says how often its own differ.
 
     Of two tokens that are equally similar but for rounding either may be taken, and latents are
     others then.
     """
     every, nearest = case.settings.keyframe_every, transcription.nearest
-    sites = dict.fromkeys(site for _, site, _ in recorded.matches)
+    sites = dict.fromkeys(site for _, site, _ in matches)
     windows = split_windows(len(case.trajectory), every)
     calls = itertools.product(range(len(case.schedule)), windows, sites, (0, 1))
     ties = Ties()
@@ -142,7 +150,7 @@ def ties_as(recorded: Recorded, case: Case) -> Iterator[Ties]:
     def shared(tokens: Tensor, keys: Tensor) -> Tensor:
         step, window, site, side = next(calls)
         own = nearest(tokens, keys)
-        ours = torch.stack([recorded.matches[step, site, frame][:, side] for frame in window])
+        ours = torch.stack([matches[step, site, frame][:, side] for frame in window])
         tokens, keys = (normalize(x.double(), dim=-1) for x in (tokens, keys))
         rows = torch.arange(len(keys))[:, None]
         best, other = ((tokens * keys[rows, found]).sum(dim=-1) for found in (own, ours))
@@ -157,23 +165,23 @@ def ties_as(recorded: Recorded, case: Case) -> Iterator[Ties]:
         transcription.nearest = nearest
 
 
-def turns(
-    runs: Mapping[str, Callable[[], object]], rounds: int, console: Console
-) -> dict[str, list[float]]:
-    """Seconds of runs that take turns, in each round."""
+Runs = Mapping[str, Callable[[], object]]
+
+
+def turns(runs: Runs, rounds: int, console: Console) -> dict[str, list[float]]:
+    """Seconds of runs that take turns, in each round.
+
+    Of one thread they are processor time, to which other work on the machine adds little.
+    """
+    clock = process_time if torch.get_num_threads() == 1 else perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds):
         for name, run in runs.items():
-            begin = perf_counter()
+            begin = clock()
             run()
-            seconds[name].append(perf_counter() - begin)
+            seconds[name].append(clock() - begin)
             console.print(f"round {number + 1}: {name} {seconds[name][-1]:.2f} s")
     return seconds
-
-
-def spread(values: list[float]) -> str:
-    """The median, and the least and most."""
-    return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def ratios(seconds: Mapping[str, list[float]], first: str, second: str) -> list[float]:
@@ -181,11 +189,35 @@ def ratios(seconds: Mapping[str, list[float]], first: str, second: str) -> list[
     return [a / b for a, b in zip(seconds[first], seconds[second], strict=True)]
 
 
+def spread(values: list[float]) -> str:
+    """The median, and the least and most."""
+    return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
 def product_rate(dtype: torch.dtype, side: int = 2048) -> float:
-    """Operations a second of a large matrix product on this machine's cores, the best of five."""
+    """Operations a second of a large matrix product, the best of five."""
     a, b = (torch.randn(side, side).to(dtype) for _ in range(2))
-    times = turns({"": lambda: a @ b}, 5, Console(quiet=True))[""]
+    times = turns({"product": lambda: a @ b}, 5, Console(quiet=True))["product"]
     return 2 * side**3 / min(times)
+
+
+def check(case: Case, backbone: StableDiffusion) -> str:
+    """Whether the engine, without and with a filled cache, and the transcription agree."""
+    cache = SourceCache()
+    with recorded() as matches:
+        first = case.ours(backbone, cache)
+    second = case.ours(backbone, cache)
+    with ties_as(matches, case) as ties:
+        plain = case.transcribed(backbone)
+    apart = [float((latents - plain).abs().max()) for latents in (first, second)]
+    said = (
+        f"first and second edit differ from the transcription by at most {apart[0]:.1e} and "
+        f"{apart[1]:.1e} ({AGREEMENT:.0e} is allowed); {ties.tokens} tokens would be matched "
+        f"elsewhere, as similar within {ties.difference:.1e}"
+    )
+    if max(apart) > AGREEMENT or ties.difference > TIE:
+        sys.exit(said)
+    return said
 
 
 @torch.no_grad()
@@ -196,6 +228,7 @@ def editing(
     rounds: int = 3,
     clip: int = 1,
     dtypes: tuple[str, ...] = ("float32", "bfloat16"),
+    threads: int = 1,
 ) -> None:
     """Sampling with the embedded model and PnP, beside the transcription in float32.
 
@@ -206,36 +239,32 @@ def editing(
         rounds: How often everything is timed.
         clip: Which of the suite's four scenes.
         dtypes: Of our networks.
+        threads: Of PyTorch.
     """
-    console = Console(width=120)
+    torch.set_num_threads(threads)
+    console, edit = Console(width=120), suite(frames)[clip]
     single = StableDiffusion.load("miniature", "cpu", "float32")
-    edit = suite(frames)[clip]
     case = Case.of(single, edit.clip, edit.prompts, steps, every)
-    recorded = Recorded()
-    ours = {"first": case.ours(single, recorded)}
-    with ties_as(recorded, case) as ties:
-        plain = case.transcribed(single)
-    apart = max(float((latents - plain).abs().max()) for latents in ours.values())
-    console.print(
-        f"latents differ by at most {apart:.1e} ({AGREEMENT:.0e} is allowed); {ties.tokens} tokens "
-        f"would be matched elsewhere, as similar within {ties.difference:.1e}"
-    )
-    if apart > AGREEMENT or ties.difference > TIE:
-        sys.exit("the transcription and the engine do not agree")
+    console.print(check(case, single))
     runs: dict[str, Callable[[], object]] = {"transcription": lambda: case.transcribed(single)}
-    floors: dict[str, float] = {}
-    least = needed(single.unet, case.plan(single)).total()
-    for name in dtypes:
-        backbone = StableDiffusion.load("miniature", "cpu", name)
-        runs[f"{name}, first edit"] = lambda backbone=backbone: case.ours(backbone)
-        floors[f"{name}, first edit"] = least / product_rate(DTYPES[name])
-    for run in runs.values():
-        run()  # what happens once
+    floors, plan = dict[str, float](), case.plan(single)
+    least = [needed(single.unet, plan, second).total() for second in (False, True)]
+    for dtype in dtypes:
+        backbone, rate = (
+            StableDiffusion.load("miniature", "cpu", dtype),
+            product_rate(DTYPES[dtype]),
+        )
+        cache = SourceCache()
+        case.ours(backbone, cache)
+        names = [f"{dtype}, {which} edit" for which in ("first", "second")]
+        runs[names[0]] = lambda backbone=backbone: case.ours(backbone, SourceCache())
+        runs[names[1]] = lambda backbone=backbone, cache=cache: case.ours(backbone, cache)
+        floors |= {name: count / rate for name, count in zip(names, least, strict=True)}
     seconds = turns(runs, rounds, console)
     table = Table(
         "", "s", "times as fast as the transcription", "times its floor",
-        title=f"{frames} frames, windows of {every}, {steps} steps, {torch.get_num_threads()} "
-        f"threads, {rounds} rounds",
+        title=f"{frames} frames, windows of {every}, {steps} steps, {threads} threads, {rounds} "
+        f"rounds: median (least to most)",
     )  # fmt: skip
     for name, times in seconds.items():
         above = spread([t / floors[name] for t in times]) if name in floors else ""
@@ -256,21 +285,60 @@ def operations(frames: int = 16, every: int = 4, steps: int = 10, clip: int = 1)
     """
     backbone, edit = StableDiffusion.load("miniature", "cpu", "float32"), suite(frames)[clip]
     case = Case.of(backbone, edit.clip, edit.prompts, steps, every)
-    plan, unet = case.plan(backbone), backbone.unet
-    first, second = needed(unet, plan), needed(unet, plan, second=True)
+    plan, unet, cache = case.plan(backbone), backbone.unet, SourceCache()
+    first, second = (needed(unet, plan, again) for again in (False, True))
     rows = {
-        "needed, first edit": (first, first),
-        "tokenflow, first edit": (executed(unet, lambda: case.ours(backbone)), first),
         "transcription": (executed(unet, lambda: case.transcribed(backbone)), first),
-        "needed, second edit": (second, second),
+        "tokenflow, first edit": (executed(unet, lambda: case.ours(backbone, cache)), first),
+        "needed for it": (first, first),
+        "tokenflow, second edit": (executed(unet, lambda: case.ours(backbone, cache)), second),
+        "needed for it ": (second, second),
     }
     table = Table("10⁹ operations", *KINDS, "all", "executed / needed")
     for name, (found, least) in rows.items():
-        counts = (f"{found[kind] / 1e9:.1f}" for kind in (*KINDS,))
-        total = found.total()
-        table.add_row(name, *counts, f"{total / 1e9:.1f}", f"{total / least.total():.3f}")
+        counts = (
+            f"{count / 1e9:.1f}" for count in (*(found[kind] for kind in KINDS), found.total())
+        )
+        table.add_row(name, *counts, f"{found.total() / least.total():.3f}")
     Console(width=120).print(table)
 
 
+def presets(
+    frames: int = 24, rounds: int = 1, clip: int = 1, config: Path = FAST, threads: int = 1
+) -> None:
+    """A preset end to end beside the defaults, with the embedded model and PnP.
+
+    Args:
+        frames: Of the clip.
+        rounds: How often both are timed.
+        clip: Which of the suite's four scenes.
+        config: The preset's file.
+        threads: Of PyTorch.
+    """
+    torch.set_num_threads(threads)
+    console, edit = Console(width=120), suite(frames)[clip]
+    backbone = Backbone.load("miniature", "cpu", "float32")
+    settings = {"default": Settings(), config.stem: preset(config)}
+    seconds = turns(
+        {
+            name: lambda chosen=chosen: edit_clip(
+                backbone, edit.clip, edit.prompts, PnP(), NNField(), chosen
+            )
+            for name, chosen in settings.items()
+        },
+        rounds,
+        console,
+    )
+    console.print(
+        f"{config.stem}: {spread(ratios(seconds, 'default', config.stem))} times as fast end to "
+        f"end, {frames} frames, {threads} threads, {rounds} rounds"
+    )
+
+
+def preset(config: Path) -> Settings:
+    """How a configuration of the command line edits clips."""
+    return Settings(**yaml.safe_load(config.read_text())["model"])
+
+
 if __name__ == "__main__":
-    auto_cli([editing, operations], as_positional=False)
+    auto_cli([editing, operations, presets], as_positional=False)
