@@ -23,7 +23,7 @@ import torch
 import transcription
 import yaml
 from jsonargparse import auto_cli
-from operations import KINDS, Plan, executed, needed
+from operations import KINDS, Plan, executed, needed, product_rate
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -166,14 +166,13 @@ def ties_as(matches: Matches, case: Case) -> Iterator[Ties]:
 
 
 Runs = Mapping[str, Callable[[], object]]
+Clock = Callable[[], float]
 
 
-def turns(runs: Runs, rounds: int, console: Console) -> dict[str, list[float]]:
-    """Seconds of runs that take turns, in each round.
-
-    Of one thread they are processor time, to which other work on the machine adds little.
-    """
-    clock = process_time if torch.get_num_threads() == 1 else perf_counter
+def turns(
+    runs: Runs, rounds: int, console: Console, clock: Clock = perf_counter
+) -> dict[str, list[float]]:
+    """Seconds of runs that take turns, in each round."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds):
         for name, run in runs.items():
@@ -189,16 +188,14 @@ def ratios(seconds: Mapping[str, list[float]], first: str, second: str) -> list[
     return [a / b for a, b in zip(seconds[first], seconds[second], strict=True)]
 
 
+def clock_of(threads: int) -> Clock:
+    """Processor time of one thread, to which other work on the machine adds little."""
+    return process_time if threads == 1 else perf_counter
+
+
 def spread(values: list[float]) -> str:
     """The median, and the least and most."""
     return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-
-
-def product_rate(dtype: torch.dtype, side: int = 2048) -> float:
-    """Operations a second of a large matrix product, the best of five."""
-    a, b = (torch.randn(side, side).to(dtype) for _ in range(2))
-    times = turns({"product": lambda: a @ b}, 5, Console(quiet=True))["product"]
-    return 2 * side**3 / min(times)
 
 
 def check(case: Case, backbone: StableDiffusion) -> str:
@@ -242,7 +239,7 @@ def editing(
         threads: Of PyTorch.
     """
     torch.set_num_threads(threads)
-    console, edit = Console(width=120), suite(frames)[clip]
+    console, edit, clock = Console(width=120), suite(frames)[clip], clock_of(threads)
     single = StableDiffusion.load("miniature", "cpu", "float32")
     case = Case.of(single, edit.clip, edit.prompts, steps, every)
     console.print(check(case, single))
@@ -260,7 +257,7 @@ def editing(
         runs[names[0]] = lambda backbone=backbone: case.ours(backbone, SourceCache())
         runs[names[1]] = lambda backbone=backbone, cache=cache: case.ours(backbone, cache)
         floors |= {name: count / rate for name, count in zip(names, least, strict=True)}
-    seconds = turns(runs, rounds, console)
+    seconds = turns(runs, rounds, console, clock)
     table = Table(
         "", "s", "times as fast as the transcription", "times its floor",
         title=f"{frames} frames, windows of {every}, {steps} steps, {threads} threads, {rounds} "
@@ -316,7 +313,7 @@ def presets(
         threads: Of PyTorch.
     """
     torch.set_num_threads(threads)
-    console, edit = Console(width=120), suite(frames)[clip]
+    console, edit, clock = Console(width=120), suite(frames)[clip], clock_of(threads)
     backbone = Backbone.load("miniature", "cpu", "float32")
     settings = {"default": Settings(), config.stem: preset(config)}
     seconds = turns(
@@ -328,6 +325,7 @@ def presets(
         },
         rounds,
         console,
+        clock,
     )
     console.print(
         f"{config.stem}: {spread(ratios(seconds, 'default', config.stem))} times as fast end to "
