@@ -13,12 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
 from typing import Literal
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from jsonargparse import auto_cli
-from operations import needed, product_rate
+from operations import needed
 from rich.console import Console
 from rich.table import Table
 from scaling import DECODE, ENCODE, SD21, Cost, Plan, counted, seconds
@@ -82,6 +83,17 @@ class Setup:
     def name(self) -> str:
         """The device's."""
         return "a CPU" if self.device == "cpu" else torch.cuda.get_device_name()
+
+
+def product_rate(dtype: torch.dtype, device: str, side: int) -> float:
+    """Operations a second of a large matrix product, the median of ten."""
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+
+    def product() -> None:
+        float((a @ b)[0, 0])  # which waits for the device
+
+    times = turns({"product": product}, 13, Console(quiet=True))["product"]
+    return 2 * side**3 / median(times[3:])
 
 
 def random_backbone(device: str, dtype: torch.dtype) -> StableDiffusion:

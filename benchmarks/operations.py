@@ -11,8 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from statistics import median
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -195,20 +193,3 @@ def needed(unet: UNet2DConditionModel, plan: Plan, second: bool = False) -> Oper
                 source = source or (shared and not second)
                 found[layer.kind] += (source + (0 if shared else 2)) * len(drawn) * layer.operations
     return found
-
-
-def product_rate(
-    dtype: torch.dtype,
-    device: str = "cpu",
-    side: int = 2048,
-    clock: Callable[[], float] = perf_counter,
-) -> float:
-    """Operations a second of a large matrix product, the median of ten."""
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    times = []
-    for _ in range(13):
-        begin = clock()
-        product = a @ b
-        float(product[0, 0])  # waits for an accelerator
-        times.append(clock() - begin)
-    return 2 * side**3 / median(times[3:])

@@ -23,7 +23,7 @@ import torch
 import transcription
 import yaml
 from jsonargparse import auto_cli
-from operations import KINDS, Plan, executed, needed, product_rate
+from operations import KINDS, Plan, executed, needed
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -41,6 +41,8 @@ from tokenflow.video import Clip
 AGREEMENT = 5e-5
 """Largest difference of float32 latents to the transcription's: its sums have another order."""
 FAST = Path(__file__).parents[1] / "configs" / "fast.yaml"
+SIDE, REPEATS = 2048, 5
+"""Of the square matrices whose product's rate makes the floor, and how many are multiplied."""
 TIE = 1e-5
 """Largest difference of cosine similarities that is a tie."""
 
@@ -244,19 +246,19 @@ def editing(
     case = Case.of(single, edit.clip, edit.prompts, steps, every)
     console.print(check(case, single))
     runs: dict[str, Callable[[], object]] = {"transcription": lambda: case.transcribed(single)}
-    floors, plan = dict[str, float](), case.plan(single)
+    plan, floors = case.plan(single), dict[str, tuple[str, float]]()
     least = [needed(single.unet, plan, second).total() for second in (False, True)]
     for dtype in dtypes:
-        backbone, rate = (
-            StableDiffusion.load("miniature", "cpu", dtype),
-            product_rate(DTYPES[dtype]),
-        )
-        cache = SourceCache()
+        backbone, cache = StableDiffusion.load("miniature", "cpu", dtype), SourceCache()
         case.ours(backbone, cache)
         names = [f"{dtype}, {which} edit" for which in ("first", "second")]
         runs[names[0]] = lambda backbone=backbone: case.ours(backbone, SourceCache())
         runs[names[1]] = lambda backbone=backbone, cache=cache: case.ours(backbone, cache)
-        floors |= {name: count / rate for name, count in zip(names, least, strict=True)}
+        product = f"{dtype}, {REPEATS} products of {SIDE}"
+        a, b = (torch.randn(SIDE, SIDE).to(DTYPES[dtype]) for _ in range(2))
+        runs[product] = lambda a=a, b=b: [a @ b for _ in range(REPEATS)]
+        for name, count in zip(names, least, strict=True):
+            floors[name] = product, count / (REPEATS * 2 * SIDE**3)
     seconds = turns(runs, rounds, console, clock)
     table = Table(
         "", "s", "times as fast as the transcription", "times its floor",
@@ -264,8 +266,11 @@ def editing(
         f"rounds: median (least to most)",
     )  # fmt: skip
     for name, times in seconds.items():
-        above = spread([t / floors[name] for t in times]) if name in floors else ""
-        faster = spread(ratios(seconds, "transcription", name))
+        faster = above = ""
+        if name in floors:
+            product, count = floors[name]
+            faster = spread(ratios(seconds, "transcription", name))
+            above = spread([ratio / count for ratio in ratios(seconds, name, product)])
         table.add_row(name, spread(times), faster, above)
     console.print(table)
 

@@ -12,6 +12,8 @@ from tokenflow.editors import Prompts
 from tokenflow.engine import SourceCache
 from tokenflow.testing import tiny_backbone, tiny_clip
 
+PROMPTS = Prompts("a blue ball on sand", "a green cube", "a red ball on sand")
+
 
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
@@ -20,8 +22,7 @@ def backbone() -> Backbone:
 
 @pytest.fixture(scope="module")
 def case(backbone: Backbone) -> Case:
-    prompts = Prompts("a blue ball on sand", "a green cube", "a red ball on sand")
-    return Case.of(backbone, tiny_clip(5), prompts, steps=2, every=2)
+    return Case.of(backbone, tiny_clip(5), PROMPTS, steps=2, every=2)
 
 
 def test_the_transcription_edits_as_the_engine_does(backbone: Backbone, case: Case) -> None:
@@ -40,7 +41,8 @@ def test_a_difference_is_told(
         check(case, backbone)
 
 
-def test_little_more_is_computed_than_the_method_needs(backbone: Backbone, case: Case) -> None:
+def test_little_more_is_computed_than_the_method_needs(backbone: Backbone) -> None:
+    case = Case.of(backbone, tiny_clip(3), PROMPTS, steps=2, every=2)
     unet, plan, cache = backbone.unet, case.plan(backbone), SourceCache()
     plain = executed(unet, lambda: case.transcribed(backbone))
     for second in (False, True):
