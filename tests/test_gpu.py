@@ -18,11 +18,12 @@ from tests.on_ranks import on_ranks
 from tokenflow.cli.main import main
 from tokenflow.diffusion import Backbone
 from tokenflow.editors import ControlNet, Editor, PnP, Prompts, SDEdit
-from tokenflow.engine import Settings, edit_clip
+from tokenflow.engine import Settings, SourceCache, edit_clip
 from tokenflow.engine.edit import frames_needed
 from tokenflow.engine.keyframes import split_windows
 from tokenflow.engine.ranks.group import FrameGroup
 from tokenflow.engine.resume import ResumeStore
+from tokenflow.engine.settings import KeyframeAttention
 from tokenflow.errors import Preempted
 from tokenflow.metrics import ClipEmbedder, load_lpips, lpips
 from tokenflow.propagation import RAFT, FlowWeighted, NNField, Propagation
@@ -131,6 +132,44 @@ def test_memory_on_the_device_does_not_grow(backbones: dict[str, Backbone]) -> N
         frames(backbone, Case(PnP(), settings=settings), tiny_clip(count))
         peaks.append(torch.cuda.max_memory_allocated() - before)
     assert peaks[2] <= 1.1 * peaks[1]
+
+
+@pytest.mark.parametrize("attention", ["full", "windowed"])
+def test_nothing_waits_for_the_device_inside_a_pass(
+    attention: KeyframeAttention, backbones: dict[str, Backbone]
+) -> None:
+    backbone, passes, armed = backbones["cuda float16"], [], False
+
+    def arm(stage: str, done: int, _: int) -> None:
+        nonlocal armed
+        armed = stage == "edit"  # after its first step, in which kernels' answers are checked
+
+    def enter(*_: object) -> None:
+        if armed:
+            passes.append(None)
+            torch.cuda.set_sync_debug_mode("error")
+
+    def leave(*_: object) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+    # between passes the latents go to host memory, which has to be waited for
+    hooks = (
+        backbone.network.register_forward_pre_hook(enter),
+        backbone.network.register_forward_hook(leave, always_call=True),
+    )
+    settings = Settings(3, keyframe_every=4, keyframe_attention=attention)
+    try:
+        for cache in (None, shared := SourceCache(), shared):
+            edit_clip(
+                backbone, tiny_clip(9), PROMPTS, PnP(), NNField(), settings, on_step=arm,
+                source_cache=cache,
+            )  # fmt: skip
+            armed = False
+    finally:
+        leave()
+        for hook in hooks:
+            hook.remove()
+    assert len(passes) >= 3 * 2 * 2  # of keyframes and windows, in two steps of three edits
 
 
 def test_networks_that_measure_agree_with_the_cpu(tmp_path: Path) -> None:
