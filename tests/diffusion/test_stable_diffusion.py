@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import re
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from tokenflow.diffusion import Backbone, ModelError, StableDiffusion
+from tokenflow.diffusion import Backbone, Conditioning, ModelError, StableDiffusion
 from tokenflow.diffusion.stable_diffusion import COMPONENTS, NETWORKS, decoder_layers
 from tokenflow.errors import InputError
 
@@ -375,6 +376,20 @@ def test_prediction_is_the_unets_output(backbone: StableDiffusion) -> None:
         assert torch.equal(backbone.predict(x, 334, text), expected)
 
 
+@pytest.mark.parametrize("t", [334, 0.5])
+def test_the_unet_is_given_the_time_on_its_device(backbone: StableDiffusion, t: float) -> None:
+    device = torch.device("meta")  # where a copy of a number's value would fail
+    unet = copy.deepcopy(backbone.unet).to(device)
+    model = with_parts(backbone, unet=unet)
+    text = Conditioning(embeddings=torch.empty(1, 16, 16, device=device))
+    given: list[Any] = []
+    unet.register_forward_pre_hook(lambda _, inputs: given.append(inputs[1]))
+    with torch.no_grad():
+        model.predict(torch.empty(1, 4, 8, 8), t, text)
+    assert given[0].device == device
+    assert given[0].is_floating_point() == isinstance(t, float)
+
+
 def test_extra_arguments_reach_the_unet(backbone: StableDiffusion) -> None:
     x, text = torch.randn(1, 4, 8, 8), backbone.embed([""])
     middle = torch.ones(1, 16, 1, 1)
@@ -406,6 +421,20 @@ def test_frames_to_latents_and_back(backbone: StableDiffusion, blocks: int) -> N
         assert torch.equal(latents, posterior.mean * 0.18215)
         pixels = model.vae.decode(latents / 0.18215).sample
         assert torch.equal(decoded, (pixels / 2 + 0.5).clamp(0, 1))
+
+
+def test_the_vae_lies_with_channels_last_on_a_cpu(backbone: StableDiffusion) -> None:
+    vae = copy.deepcopy(backbone.vae).to(memory_format=torch.contiguous_format)
+    plain = with_parts(backbone, vae=vae)
+    kernel = "decoder.conv_in.weight"
+    assert backbone.vae.get_parameter(kernel).is_contiguous(memory_format=torch.channels_last)
+    assert not vae.get_parameter(kernel).is_contiguous(memory_format=torch.channels_last)
+    frames = torch.rand(2, 3, 16, 32)
+    latents = plain.encode(frames)
+    # sums of about 100 products each, in another order
+    torch.testing.assert_close(backbone.encode(frames), latents, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(backbone.decode(latents), plain.decode(latents), atol=1e-5, rtol=0)
+    assert plain.fingerprint == backbone.fingerprint
 
 
 def test_decoded_frames_stay_within_0_and_1(backbone: Backbone) -> None:

@@ -108,6 +108,8 @@ class StableDiffusion(Backbone):
             }
             for name in NETWORKS:
                 parts[name] = parts[name].to(device)
+        if torch.device(device).type == "cpu":  # where convolutions of few channels gain by it
+            parts["vae"].to(memory_format=torch.channels_last)
         backbone = cls(**parts)
         if (Path(model) / DEFAULTS).is_file():
             backbone.own_defaults = Defaults.read(Path(model) / DEFAULTS)
@@ -207,7 +209,7 @@ class StableDiffusion(Backbone):
     ) -> Float[Tensor, "n c h w"]:
         output = self.unet(
             latents.to(self.device, self.dtype),
-            t,
+            torch.full((1,), t, device=self.device),  # a number would be copied, and waited for
             encoder_hidden_states=conditioning["embeddings"],
             **inputs,
         )
