@@ -105,7 +105,11 @@ def main(
     """
     given = {"inconsistency": inconsistency, "disagreement": disagreement}
     options = {name: value for name, value in given.items() if value is not None}
-    backbone, judge, console = Backbone.load("miniature"), Judge.load(), Console(width=120)
+    backbone, judge, console = (
+        Backbone.load("miniature", dtype="float32"),
+        Judge.load(),
+        Console(width=120),
+    )
     editor = PnP(attention, features, feature_layers)
     results: dict[str, list[tuple[float, ...]]] = {}
     for number in clips:

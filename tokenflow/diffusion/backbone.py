@@ -24,6 +24,8 @@ EMBEDDED = Path(__file__).parents[1] / "miniature" / "weights"
 INDEX = "model_index.json"
 GROUP, DEFAULT = "tokenflow.backbones", "StableDiffusionPipeline"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")
+"""Of processors on which networks are faster in bfloat16."""
 
 Role = Literal["structure", "queries", "keys", "values"]
 
@@ -89,8 +91,8 @@ class Backbone(ABC):
             model: A folder in diffusers' layout, the id of a hub model ("owner/name"), or
                 "miniature", the embedded one.
             device: "auto" takes an accelerator if there is one, else the CPU.
-            dtype: "float32", "float16", "bfloat16"; "auto" is float16 on an accelerator and
-                float32 on the CPU.
+            dtype: "float32", "float16", "bfloat16"; "auto" is float16 on an accelerator, and on a
+                CPU bfloat16 where the processor computes in it, else float32.
 
         Raises:
             ModelError: The model's family is not known; a component is missing, has no
@@ -101,8 +103,8 @@ class Backbone(ABC):
             raise ModelError(f"dtype must be one of {('auto', *DTYPES)}, got {dtype!r}")
         found = folder_or_id(str(EMBEDDED if model == "miniature" else model), INDEX)
         where = device if device != "auto" else default_device()
-        auto = torch.float32 if torch.device(where).type == "cpu" else torch.float16
-        return family(found).from_model(found, where, auto if dtype == "auto" else DTYPES[dtype])
+        kind = default_dtype(where) if dtype == "auto" else DTYPES[dtype]
+        return family(found).from_model(found, where, kind)
 
     @classmethod
     @abstractmethod
@@ -254,6 +256,18 @@ def family(model: str) -> type[Backbone]:
 def is_ours(entry: EntryPoint) -> bool:
     """Whether an entry point is tokenflow's own."""
     return entry.dist is not None and entry.dist.name == "tokenflow"
+
+
+def default_dtype(device: str) -> torch.dtype:
+    """float16 on an accelerator; on a CPU bfloat16 where it computes in it, else float32.
+
+    By the processor's flags rather than by timing, so that all runs on a machine agree.
+    """
+    if torch.device(device).type != "cpu":
+        return torch.float16
+    flags = getattr(torch.cpu, "get_capabilities", dict)()  # not known before PyTorch 2.11
+    computes = torch.backends.mkldnn.is_available() and any(map(flags.get, BFLOAT16_FLAGS))
+    return torch.bfloat16 if computes else torch.float32
 
 
 def default_device() -> str:

@@ -59,7 +59,7 @@ class TokenFlowModule(LightningModule):
         backbone: A folder with a Stable Diffusion 1.x or 2.x model in diffusers' layout, the id
             of a hub model, or "miniature", the embedded one.
         dtype: Of the networks: "float32", "float16", "bfloat16", or "auto", which is float16 on
-            an accelerator and float32 on the CPU.
+            an accelerator, and on a CPU bfloat16 where the processor computes in it, else float32.
         negative_prompt: What the edited video does not show.
         inversion_prompt: What the source video shows.
         cache: A folder for inversions, which later edits of the same frames reuse, and for sampling
