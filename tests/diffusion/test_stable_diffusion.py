@@ -17,6 +17,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from diffusers.models.attention import BasicTransformerBlock
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTokenizer
@@ -435,6 +436,21 @@ def test_the_vae_lies_with_channels_last_on_a_cpu(backbone: StableDiffusion) -> 
     torch.testing.assert_close(backbone.encode(frames), latents, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(backbone.decode(latents), plain.decode(latents), atol=1e-5, rtol=0)
     assert plain.fingerprint == backbone.fingerprint
+
+
+def test_the_feed_forward_takes_image_by_image_on_a_cpu(backbone: StableDiffusion) -> None:
+    plain = with_parts(backbone, unet=copy.deepcopy(backbone.unet))
+    for block in plain.unet.modules():
+        if isinstance(block, BasicTransformerBlock):
+            block.set_chunk_feed_forward(None)
+    batches: list[int] = []
+    first = backbone.unet.down_blocks[0].attentions[0].transformer_blocks[0].ff
+    x, text = torch.randn(3, 4, 8, 8), backbone.embed(["a ball", "", ""])
+    with first.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0]))):
+        found = backbone.predict(x, 334, text)
+    assert batches == [1, 1, 1]
+    # products of matrices are summed in blocks that depend on their height
+    torch.testing.assert_close(found, plain.predict(x, 334, text), atol=1e-5, rtol=1e-5)
 
 
 def test_decoded_frames_stay_within_0_and_1(backbone: Backbone) -> None:

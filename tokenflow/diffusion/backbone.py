@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -84,7 +85,13 @@ class Backbone(ABC):
     """The denoising network: layers' names are those of its modules."""
 
     @classmethod
-    def load(cls, model: str | Path, device: str = "auto", dtype: str = "auto") -> Backbone:
+    def load(
+        cls,
+        model: str | Path,
+        device: str = "auto",
+        dtype: str = "auto",
+        compile: bool = False,
+    ) -> Backbone:
         """Loads a model of whichever family it belongs to.
 
         Args:
@@ -93,10 +100,11 @@ class Backbone(ABC):
             device: "auto" takes an accelerator if there is one, else the CPU.
             dtype: "float32", "float16", "bfloat16"; "auto" is float16 on an accelerator, and on a
                 CPU bfloat16 where the processor computes in it, else float32.
+            compile: Whether parts of the network are compiled, which takes seconds to minutes.
 
         Raises:
             ModelError: The model's family is not known; a component is missing, has no
-                safetensors, or cannot be fetched.
+                safetensors, or cannot be fetched; the network cannot be compiled.
             InputError: There is not enough memory.
         """
         if dtype not in ("auto", *DTYPES):
@@ -104,12 +112,23 @@ class Backbone(ABC):
         found = folder_or_id(str(EMBEDDED if model == "miniature" else model), INDEX)
         where = device if device != "auto" else default_device()
         kind = default_dtype(where) if dtype == "auto" else DTYPES[dtype]
-        return family(found).from_model(found, where, kind)
+        backbone = family(found).from_model(found, where, kind)
+        if compile:
+            backbone.compile()
+        return backbone
 
     @classmethod
     @abstractmethod
     def from_model(cls, model: str, device: str, dtype: torch.dtype) -> Backbone:
         """Loads a model of this family from a folder or a hub id."""
+
+    def compile(self) -> None:
+        """Compiles parts of the network, for every batch and size; layers' names stay as they are.
+
+        Raises:
+            ModelError: They cannot be compiled.
+        """
+        raise ModelError(f"a {type(self).__name__} cannot be compiled; leave compile at false")
 
     @property
     @abstractmethod
@@ -209,6 +228,14 @@ class Backbone(ABC):
         """
         return ()
 
+    def hooked(self, layer: str) -> AbstractContextManager[None]:
+        """A block in which a layer's hooks are called, with the whole batch.
+
+        Raises:
+            ModelError: The layer is in one that is compiled, where no hook would be called.
+        """
+        return nullcontext()
+
     @property
     def defaults(self) -> Defaults:
         """The options of an edit that suit this model; the paper's by default."""
@@ -265,7 +292,8 @@ def default_dtype(device: str) -> torch.dtype:
     """
     if torch.device(device).type != "cpu":
         return torch.float16
-    flags = getattr(torch.cpu, "get_capabilities", dict)()  # not known before PyTorch 2.11
+    # PyTorch before 2.11 cannot tell
+    flags: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     computes = torch.backends.mkldnn.is_available() and any(map(flags.get, BFLOAT16_FLAGS))
     return torch.bfloat16 if computes else torch.float32
 

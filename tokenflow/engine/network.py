@@ -74,6 +74,7 @@ class EditedNetwork:
                 stack.enter_context(cross[name].replaced(CrossAttention(self, processor)))
             injections = self.editor.injections(self.model)
             for one in injections:
+                stack.enter_context(self.model.hooked(one.layer))
                 layer = self.model.network.get_submodule(one.layer)
                 stack.enter_context(layer.register_forward_hook(partial(self.inject, one)))
                 for entry in self.model.entries(one.layer) if alone(one, injections) else ():
