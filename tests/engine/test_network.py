@@ -1,5 +1,6 @@
 """The network under an editor: what is changed in it, when, and that nothing remains."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -478,7 +479,7 @@ def taken(edited: Tensor, source: Tensor, batch: Batch) -> Tensor:
 
 def rows_of(model: Backbone, editor: Editor, attention: Any, step: int) -> tuple[dict, Tensor]:
     """How many of a batch's rows go through each convolution and linear layer in a pass."""
-    network, rows = EditedNetwork(model, editor, PROMPTS), dict[str, int]()
+    network, rows = EditedNetwork(model, editor, PROMPTS), Counter[str]()
     with torch.no_grad(), ExitStack() as stack:
         for name, module in model.network.named_modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
