@@ -32,7 +32,7 @@ def main(frames: int = 16, steps: int = 10, clips: tuple[int, ...] = (0, 1, 2, 3
         steps: Inversion steps; tokens are compared at the first, middle and last.
         clips: Which of the six edits' sources.
     """
-    backbone, console = Backbone.load("miniature"), Console(width=120)
+    backbone, console = Backbone.load("miniature", dtype="float32"), Console(width=120)
     errors: dict[tuple[str, int], list[Tensor]] = {}
     windows = split_windows(frames, 8)
     keyframes = draw_keyframes(windows, "center", 0, "", 0)

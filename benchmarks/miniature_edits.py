@@ -86,6 +86,8 @@ def main(
     clips: tuple[int, ...] = (0, 1, 2, 3, 4, 5),
     inconsistency: float | None = None,
     disagreement: float | None = None,
+    dtype: str = "float32",
+    seed: int = 0,
 ) -> None:
     """Edits each clip in each way and prints a table of means.
 
@@ -102,10 +104,16 @@ def main(
         clips: Which of the six edits; the last two are textured all over.
         inconsistency: FlowWeighted's, if not its default.
         disagreement: FlowWeighted's, if not its default.
+        dtype: Of the networks.
+        seed: Of the keyframes.
     """
     given = {"inconsistency": inconsistency, "disagreement": disagreement}
     options = {name: value for name, value in given.items() if value is not None}
-    backbone, judge, console = Backbone.load("miniature"), Judge.load(), Console(width=120)
+    backbone, judge, console = (
+        Backbone.load("miniature", dtype=dtype),
+        Judge.load(),
+        Console(width=120),
+    )
     editor = PnP(attention, features, feature_layers)
     results: dict[str, list[tuple[float, ...]]] = {}
     for number in clips:
@@ -118,7 +126,11 @@ def main(
             kernel = kernel_of(name, edit.scene, **options)
             flow = kernel.flow and ClipFlow(edit.clip, kernel.flow, backbone.latent_scale)
             settings = Settings(
-                steps=steps, guidance=guidance, keyframe_every=keyframe_every, **choice
+                steps=steps,
+                guidance=guidance,
+                keyframe_every=keyframe_every,
+                seed=seed,
+                **choice,
             )
             begin = perf_counter()
             edited = edit_latents(

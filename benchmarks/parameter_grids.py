@@ -112,7 +112,7 @@ def main(
         frames: Frames of a clip.
         grids: Which ones.
     """
-    backbone = Backbone.load("miniature")
+    backbone = Backbone.load("miniature", dtype="float32")
     schedule = backbone.schedule(steps)
     for name in grids:
         edit = suite(frames)[GRIDS[name].scene]

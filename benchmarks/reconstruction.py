@@ -25,7 +25,7 @@ def main(steps: tuple[int, ...] = (10, 50, 200), every: int = 12) -> None:
         steps: Of inversion and of sampling alike.
         every: Take every so manieth of a clip's 24 frames.
     """
-    backbone = Backbone.load("miniature")
+    backbone = Backbone.load("miniature", dtype="float32")
     table = Table("steps", "error / deviation", "PSNR, dB", "VAE alone, dB")
     for number in steps:
         schedule, found = backbone.schedule(number), []

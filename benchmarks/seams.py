@@ -79,7 +79,7 @@ def main(
         fixed: Those of them that are also done with seams at the same place in every step.
     """
     edit = wandering(suite(1)[number], frames)
-    backbone = Backbone.load("miniature")
+    backbone = Backbone.load("miniature", dtype="float32")
     common: dict[str, Any] = {
         "steps": steps, "guidance": guidance, "keyframe_every": keyframe_every
     }  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the first import of a hub client
+os.environ["TOKENFLOW_PREDICT__MODEL__DTYPE"] = "float32"  # "auto" depends on the processor
 
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def backbone(model_folder: Path) -> Backbone:
     """The tiny random model, on the CPU in float32."""
-    return Backbone.load(model_folder, device="cpu")
+    return Backbone.load(model_folder, "cpu", "float32")
 
 
 @pytest.fixture

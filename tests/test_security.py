@@ -426,14 +426,14 @@ def test_no_code_of_a_model_folder_is_imported(folder: Path) -> None:
         change(folder / part / file, **named)
     change(folder / "tokenizer/tokenizer_config.json", tokenizer_class="Evil")
     change(folder / "text_encoder/config.json", architectures=["Evil"])
-    backbone = Backbone.load(folder, device="cpu")
+    backbone = Backbone.load(folder, "cpu", "float32")
     assert backbone.embed(["a ball"])["embeddings"].isfinite().all()
     assert not Path(MARK).exists()
 
 
 def test_no_attention_kernel_is_fetched_from_a_hub(folder: Path) -> None:
     change(folder / "text_encoder/config.json", attn_implementation="someone/kernel")
-    backbone = Backbone.load(folder, device="cpu")
+    backbone = Backbone.load(folder, "cpu", "float32")
     assert backbone.text_encoder.config._attn_implementation == "sdpa"
 
 
@@ -453,7 +453,7 @@ def test_an_index_leads_to_no_pickle(folder: Path, part: str, index: str) -> Non
     text = json.dumps({"metadata": {"total_size": 1}, "weight_map": names})
     (folder / part / index).write_text(text)
     with pytest.raises(ModelError, match=r"'evil\.bin', expected \*\.safetensors files"):
-        Backbone.load(folder, device="cpu")
+        Backbone.load(folder, "cpu", "float32")
     assert not Path(MARK).exists()
 
 
@@ -462,7 +462,7 @@ def test_pickled_weights_are_not_read(folder: Path) -> None:
     weights.unlink()
     (folder / "vae" / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Payload()))
     with pytest.raises(ModelError, match="pickled weights are not read"):
-        Backbone.load(folder, device="cpu")
+        Backbone.load(folder, "cpu", "float32")
     assert not Path(MARK).exists()
 
 
@@ -470,4 +470,4 @@ def test_weights_that_want_another_package(folder: Path) -> None:
     quantised = {"quant_method": "gptq", "bits": 4}
     change(folder / "text_encoder/config.json", quantization_config=quantised)
     with pytest.raises(ModelError, match=r"text_encoder of the model folder .* does not load"):
-        Backbone.load(folder, device="cpu")
+        Backbone.load(folder, "cpu", "float32")

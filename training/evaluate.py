@@ -48,7 +48,7 @@ def main(
         model: Which model to judge.
         picture: Where to write the first 24 samples, a PNG.
     """
-    backbone, judge = Backbone.load(model), Judge.load()
+    backbone, judge = Backbone.load(model, dtype="float32"), Judge.load()
     scenes = [random_scene(HELD_OUT + i) for i in range(samples)]
     shown = [scene.attributes for scene in scenes]
     captions = [str(attributes) for attributes in shown]

@@ -101,7 +101,7 @@ def measure(
     total = sum(EFFORT.get(row, 1.0) for _, missing in work for row in missing)
     if not total:
         return
-    backbone, judge = Backbone.load("miniature", "cpu"), Judge.load()
+    backbone, judge = Backbone.load("miniature", "cpu", "float32"), Judge.load()
     columns = BarColumn(), TaskProgressColumn(), TextColumn("left"), TimeRemainingColumn()
     with Progress(*columns, console=console, speed_estimate_period=3600) as progress:
         task = progress.add_task("", total=total)

@@ -145,7 +145,7 @@ def test_what_nothing_is_outside_of_has_no_metric() -> None:
 
 def test_every_row_can_be_made() -> None:
     plan = Plan(frames=2, steps=1, reference_inversion=2, keyframe_every=1)
-    bench = Workbench(Backbone.load("miniature", "cpu"), Truth(cases()[20].of(2)), plan)
+    bench = Workbench(Backbone.load("miniature", "cpu", "float32"), Truth(cases()[20].of(2)), plan)
     for row in dict.fromkeys((*ROWS, *CHOSEN_AMONG)):
         frames, cost = bench.make(row)
         assert frames.shape == (2, 3, 128, 128)

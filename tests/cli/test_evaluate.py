@@ -257,7 +257,7 @@ def test_the_floor_is_that_of_the_sources_own_prompt(
 ) -> None:
     other = altered(run, tmp_path / "other", run={"inversion_prompt": "a red box on water"})
     measures = Measures(clip=str(write_tiny_clip(tmp_path / "clip")), device="cpu")
-    sources = Sources(measures, Backbone.load(str(model_folder), "cpu"))
+    sources = Sources(measures, Backbone.load(str(model_folder), "cpu", "float32"))
     floors = [
         measure_run(FinishedRun.read(folder), sources)["round_trip"] for folder in (run, other)
     ]

@@ -3,12 +3,14 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.gaussian_flow import GaussianFlow
 from tokenflow.diffusion import Backbone, ModelError, StableDiffusion
+from tokenflow.diffusion.backbone import default_dtype
 
 
 @pytest.fixture
@@ -32,12 +34,12 @@ def test_a_pipeline_with_a_unet_is_stable_diffusion(
 ) -> None:
     folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
     name(folder, pipeline, "unet")
-    assert type(Backbone.load(folder, device="cpu")) is StableDiffusion
+    assert type(Backbone.load(folder, "cpu", "float32")) is StableDiffusion
 
 
 def test_a_folder_without_an_index_is_stable_diffusion(model_folder: Path) -> None:
     assert not (model_folder / "model_index.json").exists()
-    assert type(Backbone.load(model_folder, device="cpu")) is StableDiffusion
+    assert type(Backbone.load(model_folder, "cpu", "float32")) is StableDiffusion
 
 
 def test_an_installed_family_is_found_by_its_pipeline(
@@ -50,21 +52,53 @@ def test_an_installed_family_is_found_by_its_pipeline(
     (package / "entry_points.txt").write_text(entry)
     monkeypatch.syspath_prepend(str(package.parent))
     name(folder, "GaussianFlowPipeline", "transformer")
-    assert type(Backbone.load(folder, device="cpu")) is GaussianFlow
+    assert type(Backbone.load(folder, "cpu", "float32")) is GaussianFlow
 
 
 def test_a_family_that_is_not_installed(folder: Path) -> None:
     name(folder, "FluxPipeline", "transformer")
     message = r"is a FluxPipeline, expected one of .*StableDiffusionPipeline.*; choose a model"
     with pytest.raises(ModelError, match=message):
-        Backbone.load(folder, device="cpu")
+        Backbone.load(folder, "cpu", "float32")
 
 
 @pytest.mark.parametrize("text", ["{", "[]"])
 def test_an_index_that_does_not_parse(folder: Path, text: str) -> None:
     (folder / "model_index.json").write_text(text)
     with pytest.raises(ModelError, match=r"model_index\.json of the model"):
-        Backbone.load(folder, device="cpu")
+        Backbone.load(folder, "cpu", "float32")
+
+
+@pytest.mark.parametrize(
+    ("device", "flags", "expected"),
+    [
+        ("cpu", {"avx512_bf16": True, "amx_bf16": False}, torch.bfloat16),
+        ("cpu", {"avx512_bf16": False, "amx_bf16": True}, torch.bfloat16),
+        ("cpu", {"avx512_bf16": False, "avx512_f": True}, torch.float32),
+        ("cpu", {"architecture": "arm", "bf16": True}, torch.float32),
+        ("cuda", {"avx512_bf16": True}, torch.float16),
+    ],
+)
+def test_auto_is_the_dtype_that_the_device_computes_in(
+    monkeypatch: pytest.MonkeyPatch, device: str, flags: dict[str, Any], expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags, raising=False)
+    assert default_dtype(device) == expected
+
+
+def test_auto_is_float32_where_pytorch_cannot_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert default_dtype("cpu") == torch.float32
+
+
+def test_auto_is_float32_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert default_dtype("cpu") == torch.float32
+
+
+def test_a_model_is_loaded_in_the_dtype_of_its_device(model_folder: Path) -> None:
+    assert Backbone.load(model_folder, "cpu").dtype == default_dtype("cpu")
 
 
 def test_an_unknown_dtype(folder: Path) -> None:

@@ -98,4 +98,4 @@ def test_a_model_of_another_family(model_folder: Path, tmp_path: Path) -> None:
     config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=r"scheduler is FlowMatchEulerDiscreteScheduler"):
-        Backbone.load(folder, device="cpu")
+        Backbone.load(folder, "cpu", "float32")

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import re
@@ -16,11 +17,12 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from diffusers.models.attention import BasicTransformerBlock
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from tokenflow.diffusion import Backbone, ModelError, StableDiffusion
+from tokenflow.diffusion import Backbone, Conditioning, ModelError, StableDiffusion
 from tokenflow.diffusion.stable_diffusion import COMPONENTS, NETWORKS, decoder_layers
 from tokenflow.errors import InputError
 
@@ -54,7 +56,7 @@ def set_config(file: Path, **values: Any) -> None:
 
 def test_loads_a_frozen_model(backbone: Backbone) -> None:
     assert backbone.device == torch.device("cpu")
-    assert backbone.dtype == torch.float32  # "auto" on a CPU
+    assert backbone.dtype == torch.float32
     for name in NETWORKS:
         network = getattr(backbone, name)
         assert not network.training
@@ -71,7 +73,7 @@ def test_a_folder_in_the_users_home(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert Backbone.load(f"~/{folder.name}", device="cpu").multiple == 16
+    assert Backbone.load(f"~/{folder.name}", "cpu", "float32").multiple == 16
 
 
 def test_a_file_for_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +111,7 @@ def test_a_folder_with_weights_in_half_precision_alone(folder: Path, backbone: B
         half = {name: weight.half() for name, weight in load_file(file).items()}
         file.unlink()
         save_file(half, file.with_suffix(".fp16.safetensors"), metadata={"format": "pt"})
-    loaded = Backbone.load(folder, device="cpu")
+    loaded = Backbone.load(folder, "cpu", "float32")
     assert loaded.dtype == torch.float32
     text, expected = (model.embed(["a ball"])["embeddings"] for model in (loaded, backbone))
     assert torch.allclose(text, expected, atol=1e-2)  # of half precision
@@ -124,14 +126,14 @@ def test_a_variant_beside_other_files(
         (file,) = (folder / name).glob("*.safetensors")
         file.rename(file.with_name(f"{file.stem}.{variant}.safetensors"))
         file.with_name(f"{other.format(file.stem)}.safetensors").write_bytes(b"not to be read")
-    assert Backbone.load(folder, device="cpu").fingerprint == backbone.fingerprint
+    assert Backbone.load(folder, "cpu", "float32").fingerprint == backbone.fingerprint
 
 
 def test_plain_weights_go_before_variants(folder: Path, backbone: Backbone) -> None:
     for name in NETWORKS:
         (file,) = (folder / name).glob("*.safetensors")
         file.with_name(file.name.replace(".", ".fp16.")).write_bytes(b"not to be read")
-    assert Backbone.load(folder, device="cpu").fingerprint == backbone.fingerprint
+    assert Backbone.load(folder, "cpu", "float32").fingerprint == backbone.fingerprint
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
@@ -143,7 +145,7 @@ def test_weights_in_parts(folder: Path, backbone: Backbone, variant: str | None)
         network.save_pretrained(folder / name, max_shard_size="100KB", variant=variant)
         (folder / name / "a.lora.safetensors").write_bytes(b"not to be read")
     assert list((folder / "unet").glob("*.index*.json"))
-    assert Backbone.load(folder, device="cpu").fingerprint == backbone.fingerprint
+    assert Backbone.load(folder, "cpu", "float32").fingerprint == backbone.fingerprint
 
 
 @pytest.mark.parametrize("only", [".non_ema", "_lora"])
@@ -154,14 +156,14 @@ def test_weights_of_other_names_are_listed(folder: Path, name: str, only: str) -
     file.rename(other := file.with_name(f"{stem}{only}.safetensors"))
     message = rf"{name} has no .* expected {stem}\.safetensors, .* found {re.escape(other.name)};"
     with pytest.raises(ModelError, match=message):
-        Backbone.load(folder, device="cpu")
+        Backbone.load(folder, "cpu", "float32")
 
 
 @pytest.mark.parametrize("value", ["1", None, 0, -1.0, float("nan"), [1]])
 def test_a_scaling_factor_that_is_no_number(folder: Path, value: Any) -> None:
     set_config(folder / "vae" / "config.json", scaling_factor=value)
     with pytest.raises(ModelError, match=r"scaling_factor is .*, expected a number above 0; mend"):
-        Backbone.load(folder, device="cpu")
+        Backbone.load(folder, "cpu", "float32")
 
 
 @pytest.mark.parametrize(
@@ -183,7 +185,7 @@ def test_a_model_that_the_memory_does_not_hold(
 
     monkeypatch.setattr(UNet2DConditionModel, method, fail)
     with pytest.raises(InputError, match=r"not enough memory on cpu for the model .*; take a sm"):
-        Backbone.load(model_folder, device="cpu")
+        Backbone.load(model_folder, "cpu", "float32")
 
 
 def test_a_hub_model_without_safetensors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +199,7 @@ def test_a_hub_model_without_safetensors(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", refuse)
     message = r"unet of the hub model 'owner/name' has no safetensors, .* pickled .* convert it"
     with pytest.raises(ModelError, match=message):
-        Backbone.load("owner/name", device="cpu")
+        Backbone.load("owner/name", "cpu", "float32")
 
 
 def test_no_weights_at_all(folder: Path) -> None:
@@ -216,7 +218,7 @@ def test_a_parameter_without_weights(folder: Path, name: str) -> None:
     del weights[lost]
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=rf"{name} .* no weights for 1 .* such as .*{lost}"):
-        Backbone.load(folder, device="cpu")
+        Backbone.load(folder, "cpu", "float32")
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -226,7 +228,7 @@ def test_weights_of_another_shape(folder: Path, name: str) -> None:
     weights[min(weights)] = torch.zeros(3)
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=f"{name} of the model folder .* does not load"):
-        Backbone.load(folder, device="cpu")
+        Backbone.load(folder, "cpu", "float32")
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -264,15 +266,15 @@ def test_a_tokenizer_without_vocabulary(folder: Path, kept: list[str]) -> None:
         if file.name not in kept:
             file.unlink()
     with pytest.raises(ModelError, match=r"expected tokenizer.json, or vocab.json and merges.txt"):
-        Backbone.load(folder, device="cpu")
+        Backbone.load(folder, "cpu", "float32")
 
 
 @pytest.mark.parametrize("lost", [["tokenizer.json"], ["vocab.json", "merges.txt"]])
 def test_either_form_of_a_vocabulary_is_enough(folder: Path, lost: list[str]) -> None:
-    whole = Backbone.load(folder, device="cpu").embed(["a red ball"])
+    whole = Backbone.load(folder, "cpu", "float32").embed(["a red ball"])
     for name in lost:
         (folder / "tokenizer" / name).unlink()
-    assert Backbone.load(folder, device="cpu").embed(["a red ball"]).same_as(whole)
+    assert Backbone.load(folder, "cpu", "float32").embed(["a red ball"]).same_as(whole)
 
 
 @pytest.mark.parametrize(("file", "text"), [("tokenizer.json", "{}"), ("vocab.json", '{"a": 0}')])
@@ -280,7 +282,7 @@ def test_a_damaged_vocabulary(folder: Path, file: str, text: str) -> None:
     (folder / "tokenizer" / "tokenizer.json").unlink()
     (folder / "tokenizer" / file).write_text(text)
     with pytest.raises(ModelError, match=r"tokenizer of the model folder .* does not load"):
-        Backbone.load(folder, device="cpu")
+        Backbone.load(folder, "cpu", "float32")
 
 
 def test_another_models_tokenizer(backbone: StableDiffusion, tmp_path: Path) -> None:
@@ -293,14 +295,14 @@ def test_another_models_tokenizer(backbone: StableDiffusion, tmp_path: Path) -> 
 
 def test_a_hub_model_without_network() -> None:
     with pytest.raises(ModelError, match=r"Without network, download .* give its folder"):
-        Backbone.load("nobody/no-such-model", device="cpu")
+        Backbone.load("nobody/no-such-model", "cpu", "float32")
 
 
 @pytest.mark.parametrize("kind", ["sample", "flow_prediction", None])
 def test_an_unknown_prediction(folder: Path, kind: str | None) -> None:
     set_config(folder / "scheduler" / "scheduler_config.json", prediction_type=kind)
     with pytest.raises(ModelError, match=f"predicts {kind!r}, expected 'epsilon' or 'v_predict"):
-        Backbone.load(folder, device="cpu")
+        Backbone.load(folder, "cpu", "float32")
 
 
 def test_a_unet_for_inpainting(backbone: StableDiffusion) -> None:
@@ -348,7 +350,7 @@ def test_the_width_may_be_given_for_each_block(backbone: StableDiffusion) -> Non
 
 def test_v_prediction(folder: Path, backbone: Backbone) -> None:
     set_config(folder / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
-    model = Backbone.load(folder, device="cpu")
+    model = Backbone.load(folder, "cpu", "float32")
     assert model.schedule(3).prediction == "v_prediction"
     assert backbone.schedule(3).prediction == "epsilon"
 
@@ -373,6 +375,20 @@ def test_prediction_is_the_unets_output(backbone: StableDiffusion) -> None:
     with torch.no_grad():
         expected = backbone.unet(x, 334, encoder_hidden_states=text["embeddings"]).sample
         assert torch.equal(backbone.predict(x, 334, text), expected)
+
+
+@pytest.mark.parametrize("t", [334, 0.5])
+def test_the_unet_is_given_the_time_on_its_device(backbone: StableDiffusion, t: float) -> None:
+    device = torch.device("meta")  # where a copy of a number's value would fail
+    unet = copy.deepcopy(backbone.unet).to(device)
+    model = with_parts(backbone, unet=unet)
+    text = Conditioning(embeddings=torch.empty(1, 16, 16, device=device))
+    given: list[Any] = []
+    unet.register_forward_pre_hook(lambda _, inputs: given.append(inputs[1]))
+    with torch.no_grad():
+        model.predict(torch.empty(1, 4, 8, 8), t, text)
+    assert given[0].device == device
+    assert given[0].is_floating_point() == isinstance(t, float)
 
 
 def test_extra_arguments_reach_the_unet(backbone: StableDiffusion) -> None:
@@ -406,6 +422,35 @@ def test_frames_to_latents_and_back(backbone: StableDiffusion, blocks: int) -> N
         assert torch.equal(latents, posterior.mean * 0.18215)
         pixels = model.vae.decode(latents / 0.18215).sample
         assert torch.equal(decoded, (pixels / 2 + 0.5).clamp(0, 1))
+
+
+def test_the_decoder_takes_channels_last_on_a_cpu(backbone: StableDiffusion) -> None:
+    vae = copy.deepcopy(backbone.vae).to(memory_format=torch.contiguous_format)
+    plain = with_parts(backbone, vae=vae)
+    kernel = "decoder.conv_in.weight"
+    assert backbone.vae.get_parameter(kernel).is_contiguous(memory_format=torch.channels_last)
+    assert not vae.get_parameter(kernel).is_contiguous(memory_format=torch.channels_last)
+    frames = torch.rand(2, 3, 16, 32)
+    latents = plain.encode(frames)
+    assert torch.equal(backbone.encode(frames), latents)
+    # sums of about 100 products each, in another order
+    torch.testing.assert_close(backbone.decode(latents), plain.decode(latents), atol=1e-5, rtol=0)
+    assert plain.fingerprint == backbone.fingerprint
+
+
+def test_the_feed_forward_takes_image_by_image_on_a_cpu(backbone: StableDiffusion) -> None:
+    plain = with_parts(backbone, unet=copy.deepcopy(backbone.unet))
+    for block in plain.unet.modules():
+        if isinstance(block, BasicTransformerBlock):
+            block.set_chunk_feed_forward(None)
+    batches: list[int] = []
+    first = backbone.unet.down_blocks[0].attentions[0].transformer_blocks[0].ff
+    x, text = torch.randn(3, 4, 8, 8), backbone.embed(["a ball", "", ""])
+    with first.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0]))):
+        found = backbone.predict(x, 334, text)
+    assert batches == [1, 1, 1]
+    # products of matrices are summed in blocks that depend on their height
+    torch.testing.assert_close(found, plain.predict(x, 334, text), atol=1e-5, rtol=1e-5)
 
 
 def test_decoded_frames_stay_within_0_and_1(backbone: Backbone) -> None:
@@ -465,8 +510,8 @@ def test_layers_are_the_papers(backbone: StableDiffusion) -> None:
 
 
 def test_defaults_come_from_a_file_beside_the_index(folder: Path) -> None:
-    plain = Backbone.load(folder, device="cpu")
+    plain = Backbone.load(folder, "cpu", "float32")
     (folder / "tokenflow.json").write_text('{"guidance": 3.5}')
-    own = Backbone.load(folder, device="cpu")
+    own = Backbone.load(folder, "cpu", "float32")
     assert own.defaults == dataclasses.replace(plain.defaults, guidance=3.5)
     assert own.fingerprint != plain.fingerprint  # they change the edit

@@ -627,7 +627,7 @@ def test_settings_refuse_names_that_they_do_not_know(name: str) -> None:
 def test_nan_in_the_autoencoder_is_named(
     model_folder: Path, clip: Clip, part: str, where: str
 ) -> None:
-    broken = Backbone.load(model_folder, device="cpu")
+    broken = Backbone.load(model_folder, "cpu", "float32")
     assert isinstance(broken, StableDiffusion)
     getattr(broken.vae, part).conv_out.bias.fill_(float("nan"))
     with pytest.raises(DivergedError, match=where):

@@ -1,5 +1,6 @@
 """The network under an editor: what is changed in it, when, and that nothing remains."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -10,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from tokenflow.diffusion import Backbone, Conditioning, Site, StableDiffusion
+from tokenflow.diffusion import Backbone, Conditioning, ModelError, Site, StableDiffusion
 from tokenflow.editors import Batch, Editor, Injection, PnP, Prompts
 from tokenflow.engine import Settings, edit_clip
 from tokenflow.engine.attention import JointAttention, plain
@@ -21,6 +22,7 @@ from tokenflow.video import Clip
 
 PROMPTS = Prompts("a blue ball", "a cube", "a ball")
 STEPS = 5
+FEED_FORWARD = "up_blocks.3.attentions.0.transformer_blocks.0.ff"
 BRANCHES = ("source", "negative", "prompt")
 
 
@@ -226,6 +228,31 @@ def test_nothing_touches_the_source_branch(backbone: Backbone) -> None:
 def test_a_layer_that_puts_out_no_tensor(backbone: Backbone, clip: Clip) -> None:
     with pytest.raises(PluginError, match=r"another than down_blocks\.0, a CrossAttnDownBlock2D"):
         edit(backbone, clip, Injecting("down_blocks.0"), steps=1)
+
+
+@pytest.mark.parametrize("layer", [FEED_FORWARD, f"{FEED_FORWARD}.net.2"])
+def test_a_layer_that_takes_image_by_image_is_injected_into(
+    backbone: StableDiffusion, layer: str
+) -> None:
+    block = FEED_FORWARD.removesuffix(".ff")
+    assert block in backbone.chunked
+    network = EditedNetwork(backbone, Injecting(layer), PROMPTS)
+    batches: list[int] = []
+    module = backbone.unet.get_submodule(FEED_FORWARD)
+    with module.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0]))):
+        with network.installed(), torch.no_grad():
+            network.run(a_batch(network))
+        output(backbone.unet)
+    assert batches == [6, 1, 1, 1]
+
+
+@pytest.mark.parametrize("layer", [FEED_FORWARD, f"{FEED_FORWARD}.net.2"])
+def test_a_layer_that_is_compiled(
+    backbone: StableDiffusion, clip: Clip, monkeypatch: pytest.MonkeyPatch, layer: str
+) -> None:
+    monkeypatch.setattr(backbone, "compiled", frozenset({FEED_FORWARD.removesuffix(".ff")}))
+    with unchanged(backbone.unet), pytest.raises(ModelError, match=f"{layer} is compiled; an edi"):
+        edit(backbone, clip, Injecting(layer))
 
 
 class Crossing(Editor):
@@ -452,7 +479,7 @@ def taken(edited: Tensor, source: Tensor, batch: Batch) -> Tensor:
 
 def rows_of(model: Backbone, editor: Editor, attention: Any, step: int) -> tuple[dict, Tensor]:
     """How many of a batch's rows go through each convolution and linear layer in a pass."""
-    network, rows = EditedNetwork(model, editor, PROMPTS), dict[str, int]()
+    network, rows = EditedNetwork(model, editor, PROMPTS), Counter[str]()
     with torch.no_grad(), ExitStack() as stack:
         for name, module in model.network.named_modules():
             if isinstance(module, nn.Conv2d | nn.Linear):

@@ -158,13 +158,13 @@ def test_a_changed_model_has_another_fingerprint(
     backbone: Backbone, model_folder: Path, tmp_path: Path, change: str
 ) -> None:
     folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
-    assert Backbone.load(folder, "cpu").fingerprint == backbone.fingerprint
+    assert Backbone.load(folder, "cpu", "float32").fingerprint == backbone.fingerprint
     MODELS[change](folder)
-    assert Backbone.load(folder, "cpu").fingerprint != backbone.fingerprint
+    assert Backbone.load(folder, "cpu", "float32").fingerprint != backbone.fingerprint
 
 
 def test_a_used_model_has_the_same_fingerprint(model_folder: Path) -> None:
-    asked, fresh = Backbone.load(model_folder, "cpu"), Backbone.load(model_folder, "cpu")
+    asked, fresh = Backbone.load(model_folder, "cpu", "float32"), Backbone.load(model_folder, "cpu")
     asked.embed(["a ball"])
     # diffusers notes in no fixed order what a file left out
     asked.scheduler.register_to_config(_use_default_values=["beta_start", "clip_sample"])
@@ -396,7 +396,7 @@ def on_this_rank(
     model: Path, folder: Path, stop: tuple[str, int] | None = None, who: int = 0
 ) -> tuple[Tensor | None, dict[str, int]]:
     """A rank's frames, if it is not stopped, and the steps that it took."""
-    backbone, ranks = Backbone.load(model, device="cpu"), FrameGroup.join()
+    backbone, ranks = Backbone.load(model, "cpu", "float32"), FrameGroup.join()
     counting = Counting(stop if ranks.rank == who else None)
     store = ResumeStore(Cache(folder), "PnP()", "NNField()", 2)
     shard = ranks.shard(split_windows(len(CLIP), SETTINGS.keyframe_every))

@@ -56,7 +56,7 @@ def form(request: pytest.FixtureRequest) -> Form:
 @pytest.fixture(scope="module")
 def verdicts(form: Form) -> Verdicts:
     """What the judge and the true motion say of each clip: edited in two ways, and not at all."""
-    backbone, judge = Backbone.load("miniature", device="cpu"), Judge.load()
+    backbone, judge = Backbone.load("miniature", "cpu", "float32"), Judge.load()
     schedule = backbone.schedule(form.steps)
     found: Verdicts = {"tokenflow": [], "none": [], "round trip": []}
     for edit in suite(form.frames):

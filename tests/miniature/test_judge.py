@@ -21,7 +21,7 @@ def judge() -> Judge:
 
 @pytest.fixture(scope="module")
 def miniature() -> Backbone:
-    return Backbone.load("miniature", device="cpu")
+    return Backbone.load("miniature", "cpu", "float32")
 
 
 def test_labels_are_indices_into_the_vocabulary() -> None:

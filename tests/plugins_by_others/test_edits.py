@@ -165,7 +165,7 @@ def test_every_frame_is_in_a_grid() -> None:
 
 def edits(folder: Path) -> list[Tensor]:
     """This rank's latents, by an editor and by a way of consistency that are not tokenflow's."""
-    ranks, model = FrameGroup.join(), Backbone.load(folder, "cpu")
+    ranks, model = FrameGroup.join(), Backbone.load(folder, "cpu", "float32")
     assert isinstance(model, StableDiffusion)
     for network in (model.unet, model.vae, model.text_encoder):
         network.double()  # so that no match turns by rounding

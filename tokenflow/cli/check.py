@@ -74,7 +74,9 @@ def checks_of(kind: Any, options: tuple[ArgumentParser, Namespace]) -> list[Chec
     plugin = kind(**chosen)
     if not isinstance(plugin, Editor):
         return kernel_checks(plugin)
-    return editor_checks(plugin, None if model == "tiny" else Backbone.load(model, "cpu"))
+    return editor_checks(
+        plugin, None if model == "tiny" else Backbone.load(model, "cpu", "float32")
+    )
 
 
 def takes_backbone(kind: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -24,6 +25,8 @@ EMBEDDED = Path(__file__).parents[1] / "miniature" / "weights"
 INDEX = "model_index.json"
 GROUP, DEFAULT = "tokenflow.backbones", "StableDiffusionPipeline"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")
+"""Of processors on which networks are faster in bfloat16."""
 
 Role = Literal["structure", "queries", "keys", "values"]
 
@@ -82,32 +85,50 @@ class Backbone(ABC):
     """The denoising network: layers' names are those of its modules."""
 
     @classmethod
-    def load(cls, model: str | Path, device: str = "auto", dtype: str = "auto") -> Backbone:
+    def load(
+        cls,
+        model: str | Path,
+        device: str = "auto",
+        dtype: str = "auto",
+        compile: bool = False,
+    ) -> Backbone:
         """Loads a model of whichever family it belongs to.
 
         Args:
             model: A folder in diffusers' layout, the id of a hub model ("owner/name"), or
                 "miniature", the embedded one.
             device: "auto" takes an accelerator if there is one, else the CPU.
-            dtype: "float32", "float16", "bfloat16"; "auto" is float16 on an accelerator and
-                float32 on the CPU.
+            dtype: "float32", "float16", "bfloat16"; "auto" is float16 on an accelerator, and on a
+                CPU bfloat16 where the processor computes in it, else float32.
+            compile: Whether parts of the network are compiled, which takes seconds to minutes.
 
         Raises:
             ModelError: The model's family is not known; a component is missing, has no
-                safetensors, or cannot be fetched.
+                safetensors, or cannot be fetched; the network cannot be compiled.
             InputError: There is not enough memory.
         """
         if dtype not in ("auto", *DTYPES):
             raise ModelError(f"dtype must be one of {('auto', *DTYPES)}, got {dtype!r}")
         found = folder_or_id(str(EMBEDDED if model == "miniature" else model), INDEX)
         where = device if device != "auto" else default_device()
-        auto = torch.float32 if torch.device(where).type == "cpu" else torch.float16
-        return family(found).from_model(found, where, auto if dtype == "auto" else DTYPES[dtype])
+        kind = default_dtype(where) if dtype == "auto" else DTYPES[dtype]
+        backbone = family(found).from_model(found, where, kind)
+        if compile:
+            backbone.compile()
+        return backbone
 
     @classmethod
     @abstractmethod
     def from_model(cls, model: str, device: str, dtype: torch.dtype) -> Backbone:
         """Loads a model of this family from a folder or a hub id."""
+
+    def compile(self) -> None:
+        """Compiles parts of the network, for every batch and size; layers' names stay as they are.
+
+        Raises:
+            ModelError: They cannot be compiled.
+        """
+        raise ModelError(f"a {type(self).__name__} cannot be compiled; leave compile at false")
 
     @property
     @abstractmethod
@@ -207,6 +228,14 @@ class Backbone(ABC):
         """
         return ()
 
+    def hooked(self, layer: str) -> AbstractContextManager[None]:
+        """A block in which a layer's hooks are called, with the whole batch.
+
+        Raises:
+            ModelError: The layer is in one that is compiled, where no hook would be called.
+        """
+        return nullcontext()
+
     @property
     def defaults(self) -> Defaults:
         """The options of an edit that suit this model; the paper's by default."""
@@ -254,6 +283,19 @@ def family(model: str) -> type[Backbone]:
 def is_ours(entry: EntryPoint) -> bool:
     """Whether an entry point is tokenflow's own."""
     return entry.dist is not None and entry.dist.name == "tokenflow"
+
+
+def default_dtype(device: str) -> torch.dtype:
+    """float16 on an accelerator; on a CPU bfloat16 where it computes in it, else float32.
+
+    By the processor's flags rather than by timing, so that all runs on a machine agree.
+    """
+    if torch.device(device).type != "cpu":
+        return torch.float16
+    # PyTorch before 2.11 cannot tell
+    flags: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    computes = torch.backends.mkldnn.is_available() and any(map(flags.get, BFLOAT16_FLAGS))
+    return torch.bfloat16 if computes else torch.float32
 
 
 def default_device() -> str:

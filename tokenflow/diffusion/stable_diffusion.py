@@ -6,7 +6,8 @@ import inspect
 import json
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from jaxtyping import Float
 from torch import Tensor
@@ -64,6 +66,10 @@ class StableDiffusion(Backbone):
     """
 
     own_defaults = Defaults()
+    chunked: frozenset[str] = frozenset()
+    """The transformer blocks whose feed-forward layer takes image by image, by name."""
+    compiled: frozenset[str] = frozenset()
+    """Those whose feed-forward layer is compiled."""
 
     def __init__(
         self,
@@ -109,9 +115,51 @@ class StableDiffusion(Backbone):
             for name in NETWORKS:
                 parts[name] = parts[name].to(device)
         backbone = cls(**parts)
+        if torch.device(device).type == "cpu":
+            backbone.fit_caches()
         if (Path(model) / DEFAULTS).is_file():
             backbone.own_defaults = Defaults.read(Path(model) / DEFAULTS)
         return backbone
+
+    def fit_caches(self) -> None:
+        """What is faster on a CPU for the same result (docs/speed.md).
+
+        The VAE's decoder takes channels last, and the transformers of the highest resolution go
+        through their feed-forward layer image by image: its wide tokens stay in the cache. The
+        encoder is left as it is: an edit's matches magnify what rounding does to its latents.
+        """
+        self.vae.decoder.to(memory_format=torch.channels_last)
+        width = self.unet.config.block_out_channels[0]
+        blocks = {n: block for n, block in self.transformer_blocks().items() if block.dim == width}
+        for block in blocks.values():
+            block.set_chunk_feed_forward(1, dim=0)
+        self.chunked = frozenset(blocks)
+
+    def transformer_blocks(self) -> dict[str, BasicTransformerBlock]:
+        """The UNet's, by name."""
+        modules = self.unet.named_modules()
+        return {name: one for name, one in modules if isinstance(one, BasicTransformerBlock)}
+
+    @torch.no_grad()
+    def compile(self) -> None:
+        """The transformers' feed-forward layers, whose programs are shared by layers of one width.
+
+        Of all blocks they gain most, and they hold no layer that editors change (docs/speed.md).
+        """
+        blocks = self.transformer_blocks()
+        try:
+            for block in blocks.values():
+                block.ff.compile(dynamic=True)
+                for images in (1, 2):  # one alone has a program of its own
+                    # sizes that differ, so that the program takes none of them for another
+                    size = images, 3, block.dim
+                    block.ff(torch.zeros(size, device=self.device, dtype=self.dtype))
+        except Exception as error:  # of a compiler's process, of many kinds
+            raise ModelError(
+                f"the network cannot be compiled on {self.device}: {type(error).__name__}: {error};"
+                f" install a C++ compiler, or leave compile at false"
+            ) from error
+        self.compiled = frozenset(blocks)
 
     @property
     def device(self) -> torch.device:
@@ -207,7 +255,7 @@ class StableDiffusion(Backbone):
     ) -> Float[Tensor, "n c h w"]:
         output = self.unet(
             latents.to(self.device, self.dtype),
-            t,
+            torch.full((1,), t, device=self.device),  # a number would be copied, and waited for
             encoder_hidden_states=conditioning["embeddings"],
             **inputs,
         )
@@ -242,6 +290,20 @@ class StableDiffusion(Backbone):
         if last == "conv2" and plain and block.time_emb_proj is not None:
             return (f"{name}.norm1", f"{name}.time_emb_proj")
         return ()
+
+    @contextmanager
+    def hooked(self, layer: str) -> Iterator[None]:
+        name, inside, _ = f"{layer}.".partition(".ff.")
+        if inside and name in self.compiled:
+            raise ModelError(f"{layer} is compiled; an editor that changes it needs compile false")
+        chunked = inside and name in self.chunked
+        if chunked:
+            self.unet.get_submodule(name).set_chunk_feed_forward(None)
+        try:
+            yield
+        finally:
+            if chunked:
+                self.unet.get_submodule(name).set_chunk_feed_forward(1)
 
     @property
     def defaults(self) -> Defaults:

@@ -196,7 +196,7 @@ def residuals(
     embeddings = batch.conditioning["embeddings"].unflatten(0, (branches, frames))
     down, middle = network(
         batch.latents[list(chosen)].flatten(0, 1).to(network.device, network.dtype),
-        batch.t,
+        torch.full((1,), batch.t, device=network.device),  # a number would be copied
         embeddings[list(chosen)].flatten(0, 1),
         images.to(network.device, network.dtype).repeat(len(chosen), 1, 1, 1),
         conditioning_scale=shown.control.scale,

@@ -64,7 +64,7 @@ def write_tiny_model(folder: Path) -> Path:
 @cache
 def loaded() -> Backbone:
     with TemporaryDirectory() as folder:
-        return Backbone.load(write_tiny_model(Path(folder)), device="cpu")
+        return Backbone.load(write_tiny_model(Path(folder)), "cpu", "float32")
 
 
 def tiny_backbone() -> Backbone:

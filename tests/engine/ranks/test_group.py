@@ -97,7 +97,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone) -> dict[
 
 def edited(cases: dict[str, Case], model: Path) -> dict[str, Part]:
     """On each rank, with only the frames that it needs."""
-    parts, single, double = {}, *(Backbone.load(model, device="cpu") for _ in range(2))
+    parts, single, double = {}, *(Backbone.load(model, "cpu", "float32") for _ in range(2))
     for network in (double.unet, double.vae, double.text_encoder):
         network.double()
     for name, case in cases.items():

@@ -65,7 +65,9 @@ def test_a_trainer_leaves_the_handlers_as_they_were(
     """Twice, as in a notebook."""
     video = write_clip(tmp_path / "clip.mp4", tiny_clip(3))
     before = [signal.getsignal(number) for number in SIGNALS]
-    module = TokenFlowModule(PnP(), NNField(), "a ball", str(model_folder), cache=None, steps=1)
+    module = TokenFlowModule(
+        PnP(), NNField(), "a ball", str(model_folder), "float32", cache=None, steps=1
+    )
 
     def edit(name: str) -> None:
         trainer = Trainer(

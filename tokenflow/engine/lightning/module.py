@@ -59,7 +59,9 @@ class TokenFlowModule(LightningModule):
         backbone: A folder with a Stable Diffusion 1.x or 2.x model in diffusers' layout, the id
             of a hub model, or "miniature", the embedded one.
         dtype: Of the networks: "float32", "float16", "bfloat16", or "auto", which is float16 on
-            an accelerator and float32 on the CPU.
+            an accelerator, and on a CPU bfloat16 where the processor computes in it, else float32.
+        compile: Whether parts of the network are compiled, which takes seconds to minutes; needs a
+            C++ compiler.
         negative_prompt: What the edited video does not show.
         inversion_prompt: What the source video shows.
         cache: A folder for inversions, which later edits of the same frames reuse, and for sampling
@@ -81,6 +83,7 @@ class TokenFlowModule(LightningModule):
         prompt: str = "",
         backbone: str = "miniature",
         dtype: str = "auto",
+        compile: bool = False,
         negative_prompt: str = "",
         inversion_prompt: str = "",
         cache: str | None = FOLDER,
@@ -99,7 +102,7 @@ class TokenFlowModule(LightningModule):
             "negative_prompt": negative_prompt,
             "inversion_prompt": inversion_prompt,
         }
-        self.model, self.dtype_name = backbone, dtype
+        self.model, self.dtype_name, self.compiled = backbone, dtype, compile
         self.cache = None if cache is None else Cache(cache, cache_gigabytes)
         self.cache_source = cache_source
         self.save_every, self.ranks_per_clip = save_every, ranks_per_clip
@@ -127,7 +130,7 @@ class TokenFlowModule(LightningModule):
         with self.everyone.together(), self.preemption.interruptible():
             if self.cache is not None:
                 self.cache.require_writable()
-            self.backbone = Backbone.load(self.model, device, self.dtype_name)
+            self.backbone = Backbone.load(self.model, device, self.dtype_name, self.compiled)
         self.preemption.restore()  # else Lightning would put these handlers back after the run
 
     def configure_callbacks(self) -> list[Callback]:
