@@ -164,7 +164,10 @@ def test_a_changed_model_has_another_fingerprint(
 
 
 def test_a_used_model_has_the_same_fingerprint(model_folder: Path) -> None:
-    asked, fresh = Backbone.load(model_folder, "cpu", "float32"), Backbone.load(model_folder, "cpu")
+    asked, fresh = (
+        Backbone.load(model_folder, "cpu", "float32"),
+        Backbone.load(model_folder, "cpu", "float32"),
+    )
     asked.embed(["a ball"])
     # diffusers notes in no fixed order what a file left out
     asked.scheduler.register_to_config(_use_default_values=["beta_start", "clip_sample"])
