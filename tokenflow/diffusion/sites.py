@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 from diffusers.models.attention_processor import Attention as AttentionLayer
-from diffusers.models.attention_processor import AttnProcessor2_0
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
@@ -53,11 +52,6 @@ class Site(ABC):
         """By which products of queries and keys are multiplied; 1 / √width if None."""
         return None
 
-    @property
-    def standard(self) -> bool:
-        """Whether `plain` is no more than attention of `qkv`, put out by `output`."""
-        return False
-
     @abstractmethod
     def plain(self, hidden_states: Tensor, *args: Any, **given: Any) -> Tensor:
         """What the layer puts out by itself, every frame on its own."""
@@ -101,14 +95,6 @@ class DiffusersSite(Site):
     @property
     def scale(self) -> float | None:
         return self.layer.scale
-
-    @property
-    def standard(self) -> bool:
-        layer = self.layer
-        further = layer.norm_cross, layer.group_norm, layer.spatial_norm, layer.norm_q, layer.norm_k
-        return type(self.own) is AttnProcessor2_0 and not (
-            any(further) or layer.residual_connection
-        )
 
     def plain(self, hidden_states: Tensor, *args: Any, **given: Any) -> Tensor:
         return self.own(self.layer, hidden_states, *args, **given)

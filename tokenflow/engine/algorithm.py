@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import ClassVar
 
-from tokenflow.diffusion.trajectory import rows
 from tokenflow.editors import Step
 from tokenflow.engine.attention import Bank, JointAttention, PropagatedAttention
 from tokenflow.engine.joint_passes import joint_passes
 from tokenflow.engine.keyframes import draw_keyframes, neighbourhood
-from tokenflow.engine.sampling import Latents, Outputs, Sampling, on_host
+from tokenflow.engine.sampling import PASSES, Latents, Outputs, Sampling
 from tokenflow.errors import Preempted
 
 AfterStep = Callable[[int, Latents], bool]
@@ -38,17 +37,18 @@ def sample(
         DivergedError: A latent became NaN or infinite.
         Preempted: `after_step` asked to stop.
     """
-    consistency, trajectory = way(sampling), sampling.trajectory
+    consistency = way(sampling)
+    arriving: list[tuple[Sequence[int], Outputs]] = []
     with sampling.network.installed():
         for index in range(first, len(sampling.schedule) if last is None else last):
             step, following, seen = sampling.step(index), x.clone(), set[int]()
             sampling.features.begin(index)
-            for frames, outputs in on_host(consistency.outputs(x, step)):
+            for frames, outputs in consistency.outputs(x, step):
                 seen.update(frames)
-                here, source = rows(trajectory.positions, frames), trajectory.source(frames)
-                names = step.branches[-len(outputs) :]  # without a source that is cached
-                branches = dict(zip(names, outputs, strict=True))
-                following[here] = sampling.network.editor.advance(x[here], branches, step, source)
+                arriving.append((frames, outputs.to("cpu", non_blocking=True)))
+                if len(arriving) == PASSES:
+                    sampling.advance(arriving, x, following, step)
+            sampling.advance(arriving, x, following, step)
             x = following
             sampling.features.end()
             sampling.require_all(seen, way.__name__)

@@ -9,17 +9,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from tokenflow.diffusion import Backbone, Schedule, Site
 from tokenflow.diffusion.backbone import Role
 from tokenflow.diffusion.schedule import Timestep
 from tokenflow.diffusion.sites import Attention
 from tokenflow.editors import Batch, Editor, Injection, Processor, Prompts, Step
-from tokenflow.editors.base import overrides
 from tokenflow.engine.attention import AttentionSwitch, JointAttention, plain
 from tokenflow.engine.checked import CheckedEditor, blamed
 from tokenflow.engine.source_cache import SourceFeatures
@@ -72,13 +69,8 @@ class EditedNetwork:
         cross = self.model.cross_attention()
         with ExitStack() as stack:
             stack.enter_context(self.switch.installed())
-            own = self.editor.cross_attention(self.model)
-            for name, processor in own.items():
+            for name, processor in self.editor.cross_attention(self.model).items():
                 stack.enter_context(cross[name].replaced(CrossAttention(self, processor)))
-            if not overrides(self.editor.editor, "conditioning"):
-                for name in cross.keys() - own.keys():
-                    if cross[name].standard:
-                        stack.enter_context(cross[name].replaced(TextAttention(self)))
             injections = self.editor.injections(self.model)
             for one in injections:
                 stack.enter_context(self.model.hooked(one.layer))
@@ -210,28 +202,3 @@ class CrossAttention:
         return self.network.editor.attend(
             self.processor, batch, site, hidden_states, *args, **given
         )
-
-
-@dataclass(frozen=True)
-class TextAttention:
-    """Cross-attention to a prompt that all frames share: its keys and values are computed once."""
-
-    network: EditedNetwork
-
-    def attention(
-        self,
-        site: Site,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        **given: Any,
-    ) -> Tensor:
-        """What the layer calls."""
-        batch, text = self.network.running, encoder_hidden_states
-        if batch is None or text is None or attention_mask is not None:
-            return site.plain(hidden_states, text, attention_mask, **given)
-        frames = batch.latents.shape[1]
-        q, k, v = site.qkv(hidden_states, encoder_hidden_states=text[::frames])
-        q = rearrange(q, "(b f) h s d -> b h (f s) d", f=frames)
-        attended = scaled_dot_product_attention(q, k, v, scale=site.scale)
-        return site.output(rearrange(attended, "b h (f s) d -> (b f) h s d", f=frames))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,6 +25,8 @@ from tokenflow.video import Clip
 Latents = Float[Tensor, "own c h w"]
 """Of all frames that this rank has, in host memory."""
 Outputs = Float[Tensor, "branches frames c h w"]
+PASSES = 64
+"""Forward passes whose outputs are in host memory at once."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,26 @@ class Sampling:
         inputs = self.network.editor.inputs(here, step, self.trajectory.source(frames))
         return inputs[1:] if self.features.cached else inputs
 
+    def advance(
+        self,
+        arriving: list[tuple[Sequence[int], Outputs]],
+        x: Latents,
+        following: Latents,
+        step: Step,
+    ) -> None:
+        """Fills in the following latents of frames whose outputs arrive in host memory.
+
+        An accelerator is waited for once, not after every pass; the list is emptied.
+        """
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        for frames, outputs in arriving:
+            here, source = rows(self.trajectory.positions, frames), self.trajectory.source(frames)
+            names = step.branches[-len(outputs) :]  # without a source that is cached
+            branches = dict(zip(names, outputs, strict=True))
+            following[here] = self.network.editor.advance(x[here], branches, step, source)
+        arriving.clear()
+
     def parts(self, frames: range) -> list[range]:
         """Runs of frames for one forward pass each."""
         batch = self.settings.batch
@@ -89,20 +110,3 @@ class Sampling:
         """Raises a `DivergedError` on all ranks when a latent is NaN or infinite on one."""
         with self.ranks.together():
             require_finite(x, f"sampling at step {step.index} (timestep {step.t})")
-
-
-PASSES = 64
-"""Forward passes whose outputs are in host memory at once."""
-
-
-def on_host(
-    outputs: Iterator[tuple[Sequence[int], Outputs]],
-) -> Iterator[tuple[Sequence[int], Outputs]]:
-    """Outputs in host memory; an accelerator is waited for once in many passes."""
-    while parts := [
-        (frames, output.to("cpu", non_blocking=True))
-        for frames, output in itertools.islice(outputs, PASSES)
-    ]:
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        yield from parts
