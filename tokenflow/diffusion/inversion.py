@@ -1,8 +1,15 @@
-"""DDIM inversion: the noise trajectory of a clip's frames (Song et al. 2021, arXiv 2010.02502)."""
+"""Inversion: the noise trajectory of a clip's frames, by DDIM (Song et al. 2021, arXiv 2010.02502).
+
+DDIM asks the network at the latent before a step with the timestep after it, and sampling does not
+lead back to where inversion came from by the difference. Uni-Inv (Jiao et al. 2025, arXiv
+2504.13109) takes the step first with the noise of the step before, asks there, and takes it again:
+for as many evaluations the round trip is of second order.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -14,6 +21,7 @@ from tokenflow.diffusion.trajectory import Trajectory
 
 Predict = Callable[[list[int], Tensor, Timestep], Tensor]
 """The network's output for the source: of frames by position, latents, and the timestep."""
+InversionSolver = Literal["ddim", "uni-inv"]
 
 
 def source_prediction(backbone: Backbone, prompt: str) -> Predict:
@@ -32,24 +40,32 @@ def inversion_steps(
     latents: Float[Tensor, "frames c h w"],
     frames: list[int],
     schedule: Schedule,
+    solver: InversionSolver = "ddim",
 ) -> Iterator[tuple[int, Float[Tensor, "frames c h w"]]]:
     """The level and the latents of one batch of frames after each step, least noisy first.
 
-    The network is given the latent at level i + 1 and the timestep of level i.
+    The network is given the timestep of level i, and by "ddim" the latent at level i + 1, by
+    "uni-inv" the one at level i that the noise of the step before leads to.
 
     Args:
         predict: The network's output for the source.
         latents: The frames' clean latents, on the model's device.
         frames: Their positions in the clip.
         schedule: Of inversion, `Schedule.refined`.
+        solver: Where the network is asked.
 
     Raises:
         DivergedError: A latent became NaN or infinite.
     """
-    x = latents
+    x, n = latents, None
     for i in reversed(range(len(schedule))):
         t = schedule.timesteps[i]
-        x = schedule.invert(predict(frames, x, t), x, i)
+        if n is None or solver == "ddim":
+            n = schedule.noise_before(predict(frames, x, t), x, i)
+        else:
+            guess = schedule.back(n, x, i)
+            _, n = schedule.split(predict(frames, guess, t), guess, i)
+        x = schedule.back(n, x, i)
         require_finite(x, f"inversion at step {len(schedule) - 1 - i} (timestep {t})")
         yield i, x
 
@@ -63,6 +79,7 @@ def invert(
     steps: int,
     batch: int = 8,
     progress: Callable[[], None] = lambda: None,
+    solver: InversionSolver = "ddim",
 ) -> Trajectory:
     """Inverts clean latents, one batch of frames after the other.
 
@@ -74,6 +91,7 @@ def invert(
         steps: How many steps to take, at least as many as sampling.
         batch: Frames in one forward pass.
         progress: Called after every step of every batch.
+        solver: Where the network is asked.
 
     Raises:
         InputError: There are fewer steps than sampling takes, or more than the model has.
@@ -84,7 +102,7 @@ def invert(
     predict = source_prediction(backbone, prompt)
     for part in torch.arange(len(latents)).split(batch):
         here = latents[part].to(backbone.device)
-        for i, x in inversion_steps(predict, here, part.tolist(), inversion):
+        for i, x in inversion_steps(predict, here, part.tolist(), inversion, solver):
             trajectory.keep(inversion.timesteps[i], part, x)
             progress()
     return trajectory

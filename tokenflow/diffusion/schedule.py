@@ -96,9 +96,15 @@ class Schedule:
         For "v_prediction" the output is that of a network which takes x to be at level i: it
         implies the same noise, and so the same inversion, as "epsilon" would.
         """
-        if self.prediction != "v_prediction":
-            return self.mix(*self.split(output, x, i + 1), i)
-        _, n = self.split(output, x, i)
+        return self.back(self.noise_before(output, x, i), x, i)
+
+    def noise_before(self, output: Tensor, x: Tensor, i: int) -> Tensor:
+        """The noise that `invert` takes, of an output for x at level i + 1 and timestep i."""
+        _, n = self.split(output, x, i if self.prediction == "v_prediction" else i + 1)
+        return n
+
+    def back(self, n: Tensor, x: Tensor, i: int) -> Tensor:
+        """From level i + 1 back to i along the noise n: undoes `step`, if n is that at level i."""
         return self.mix((x - self.noise[i + 1] * n) / self.signal[i + 1], n, i)
 
     def refined(self, grid: Schedule) -> Schedule:

@@ -31,9 +31,10 @@ class Step:
     Attributes:
         index: From 0.
         schedule: The noise levels: the step leads from level `index` to `index + 1`.
-        guidance: The scale of classifier-free guidance.
+        guidance: The scale of classifier-free guidance; 1 outside of its part of the schedule.
         seed: Of everything random, together with frame and step.
-        branches: The names of `Editor.branches`.
+        branches: The names of `Editor.branches`; without "negative" where guidance is 1 and the
+            editor has neither branches, inputs nor an advance of its own.
     """
 
     index: int
@@ -245,7 +246,8 @@ class Editor(ABC):  # noqa: B024 (every method has a default)
         By default classifier-free guidance, then `Schedule.step`. `source.at(step.index + 1)` are
         the source's latents at the level that is reached.
         """
-        guided = guide(outputs["negative"], outputs["prompt"], step.guidance)
+        prompt = outputs["prompt"]
+        guided = guide(outputs.get("negative", prompt), prompt, step.guidance)
         return step.schedule.step(guided, x, step.index)
 
 

@@ -122,12 +122,14 @@ def edit_clip(
         schedule, inversion = schedules(model, settings, editor)
         network = EditedNetwork(model, editor, prompts)
         network.editor.prepare(model, seen if sees_all(settings, editor, way) else clip)
-        cached = cached_inversion(network, clip, schedule, inversion, store)
+        cached = cached_inversion(
+            network, clip, schedule, inversion, settings.inversion_solver, store
+        )
         near, flow = seen.part(shard.positions(shard.halo)), None
         if propagates(way) and propagation.flow is not None:
             flow = ClipFlow(near, propagation.flow, model.latent_scale)
         trajectory = invert_clip(
-            network, clip, schedule, inversion, settings.batch, cached, seconds, on_step
+            network, clip, schedule, inversion, settings, cached, seconds, on_step
         )
     matcher = Matcher(propagation, trajectory.size, flow, look)
     checkpoint = None

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from tokenflow.diffusion import Backbone, Schedule, Trajectory
-from tokenflow.diffusion.inversion import inversion_steps
+from tokenflow.diffusion.inversion import InversionSolver, inversion_steps
 from tokenflow.diffusion.schedule import Timestep, require_finite
 from tokenflow.engine.network import EditedNetwork
 from tokenflow.engine.resume import CachedInversion, ResumeStore
+from tokenflow.engine.settings import Settings
 from tokenflow.errors import InputError, Preempted
 from tokenflow.video import Clip
 
@@ -45,7 +46,7 @@ def invert_clip(
     clip: Clip,
     schedule: Schedule,
     inversion: Schedule | None,
-    batch: int,
+    settings: Settings,
     cached: CachedInversion,
     seconds: dict[str, float],
     on_step: OnStep,
@@ -58,7 +59,7 @@ def invert_clip(
     height, width = clip.frames.shape[-2:]
     clean = torch.empty(len(clip), model.latent_channels, height // scale, width // scale)
     trajectory = Trajectory.empty(clean, schedule, inversion, clip.first, clip.total)
-    parts = list(torch.arange(len(clip)).split(batch))
+    parts = list(torch.arange(len(clip)).split(settings.batch))
     missing = [part for part in parts if inversion is None or not cached.fill(trajectory, part)]
     if found := len(parts) - len(missing):
         reported(on_step, "cached", found, len(parts))
@@ -73,7 +74,8 @@ def invert_clip(
         done, steps = number * len(inversion), len(missing) * len(inversion)
         with timed(seconds, "invert"):
             predict = partial(source_output, network, schedule)
-            for level, x in inversion_steps(predict, here, frames, inversion):
+            solver = settings.inversion_solver
+            for level, x in inversion_steps(predict, here, frames, inversion, solver):
                 trajectory.keep(inversion.timesteps[level], part, x)
                 if level == 0:
                     cached.keep(trajectory, part)
@@ -94,6 +96,7 @@ def cached_inversion(
     clip: Clip,
     schedule: Schedule,
     inversion: Schedule | None,
+    solver: InversionSolver,
     store: ResumeStore | None,
 ) -> CachedInversion:
     """The clip's entries in the cache; an editor that conditions the source is part of the key.
@@ -107,7 +110,7 @@ def cached_inversion(
     plugin = store.editor if conditioned else None
     steps = () if inversion is None else inversion.timesteps
     prompt, fingerprint = network.source_prompt, network.model.fingerprint
-    parts = fingerprint, prompt, schedule.timesteps, steps, plugin
+    parts = fingerprint, prompt, schedule.timesteps, steps, solver, plugin
     return CachedInversion(store.cache, clip, parts, content, conditioned)
 
 

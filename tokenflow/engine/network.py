@@ -17,6 +17,7 @@ from tokenflow.diffusion.backbone import Role
 from tokenflow.diffusion.schedule import Timestep
 from tokenflow.diffusion.sites import Attention
 from tokenflow.editors import Batch, Editor, Injection, Processor, Prompts, Step
+from tokenflow.editors.base import overrides
 from tokenflow.engine.attention import AttentionSwitch, JointAttention, plain
 from tokenflow.engine.checked import CheckedEditor, blamed
 from tokenflow.engine.source_cache import SourceFeatures
@@ -62,6 +63,16 @@ class EditedNetwork:
             for one in self.editor.injections(self.model)
             if one.active(step, steps)
         ]
+
+    def branches_for(self, guidance: float) -> tuple[str, ...]:
+        """The branches that a step runs: a guidance of 1 is the prompt's branch alone.
+
+        An editor that defines what branches are, or what becomes of them, has all of them.
+        """
+        own = overrides(self.editor.editor, "branches", "inputs", "advance")
+        if own or guidance != 1:
+            return self.branches
+        return tuple(name for name in self.branches if name != "negative")
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -137,10 +148,12 @@ class EditedNetwork:
             step: Of sampling.
             keyframes: Whether these are keyframes, denoised jointly.
         """
-        first, steps = len(self.branches) - len(inputs), len(step.schedule)
         x = inputs.to(self.model.device, non_blocking=True)
-        given = self.prompts.map(lambda rows: rows[first:]).per_frame(len(frames))
-        names = self.branches[first:]
+        names, steps = step.branches[-len(inputs) :], len(step.schedule)
+        # one by one: a list of indices would be sent to an accelerator, and waited for
+        numbers = [self.branches.index(name) for name in names]
+        prompts = self.prompts.map(lambda rows: torch.stack([rows[n] for n in numbers]))
+        given = prompts.per_frame(len(frames))
         return Batch(names, tuple(frames), x, given, step.t, step.index, steps, keyframes)
 
     def source_batch(

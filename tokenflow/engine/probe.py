@@ -136,7 +136,7 @@ def find_correspondences(
     inversion = schedule.refined(model.schedule(s.inversion_steps or s.steps))
     cached = CachedInversion(None, clip)
     trajectory = invert_clip(
-        network, clip, schedule, inversion, s.batch, cached, {}, lambda stage, step, steps: None
+        network, clip, schedule, inversion, s, cached, {}, lambda stage, step, steps: None
     )
     recorder, t = Recorder(probe.site), schedule.timesteps[probe.step]
     with network.switch.installed():

@@ -59,10 +59,10 @@ class Sampling:
     features: SourceFeatures = field(default_factory=SourceFeatures)
 
     def step(self, index: int) -> Step:
-        """A step of sampling, as the editor sees it."""
-        s = self.settings
-        assert s.guidance is not None, "Settings.for_model comes before"
-        return Step(index, self.schedule, s.guidance, s.seed, self.network.branches)
+        """A step of sampling, as the editor sees it; what guidance does not need is left out."""
+        guidance = self.settings.guidance_at(index, len(self.schedule))
+        branches = self.network.branches_for(guidance)
+        return Step(index, self.schedule, guidance, self.settings.seed, branches)
 
     def inputs(self, x: Latents, frames: Sequence[int], step: Step) -> Outputs:
         """The network's inputs for some of this rank's frames, by position in the clip.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from tokenflow.diffusion import Backbone
+from tokenflow.diffusion.inversion import InversionSolver
 from tokenflow.engine.keyframes import Blend, Keyframes, Neighbours, draw_keyframes
 from tokenflow.errors import InputError
 
@@ -22,8 +23,13 @@ class Settings:
     Args:
         steps: Sampling steps.
         inversion_steps: Inversion steps, at least as many; as many as sampling when not given.
+        inversion_solver: "ddim" (paper) or "uni-inv", whose round trip through few steps is nearer
+            to the source.
         guidance: Scale of classifier-free guidance. The model's own if not given: 7.5 for Stable
             Diffusion.
+        guidance_begin: Share of the schedule before which guidance is off, 0 to 1.
+        guidance_end: Share of the schedule after which it is off; a step without guidance is a
+            branch cheaper (Kynkäänniemi et al. 2024, arXiv 2404.07724).
         keyframe_every: Frames in a window; one keyframe is drawn from each.
         keyframes: How it is drawn: "random", "center", "first", or a fixed offset.
         neighbours: Which keyframes a frame takes its features from: "bracketing" (paper) or
@@ -45,7 +51,10 @@ class Settings:
 
     steps: int = 50
     inversion_steps: int | None = None
+    inversion_solver: InversionSolver = "ddim"
     guidance: float | None = None
+    guidance_begin: float = 0.0
+    guidance_end: float = 1.0
     keyframe_every: int = 8
     keyframes: Keyframes = "random"
     neighbours: Neighbours = "bracketing"
@@ -60,6 +69,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         names = {
+            "inversion_solver": InversionSolver,
             "neighbours": Neighbours,
             "blend": Blend,
             "consistency": ConsistencyName,
@@ -79,11 +89,22 @@ class Settings:
             raise InputError(f"seed must be a number of 64 bits, got {self.seed}")
         if self.guidance is not None and not math.isfinite(self.guidance):
             raise InputError(f"guidance must be a finite number, got {self.guidance}")
+        if not 0 <= self.guidance_begin <= self.guidance_end <= 1:
+            raise InputError(
+                f"guidance_begin and guidance_end must be shares of the schedule from 0 to 1, the "
+                f"first not the larger, got {self.guidance_begin} and {self.guidance_end}"
+            )
         if self.inversion_steps is not None and self.inversion_steps < self.steps:
             raise InputError(
                 f"inversion needs at least as many steps as sampling: got inversion_steps "
                 f"{self.inversion_steps} for steps {self.steps}; raise the one or lower the other"
             )
+
+    def guidance_at(self, step: int, steps: int) -> float:
+        """The scale at step i of N: outside of int(N · begin) <= i < int(N · end) it is 1."""
+        assert self.guidance is not None, "Settings.for_model comes before"
+        on = int(steps * self.guidance_begin) <= step < int(steps * self.guidance_end)
+        return self.guidance if on else 1.0
 
     def for_model(self, model: Backbone) -> Settings:
         """With the model's own value for what is not given."""

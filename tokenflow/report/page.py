@@ -39,9 +39,9 @@ from tokenflow.video import contact_sheet
 SQUARED = "mean of squared difference × 1000, along the source's flow"
 ABSOLUTE = "mean of |difference|, of 255 levels"
 MAIN = (
-    "editor", "propagation", "consistency", "backbone", "steps", "inversion_steps", "guidance",
-    "keyframe_every", "keyframes", "neighbours", "blend", "seed", "negative_prompt", "dtype",
-    "device",
+    "editor", "propagation", "consistency", "backbone", "steps", "inversion_steps",
+    "inversion_solver", "guidance", "guidance_begin", "guidance_end", "keyframe_every",
+    "keyframes", "neighbours", "blend", "seed", "negative_prompt", "dtype", "device",
 )  # fmt: skip
 """The settings that a run's page shows before all others."""
 

@@ -74,7 +74,11 @@ class StageProgress(EditCallback):
 def edit_to_inversion(settings: Settings) -> float:
     """The edit's passes of the network over the inversion's, for each frame.
 
-    Three branches at every step, of the frame and of its part of the keyframes.
+    Three branches at every step, two where guidance is off, of the frame and of its part of the
+    keyframes.
     """
+    branches = 2 + settings.guidance_end - settings.guidance_begin
     keyframes = 1 / settings.keyframe_every if settings.consistency == "tokenflow" else 0.0
-    return 3 * (1 + keyframes) * settings.steps / (settings.inversion_steps or settings.steps)
+    return (
+        branches * (1 + keyframes) * settings.steps / (settings.inversion_steps or settings.steps)
+    )
