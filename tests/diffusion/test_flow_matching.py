@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tests.gaussian_flow import GaussianFlow
 from tokenflow.diffusion import invert, reconstruct, source_prediction
+from tokenflow.diffusion.inversion import InversionSolver
 from tokenflow.editors import Injection, PnP, Prompts, SDEdit
 from tokenflow.engine import Settings, edit_clip
 from tokenflow.propagation import NNField
@@ -20,11 +21,11 @@ def latents() -> Tensor:
     return torch.rand(5, 3, 4, 6, generator=torch.Generator().manual_seed(0))
 
 
-def errors(steps: int) -> tuple[float, float]:
+def errors(steps: int, solver: InversionSolver = "ddim") -> tuple[float, float]:
     """Of inversion against the known path, and of inverting and sampling back."""
     model, clean = GaussianFlow(), latents()
     schedule = model.schedule(steps)
-    trajectory = invert(model, clean, f"{MEAN}", schedule, steps, batch=2)
+    trajectory = invert(model, clean, f"{MEAN}", schedule, steps, batch=2, solver=solver)
     paths = [model.path(clean, MEAN, schedule.noise[i]) for i in range(steps)]
     back = reconstruct(model, source_prediction(model, f"{MEAN}"), trajectory, schedule)
     return float((trajectory.latents - torch.stack(paths)).abs().max()), float(
@@ -39,6 +40,15 @@ def test_inversion_follows_the_known_path_and_sampling_returns_the_input() -> No
     assert finer_back < 0.3 * back
     assert finer_path < 0.01
     assert finer_back < 0.01
+
+
+def test_sampling_returns_from_uni_inv_with_an_error_of_second_order() -> None:
+    (path, back), (finer_path, finer_back) = (errors(steps, "uni-inv") for steps in (100, 400))
+    assert finer_path < 0.3 * path  # sampling's steps are of first order, and so is the path back
+    assert finer_back < 0.3**2 * back
+    assert back < 0.2 * errors(100)[1]
+    # half the evaluations of DDIM's 50 and 50; measured 0.0076 and 0.0097
+    assert errors(25, "uni-inv")[1] < errors(50)[1]
 
 
 def test_more_inversion_steps_than_sampling_steps() -> None:

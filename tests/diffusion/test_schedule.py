@@ -7,7 +7,8 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from tokenflow.diffusion import Schedule, guide
-from tokenflow.diffusion.schedule import PredictionType, require_finite
+from tokenflow.diffusion.inversion import InversionSolver, inversion_steps
+from tokenflow.diffusion.schedule import PredictionType, Timestep, require_finite
 from tokenflow.errors import DivergedError, InputError
 
 STABLE_DIFFUSION = {
@@ -108,6 +109,28 @@ def test_a_gaussians_latents_come_back(prediction: PredictionType) -> None:
         x = schedule.step(output(x, i), x, i)
     # measured 0.009 and 0.0048
     assert torch.allclose(x, clean, rtol=0.012, atol=0)
+
+
+@every_prediction
+def test_a_gaussians_latents_come_back_from_uni_inv(prediction: PredictionType) -> None:
+    clean = torch.linspace(-1, 1, 9, dtype=torch.float64)[:, None, None, None]
+
+    def error(steps: int, solver: InversionSolver) -> float:
+        schedule = made(prediction, steps)
+
+        def output(_: list[int], x: Tensor, t: Timestep) -> Tensor:
+            i = schedule.timesteps.index(t)
+            signal, noise = schedule.signal[i], schedule.noise[i]
+            seen = x / (signal**2 * 0.25 + noise**2)
+            return exact(schedule, signal * 0.25 * seen, noise * seen, i)
+
+        *_, (_, x) = inversion_steps(output, clean, list(range(9)), schedule, solver)
+        for i, t in enumerate(schedule.timesteps):
+            x = schedule.step(output([], x, t), x, i)
+        return float((x - clean).abs().max())
+
+    assert error(50, "uni-inv") < 0.3 * error(50, "ddim")
+    assert error(200, "uni-inv") < 0.3**2 * error(50, "uni-inv")  # of second order
 
 
 def test_a_velocity_inverts_as_the_noise_that_it_means() -> None:

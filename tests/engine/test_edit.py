@@ -202,6 +202,8 @@ def test_batch_changes_nothing(backbone: Backbone, consistency: str) -> None:
         (PnP(), {"blend": "linear"}),
         (PnP(), {"keyframes": 3}),
         (PnP(), {"guidance": 1.0}),
+        (PnP(), {"guidance_end": 0.5}),
+        (PnP(), {"inversion_solver": "uni-inv"}),
         (PnP(feature_layers=3), {}),
         (PnP(attention=0.0), {}),
         (PnP(features=0.0), {}),
@@ -613,7 +615,9 @@ def test_frames_that_are_not_finite(backbone: Backbone) -> None:
         edit(backbone, clip)
 
 
-@pytest.mark.parametrize("name", ["neighbours", "blend", "consistency", "keyframe_attention"])
+@pytest.mark.parametrize(
+    "name", ["neighbours", "blend", "consistency", "keyframe_attention", "inversion_solver"]
+)
 def test_settings_refuse_names_that_they_do_not_know(name: str) -> None:
     settings = Settings()
     object.__setattr__(settings, name, "x")  # the type checker of the tests guards the front door

@@ -100,6 +100,9 @@ CHANGES: dict[str, Callable[[Backbone], dict[str, Any]]] = {
     "frames": lambda _: {"clip": Clip.from_frames((CLIP.frames + 0.001).clamp(0, 1))},
     "the source's prompt": lambda _: {"inversion_prompt": "a dog"},
     "steps": lambda _: {"settings": dataclasses.replace(SETTINGS, steps=3)},
+    "inversion's solver": lambda _: {
+        "settings": dataclasses.replace(SETTINGS, inversion_solver="uni-inv")
+    },
     "inversion steps": lambda _: {"settings": dataclasses.replace(SETTINGS, inversion_steps=6)},
 }
 
@@ -350,6 +353,7 @@ SAMPLING_CHANGES: dict[str, dict[str, Any]] = {
     "negative prompt": {"negative_prompt": "a dog"},
     "seed": {"settings": dataclasses.replace(SETTINGS, seed=1)},
     "guidance": {"settings": dataclasses.replace(SETTINGS, guidance=2.0)},
+    "guidance's part": {"settings": dataclasses.replace(SETTINGS, guidance_end=0.5)},
     "editor": {"editor": PnP(attention=0.2)},
     "kernel": {"kernel": "other"},
     "name, by which keyframes are drawn": {"clip": dataclasses.replace(CLIP, name="other")},
