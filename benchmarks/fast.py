@@ -1,0 +1,139 @@
+"""The fast mode against the default, end to end, and each of its choices alone.
+
+    python -m benchmarks.fast
+
+edits clips of the benchmark with ground truth in every way, from source frames to edited ones, and
+prints the table of docs/fast.md. What is measured is kept in the folder, with a picture of each
+edit: started again, it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from benchmarks.scenes.measure import Truth
+from benchmarks.scenes.results import Record, Results, commit
+from benchmarks.scenes.rows import FLOOR, Plan, counted
+from benchmarks.scenes.sheet import write_rows
+from benchmarks.scenes.suite import cases
+from benchmarks.scenes.tables import Text, number, share
+from tokenflow.diffusion import Backbone
+from tokenflow.engine import Settings, edit_clip
+from tokenflow.miniature.edits import EDITOR
+from tokenflow.miniature.judge import Judge
+from tokenflow.propagation import NNField
+from tokenflow.video import contact_sheet, write_image
+
+PRESET = Path(__file__).parents[1] / "configs" / "fast.yaml"
+DEFAULT, FAST = "default", "fast"
+ROWS: dict[str, dict[str, Any]] = {
+    DEFAULT: {},
+    FAST: {
+        name: value
+        for name, value in yaml.safe_load(PRESET.read_text())["model"].items()
+        if name not in ("editor", "propagation", "guidance")
+    },
+    "15 steps": {"steps": 15},
+    "15 steps, Uni-Inv": {"steps": 15, "inversion_solver": "uni-inv"},
+    "guidance in the first half": {"guidance_end": 0.5},
+}
+"""Where settings are not the default."""
+CLIPS = (0, 12, 25, 31, 6, 24, 18)
+"""One of each kind of motion, in which every kind of edit is."""
+PLAN = Plan(frames=8, steps=50, reference_inversion=50, keyframe_every=4)
+
+
+def main(
+    folder: Path = Path("runs/fast"),
+    plan: Plan = PLAN,
+    rows: tuple[str, ...] = tuple(ROWS),
+    clips: tuple[int, ...] = CLIPS,
+    sheet: Path | None = None,
+) -> None:
+    """Measures what is not measured yet, and prints the table.
+
+    Args:
+        folder: Where results.jsonl and pictures of all edits go.
+        plan: What all rows have in common, and the default's steps.
+        rows: Which rows; all are compared with the default.
+        clips: Which clips, numbers from 0 in the benchmark's suite.
+        sheet: Only write a picture to this WebP: of each clip and of these rows, from the folder's
+            pictures.
+    """
+    results, chosen = Results(folder / "results.jsonl", commit()), [cases()[i] for i in clips]
+    if sheet is not None:
+        write_rows(sheet, chosen, rows, folder, plan.frames)
+        return
+    backbone, judge, console = Backbone.load("miniature", "cpu"), Judge.load(), Console(width=120)
+    for case in chosen:
+        missing = results.missing(case, (FLOOR, *rows), plan)
+        truth = Truth(case.of(plan.frames)) if missing else None
+        for row in missing:
+            assert truth is not None
+            if row == FLOOR:
+                with counted(backbone) as cost:
+                    frames = backbone.decode(backbone.encode(truth.frames)).cpu()
+            else:
+                options = {"steps": plan.steps, **ROWS[row]}
+                settings = Settings(
+                    guidance=plan.guidance, keyframe_every=plan.keyframe_every, **options
+                )
+                prompts = truth.edit.prompts
+                with counted(backbone) as cost:
+                    frames = edit_clip(
+                        backbone, truth.source, prompts, EDITOR, NNField(), settings
+                    ).clip.frames[:]
+            measured = {**vars(cost), **truth.measure(frames, judge)}
+            results.add(case, row, plan, measured)
+            write_image(folder / f"{case.seed} {row}.png", contact_sheet([frames]))
+            console.print(case.motion, case.edit, row, f"{cost.seconds:.1f} s", measured)
+    seeds = {case.seed for case in chosen}
+    records = [r for r in results.records(plan) if r["case"]["seed"] in seeds]
+    found = table(records, rows, plan)
+    console.print(found.rich())
+    print(found.markdown())
+
+
+def table(records: list[Record], rows: tuple[str, ...], plan: Plan) -> Text:
+    """One line for each row, over the clips that it shares with the default."""
+    by_row = {
+        row: {r["case"]["seed"]: r for r in records if r["row"] == row} for row in (FLOOR, *rows)
+    }
+    columns = (
+        "", "clips", "time", "evaluations", "error", "warp error ×10⁻³", "edited", "kept",
+        "PSNR, dB",
+    )  # fmt: skip
+    lines = [list(columns)]
+    for row in rows:
+        seeds = by_row[row].keys() & by_row[DEFAULT].keys() & by_row[FLOOR].keys()
+        if not seeds:
+            continue
+        of, default, floor = (
+            [by_row[name][seed] for seed in sorted(seeds)] for name in (row, DEFAULT, FLOOR)
+        )
+        times = [d["seconds"] / r["seconds"] for r, d in zip(of, default, strict=True)]
+        calls = mean(d["evaluations"] / r["evaluations"] for r, d in zip(of, default, strict=True))
+        error, others, least = (mean(r["warp_error_1"] for r in x) for x in (of, default, floor))
+        lines.append(
+            [
+                row, f"{len(seeds)}", f"{median(times):.2f} ({min(times):.2f} to {max(times):.2f})",
+                f"{calls:.2f}", f"{(error - least) / (others - least):.2f}", number(error, 1e3),
+                *(share(mean(r[name] for r in of)) for name in ("edited", "kept")),
+                number(mean(r["psnr"] for r in of), 1, 1),
+            ]
+        )  # fmt: skip
+    about = f"{plan.frames} frames, {plan.steps} steps, windows of {plan.keyframe_every}"
+    return Text(
+        f"Times faster than the default, error above round trip relative to it; {about}", lines
+    )
+
+
+if __name__ == "__main__":
+    from jsonargparse import auto_cli
+
+    auto_cli(main, as_positional=False)
