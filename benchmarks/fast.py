@@ -33,11 +33,7 @@ PRESET = Path(__file__).parents[1] / "configs" / "fast.yaml"
 DEFAULT, FAST = "default", "fast"
 ROWS: dict[str, dict[str, Any]] = {
     DEFAULT: {},
-    FAST: {
-        name: value
-        for name, value in yaml.safe_load(PRESET.read_text())["model"].items()
-        if name not in ("editor", "propagation", "guidance")
-    },
+    FAST: yaml.safe_load(PRESET.read_text())["model"],
     "15 steps": {"steps": 15},
     "15 steps, Uni-Inv": {"steps": 15, "inversion_solver": "uni-inv"},
     "guidance in the first half": {"guidance_end": 0.5},

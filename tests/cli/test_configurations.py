@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -24,11 +25,11 @@ def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def printed(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+def printed(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     """The model's options that a command comes to."""
     with pytest.raises(SystemExit):
         main(["predict", *words, "--print_config"])
-    model: dict[str, object] = yaml.safe_load(capsys.readouterr().out)["model"]
+    model: dict[str, Any] = yaml.safe_load(capsys.readouterr().out)["model"]
     return model
 
 
@@ -66,6 +67,19 @@ def test_an_installed_configuration_by_name(two: Path, capsys: pytest.CaptureFix
         assert printed([f"--config={name}"], capsys)["guidance"] == written["guidance"]
     (two / "sdedit").write_text("model: {guidance: 3.25}")  # a file goes first
     assert printed(["--config=sdedit"], capsys)["guidance"] == 3.25
+
+
+def test_the_fast_mode_goes_with_every_editor(
+    two: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = printed(["--config=sdedit", "--config=fast", "--model.steps=12"], capsys)
+    assert model["editor"]["class_path"].endswith(".SDEdit")
+    fast = {"inversion_solver": "uni-inv", "guidance_begin": 0.0, "guidance_end": 0.5}
+    assert {name: model[name] for name in fast} == fast
+    assert (model["steps"], model["inversion_steps"]) == (12, None)
+    alone = printed(["--config=fast"], capsys)
+    assert alone["editor"]["class_path"].endswith(".PnP")
+    assert alone["steps"] == 15
 
 
 def test_where_files_are(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
