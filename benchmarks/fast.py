@@ -34,6 +34,8 @@ DEFAULT, FAST = "default", "fast"
 ROWS: dict[str, dict[str, Any]] = {
     DEFAULT: {},
     FAST: yaml.safe_load(PRESET.read_text())["model"],
+    "12 u": {"steps": 12, "inversion_solver": "uni-inv"},
+    "to 0.8": {"steps": 15, "inversion_solver": "uni-inv", "guidance_end": 0.8},
     "15 steps": {"steps": 15},
     "15 steps, Uni-Inv": {"steps": 15, "inversion_solver": "uni-inv"},
     "guidance in the first half": {"guidance_end": 0.5},

@@ -13,17 +13,21 @@ from rich.console import Console
 from rich.table import Table
 
 from tokenflow.diffusion import Backbone, invert, reconstruct, source_prediction
+from tokenflow.diffusion.inversion import InversionSolver
 from tokenflow.metrics import psnr
 from tokenflow.miniature.edits import suite
 
 
 @torch.no_grad()
-def main(steps: tuple[int, ...] = (10, 50, 200), every: int = 12) -> None:
+def main(
+    steps: tuple[int, ...] = (10, 50, 200), every: int = 12, solver: InversionSolver = "ddim"
+) -> None:
     """Inverts frames of the four clips and samples back.
 
     Args:
         steps: Of inversion and of sampling alike.
         every: Take every so manieth of a clip's 24 frames.
+        solver: Of inversion.
     """
     backbone = Backbone.load("miniature", dtype="float32")
     table = Table("steps", "error / deviation", "PSNR, dB", "VAE alone, dB")
@@ -32,7 +36,7 @@ def main(steps: tuple[int, ...] = (10, 50, 200), every: int = 12) -> None:
         for edit in suite(24):
             frames, source = edit.clip.frames[::every], str(edit.scene.attributes)
             latents = backbone.encode(frames)
-            trajectory = invert(backbone, latents, source, schedule, number)
+            trajectory = invert(backbone, latents, source, schedule, number, solver=solver)
             predict = source_prediction(backbone, source)
             back = reconstruct(backbone, predict, trajectory, schedule)
             error = float((back - latents).square().mean().sqrt() / latents.std())
