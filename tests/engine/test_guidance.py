@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokenflow.diffusion import Backbone, Source, StableDiffusion
 from tokenflow.editors import Editor, PnP, SDEdit, Step
-from tokenflow.engine import Settings, edit_clip, edit_latents
+from tokenflow.engine import Settings, SourceCache, edit_clip, edit_latents
 from tokenflow.engine.resume import ResumeStore
 from tokenflow.errors import InputError, Preempted
 from tokenflow.propagation import NNField
@@ -68,6 +68,17 @@ def test_steps_without_guidance_have_a_branch_fewer(
     passes = {"tokenflow": (1, 9)}.get(consistency, (9,))
     expected = [branches * n for branches in (2, 3, 3, 2) for n in passes]
     assert rows == [*[9] * 4, *expected]  # inversion, then sampling
+
+
+def test_with_a_cached_source_one_branch_is_left(backbone: StableDiffusion, clip: Clip) -> None:
+    cache, rows = SourceCache(), list[int]()
+    settings = replace(PART, keyframe_every=9, batch=9)
+    first = latents(backbone, clip, PnP(), settings, source_cache=cache)
+    hook = backbone.unet.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    second = latents(backbone, clip, PnP(), settings, source_cache=cache)
+    hook.remove()
+    assert rows == [*[9] * 4, *[branches * n for branches in (1, 2, 2, 1) for n in (1, 9)]]
+    assert torch.allclose(first, second, rtol=0, atol=ROUNDING)
 
 
 def test_a_scale_of_1_needs_no_negative_prompt(backbone: Backbone, clip: Clip) -> None:
