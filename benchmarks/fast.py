@@ -34,12 +34,20 @@ DEFAULT, FAST = "default", "fast"
 ROWS: dict[str, dict[str, Any]] = {
     DEFAULT: {},
     FAST: yaml.safe_load(PRESET.read_text())["model"],
-    "12 u": {"steps": 12, "inversion_solver": "uni-inv"},
-    "to 0.8": {"steps": 15, "inversion_solver": "uni-inv", "guidance_end": 0.8},
+    "12 steps": {"steps": 12},
+    "12 steps, Uni-Inv": {"steps": 12, "inversion_solver": "uni-inv"},
+    "guidance to 0.8": {"guidance_end": 0.8},
     "15 steps": {"steps": 15},
+    "15 steps, guidance to 0.8": {"steps": 15, "guidance_end": 0.8},
+    "12 steps, guidance to 0.8": {"steps": 12, "guidance_end": 0.8},
     "15 steps, Uni-Inv": {"steps": 15, "inversion_solver": "uni-inv"},
-    "guidance in the first half": {"guidance_end": 0.5},
-}
+    "15 steps, Uni-Inv, guidance to 0.8": {
+        "steps": 15, "inversion_solver": "uni-inv", "guidance_end": 0.8,
+    },
+    "15 steps, Uni-Inv, guidance to 0.5": {
+        "steps": 15, "inversion_solver": "uni-inv", "guidance_end": 0.5,
+    },
+}  # fmt: skip
 """Where settings are not the default."""
 CLIPS = (0, 12, 25, 31, 6, 24, 18)
 """One of each kind of motion, in which every kind of edit is."""
@@ -98,7 +106,10 @@ def main(
 
 
 def table(records: list[Record], rows: tuple[str, ...], plan: Plan) -> Text:
-    """One line for each row, over the clips that it shares with the default."""
+    """One line for each row, over the clips that it shares with the default.
+
+    In brackets the least and the largest ratio of times, and the default's shares.
+    """
     by_row = {
         row: {r["case"]["seed"]: r for r in records if r["row"] == row} for row in (FLOOR, *rows)
     }
@@ -121,7 +132,10 @@ def table(records: list[Record], rows: tuple[str, ...], plan: Plan) -> Text:
             [
                 row, f"{len(seeds)}", f"{median(times):.2f} ({min(times):.2f} to {max(times):.2f})",
                 f"{calls:.2f}", f"{(error - least) / (others - least):.2f}", number(error, 1e3),
-                *(share(mean(r[name] for r in of)) for name in ("edited", "kept")),
+                *(
+                    f"{share(mean(r[name] for r in of))} ({share(mean(r[name] for r in default))})"
+                    for name in ("edited", "kept")
+                ),
                 number(mean(r["psnr"] for r in of), 1, 1),
             ]
         )  # fmt: skip

@@ -72,14 +72,14 @@ def test_an_installed_configuration_by_name(two: Path, capsys: pytest.CaptureFix
 def test_the_fast_mode_goes_with_every_editor(
     two: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = printed(["--config=sdedit", "--config=fast", "--model.steps=12"], capsys)
+    model = printed(["--config=sdedit", "--config=fast", "--model.steps=15"], capsys)
     assert model["editor"]["class_path"].endswith(".SDEdit")
-    fast = {"inversion_solver": "uni-inv", "guidance_begin": 0.0, "guidance_end": 0.5}
+    fast = {"inversion_solver": "uni-inv", "guidance_begin": 0.0, "guidance_end": 0.8}
     assert {name: model[name] for name in fast} == fast
-    assert (model["steps"], model["inversion_steps"]) == (12, None)
+    assert (model["steps"], model["inversion_steps"]) == (15, None)
     alone = printed(["--config=fast"], capsys)
     assert alone["editor"]["class_path"].endswith(".PnP")
-    assert alone["steps"] == 15
+    assert alone["steps"] == 12
 
 
 def test_where_files_are(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
