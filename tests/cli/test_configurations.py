@@ -74,7 +74,7 @@ def test_the_fast_mode_goes_with_every_editor(
 ) -> None:
     model = printed(["--config=sdedit", "--config=fast", "--model.steps=15"], capsys)
     assert model["editor"]["class_path"].endswith(".SDEdit")
-    fast = {"inversion_solver": "uni-inv", "guidance_begin": 0.0, "guidance_end": 0.8}
+    fast = {"inversion_solver": "ddim", "guidance_begin": 0.0, "guidance_end": 0.8}
     assert {name: model[name] for name in fast} == fast
     assert (model["steps"], model["inversion_steps"]) == (15, None)
     alone = printed(["--config=fast"], capsys)
