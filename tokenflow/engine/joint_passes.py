@@ -36,9 +36,9 @@ class JointPass(NamedTuple):
 
 @dataclass(frozen=True)
 class Kept:
-    """Chooses some of a pass's keyframes."""
+    """Chooses some of a pass's keyframes, in a row: for a list an accelerator would be waited for."""
 
-    numbers: list[int]
+    numbers: slice
 
     def __call__(self, items: Tensor) -> Tensor:
         return items[self.numbers]
@@ -68,8 +68,9 @@ def joint_passes(
         held = overlap(range(mine.start - 1, mine.stop + 1), shard.halo)
         if mine:
             frames = [keyframes[number] for number in seen]
-            kept = [seen.index(number) for number in held]
-            yield JointPass(frames, every[:, list(seen)], mine, held, lambda own: own, Kept(kept))
+            first = seen.index(held.start)
+            kept = Kept(slice(first, first + len(held)))
+            yield JointPass(frames, every[:, list(seen)], mine, held, lambda own: own, kept)
 
 
 def overlap(a: range, b: range) -> range:
