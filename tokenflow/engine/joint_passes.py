@@ -36,7 +36,7 @@ class JointPass(NamedTuple):
 
 @dataclass(frozen=True)
 class Kept:
-    """Chooses some of a pass's keyframes, in a row: for a list an accelerator would be waited for."""
+    """Chooses keyframes of a pass, in a row: for a list an accelerator would be waited for."""
 
     numbers: slice
 
