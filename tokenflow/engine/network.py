@@ -86,11 +86,13 @@ class EditedNetwork:
             for one in injections:
                 stack.enter_context(self.model.hooked(one.layer))
                 layer = self.model.network.get_submodule(one.layer)
-                stack.enter_context(layer.register_forward_hook(partial(self.inject, one)))
-                for entry in self.model.entries(one.layer) if alone(one, injections) else ():
+                entries = self.model.entries(one.layer) if alone(one, injections) else ()
+                narrowed = one.layer in self.projections.intersection(entries)
+                hook = partial(self.inject, one, narrowed)
+                stack.enter_context(layer.register_forward_hook(hook))
+                for entry in entries:
                     module = self.model.network.get_submodule(entry)
-                    hook = partial(self.narrow, one)
-                    stack.enter_context(module.register_forward_pre_hook(hook))
+                    stack.enter_context(module.register_forward_pre_hook(partial(self.narrow, one)))
             yield
 
     def narrow(self, injection: Injection, _: nn.Module, inputs: Any) -> Any:
@@ -103,8 +105,10 @@ class EditedNetwork:
             rows = 0
         return (inputs[0][:rows], *inputs[1:])
 
-    def inject(self, injection: Injection, layer: nn.Module, _: Any, output: Any) -> Any:
-        """The forward hook of an injection."""
+    def inject(
+        self, injection: Injection, narrowed: bool, layer: nn.Module, _: Any, output: Any
+    ) -> Any:
+        """The forward hook of an injection, into a projection of the source's rows if narrowed."""
         batch = self.running
         if batch is None or not injection.active(batch.step, batch.steps):
             return output
@@ -115,10 +119,8 @@ class EditedNetwork:
                 f"{type(output).__name__}; fix the editor: choose a layer inside it"
             )
         branches, frames = batch.latents.shape[:2]
-        if injection.function is None and injection.layer in self.projections:
-            joint = isinstance(self.switch.attention, JointAttention)
-            if joint and len(output) == frames:
-                return output
+        if narrowed and isinstance(self.switch.attention, JointAttention):
+            return output
         name = f"{'keyframes' if batch.keyframes else 'windows'}/{injection.layer}"
         if self.features.cached:
             source = self.features.take(name, batch.frames, output)
