@@ -546,7 +546,9 @@ def test_a_kernel_that_points_nowhere_later_is_named(backbone: Backbone, clip: C
     def on_step(stage: str, step: int, steps: int) -> None:
         kernel.flawless = stage != "edit"
 
-    with pytest.raises(PluginError, match=r"^LateKernel of .* failed in gather: IndexError"):
+    with pytest.raises(
+        PluginError, match=r"^LateKernel of .* failed in gather: RuntimeError: Index"
+    ):
         edit_clip(
             backbone, clip, "a ball", PnP(), kernel, Settings(steps=2, keyframe_every=4),
             on_step=on_step,

@@ -37,7 +37,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
         "--model.prompt=a plain red ball on sand", "--model.steps=1", "--model.cache=null",
         "--model.inversion_prompt=a plain blue ball on sand", f"--output.folder={folder / 'out'}",
         "--trainer.accelerator=cpu", "--metrics.measure=true", "--metrics.round_trip=true",
-        "--metrics.distances=[1,2]",
+        "--metrics.distances=[1,2]", "--model.dtype=auto",  # as evaluate takes it
     ])  # fmt: skip
     return folder / "out" / "in"
 

@@ -391,7 +391,7 @@ def test_a_cache_that_vanishes_costs_no_result(backbone: Backbone, cache: Cache,
     with told:
         result = edit(backbone, cache, counting=Vanishing())
     assert torch.equal(result.clip.frames, edit(backbone, None).clip.frames)
-    left_behind = {"sampling", "source features"} if left == "nothing" else set[str]()
+    left_behind = {"sampling", "features"} if left == "nothing" else set[str]()
     assert set(kinds(cache)) == left_behind
 
 

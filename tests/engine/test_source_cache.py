@@ -191,7 +191,7 @@ def test_entries_lie_beside_the_inversion(backbone: Backbone, clip: Clip, tmp_pa
 
     first, rows = edited(PROMPTS[0])
     kinds = [entry.kind for entry in Cache(tmp_path).entries()]
-    assert kinds.count("source features") == STEPS
+    assert kinds.count("features") == STEPS
     again, same = edited(PROMPTS[0])
     # an edit does not use what it has left itself: it takes the same passes, bit for bit
     assert torch.equal(again, first)
@@ -211,7 +211,7 @@ def test_a_damaged_entry_is_computed_anew(backbone: Backbone, clip: Clip, tmp_pa
             edit_clip(backbone, clip, prompt, PnP(), NNField(), settings, store=stored(tmp_path))
         passes.append([count == 18 for count in rows if count > 9])
         if number == 0:
-            entry = next(e for e in Cache(tmp_path).entries() if e.kind == "source features")
+            entry = next(e for e in Cache(tmp_path).entries() if e.kind == "features")
             entry.path.write_bytes(entry.path.read_bytes()[:-7])
     assert sum(passes[1]) == STEPS - 1
     assert sum(passes[2]) == STEPS
@@ -222,7 +222,7 @@ def test_one_clip_takes_half_of_the_limit(backbone: Backbone, clip: Clip, tmp_pa
     store = ResumeStore(Cache(tmp_path, gigabytes=5e-4), "editor", "kernel")
     with pytest.warns(UserWarning, match="more than half of the cache's limit of 0.0005 GB"):
         edit_clip(backbone, clip, "x", PnP(), NNField(), settings, store=store)
-    kept = [e.size for e in Cache(tmp_path).entries() if e.kind == "source features"]
+    kept = [e.size for e in Cache(tmp_path).entries() if e.kind == "features"]
     assert 0 < len(kept) < STEPS
     assert sum(kept) < 2.5e5 + 1e4 * len(kept)  # with names and checksums
 

@@ -81,7 +81,7 @@ class SourceCache:
 
     def _write(self, key: str, tables: Tables, clip: str) -> None:
         assert self.cache is not None
-        self.cache.save(key, tables, "source features", clip)
+        self.cache.save(key, tables, "features", clip)
 
     def flush(self) -> None:
         """Waits for what is being read and written."""

@@ -199,7 +199,8 @@ def injections_have_an_effect(editor: Editor, backbone: Backbone | None) -> None
     with network.installed():
         for index in range(STEPS):
             x = tiny.x[None, :1].expand(len(network.branches), -1, -1, -1, -1)
-            network.run(network.batch(x, (0,), tiny.step(index)))
+            step = dataclasses.replace(tiny.step(index), branches=network.branches)
+            network.run(network.batch(x, (0,), step))
     for number, one in enumerate(counted.given):
         steps = [index for index in range(STEPS) if one.active(index, STEPS)]
         require(

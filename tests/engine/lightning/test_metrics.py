@@ -63,6 +63,7 @@ def test_a_mask_is_as_that_of_evaluate(
     words: list[str], tmp_path: Path, model_folder: Path
 ) -> None:
     mask, metrics = tmp_path / "mask", tmp_path / "runs" / "in" / "metrics.json"
+    words = [*words, "--model.dtype=auto"]  # as evaluate takes it
     main([*words, f"--metrics.mask={mask}", "--metrics.round_trip=true"])
     left = json.loads(metrics.read_text())
     assert {"psnr_outside", "structure_outside"} <= left["metrics"].keys()
