@@ -31,4 +31,4 @@ def test_a_row_is_compared_on_the_clips_that_it_shares_with_the_default() -> Non
 
 def test_every_row_is_a_choice_of_settings() -> None:
     for options in ROWS.values():
-        Settings(**options)
+        assert vars(Settings(**options)).items() >= options.items()

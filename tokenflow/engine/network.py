@@ -67,7 +67,7 @@ class EditedNetwork:
     def branches_for(self, guidance: float) -> tuple[str, ...]:
         """The branches that a step runs: a guidance of 1 is the prompt's branch alone.
 
-        An editor that defines what branches are, or what becomes of them, has all of them.
+        All branches run for an editor that overrides `branches`, `inputs` or `advance`.
         """
         own = overrides(self.editor.editor, "branches", "inputs", "advance")
         if own or guidance != 1:

@@ -118,6 +118,7 @@ class SourceFeatures:
         self.cache, self.key, self.writer, self.clip = cache, digests.of_values(*key), writer, clip
         self.injected, self.wanted, self.ranks = injected, wanted, ranks or FrameGroup()
         self.tables: Tables = {}
+        self.places: dict[str, dict[int, int]] = {}  # of frames in the tables
         self.rows: dict[str, dict[int, Tensor]] = {}
         self.cached = self.known = self.off = False
         self.entry, self.size = "", 0
@@ -132,6 +133,11 @@ class SourceFeatures:
         own = found is None or (self.writer and text(found[WRITER]) == self.writer)
         (alone,) = self.ranks.any(bool(own) or self.wanted(step))
         self.cached, self.tables = not alone, found if found and not alone else {}
+        self.places = {
+            name.removeprefix(FRAMES): {frame: row for row, frame in enumerate(frames.tolist())}
+            for name, frames in self.tables.items()
+            if name.startswith(FRAMES)
+        }
         if self.cached and step + 1 < len(self.injected):
             self.cache.ahead(self._entry(step + 1))
 
@@ -157,9 +163,14 @@ class SourceFeatures:
         if self.cache is not None:
             self.cache.flush()
 
+    @property
+    def recording(self) -> bool:
+        """Whether rows of the step are to be kept."""
+        return not (self.cache is None or self.known or self.off or self.cache.full)
+
     def keep(self, name: str, frames: Sequence[int], values: Tensor) -> None:
         """Records a row for each of some frames, by position in the clip."""
-        if self.cache is None or self.known or self.cache.full or self.off:
+        if not self.recording:
             return
         rows = self.rows.setdefault(name, {})
         if rows.keys() >= set(frames):
@@ -181,7 +192,7 @@ class SourceFeatures:
 
     def take(self, name: str, frames: Sequence[int], like: Tensor) -> Tensor:
         """The cached rows of some frames, on another tensor's device."""
-        places = {frame: row for row, frame in enumerate(self.tables[FRAMES + name].tolist())}
+        places = self.places[name]
         rows = self.tables[name][[places[frame] for frame in frames]]
         return rows.to(like.device, non_blocking=True)
 
@@ -189,6 +200,8 @@ class SourceFeatures:
         self, site: str, frames: Sequence[int], found: Correspondence, first: int
     ) -> None:
         """Records a correspondence whose keyframes are counted from token `first` of the clip's."""
+        if not self.recording:
+            return
         indices = (found.indices + first).to(torch.int32)
         weights = found.weights
         if weights.stride(1) == 0 or weights.shape[1] == 1:  # the same for all tokens
