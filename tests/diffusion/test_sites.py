@@ -2,12 +2,23 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.attention_processor import Attention
-from torch import Tensor
+from diffusers.models.transformers.transformer_flux import (
+    FluxPosEmbed,
+    FluxSingleTransformerBlock,
+    FluxTransformerBlock,
+)
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from tokenflow.diffusion import Site, StableDiffusion
-from tokenflow.diffusion.sites import DiffusersSite
+from tokenflow.diffusion.sites import (
+    DiffusersSite,
+    FluxSingleSite,
+    FluxSite,
+    StableDiffusion3Site,
+)
 
 TOKENS, CHANNELS, HEADS = 6, 8, 2
 
@@ -106,3 +117,86 @@ def test_sites_are_all_attentions_of_a_kind(
         assert site.name == name
         assert site.layer is backbone.network.get_submodule(name)
         assert site.layer.to_k.in_features == (16 if cross else site.layer.to_q.in_features)
+
+
+TEXTS = 4
+
+
+def randomised(block: nn.Module) -> nn.Module:
+    """With norms' weights that are not 1, so that they cannot be forgotten."""
+    for parameter in block.requires_grad_(False).parameters():
+        nn.init.uniform_(parameter, -0.5, 1.5)
+    return block
+
+
+def joint_site(kind: str) -> tuple[Site, dict[str, Any]]:
+    """A site with text in its sequence, and what its block calls it with."""
+    torch.manual_seed(0)
+    image, text = torch.randn(3, TOKENS, CHANNELS), torch.randn(3, TEXTS, CHANNELS)
+    width = CHANNELS // HEADS
+    if kind.startswith("sd3"):
+        block = JointTransformerBlock(
+            CHANNELS, HEADS, width, kind == "sd3, last block", None if kind == "sd3" else "rms_norm"
+        )
+        layer = randomised(block).attn
+        site: Site = StableDiffusion3Site("here", layer)
+        return site, {"hidden_states": image, "encoder_hidden_states": text}
+    ids = torch.cat([torch.zeros(TEXTS, 2), torch.arange(2.0 * TOKENS).view(TOKENS, 2)])
+    rotary = FluxPosEmbed(theta=100, axes_dim=[2, 2])(ids)
+    if kind == "flux":
+        layer = randomised(FluxTransformerBlock(CHANNELS, HEADS, width)).attn
+        given = {"hidden_states": image, "encoder_hidden_states": text, "image_rotary_emb": rotary}
+        return FluxSite("here", layer), given
+    layer = randomised(FluxSingleTransformerBlock(CHANNELS, HEADS, width)).attn
+    given = {"hidden_states": torch.cat([text, image], dim=1), "image_rotary_emb": rotary}
+    return FluxSingleSite("here", layer, lambda: TEXTS), given
+
+
+JOINT = ("sd3", "sd3, norms", "sd3, last block", "flux", "flux, single block")
+
+
+@pytest.mark.parametrize("kind", JOINT)
+def test_image_and_text_tokens_make_up_the_layers_attention(kind: str) -> None:
+    site, given = joint_site(kind)
+    q, k, v = site.qkv(**given)
+    assert q.shape == k.shape == v.shape == (3, HEADS, TOKENS + TEXTS, CHANNELS // HEADS)
+    image = site.image(**given)
+    assert image.shape == (3, TOKENS, CHANNELS)
+    attended = scaled_dot_product_attention(q, k, v, scale=site.scale)
+    output = site.output(attended[:, :, :TOKENS], **given)
+    found = site.joined(output, attended[:, :, TOKENS:], **given)
+    expected = site.layer(**given)
+    if kind == "flux, single block":
+        found, expected = found.split([TEXTS, TOKENS], 1), expected.split([TEXTS, TOKENS], 1)
+        assert torch.equal(image, given["hidden_states"][:, TEXTS:])
+    assert len(found) == len(expected) == 2
+    for ours, theirs in zip(found, expected, strict=True):
+        # the same float32 operations in another order
+        assert torch.allclose(ours, theirs, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", JOINT)
+def test_a_replacement_of_joint_attention_is_given_all_that_its_block_gives(kind: str) -> None:
+    site, given = joint_site(kind)
+    before = site.layer(**given)
+    seen: list[dict[str, Any]] = []
+
+    class Watching:
+        def attention(self, site: Site, hidden_states: Tensor, **given: Any) -> Any:
+            seen.append({"hidden_states": hidden_states, **given})
+            return site.plain(hidden_states, **given)
+
+    processor = site.layer.processor
+    with site.replaced(Watching()):
+        again = site.layer(**given)
+    assert site.layer.processor is processor
+    assert all(map(torch.equal, before, again))
+    assert seen[0].keys() >= given.keys()
+    assert all(seen[0][name] is value for name, value in given.items())
+
+
+def test_a_site_without_text_returns_what_it_puts_out() -> None:
+    site, x = site_of(), torch.randn(3, TOKENS, CHANNELS)
+    assert not site.has_text
+    assert site.image(x) is x
+    assert site.joined(x, torch.empty(3, HEADS, 0, 4)) is x

@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from tests.gaussian_flow import OneHead, Tokens
-from tokenflow.diffusion.sites import DiffusersSite
+from tokenflow.diffusion.sites import DiffusersSite, StableDiffusion3Site
 from tokenflow.engine.attention import (
     AttentionSwitch,
     Bank,
@@ -144,8 +145,14 @@ class Second(Propagation):
 
 
 def propagated(
-    kernel: Propagation, tokens: Tensor, site: DiffusersSite, step: int = 3, **options: Any
-) -> tuple[Tensor, Bank]:
+    kernel: Propagation,
+    tokens: Tensor,
+    site: DiffusersSite,
+    step: int = 3,
+    matcher: Matcher | None = None,
+    look: Any = None,
+    **given: Any,
+) -> tuple[Any, Bank]:
     """A propagated pass of four frames between the second and third of three keyframes."""
     generator = torch.Generator().manual_seed(2)
     bank = Bank(
@@ -156,8 +163,9 @@ def propagated(
         range(4, 8), split_windows(12, 4), (1, 4, 9), step=step, steps=9
     )  # fmt: skip
     assert used == [1, 2]
-    matcher = options.get("matcher") or Matcher(kernel, SIZE, look=options.get("look"))
-    return PropagatedAttention(BRANCHES, bank, matcher, window, used)(site, tokens), bank
+    matcher = matcher or Matcher(kernel, SIZE, look=look)
+    attention = PropagatedAttention(BRANCHES, bank, matcher, window, used)
+    return attention(site, tokens, **given), bank
 
 
 def test_propagation_replaces_the_output_in_all_branches(
@@ -210,6 +218,78 @@ def test_answers_are_checked_in_the_first_step_that_runs(
     propagated(kernel, tokens, site, step=4, matcher=matcher)
     with pytest.raises(PluginError, match="expected rows of weights that sum"):
         propagated(kernel, tokens, site, step=3, matcher=matcher)
+
+
+TEXTS = 5
+
+
+@pytest.fixture
+def text_site() -> StableDiffusion3Site:
+    """A joint attention of image and text as SD 3's blocks make it."""
+    torch.manual_seed(0)
+    block = JointTransformerBlock(CHANNELS, HEADS, WIDTH)
+    return StableDiffusion3Site("here", block.attn.requires_grad_(False))
+
+
+@pytest.fixture
+def texts() -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(BRANCHES * FRAMES, TEXTS, CHANNELS, generator=generator)
+
+
+def naive_text_attention(
+    site: StableDiffusion3Site, tokens: Tensor, texts: Tensor, seen: list[list[int]]
+) -> tuple[Tensor, Tensor]:
+    """The attention of each row's tokens to those of the rows that it sees, one query at a time."""
+    layer = site.layer
+
+    def projected(image: nn.Linear, text: nn.Linear) -> Tensor:
+        return torch.cat([image(tokens), text(texts)], dim=1).double()
+
+    q = projected(layer.to_q, layer.add_q_proj)
+    k, v = projected(layer.to_k, layer.add_k_proj), projected(layer.to_v, layer.add_v_proj)
+    result = torch.zeros_like(q)
+    for row, head in itertools.product(range(len(q)), range(HEADS)):
+        part = slice(head * WIDTH, (head + 1) * WIDTH)
+        keys = torch.cat([k[other, :, part] for other in seen[row]])
+        values = torch.cat([v[other, :, part] for other in seen[row]])
+        for query in range(q.shape[1]):
+            scores = keys @ q[row, query, part] / math.sqrt(WIDTH)
+            result[row, query, part] = scores.softmax(0) @ values
+    image, text = result.float().split([TOKENS, TEXTS], dim=1)
+    return layer.to_out[0](image), layer.to_add_out(text)
+
+
+def test_text_tokens_of_all_keyframes_take_part_in_joint_attention(
+    text_site: StableDiffusion3Site, tokens: Tensor, texts: Tensor
+) -> None:
+    bank = Bank()
+    found = JointAttention(BRANCHES, bank)(text_site, tokens, encoder_hidden_states=texts)
+    rows = range(BRANCHES * FRAMES)
+    seen = [
+        [row] if row < FRAMES else [row // FRAMES * FRAMES + frame for frame in range(FRAMES)]
+        for row in rows
+    ]
+    expected = naive_text_attention(text_site, tokens, texts, seen)
+    for ours, naive in zip(found, expected, strict=True):
+        # float32 against float64: a few sums of at most 44 products of numbers near 1
+        assert torch.allclose(ours, naive, rtol=0, atol=1e-5)
+    assert torch.equal(bank.source["here"], tokens[:FRAMES])
+    assert torch.equal(bank.outputs["here"], found[0].unflatten(0, (BRANCHES, FRAMES)))
+
+
+def test_text_tokens_attend_to_their_own_frame_where_image_tokens_are_propagated(
+    text_site: StableDiffusion3Site, tokens: Tensor, texts: Tensor
+) -> None:
+    kernel = Second()
+    (image, text), bank = propagated(kernel, tokens, text_site, encoder_hidden_states=texts)
+    expected = bank.outputs["here"][:, 2].roll(1, dims=1)[:, None].expand(-1, FRAMES, -1, -1)
+    assert torch.equal(image.unflatten(0, (BRANCHES, FRAMES)), expected)
+    ((source, *_),) = kernel.asked
+    assert torch.equal(source, tokens[:FRAMES])
+    own = [[row] for row in range(BRANCHES * FRAMES)]
+    naive = naive_text_attention(text_site, tokens, texts, own)[1]
+    assert torch.allclose(text, naive, rtol=0, atol=1e-5)
 
 
 def test_a_switch_changes_all_sites_between_passes() -> None:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
@@ -30,7 +29,7 @@ from tokenflow.propagation import (
 )
 
 
-def plain(site: Site, hidden_states: Tensor, *args: Any, **given: Any) -> Tensor:
+def plain(site: Site, hidden_states: Tensor, *args: Any, **given: Any) -> Any:
     """Every frame on its own: the network's attention as it is."""
     return site.plain(hidden_states, *args, **given)
 
@@ -57,7 +56,7 @@ class Bank:
 
     `source` holds each site's source tokens, (keyframes, tokens, channels), and `outputs` the
     attention's output in all branches, (branches, keyframes, tokens, channels), of the keyframes
-    that this rank's windows need.
+    that this rank's windows need. Of a sequence with text, the tokens are the image's.
     """
 
     source: dict[str, Tensor] = field(default_factory=dict)
@@ -94,7 +93,9 @@ class JointAttention:
     """Edited branches attend to all keyframes at once (equation 3), the source to its own frame.
 
     Where they have the source's queries and keys, they share one attention map. A batch without the
-    source's branch takes these from cached tokens.
+    source's branch takes these from cached tokens. Where a site's sequence holds text, all
+    keyframes' text tokens take part as well: frames that are equal then attend as one alone, to
+    which no text would be lost in the image tokens of the others.
 
     Args:
         branches: Of the edit, the source's among them.
@@ -118,10 +119,9 @@ class JointAttention:
         self.all_gather, self.exchange_halo = all_gather, exchange_halo
         self.features, self.positions = features or SourceFeatures(), frames
 
-    def __call__(
-        self, site: Site, hidden_states: Tensor, *_: Any, **given: Any
-    ) -> Float[Tensor, "batch tokens channels"]:
+    def __call__(self, site: Site, hidden_states: Tensor, *_: Any, **given: Any) -> Any:
         features, tokens = self.features, f"tokens/{site.name}"
+        image = site.image(hidden_states, **given)
         alone = features.cached  # the edited branches, without the source's
         frames = len(hidden_states) // (self.edited + (not alone))
         seen, attended = hidden_states, list[Tensor]()
@@ -145,17 +145,18 @@ class JointAttention:
             query = rearrange(query, "f h s d -> 1 h (f s) d")
             out = attend(query, key, value, site.scale)
             attended.append(rearrange(out, "n 1 h (f s) d -> (n f) h s d", f=frames))
-        output = site.output(torch.cat(attended), **given)
+        image_values, text_values = torch.cat(attended).tensor_split([image.shape[1]], dim=2)
+        output = site.output(image_values, **given)
         if self.bank is not None:
             left = rearrange(output, "(b f) s c -> f b s c", f=frames)
             if alone:
                 self.bank.outputs[site.name] = self.exchange_halo(left).transpose(0, 1)
             else:
-                left = torch.cat([hidden_states[:frames, None], left], dim=1)
+                left = torch.cat([image[:frames, None], left], dim=1)
                 source, outputs = self.exchange_halo(left).split([1, left.shape[1] - 1], dim=1)
                 self.bank.source[site.name] = source[:, 0]
                 self.bank.outputs[site.name] = outputs.transpose(0, 1)
-        return output
+        return site.joined(output, text_values, **given)
 
 
 Look = Callable[[Tensor, Window, Correspondence], None]
@@ -212,6 +213,9 @@ class Matcher:
 class PropagatedAttention:
     """No attention: every token takes the keyframes' outputs at its correspondence (equation 6).
 
+    Text tokens in a site's sequence have no such correspondence: they attend to their own frame's
+    tokens, as they do without tokenflow.
+
     Args:
         branches: Of the edit, the source's among them.
         bank: Of the step's joint pass.
@@ -236,16 +240,15 @@ class PropagatedAttention:
         self.window, self.used, self.first = window, slice(used[0], used[-1] + 1), first
         self.features = features or SourceFeatures()
 
-    def __call__(
-        self, site: Site, hidden_states: Tensor, *_: Any, **__: Any
-    ) -> Float[Tensor, "batch tokens channels"]:
+    def __call__(self, site: Site, hidden_states: Tensor, *_: Any, **given: Any) -> Any:
         features, frames, used = self.features, self.window.frames, self.used
+        image = site.image(hidden_states, **given)
         outputs = self.bank.outputs[site.name][:, used]
         first = (self.first + used.start) * outputs.shape[2]
         if features.cached:
             found = features.correspondence(site.name, frames, first, outputs)
         else:
-            source = hidden_states[: len(frames)]
+            source = image[: len(frames)]
             keys = self.bank.source[site.name][used]
             window = self.matcher.at_site(self.window, site.name, keys)
             with blamed(self.matcher.kernel, "correspond"):
@@ -253,4 +256,10 @@ class PropagatedAttention:
             self.matcher.inspect(found, source, keys, window)
             features.keep_correspondence(site.name, frames, found, first)
         with blamed(self.matcher.kernel, "gather"):
-            return found.gather(outputs).flatten(0, 1)
+            output = found.gather(outputs).flatten(0, 1)
+        if not site.has_text:
+            return output
+        query, key, value = site.qkv(hidden_states, **given)
+        text = query[:, :, image.shape[1] :]
+        attended = scaled_dot_product_attention(text, key, value, scale=site.scale)
+        return site.joined(output, attended, **given)
