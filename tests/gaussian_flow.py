@@ -65,7 +65,7 @@ class GaussianFlow(Backbone):
     def from_model(cls, model: str, device: str, dtype: torch.dtype) -> GaussianFlow:
         return cls()
 
-    def schedule(self, steps: int) -> Schedule:
+    def schedule(self, steps: int, size: tuple[int, int] | None = None) -> Schedule:
         noise = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
         return Schedule(tuple(noise[:-1]), tuple(1 - s for s in noise), tuple(noise), "flow")
 

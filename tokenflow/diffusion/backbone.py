@@ -165,9 +165,19 @@ class Backbone(ABC):
     def multiple(self) -> int:
         """What frames' height and width must be multiples of, in pixels."""
 
+    @property
+    def largest(self) -> int | None:
+        """The longest side of a frame that the network has positions for, in pixels, if any is."""
+        return None
+
     @abstractmethod
-    def schedule(self, steps: int) -> Schedule:
+    def schedule(self, steps: int, size: tuple[int, int] | None = None) -> Schedule:
         """The model's noise schedule with `steps` sampling steps.
+
+        Args:
+            steps: Of sampling.
+            size: A latent's height and width, which some families' noise depends on; those of
+                `size` when not given.
 
         Raises:
             InputError: The model has fewer.
@@ -175,7 +185,12 @@ class Backbone(ABC):
 
     @abstractmethod
     def embed(self, prompts: Sequence[str]) -> Conditioning:
-        """The text encoders' output, one row per prompt."""
+        """The text encoders' output, one row per prompt.
+
+        A model that is told the scale of guidance, rather than guided by a negative prompt, has it
+        in a row "guidance", here 1: an edit gives the edited branches its own, and runs without
+        the negative one.
+        """
 
     @abstractmethod
     def encode(self, frames: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n c h w"]:

@@ -25,6 +25,9 @@ class Conditioning:
         """The number of rows."""
         return len(next(iter(self.tensors.values())))
 
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
 

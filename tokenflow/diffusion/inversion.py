@@ -97,7 +97,8 @@ def invert(
         InputError: There are fewer steps than sampling takes, or more than the model has.
         DivergedError: A latent became NaN or infinite.
     """
-    inversion = schedule.refined(backbone.schedule(steps))
+    height, width = latents.shape[-2:]
+    inversion = schedule.refined(backbone.schedule(steps, (height, width)))
     trajectory = Trajectory.empty(latents, schedule, inversion)
     predict = source_prediction(backbone, prompt)
     for part in torch.arange(len(latents)).split(batch):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from tokenflow.errors import DivergedError, InputError
@@ -49,10 +50,7 @@ class Schedule:
         Raises:
             InputError: The model has fewer timesteps.
         """
-        if not 1 <= steps <= scheduler.config.num_train_timesteps:
-            raise InputError(
-                f"expected 1 to {scheduler.config.num_train_timesteps} steps, got {steps}"
-            )
+        check_steps(steps, scheduler.config.num_train_timesteps)
         scheduler.set_timesteps(steps)
         # diffusers' "trailing" spacing adds a timestep of -1 for some numbers of steps, as 61
         timesteps = tuple(int(t) for t in scheduler.timesteps if t >= 0)
@@ -69,6 +67,37 @@ class Schedule:
             noise=tuple((1 - a) ** 0.5 for a in alphas),
             prediction=scheduler.config.prediction_type,
         )
+
+    @classmethod
+    def from_flow(
+        cls,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        steps: int,
+        tokens: int,
+        sigmas: Sequence[float] | None = None,
+    ) -> Schedule:
+        """`steps` noise levels of a flow, shifted towards noise as the configuration says.
+
+        Args:
+            scheduler: Of the model.
+            steps: Of sampling.
+            tokens: Of an image, by which a dynamic shift goes (Esser et al. 2024, arXiv
+                2403.03206, section 5.3.2).
+            sigmas: The levels before the shift, noisiest first; by default evenly spaced between
+                the scheduler's own ends.
+
+        Raises:
+            InputError: The model has fewer timesteps.
+        """
+        config = scheduler.config
+        check_steps(steps, config.num_train_timesteps)
+        few, many = config.base_image_seq_len, config.max_image_seq_len
+        slope = (config.max_shift - config.base_shift) / (many - few)
+        mu = config.base_shift + slope * (tokens - few) if config.use_dynamic_shifting else None
+        scheduler.set_timesteps(steps, sigmas=sigmas, mu=mu)
+        noise = tuple(scheduler.sigmas.tolist())
+        signal = tuple(1 - sigma for sigma in noise)
+        return cls(tuple(scheduler.timesteps.tolist()), signal, noise, "flow")
 
     def __len__(self) -> int:
         """The number of steps."""
@@ -139,6 +168,12 @@ class Schedule:
     def passed(self, t: Timestep) -> int:
         """How many of the timesteps are noisier than t: the step that t falls into."""
         return sum(other > t for other in self.timesteps)
+
+
+def check_steps(steps: int, most: int) -> None:
+    """Raises an `InputError` for a number of steps that a model does not have."""
+    if not 1 <= steps <= most:
+        raise InputError(f"expected 1 to {most} steps, got {steps}")
 
 
 def guide(negative: Tensor, prompt: Tensor, scale: float) -> Tensor:

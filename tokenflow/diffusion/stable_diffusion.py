@@ -202,7 +202,7 @@ class StableDiffusion(Backbone):
     def latent_channels(self) -> int:
         return int(self.unet.config.in_channels)
 
-    def schedule(self, steps: int) -> Schedule:
+    def schedule(self, steps: int, size: tuple[int, int] | None = None) -> Schedule:
         return Schedule.from_ddim(self.scheduler, steps)
 
     @torch.no_grad()

@@ -119,7 +119,8 @@ def edit_clip(
     seen, clip = clip.part(frames_needed(shard, settings, editor, way)), clip.part(shard.frames)
     with ranks.together(), ranks.preemption.interruptible():
         check(model, clip, prompts, editor.inverts)
-        schedule, inversion = schedules(model, settings, editor)
+        height, width = (side // model.latent_scale for side in clip.frames.shape[-2:])
+        schedule, inversion = schedules(model, settings, editor, (height, width))
         network = EditedNetwork(model, editor, prompts)
         network.editor.prepare(model, seen if sees_all(settings, editor, way) else clip)
         cached = cached_inversion(
@@ -282,14 +283,14 @@ class EditSteps:
 
 
 def schedules(
-    model: Backbone, settings: Settings, editor: Editor
+    model: Backbone, settings: Settings, editor: Editor, size: tuple[int, int]
 ) -> tuple[Schedule, Schedule | None]:
-    """Of sampling and of inversion, which an editor may do without."""
-    schedule = model.schedule(settings.steps)
+    """Of sampling and of inversion, which an editor may do without, for latents of a size."""
+    schedule = model.schedule(settings.steps, size)
     if not editor.inverts:
         return schedule, None
     try:
-        grid = model.schedule(settings.inversion_steps or settings.steps)
+        grid = model.schedule(settings.inversion_steps or settings.steps, size)
     except InputError as error:
         raise InputError(f"inversion_steps: {error}") from error
     return schedule, schedule.refined(grid)

@@ -39,6 +39,11 @@ def check_size(model: Backbone, clip: Clip) -> None:
             f"the frames are {height}x{width}, expected multiples of {model.multiple} for this "
             f"model; read them with read_clip(..., multiple={model.multiple})"
         )
+    if model.largest is not None and max(height, width) > model.largest:
+        raise InputError(
+            f"the frames are {height}x{width}, expected sides of at most {model.largest} for this "
+            f"model; read them at a lower resolution"
+        )
 
 
 def invert_clip(

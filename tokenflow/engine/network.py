@@ -67,10 +67,11 @@ class EditedNetwork:
     def branches_for(self, guidance: float) -> tuple[str, ...]:
         """The branches that a step runs: a guidance of 1 is the prompt's branch alone.
 
-        All branches run for an editor that overrides `branches`, `inputs` or `advance`.
+        So it is of a model that is told the guidance. All branches run for an editor that overrides
+        `branches`, `inputs` or `advance`.
         """
         own = overrides(self.editor.editor, "branches", "inputs", "advance")
-        if own or guidance != 1:
+        if own or (guidance != 1 and "guidance" not in self.prompts):
             return self.branches
         return tuple(name for name in self.branches if name != "negative")
 
@@ -156,6 +157,9 @@ class EditedNetwork:
         numbers = [self.branches.index(name) for name in names]
         prompts = self.prompts.map(lambda rows: torch.stack([rows[n] for n in numbers]))
         given = prompts.per_frame(len(frames))
+        if "guidance" in given:  # of the source it is 1
+            source = len(frames) if names[0] == self.branches[0] else 0
+            given["guidance"][source:] = step.guidance
         return Batch(names, tuple(frames), x, given, step.t, step.index, steps, keyframes)
 
     def source_batch(

@@ -131,9 +131,11 @@ def find_correspondences(
     if frame is not None and not 0 <= frame < len(clip):
         raise InputError(f"expected a frame from 0 to {len(clip) - 1}, got {frame}")
     network = EditedNetwork(model, Editor(), Prompts(prompt, "", prompt))
-    schedule = model.schedule(s.steps)
+    height, width = (side // model.latent_scale for side in clip.frames.shape[-2:])
+    schedule = model.schedule(s.steps, (height, width))
     probe = Probe(model.sites(), range(len(clip)), s.steps, site, step, frame)
-    inversion = schedule.refined(model.schedule(s.inversion_steps or s.steps))
+    grid = model.schedule(s.inversion_steps or s.steps, (height, width))
+    inversion = schedule.refined(grid)
     cached = CachedInversion(None, clip)
     trajectory = invert_clip(
         network, clip, schedule, inversion, s, cached, {}, lambda stage, step, steps: None
@@ -170,7 +172,7 @@ class Recorder:
     def __init__(self, site: str) -> None:
         self.site, self.tokens = site, list[Tensor]()
 
-    def __call__(self, site: Site, hidden_states: Tensor, *args: Any, **given: Any) -> Tensor:
+    def __call__(self, site: Site, hidden_states: Tensor, *args: Any, **given: Any) -> Any:
         if site.name == self.site:
-            self.tokens.append(hidden_states.cpu())
+            self.tokens.append(site.image(hidden_states, **given).cpu())
         return plain(site, hidden_states, *args, **given)

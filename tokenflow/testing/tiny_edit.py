@@ -71,8 +71,8 @@ class TinyEdit:
                 nn.Module.to(network, dtype)  # diffusers' own warns
         clip = tiny_clip(FRAMES, model.multiple, 2 * model.multiple)
         clip = Clip.from_frames(1 - clip.frames[:]) if negated else clip
-        schedule = model.schedule(STEPS)
         clean = model.encode(clip.frames[:])
+        schedule = model.schedule(STEPS, (clean.shape[2], clean.shape[3]))
         generator = torch.Generator().manual_seed(2)
         noise, x = torch.randn(2, *clean.shape, generator=generator)
         latents = torch.stack([schedule.mix(clean, noise, i) for i in range(STEPS)])
