@@ -3,22 +3,26 @@
 from tokenflow.diffusion.backbone import Backbone
 from tokenflow.diffusion.conditioning import Conditioning
 from tokenflow.diffusion.controlnet import load_controlnet
+from tokenflow.diffusion.flux import Flux
 from tokenflow.diffusion.inversion import invert, reconstruct, source_prediction
 from tokenflow.diffusion.loading import ModelError
 from tokenflow.diffusion.noise import frame_noise
 from tokenflow.diffusion.schedule import Schedule, guide
 from tokenflow.diffusion.sites import Site
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
+from tokenflow.diffusion.stable_diffusion_3 import StableDiffusion3
 from tokenflow.diffusion.trajectory import Source, Trajectory
 
 __all__ = [
     "Backbone",
     "Conditioning",
+    "Flux",
     "ModelError",
     "Schedule",
     "Site",
     "Source",
     "StableDiffusion",
+    "StableDiffusion3",
     "Trajectory",
     "frame_noise",
     "guide",

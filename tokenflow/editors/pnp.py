@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from tokenflow.diffusion import Backbone, Schedule, Source
 from tokenflow.editors.base import Editor, Injection, Start
 from tokenflow.errors import InputError
+from tokenflow.video import Clip
 
 
 class PnP(Editor):
     """Injects the source's features, queries and keys into the edited branches.
+
+    Transformers such as SD 3 and Flux have no layers of features: there it is attention alone.
 
     Args:
         attention: Injection threshold: the share of the steps in which decoder self-attentions
@@ -41,16 +44,28 @@ class PnP(Editor):
         self.attention, self.features = attention, features
         self.feature_layers, self.start_from = feature_layers, start_from
 
+    def prepare(self, model: Backbone, clip: Clip) -> None:
+        if self.shares(model)[1] > 0 and not model.layers("structure"):
+            raise InputError(
+                f"PnP's features are put into layers that hold a picture's layout, and a "
+                f"{type(model).__name__} has none: set features to 0, so that attention alone is "
+                f"injected, or take SDEdit"
+            )
+
+    def shares(self, model: Backbone) -> tuple[float, float]:
+        """The thresholds of attention and features, the model's own where none are given."""
+        own = model.defaults
+        attention = own.attention if self.attention is None else self.attention
+        return attention, own.features if self.features is None else self.features
+
     def start(self, source: Source, schedule: Schedule, seed: int) -> Start:
         if self.start_from == "inverted":
             return Start(source.at(0))
         return Start(schedule.mix(source.clean, source.noise, 0))
 
     def injections(self, model: Backbone) -> Sequence[Injection]:
-        own = model.defaults
-        count = own.feature_layers if self.feature_layers is None else self.feature_layers
-        features = own.features if self.features is None else self.features
-        attention = own.attention if self.attention is None else self.attention
+        given, (attention, features) = self.feature_layers, self.shares(model)
+        count = model.defaults.feature_layers if given is None else given
         projections = [*model.layers("queries"), *model.layers("keys")]
         return [
             *(Injection(layer, end=features) for layer in model.layers("structure")[:count]),

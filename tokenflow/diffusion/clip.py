@@ -1,0 +1,76 @@
+"""CLIP's text encoders, each with its tokenizer."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from tokenflow.diffusion.loading import ModelError
+
+
+@dataclass(frozen=True)
+class CLIPText:
+    """A text encoder and its tokenizer.
+
+    Raises:
+        ModelError: They are not of one model.
+    """
+
+    encoder: CLIPTextModel | CLIPTextModelWithProjection
+    tokenizer: CLIPTokenizer
+
+    def __post_init__(self) -> None:
+        if 2 * len(self.tokenizer) < (words := self.encoder.config.vocab_size):
+            raise ModelError(
+                f"the tokenizer knows {len(self.tokenizer)} tokens and the text encoder {words}: "
+                f"prompts would be ignored; give the model its own, whole tokenizer"
+            )
+
+    @property
+    def width(self) -> int:
+        """Of an embedding."""
+        return int(self.encoder.config.hidden_size)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], **options: Any) -> Any:
+        """The encoder's output, as transformers gives it, with `options` of its call.
+
+        Prompts are padded or cut to all its positions; a prompt that is cut gives a warning.
+        """
+        length = self.encoder.config.max_position_embeddings
+        for prompt in prompts:
+            self.warn_if_cut(prompt, length)
+        tokens = self.tokenizer(
+            list(prompts),
+            padding="max_length",
+            truncation=True,
+            max_length=length,
+            return_tensors="pt",
+        )
+        return self.encoder(tokens["input_ids"].to(self.encoder.device), **options)
+
+    def warn_if_cut(self, prompt: str, length: int) -> None:
+        """Warns of what does not fit into `length` tokens, those of begin and end included."""
+        tokens = self.tokenizer(prompt, return_offsets_mapping=True, verbose=False)
+        count = len(tokens["input_ids"])
+        if count > length:
+            begin, _ = tokens["offset_mapping"][length - 1]  # the last position is the end's
+            warnings.warn(
+                f"the text encoder takes at most {length - 2} tokens, got {count - 2}; the end is "
+                f"cut off: {prompt[begin:]!r} of {prompt!r}",
+                stacklevel=1,
+            )
+
+    @property
+    def vocabulary(self) -> tuple[Any, Any]:
+        """All that tokens depend on, as JSON holds it."""
+        tokens = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        for state in ("padding", "truncation"):  # as the last call left them
+            del tokens[state]
+        return tokens, self.tokenizer.special_tokens_map
