@@ -93,7 +93,7 @@ def randomised(network: torch.nn.Module) -> Any:
     """With weights that are large enough for every part to have an effect."""
     for name, parameter in network.named_parameters():
         if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=1.5 * parameter[0].numel() ** -0.5)
+            torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
         elif name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.2)
         else:  # norms of queries and keys

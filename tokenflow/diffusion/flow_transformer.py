@@ -156,6 +156,11 @@ class FlowTransformer(Backbone):
                     f"expected diffusers' layout with {', '.join(cls.components)}"
                 )
             found[name] = kind
+        if absent := sorted(cls.optional & found.keys() and cls.optional - found.keys()):
+            raise ModelError(
+                f"{INDEX} of the model {model} names no {', '.join(absent)}, expected all of "
+                f"{', '.join(sorted(cls.optional))} or none"
+            )
         return found
 
     @classmethod
