@@ -43,8 +43,10 @@ class OneHead(Site):
     @contextmanager
     def replaced(self, by: Any) -> Iterator[None]:
         self.layer.by = by
-        yield
-        self.layer.by = None
+        try:
+            yield
+        finally:
+            self.layer.by = None
 
 
 class GaussianFlow(Backbone):

@@ -25,7 +25,7 @@ from tokenflow.engine.lightning.run_writer import RunWriter
 from tokenflow.plugins import installed_plugins
 from tokenflow.testing.checks import Check
 
-PAGES = ["docs/write-an-editor.md", "docs/write-a-kernel.md"]
+PAGES = ["docs/write-an-editor.md", "docs/write-a-kernel.md", "docs/write-a-backbone.md"]
 READMES = ["README.md", "examples/tokenflow-local/README.md", "training/README.md"]
 QUICK = ["--model.steps=1", "--data.max_frames=2", "--data.resolution=64"]
 
@@ -90,6 +90,9 @@ def test_a_page_is_followed_to_its_end(
     named = {m[1]: block for block in code if (m := re.match(r"# (\w+\.py)\n", block))}
     for name, block in named.items():
         (author / name).write_text(block)
+    for block in blocks(page, "json"):  # a model's folder, beside which its commands are given
+        (author / "gaussian").mkdir()
+        (author / "gaussian" / "model_index.json").write_text(block)
     (setup,) = blocks(page, "ini")
     groups = configparser.ConfigParser()
     groups.read_string(setup)
@@ -116,6 +119,7 @@ def test_a_page_is_followed_to_its_end(
     assert len(by_call) == int(passed[1])
     reached.clear()
     (shell,) = blocks(page, "sh")
+    shell = re.sub(r" gaussian\b", f" {author / 'gaussian'}", shell)
     check, predict = (shlex.split(line)[1:] for line in shell.splitlines())
     assert (check[0], predict[0]) == ("plugins", "predict")
     with pytest.raises(SystemExit, match=r"^0$"):
@@ -129,6 +133,7 @@ def test_a_page_is_followed_to_its_end(
 def test_no_block_is_left_out() -> None:
     """A page with code is one of those that are followed, or whose commands are looked up."""
     followed = {page: {"python", "ini", "sh"} for page in PAGES}
+    followed["docs/write-a-backbone.md"] |= {"json"}
     followed |= {page: {"sh"} for page in READMES}
     followed["README.md"] |= {"python"}  # run by test_readme
     followed["docs/architecture.md"] = {"text"}  # a drawing

@@ -17,6 +17,8 @@ OPTION = "--allow_imports"
 """Of the command line: it lets a configuration name classes of another package."""
 GROUPS = {"tokenflow.editors": "Editor", "tokenflow.propagation": "Propagation"}
 """Each group of entry points is named as the module that has the plugins' base class."""
+BACKBONES = "tokenflow.backbones"
+"""The group of model families, each named as the pipeline in its models' index."""
 
 
 CHANGES = {
@@ -125,6 +127,11 @@ def every_entry_point() -> list[EntryPoint]:
 def offered_plugins() -> tuple[Plugin, ...]:
     """All editors and kernels as their packages offer them; none is imported."""
     return settled(map(entry, every_entry_point()))
+
+
+def offered_backbones() -> tuple[Plugin, ...]:
+    """All model families as their packages offer them; none is imported."""
+    return settled(map(entry, entry_points(group=BACKBONES)))
 
 
 @cache

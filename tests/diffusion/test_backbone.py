@@ -56,8 +56,8 @@ def test_an_installed_family_is_found_by_its_pipeline(
 
 
 def test_a_family_that_is_not_installed(folder: Path) -> None:
-    name(folder, "FluxPipeline", "transformer")
-    message = r"is a FluxPipeline, expected one of .*StableDiffusionPipeline.*; choose a model"
+    name(folder, "WanPipeline", "transformer")
+    message = r"is a WanPipeline, expected one of .*StableDiffusionPipeline.*; choose a model"
     with pytest.raises(ModelError, match=message):
         Backbone.load(folder, "cpu", "float32")
 

@@ -6,18 +6,27 @@ from collections.abc import Callable, Sequence
 
 from tokenflow.cli.stop import HELP
 from tokenflow.errors import InputError
-from tokenflow.plugins import Plugin, describe, did_you_mean, installed_plugins, offered_plugins
+from tokenflow.plugins import (
+    BACKBONES,
+    Plugin,
+    describe,
+    did_you_mean,
+    installed_plugins,
+    offered_backbones,
+    offered_plugins,
+)
 from tokenflow.text import printable
 
-KINDS = {"tokenflow.editors": "editor", "tokenflow.propagation": "kernel"}
+KINDS = {"tokenflow.editors": "editor", "tokenflow.propagation": "kernel", BACKBONES: "backbone"}
 USAGE = """\
 usage: tokenflow plugins
        tokenflow plugins check
        tokenflow plugins check NAME [OPTIONS of the plugin]
 
-Lists the editors and kernels that packages offer, without importing them. With check, imports all
-and lists which are usable; exit code 1 if one is not. With a name, makes that plugin with the given
-options, which tokenflow plugins check NAME --help lists, and tests it against its contract.
+Lists the editors, kernels and backbones that packages offer, without importing them. With check,
+imports all and lists which are usable; exit code 1 if one is not. With a name, makes that plugin
+with the given options, which tokenflow plugins check NAME --help lists, and tests it against its
+contract; a backbone is made from a model of its family, --model FOLDER.
 """
 
 
@@ -31,7 +40,8 @@ def run(words: list[str]) -> int | None:
         print(USAGE, end="")
         return None
     if not words:
-        show(offered_plugins(), "class", lambda p: p.reason or p.path)
+        offered = (*offered_plugins(), *offered_backbones())
+        show(offered, "class", lambda p: p.reason or p.path)
         print("tokenflow plugins check imports each of them and lists which are usable")
         return 0
     if words[0] != "check":
@@ -40,7 +50,9 @@ def run(words: list[str]) -> int | None:
         )
     if len(words) > 1:
         return check(words[1], words[2:])
-    found = installed_plugins()
+    from tokenflow.cli.check import installed_backbones  # late: it imports all that edits need
+
+    found = (*installed_plugins(), *installed_backbones())
     show(found, "state", lambda p: f"unusable: {p.reason}" if p.reason else "usable")
     return 0 if all(plugin.usable for plugin in found) else 1
 
@@ -57,11 +69,13 @@ def show(plugins: Sequence[Plugin], heading: str, last: Callable[[Plugin], str])
 
 def check(name: str, options: list[str]) -> int:
     """Runs the kit on a name's plugins, made with these options; 1 if anything fails, else 0."""
-    offered = offered_plugins()
+    offered = (*offered_plugins(), *offered_backbones())
     names = [plugin.name for plugin in offered]
     if name not in names:
         close = did_you_mean(name, names)
         raise InputError(f"there is no plugin {name!r}{close}; {describe(offered)}")
-    from tokenflow.cli.check import verdict  # late: it imports all that edits need
+    from tokenflow.cli.check import backbone_verdict, installed_backbones, verdict  # late, as above
 
-    return max([verdict(p, options) for p in installed_plugins() if p.name == name])
+    backbones = [p for p in installed_backbones() if p.name == name]
+    codes = [backbone_verdict(p, options) for p in backbones]
+    return max(codes + [verdict(p, options) for p in installed_plugins() if p.name == name])

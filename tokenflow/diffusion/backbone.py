@@ -273,9 +273,7 @@ def family(model: str) -> type[Backbone]:
             f"{INDEX} of the model {model} names no pipeline: expected a mapping with _class_name, "
             f"got a {type(index).__name__}; fetch the model again"
         )
-    found = entry_points(group=GROUP)
-    # tokenflow's own come last: no other package replaces them
-    known = {entry.name: entry for entry in sorted(found, key=is_ours)}
+    known = families()
     name = index.get("_class_name")
     entry = known.get(str(name)) or (known.get(DEFAULT) if "unet" in index else None)
     if entry is None:
@@ -283,6 +281,21 @@ def family(model: str) -> type[Backbone]:
             f"the model {model} is a {name}, expected one of {', '.join(sorted(known))}; choose a "
             f"model of one of these families"
         )
+    return imported(entry)
+
+
+def families() -> dict[str, EntryPoint]:
+    """The entry points of all families that are installed, by the pipelines that indices name."""
+    # tokenflow's own come last: no other package replaces them
+    return {entry.name: entry for entry in sorted(entry_points(group=GROUP), key=is_ours)}
+
+
+def imported(entry: EntryPoint) -> type[Backbone]:
+    """The class that an entry point offers.
+
+    Raises:
+        ModelError: It cannot be imported, or is no backbone.
+    """
     try:
         kind = entry.load()
     except Exception as error:  # a third party's module may raise anything

@@ -1,4 +1,4 @@
-"""The conformance kit for plugin authors: checks an editor or a kernel against its contract.
+"""The conformance kit for plugin authors: checks a plugin or a backbone against its contract.
 
 Example:
     >>> check_kernel(NNField())  # every check in turn; raises ConformanceError at the first failure
@@ -9,6 +9,7 @@ In pytest, each check as its own test:
     ...     check()
 """
 
+from tokenflow.testing.backbone_checks import backbone_checks, check_backbone
 from tokenflow.testing.checks import Check, ConformanceError
 from tokenflow.testing.editor_checks import check_editor, editor_checks
 from tokenflow.testing.kernel_checks import check_kernel, kernel_checks
@@ -17,6 +18,8 @@ from tokenflow.testing.tiny import tiny_backbone, tiny_clip, write_tiny_model
 __all__ = [
     "Check",
     "ConformanceError",
+    "backbone_checks",
+    "check_backbone",
     "check_editor",
     "check_kernel",
     "editor_checks",
