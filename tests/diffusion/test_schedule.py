@@ -71,6 +71,17 @@ def test_a_step_by_the_exact_output_is_the_next_level(prediction: PredictionType
 
 
 @every_prediction
+def test_a_step_tells_the_clean_latent_that_it_leads_to(prediction: PredictionType) -> None:
+    schedule, (x, output, other) = made(prediction, 5), torch.randn(3, 2, 4, 8, 8).double()
+    for i in range(len(schedule)):
+        following = schedule.step(output, x, i)
+        x0, _ = schedule.split(output, x, i)
+        torch.testing.assert_close(schedule.clean(x, following, i), x0)
+        torch.testing.assert_close(schedule.towards(x0, x, i), following)
+        torch.testing.assert_close(schedule.clean(x, schedule.towards(other, x, i), i), other)
+
+
+@every_prediction
 def test_a_step_undoes_a_step_of_inversion(prediction: PredictionType) -> None:
     """Where the network sees the same clean latent and noise at both ends of the step."""
     schedule = made(prediction, 7)

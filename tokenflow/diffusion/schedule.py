@@ -119,6 +119,15 @@ class Schedule:
         """From level i to i + 1: DDIM with σ = 0 (equation 12), and for flow Euler's step."""
         return self.mix(*self.split(output, x, i), i + 1)
 
+    def clean(self, x: Tensor, following: Tensor, i: int) -> Tensor:
+        """The clean latent on whose way to it a step led from x at level i to `following`."""
+        signal, noise = self.signal[i : i + 2], self.noise[i : i + 2]
+        return (noise[1] * x - noise[0] * following) / (signal[0] * noise[1] - signal[1] * noise[0])
+
+    def towards(self, x0: Tensor, x: Tensor, i: int) -> Tensor:
+        """From x at level i to level i + 1 on the way to a clean latent: undoes `clean`."""
+        return self.mix(x0, (x - self.signal[i] * x0) / self.noise[i], i + 1)
+
     def invert(self, output: Tensor, x: Tensor, i: int) -> Tensor:
         """From level i + 1 back to i, by the network's output for x at timestep i.
 

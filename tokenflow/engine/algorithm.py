@@ -12,8 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import ClassVar
 
+import torch
+
 from tokenflow.editors import Step
 from tokenflow.engine.attention import Bank, JointAttention, PropagatedAttention
+from tokenflow.engine.fusion import fused_latents
 from tokenflow.engine.joint_passes import joint_passes
 from tokenflow.engine.keyframes import draw_keyframes, neighbourhood
 from tokenflow.engine.sampling import PASSES, Latents, Outputs, Sampling
@@ -49,7 +52,7 @@ def sample(
                 if len(arriving) == PASSES:
                     sampling.advance(arriving, x, following, step)
             sampling.advance(arriving, x, following, step)
-            x = following
+            x = consistency.fused(x, following, step)
             sampling.features.end()
             sampling.require_all(seen, way.__name__)
             sampling.require_finite(x, step)
@@ -84,11 +87,20 @@ class Consistency(ABC):
         Together they are all frames of this rank, once.
         """
 
+    def fused(self, x: Latents, following: Latents, step: Step) -> Latents:
+        """The latents after a step, from those before it and those that the editor advanced to.
+
+        By default the latter.
+        """
+        return following
+
 
 class TokenFlow(Consistency):
     """Keyframes jointly, then every window with the keyframes' features (section 4.2)."""
 
     uses_features = True
+    keyframes: tuple[Sequence[int], Outputs] | None = None
+    """Of the step that runs, with their outputs in the joint pass, where these are fused."""
 
     def outputs(self, x: Latents, step: Step) -> Iterator[tuple[Sequence[int], Outputs]]:
         s, branches = self.sampling, len(step.branches)
@@ -96,13 +108,19 @@ class TokenFlow(Consistency):
         keyframes = draw_keyframes(
             s.shard.windows, s.settings.keyframes, s.settings.seed, s.name, step.index
         )
+        fuses, predicted = s.settings.fuses(step.index, len(step.schedule)), list[Outputs]()
         for joint in joint_passes(s, x, keyframes, step):
             # T_base: the keyframes' outputs at every site, each attending to all of them
             bank = Bank()
             attention = JointAttention(
                 branches, bank, joint.all_gather, joint.exchange_halo, s.features, joint.frames
             )
-            s.network.run(s.network.batch(joint.inputs, joint.frames, step, True), attention)
+            output = s.network.run(
+                s.network.batch(joint.inputs, joint.frames, step, True), attention
+            )
+            if fuses:
+                own = [joint.frames.index(keyframes[number]) for number in joint.windows]
+                predicted.append(output[:, own].cpu())
 
             # all frames: γ by the source's tokens, and F_γ(T_base) in place of attention
             held = slice(joint.held.start, joint.held.stop)
@@ -117,6 +135,12 @@ class TokenFlow(Consistency):
                 batch = s.network.batch(s.inputs(x, part, step), part, step)
                 yield part, s.network.run(batch, propagated)
             bank.evict()  # before the next joint pass
+        self.keyframes = (keyframes, torch.cat(predicted, dim=1)) if fuses else None
+
+    def fused(self, x: Latents, following: Latents, step: Step) -> Latents:
+        if self.keyframes is None:
+            return following
+        return fused_latents(self.sampling, x, following, *self.keyframes, step)
 
 
 class Joint(Consistency):

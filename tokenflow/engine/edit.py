@@ -36,7 +36,7 @@ from tokenflow.engine.settings import Settings
 from tokenflow.engine.source_cache import SourceCache, SourceFeatures, described
 from tokenflow.errors import InputError
 from tokenflow.metrics import decibels
-from tokenflow.propagation import ClipFlow, Propagation
+from tokenflow.propagation import DIS, ClipFlow, Propagation
 from tokenflow.storage import digests
 from tokenflow.video import Clip, FrameBuffer, Frames
 
@@ -127,12 +127,14 @@ def edit_clip(
             network, clip, schedule, inversion, settings.inversion_solver, store
         )
         near, flow = seen.part(shard.positions(shard.halo)), None
-        if propagates(way) and propagation.flow is not None:
-            flow = ClipFlow(near, propagation.flow, model.latent_scale)
+        provider = propagation.flow or (DIS() if settings.fusion else None)
+        if propagates(way) and provider is not None:
+            flow = ClipFlow(near, provider, model.latent_scale)
         trajectory = invert_clip(
             network, clip, schedule, inversion, settings, cached, seconds, on_step
         )
-    matcher = Matcher(propagation, trajectory.size, flow, look)
+    own_flow = None if propagation.flow is None else flow
+    matcher = Matcher(propagation, trajectory.size, own_flow, look)
     checkpoint = None
     if store is not None and store.checkpoints:
         named = way.__module__, way.__qualname__, way.cache_key()
@@ -142,7 +144,7 @@ def edit_clip(
     if store is not None and store.source:
         source_cache = SourceCache(store.cache)
     sampling = Sampling(
-        network, trajectory, schedule, matcher, settings, clip.name, shard, ranks, near
+        network, trajectory, schedule, matcher, settings, clip.name, shard, ranks, near, flow
     )
     if source_cache is not None:
         kernel = described(propagation) if store is None else store.propagation
@@ -196,11 +198,18 @@ def edit_latents(
             f"{kernel} needs the clip's optical flow, got none; use edit_clip, or give "
             f"flow=ClipFlow(clip, kernel.flow, model.latent_scale), here by {provider}"
         )
+    if settings.fusion and propagates(way) and flow is None:
+        raise InputError(
+            "fusion needs the clip's optical flow, got none; give flow=ClipFlow(clip, DIS(), "
+            "model.latent_scale), or use edit_clip"
+        )
     shard = ranks.shard(split_windows(trajectory.total, settings.keyframe_every))
     with ranks.together():
         network = EditedNetwork(model, editor, prompts)
-    matcher = Matcher(propagation, trajectory.size, flow)
-    sampling = Sampling(network, trajectory, schedule, matcher, settings, name, shard, ranks)
+    matcher = Matcher(propagation, trajectory.size, None if propagation.flow is None else flow)
+    sampling = Sampling(
+        network, trajectory, schedule, matcher, settings, name, shard, ranks, flow=flow
+    )
     if source_cache is not None:
         sampling = with_features(sampling, way, source_cache, described(propagation))
     if x is None:

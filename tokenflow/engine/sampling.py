@@ -20,6 +20,7 @@ from tokenflow.engine.ranks.shard import WindowShard
 from tokenflow.engine.settings import Settings
 from tokenflow.engine.source_cache import SourceFeatures
 from tokenflow.errors import InputError
+from tokenflow.propagation import ClipFlow
 from tokenflow.video import Clip
 
 Latents = Float[Tensor, "own c h w"]
@@ -44,6 +45,7 @@ class Sampling:
         ranks: That share the clip.
         clip: The source's frames, of this rank's windows and of one more at each side; None where
             only latents are edited.
+        flow: Optical flow of these frames, where predictions are fused.
         features: What edits take from the source's branch, at the step that runs.
     """
 
@@ -56,6 +58,7 @@ class Sampling:
     shard: WindowShard
     ranks: FrameGroup
     clip: Clip | None = None
+    flow: ClipFlow | None = None
     features: SourceFeatures = field(default_factory=SourceFeatures)
 
     def step(self, index: int) -> Step:
@@ -87,11 +90,16 @@ class Sampling:
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
         for frames, outputs in arriving:
-            here, source = rows(self.trajectory.positions, frames), self.trajectory.source(frames)
-            names = step.branches[-len(outputs) :]  # without a source that is cached
-            branches = dict(zip(names, outputs, strict=True))
-            following[here] = self.network.editor.advance(x[here], branches, step, source)
+            here = rows(self.trajectory.positions, frames)
+            following[here] = self.advanced(x[here], frames, outputs, step)
         arriving.clear()
+
+    def advanced(self, x: Latents, frames: Sequence[int], outputs: Outputs, step: Step) -> Latents:
+        """The following latents of some of this rank's frames, by their outputs in host memory."""
+        names = step.branches[-len(outputs) :]  # without a source that is cached
+        branches = dict(zip(names, outputs, strict=True))
+        source = self.trajectory.source(frames)
+        return self.network.editor.advance(x, branches, step, source)
 
     def parts(self, frames: range) -> list[range]:
         """Runs of frames for one forward pass each."""

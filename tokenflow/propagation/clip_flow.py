@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -70,6 +72,12 @@ class ClipFlow:
         size = [side // self.scale for side in there.shape[-2:]]
         both = torch.cat([there, inconsistency])[None]
         return interpolate(both, size, mode="area")[0] / self.scale
+
+    def moved(self, window: Window) -> Window:
+        """A window of whole latents with the motion between its frames and their neighbours."""
+        height, width = (side // self.scale for side in self.clip.frames.shape[-2:])
+        window = replace(window, height=height, width=width)
+        return replace(window, motion=self.motion(window, torch.device("cpu")))
 
     def motion(self, window: Window, device: torch.device) -> Motion:
         """Between a window's frames and their neighbours, in latent pixels of its site."""

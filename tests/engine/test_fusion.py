@@ -1,0 +1,147 @@
+"""Edits whose predictions are fused: off by default, the same on ranks and after an interruption."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.plugins_by_others.no_inversion import NoInversion
+from tokenflow.diffusion import Backbone
+from tokenflow.editors import Editor, PnP, SDEdit
+from tokenflow.engine import Settings, SourceCache, edit_clip, edit_latents
+from tokenflow.engine.resume import ResumeStore
+from tokenflow.errors import InputError, Preempted
+from tokenflow.propagation import DIS, ClipFlow, FlowWeighted, NNField, Propagation
+from tokenflow.storage.cache import Cache
+from tokenflow.testing.threads import on_ranks
+from tokenflow.testing.tiny_edit import PROMPTS, TinyEdit
+from tokenflow.video import Clip
+
+FUSED = Settings(steps=4, keyframe_every=4, fusion=0.5, fusion_end=0.75)
+# float32 through some steps of a network, with sums in another order
+ROUNDING = 2e-5
+
+
+def latents(
+    model: Backbone,
+    clip: Clip,
+    settings: Settings,
+    editor: Editor | None = None,
+    kernel: Propagation | None = None,
+    **options: Any,
+) -> Tensor:
+    editor, kernel = editor or PnP(), kernel or NNField()
+    return edit_clip(model, clip, PROMPTS, editor, kernel, settings, **options).latents
+
+
+@pytest.mark.parametrize("off", [{"fusion": 0.0}, {"fusion_end": 0.0}, {"fusion_end": 0.2}])
+def test_off_is_the_method_without(backbone: Backbone, clip: Clip, off: dict[str, float]) -> None:
+    plain = latents(backbone, clip, Settings(steps=4, keyframe_every=4))
+    assert torch.equal(latents(backbone, clip, replace(FUSED, **off)), plain)
+    assert (latents(backbone, clip, FUSED) - plain).abs().max() > 100 * ROUNDING
+
+
+def test_frames_that_are_equal_stay_equal(backbone: Backbone) -> None:
+    still = Clip.from_frames(torch.rand(1, 3, 16, 32).expand(9, -1, -1, -1))
+    settings = replace(FUSED, fusion=1.0, fusion_end=1.0)
+    found = latents(backbone, still, settings)
+    # what keyframes predict is then what every frame does
+    expected = latents(backbone, still, replace(settings, fusion=0.0))
+    # a joint pass of keyframes rounds otherwise than a pass of frames; measured 2.6e-5
+    assert torch.allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def test_frames_of_a_still_source_become_alike(backbone: Backbone) -> None:
+    """Their noise differs, and one keyframe's prediction is taken by all."""
+    still = Clip.from_frames(torch.rand(1, 3, 16, 32).expand(4, -1, -1, -1))
+    settings = Settings(steps=2, keyframe_every=4, fusion=1.0, fusion_end=1.0)
+
+    def spread(**options: float) -> float:
+        editor = SDEdit(1.0, noise="independent")
+        return float(latents(backbone, still, replace(settings, **options), editor).std(0).max())
+
+    assert spread() < spread(fusion=0.0) / 20  # measured 0.07 and 3.7
+
+
+@pytest.mark.parametrize(
+    "editor", [SDEdit(0.75, "shared"), NoInversion()], ids=["sdedit", "no inversion"]
+)
+@pytest.mark.parametrize("kernel", [NNField(), FlowWeighted()], ids=["nn", "flow"])
+def test_every_editor_and_kernel(
+    backbone: Backbone, clip: Clip, editor: Editor, kernel: Propagation
+) -> None:
+    fused, plain = (
+        latents(backbone, clip, replace(FUSED, fusion=share), editor, kernel)
+        for share in (0.5, 0.0)
+    )
+    assert fused.isfinite().all()
+    assert (fused - plain).abs().max() > 100 * ROUNDING
+
+
+def test_a_second_edit_without_the_source_is_the_same(backbone: Backbone, clip: Clip) -> None:
+    cache = SourceCache()
+    first, second = (latents(backbone, clip, FUSED, source_cache=cache) for _ in range(2))
+    assert torch.allclose(first, second, rtol=0, atol=ROUNDING)
+
+
+def test_an_interrupted_edit_is_resumed_bit_for_bit(
+    backbone: Backbone, clip: Clip, tmp_path: Path
+) -> None:
+    store = ResumeStore(Cache(tmp_path), "PnP()", "NNField()", 1)
+    taken: list[int] = []
+
+    def counted(stage: str, step: int, _: int) -> Any:
+        taken.extend([step] if stage == "edit" else [])
+        return "stop" if (stage, step, len(taken)) == ("edit", 2, 2) else None
+
+    with pytest.raises(Preempted):
+        latents(backbone, clip, FUSED, store=store, on_step=counted)
+    again = latents(backbone, clip, FUSED, store=store, on_step=counted)
+    assert taken == [1, 2, 3, 4]
+    assert torch.equal(again, latents(backbone, clip, FUSED))
+    # another strength is another edit
+    latents(backbone, clip, replace(FUSED, fusion=0.4), store=store, on_step=counted)
+    assert taken == [1, 2, 3, 4, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("attention", ["full", "windowed"])
+def test_two_ranks_agree_with_one(backbone: Backbone, attention: Any) -> None:
+    settings = replace(
+        FUSED, steps=2, keyframe_every=2, keyframe_attention=attention, span=1, fusion_end=1.0
+    )
+    whole = TinyEdit.of(PnP(), backbone)
+    total = whole.trajectory.total
+    halves = range(total // 2), range(total // 2, total)
+    tinies = [TinyEdit.of(PnP(), backbone) for _ in halves]
+    source = Clip.from_frames(torch.rand(total, 3, 16, 32))
+
+    def edit(tiny: TinyEdit, **options: Any) -> Tensor:
+        flow = ClipFlow(source, DIS(), backbone.latent_scale)
+        return edit_latents(
+            tiny.model, tiny.trajectory, tiny.schedule, PROMPTS, tiny.editor, NNField(), settings,
+            flow=flow, **options,
+        )  # fmt: skip
+
+    parts = on_ranks(
+        2, lambda ranks: edit(tinies[ranks.rank].part(halves[ranks.rank]), ranks=ranks)
+    )
+    assert torch.allclose(torch.cat(parts), edit(whole), rtol=0, atol=ROUNDING)
+
+
+def test_latents_alone_need_the_clips_flow(backbone: Backbone) -> None:
+    tiny = TinyEdit.of(PnP(), backbone)
+    with pytest.raises(InputError, match="fusion needs the clip's optical flow, got none; give"):
+        edit_latents(
+            tiny.model, tiny.trajectory, tiny.schedule, PROMPTS, tiny.editor, NNField(), FUSED
+        )
+
+
+@pytest.mark.parametrize("wrong", [{"fusion": -0.1}, {"fusion": 1.5}, {"fusion_end": 2.0}])
+def test_shares_that_are_none(wrong: dict[str, float]) -> None:
+    with pytest.raises(InputError, match=f"{next(iter(wrong))} must be a share from 0 to 1"):
+        Settings(**wrong)

@@ -1,0 +1,51 @@
+"""Fusion of predictions at one step: frames take a share of what their keyframes predict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from tokenflow.diffusion.trajectory import rows
+from tokenflow.editors import Step
+from tokenflow.engine.keyframes import neighbourhood
+from tokenflow.engine.sampling import Latents, Outputs, Sampling
+from tokenflow.propagation.fusion import fuse
+
+
+def fused_latents(
+    sampling: Sampling,
+    x: Latents,
+    following: Latents,
+    keyframes: Sequence[int],
+    outputs: Outputs,
+    step: Step,
+) -> Latents:
+    """The latents after a step whose predicted clean latents are fused.
+
+    Args:
+        sampling: Of this rank's frames.
+        x: Their latents before the step.
+        following: What the editor advanced these to.
+        keyframes: Of all windows, by position in the clip.
+        outputs: Of this rank's keyframes in the joint pass, in host memory.
+        step: Of sampling.
+    """
+    s, schedule, here = sampling, step.schedule, sampling.trajectory.positions
+    assert s.flow is not None, "edit_clip and edit_latents ask for it"
+    own = [keyframes[number] for number in s.shard.own]
+    before = x[rows(here, own)]
+    # whatever the editor does, a step leads from x towards a clean latent
+    keys = schedule.clean(before, s.advanced(before, own, outputs, step), step.index)
+    held = slice(s.shard.halo.start, s.shard.halo.stop)
+    keys = s.ranks.exchange_halo(keys.to(s.network.model.device), s.shard.counts).to(x.device)
+    result = torch.empty_like(x)
+    for part in s.parts(here):
+        window, used = neighbourhood(
+            part, s.shard.windows[held], keyframes[held], s.settings.neighbours, s.settings.blend
+        )
+        some = rows(here, part)
+        clean = schedule.clean(x[some], following[some], step.index)
+        clean = fuse(clean, keys[used], s.flow.moved(window), s.settings.fusion)
+        result[some] = schedule.towards(clean, x[some], step.index)
+    return result
