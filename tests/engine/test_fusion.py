@@ -1,4 +1,4 @@
-"""Edits whose predictions are fused: off by default, the same on ranks and after an interruption."""
+"""Edits with fused predictions: off by default, the same on ranks and after an interruption."""
 
 from __future__ import annotations
 
