@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import grid_sample
 
 from tokenflow.propagation.base import Window
+from tokenflow.propagation.flow.base import inside, warp
 
 TRUST = 0.5
 """Inconsistency of flow, in latent pixels, at which a keyframe's weight has fallen to 1/e."""
@@ -38,24 +38,10 @@ def fuse(
     if window.motion is None:
         raise ValueError("fusion needs a window with motion, got one without")
     size = clean.shape[-2:]
-    moved, inside = warped(keys[window.neighbours], window.motion.displacement.unflatten(2, size))
-    trust = torch.exp(-((window.motion.inconsistency.unflatten(2, size) / TRUST) ** 4)) * inside
-    share = strength * window.blend[..., None, None] * trust
+    flow = window.motion.displacement.unflatten(2, size).movedim(-1, 2)
+    pairs = zip(window.neighbours.flatten().tolist(), flow.flatten(0, 1), strict=True)
+    moved = torch.stack([warp(keys[k], there) for k, there in pairs])
+    trust = torch.exp(-((window.motion.inconsistency.unflatten(2, size) / TRUST) ** 4))
+    share = strength * window.blend[..., None, None] * trust * inside(flow)
     own = 1 - share.sum(dim=1, keepdim=True)
-    return own * clean + (share[:, :, None] * moved).sum(dim=1)
-
-
-def warped(
-    values: Float[Tensor, "frames two c h w"], displacement: Float[Tensor, "frames two h w xy"]
-) -> tuple[Float[Tensor, "frames two c h w"], Float[Tensor, "frames two h w"]]:
-    """Values where displacements lead, sampled bilinearly, and 1 where that is in the frame."""
-    height, width = values.shape[-2:]
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    there = torch.stack((x, y), dim=-1).to(displacement) + displacement
-    limit = torch.tensor([width, height]).to(there) - 1
-    inside = ((there >= -0.5) & (there <= limit + 0.5)).all(dim=-1)
-    grid = 2 * there / limit.clamp(min=1) - 1
-    flat = grid_sample(
-        values.flatten(0, 1), grid.flatten(0, 1), padding_mode="border", align_corners=True
-    )
-    return flat.view_as(values), inside.to(values)
+    return own * clean + (share[:, :, None] * moved.view(-1, 2, *clean.shape[1:])).sum(dim=1)

@@ -56,7 +56,17 @@ def warp(
     return grid_sample(values[None], grid, padding_mode="border", align_corners=True)[0]
 
 
-def targets(flow: Float[Tensor, "2 height width"]) -> Float[Tensor, "2 height width"]:
+def inside(flow: Float[Tensor, "*flows 2 height width"]) -> Float[Tensor, "*flows height width"]:
+    """1 where p + flow(p) lies in the frame, else 0."""
+    height, width = flow.shape[-2:]
+    limit = torch.tensor([width, height]).to(flow)[:, None, None] - 0.5
+    there = targets(flow)
+    return ((there >= -0.5) & (there <= limit)).all(dim=-3).to(flow)
+
+
+def targets(
+    flow: Float[Tensor, "*flows 2 height width"],
+) -> Float[Tensor, "*flows 2 height width"]:
     """Where flow takes each pixel: p + flow(p), (x, y)."""
     height, width = flow.shape[-2:]
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
