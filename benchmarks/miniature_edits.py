@@ -34,6 +34,8 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "per-frame PnP": ("NNField", {"consistency": "none"}),
     "joint attention only": ("NNField", {"consistency": "joint"}),
     **{kernel: (kernel, {}) for kernel in KERNELS},
+    "NNField, fused": ("NNField", {"fusion": 0.5}),
+    "NNField, fused to the end": ("NNField", {"fusion": 0.5, "fusion_end": 1.0}),
     **{f"{kernel}, previous": (kernel, {"neighbours": "previous"}) for kernel in KERNELS},
     **{f"{kernel}, linear": (kernel, {"blend": "linear"}) for kernel in KERNELS},
 }
@@ -124,7 +126,8 @@ def main(
         for row in rows:
             name, choice = ROWS[row]
             kernel = kernel_of(name, edit.scene, **options)
-            flow = kernel.flow and ClipFlow(edit.clip, kernel.flow, backbone.latent_scale)
+            provider = kernel.flow or (DIS() if "fusion" in choice else None)
+            flow = provider and ClipFlow(edit.clip, provider, backbone.latent_scale)
             settings = Settings(
                 steps=steps,
                 guidance=guidance,
