@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tokenflow.diffusion import Backbone
 from tokenflow.diffusion.sites import DiffusersSite
-from tokenflow.diffusion.stable_diffusion import attention_sites
+from tokenflow.diffusion.unet import attention_sites
 from tokenflow.engine.attention import AttentionSwitch, JointAttention
 from tokenflow.engine.joint_passes import overlap
 from tokenflow.engine.keyframes import spans

@@ -1,10 +1,20 @@
-"""A tiny ControlNet that has an effect, for tests."""
+"""Tiny models of other families than `tokenflow.testing`'s, and plain sampling, for tests."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from tokenflow.diffusion import Backbone, Source, Trajectory
+from tokenflow.editors import Editor, Prompts, Step
+from tokenflow.engine import Settings, edit_latents
+from tokenflow.propagation import NNField
+from tokenflow.testing import write_tiny_model
 
 CHANNELS = (4, 8)  # one halving, as the tiny VAE has
 
@@ -27,3 +37,58 @@ def make_controlnet(
             torch.nn.init.normal_(parameter, std=0.3)
     network.save_pretrained(folder)
     return folder
+
+
+def write_tiny_xl(folder: Path) -> Path:
+    """An SDXL in diffusers' layout: two text encoders of different width, random weights."""
+    write_tiny_model(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(8, 16, 16),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 3),
+            cross_attention_dim=16 + 24,
+            attention_head_dim=(1, 2, 2),
+            norm_num_groups=4,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 12,
+        ).save_pretrained(folder / "unet")
+        config = CLIPTextConfig.from_pretrained(folder / "text_encoder", num_hidden_layers=2)
+        CLIPTextModel(config).save_pretrained(folder / "text_encoder")
+        config.update({"hidden_size": 24, "projection_dim": 12, "hidden_act": "gelu"})
+        CLIPTextModelWithProjection(config).save_pretrained(folder / "text_encoder_2")
+    shutil.copytree(folder / "tokenizer", folder / "tokenizer_2")
+    index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+class Plain(Editor):
+    """No editor: every branch takes the edited latents."""
+
+    inverts = False
+
+    def inputs(self, x: Tensor, step: Step, source: Source) -> Tensor:
+        return x.repeat(len(step.branches), 1, 1, 1, 1)
+
+
+def sampled(
+    model: Backbone,
+    noise: Tensor,
+    steps: int,
+    prompt: str,
+    negative_prompt: str = "",
+    guidance: float = 1.0,
+) -> Tensor:
+    """Every frame by itself, from noise to latents, by the engine."""
+    schedule = model.schedule(steps)
+    return edit_latents(
+        model, Trajectory.empty(noise, schedule, None), schedule,
+        Prompts(prompt, negative_prompt), Plain(), NNField(),
+        Settings(steps=steps, guidance=guidance, consistency="none"), x=noise,
+    )  # fmt: skip

@@ -23,8 +23,11 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from tokenflow.diffusion import Backbone, Conditioning, ModelError, StableDiffusion
-from tokenflow.diffusion.stable_diffusion import COMPONENTS, NETWORKS, decoder_layers
+from tokenflow.diffusion.unet import decoder_layers
 from tokenflow.errors import InputError
+
+COMPONENTS = StableDiffusion.components
+NETWORKS = ("unet", "vae", "text_encoder")
 
 
 @pytest.fixture
@@ -321,7 +324,7 @@ def test_a_unet_for_inpainting(backbone: StableDiffusion) -> None:
                 "projection_class_embeddings_input_dim": 64,
                 "cross_attention_dim": 32,
             },
-            r"\(addition_embed_type 'text_time'\), as those of SDXL, .* expected Stable",
+            r"other inputs than .* \(addition_embed_type 'text_time'\), .* expected Stable",
         ),
         (
             {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 64},

@@ -12,7 +12,6 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from tokenflow.diffusion import StableDiffusion, Trajectory, invert
-from tokenflow.diffusion.stable_diffusion import COMPONENTS
 from tokenflow.editors import PnP, Prompts
 from tokenflow.engine import Settings, edit_latents
 from tokenflow.engine.keyframes import draw_keyframes, split_windows
@@ -201,7 +200,7 @@ def test_frames_on_their_own_are_what_diffusers_pipeline_makes(
 ) -> None:
     editor = PnP(features=0.0, attention=0.0)
     result = edited(backbone, trajectory, editor, consistency="none")
-    parts = {name: getattr(backbone, name) for name in COMPONENTS}
+    parts = {name: getattr(backbone, name) for name in StableDiffusion.components}
     pipeline = StableDiffusionPipeline(
         **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )

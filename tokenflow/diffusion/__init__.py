@@ -11,6 +11,7 @@ from tokenflow.diffusion.schedule import Schedule, guide
 from tokenflow.diffusion.sites import Site
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.diffusion.stable_diffusion_3 import StableDiffusion3
+from tokenflow.diffusion.stable_diffusion_xl import StableDiffusionXL
 from tokenflow.diffusion.trajectory import Source, Trajectory
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Source",
     "StableDiffusion",
     "StableDiffusion3",
+    "StableDiffusionXL",
     "Trajectory",
     "frame_noise",
     "guide",

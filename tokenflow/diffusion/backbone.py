@@ -23,7 +23,9 @@ from tokenflow.diffusion.sites import Site
 
 EMBEDDED = Path(__file__).parents[1] / "miniature" / "weights"
 INDEX = "model_index.json"
-GROUP, DEFAULT = "tokenflow.backbones", "StableDiffusionPipeline"
+GROUP = "tokenflow.backbones"
+VARIANTS = {"text_encoder_2": "StableDiffusionXLPipeline", "unet": "StableDiffusionPipeline"}
+"""The pipelines that others with such a part are taken for; the first that a model has counts."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")
 """Of processors on which networks are faster in bfloat16."""
@@ -260,12 +262,14 @@ class Backbone(ABC):
 def family(model: str) -> type[Backbone]:
     """The class of the backbone that a folder or hub model needs.
 
-    What names no pipeline, or a variant of one with a UNet, is taken for Stable Diffusion.
+    What names no pipeline, or a variant of one with a UNet, is taken for Stable Diffusion or SDXL.
 
     Raises:
         ModelError: No family is installed for what the model's index names.
     """
     index: dict[str, Any] = {"unet": []}
+    if (Path(model) / "text_encoder_2").is_dir():
+        index["text_encoder_2"] = []
     if not Path(model).is_dir() or (Path(model) / INDEX).exists():
         index = load_pretrained(DiffusionPipeline.load_config, model, INDEX, INDEX)
     if not isinstance(index, dict):
@@ -275,7 +279,9 @@ def family(model: str) -> type[Backbone]:
         )
     known = families()
     name = index.get("_class_name")
-    entry = known.get(str(name)) or (known.get(DEFAULT) if "unet" in index else None)
+    entry = known.get(str(name))
+    if entry is None and "unet" in index:
+        entry = next(known[kind] for part, kind in VARIANTS.items() if index.get(part) is not None)
     if entry is None:
         raise ModelError(
             f"the model {model} is a {name}, expected one of {', '.join(sorted(known))}; choose a "

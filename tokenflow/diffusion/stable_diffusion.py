@@ -2,74 +2,31 @@
 
 from __future__ import annotations
 
-import inspect
-import json
-import math
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import astuple
-from functools import cached_property
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import ClassVar
 
-import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.resnet import ResnetBlock2D
-from jaxtyping import Float
-from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from tokenflow.diffusion.backbone import INDEX, Backbone, Defaults, Role
+from tokenflow.diffusion.clip import CLIPText
 from tokenflow.diffusion.conditioning import Conditioning
-from tokenflow.diffusion.loading import (
-    ModelError,
-    load_network,
-    load_pretrained,
-    require_safetensors,
-)
-from tokenflow.diffusion.schedule import Schedule, Timestep
-from tokenflow.diffusion.scheduler import check_noise, read_scheduler
-from tokenflow.diffusion.sites import DiffusersSite
-from tokenflow.memory import explained_shortage
-from tokenflow.storage import digests
-
-COMPONENTS = {
-    "unet": UNet2DConditionModel,
-    "vae": AutoencoderKL,
-    "text_encoder": CLIPTextModel,
-    "tokenizer": CLIPTokenizer,
-    "scheduler": DDIMScheduler,
-}
-DEFAULTS = "tokenflow.json"
-"""A file beside the model's index with the options of an edit that suit it."""
-NETWORKS = ("unet", "vae", "text_encoder")
-# what makes a UNet ask for further inputs
-FURTHER = (
-    "addition_embed_type",
-    "class_embed_type",
-    "num_class_embeds",
-    "encoder_hid_dim",
-    "encoder_hid_dim_type",
-    "time_cond_proj_dim",
-)
-VOCABULARIES = ({"tokenizer.json"}, {"vocab.json", "merges.txt"})
-OWN = {"self", "sample", "timestep", "encoder_hidden_states", "return_dict"}
-"""The UNet's arguments that `predict` gives itself."""
+from tokenflow.diffusion.unet import UNetBackbone, decoder_layers
 
 
-class StableDiffusion(Backbone):
-    """Stable Diffusion 1.x and 2.x: UNet, VAE, one text encoder, DDIM.
+class StableDiffusion(UNetBackbone):
+    """Stable Diffusion 1.x and 2.x: UNet, VAE, one text encoder.
 
     Source: Rombach et al. 2022 (arXiv 2112.10752).
     """
 
-    own_defaults = Defaults()
-    chunked: frozenset[str] = frozenset()
-    """The transformer blocks whose feed-forward layer takes image by image, by name."""
-    compiled: frozenset[str] = frozenset()
-    """Those whose feed-forward layer is compiled."""
+    title = "Stable Diffusion 1.x or 2.x"
+    components: ClassVar = {
+        "unet": UNet2DConditionModel,
+        "vae": AutoencoderKL,
+        "text_encoder": CLIPTextModel,
+        "tokenizer": CLIPTokenizer,
+        "scheduler": DDIMScheduler,
+    }
 
     def __init__(
         self,
@@ -79,319 +36,15 @@ class StableDiffusion(Backbone):
         tokenizer: CLIPTokenizer,
         scheduler: DDIMScheduler,
     ) -> None:
-        prediction = scheduler.config.prediction_type
-        if prediction not in ("epsilon", "v_prediction"):
-            raise ModelError(
-                f"the scheduler predicts {prediction!r}, expected 'epsilon' or 'v_prediction'"
-            )
-        check_unet(unet, vae, text_encoder)
-        scale = vae.config.scaling_factor
-        if not isinstance(scale, int | float) or not 0 < scale < math.inf:
-            raise ModelError(
-                f"the VAE's scaling_factor is {scale!r}, expected a number above 0; mend it in "
-                f"vae/config.json (Stable Diffusion 1.x and 2.x have 0.18215)"
-            )
-        check_noise(scheduler)
-        if 2 * len(tokenizer) < (words := text_encoder.config.vocab_size):
-            raise ModelError(
-                f"the tokenizer knows {len(tokenizer)} tokens and the text encoder {words}: "
-                f"prompts would be ignored; give the model its own, whole tokenizer"
-            )
-        self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
-        self.tokenizer, self.scheduler = tokenizer, scheduler
-        self.network = unet
-        for network in (unet, vae, text_encoder):
-            network.requires_grad_(False).eval()
+        super().__init__(unet, vae, [CLIPText(text_encoder, tokenizer)], scheduler)
+        self.text_encoder, self.tokenizer = text_encoder, tokenizer
 
-    @classmethod
-    def from_model(cls, model: str, device: str, dtype: torch.dtype) -> StableDiffusion:
-        if Path(model).is_dir():
-            check_folder(Path(model))
-        remedy = "take a smaller model, dtype float16 or bfloat16, or a device with more"
-        with explained_shortage(f"on {device} for the model {model}", remedy):
-            parts: dict[str, Any] = {
-                name: load_component(model, name, dtype) for name in COMPONENTS
-            }
-            for name in NETWORKS:
-                parts[name] = parts[name].to(device)
-        backbone = cls(**parts)
-        if torch.device(device).type == "cpu":
-            backbone.fit_caches()
-        if (Path(model) / DEFAULTS).is_file():
-            backbone.own_defaults = Defaults.read(Path(model) / DEFAULTS)
-        return backbone
-
-    def fit_caches(self) -> None:
-        """What is faster on a CPU for the same result (docs/speed.md).
-
-        The VAE's decoder takes channels last, and the transformers of the highest resolution go
-        through their feed-forward layer image by image: its wide tokens stay in the cache. The
-        encoder is left as it is: an edit's matches magnify what rounding does to its latents.
-        """
-        self.vae.decoder.to(memory_format=torch.channels_last)
-        width = self.unet.config.block_out_channels[0]
-        blocks = {n: block for n, block in self.transformer_blocks().items() if block.dim == width}
-        for block in blocks.values():
-            block.set_chunk_feed_forward(1, dim=0)
-        self.chunked = frozenset(blocks)
-
-    def transformer_blocks(self) -> dict[str, BasicTransformerBlock]:
-        """The UNet's, by name."""
-        modules = self.unet.named_modules()
-        return {name: one for name, one in modules if isinstance(one, BasicTransformerBlock)}
-
-    @torch.no_grad()
-    def compile(self) -> None:
-        """The transformers' feed-forward layers, whose programs are shared by layers of one width.
-
-        Of all blocks they gain most, and they hold no layer that editors change (docs/speed.md).
-        """
-        blocks = self.transformer_blocks()
-        try:
-            for block in blocks.values():
-                block.ff.compile(dynamic=True)
-                for images in (1, 2):  # one alone has a program of its own
-                    # sizes that differ, so that the program takes none of them for another
-                    size = images, 3, block.dim
-                    block.ff(torch.zeros(size, device=self.device, dtype=self.dtype))
-        except Exception as error:  # of a compiler's process, of many kinds
-            raise ModelError(
-                f"the network cannot be compiled on {self.device}: {type(error).__name__}: {error};"
-                f" install a C++ compiler, or leave compile at false"
-            ) from error
-        self.compiled = frozenset(blocks)
-
-    @property
-    def device(self) -> torch.device:
-        return self.unet.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.unet.dtype
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """A digest of weights, configurations, vocabulary, defaults and device.
-
-        All weights are read, once: Stable Diffusion 1.5 takes about 3 s in float32.
-        """
-        networks = [digests.of_network(part) for part in (self.unet, self.vae, self.text_encoder)]
-        tokens = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        for state in ("padding", "truncation"):  # as the last call left them
-            del tokens[state]
-        schedule = {k: v for k, v in self.scheduler.config.items() if not k.startswith("_")}
-        special = self.tokenizer.special_tokens_map
-        own = astuple(self.defaults)
-        return digests.of_values(networks, tokens, special, schedule, own, self.device.type)
-
-    @property
-    def latent_scale(self) -> int:
-        """How many pixels wide one latent is."""
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
-
-    @property
-    def multiple(self) -> int:
-        """What frames' height and width must be multiples of: the UNet's deepest latent."""
-        return int(self.latent_scale * 2 ** (len(self.unet.config.block_out_channels) - 1))
-
-    @property
-    def size(self) -> int:
-        return int(self.unet.config.sample_size)
-
-    @property
-    def latent_channels(self) -> int:
-        return int(self.unet.config.in_channels)
-
-    def schedule(self, steps: int, size: tuple[int, int] | None = None) -> Schedule:
-        return Schedule.from_ddim(self.scheduler, steps)
-
-    @torch.no_grad()
     def embed(self, prompts: Sequence[str]) -> Conditioning:
-        """The text encoder's last hidden state as "embeddings", (prompts, tokens, width).
+        """The text encoder's last hidden state as "embeddings", (prompts, tokens, width)."""
+        (text,) = self.texts
+        return Conditioning(embeddings=text.encode(prompts).last_hidden_state)
 
-        Prompts are padded or cut to all its positions; a prompt that is cut gives a warning.
-        """
-        length = self.text_encoder.config.max_position_embeddings
-        for prompt in prompts:
-            self._warn_if_cut(prompt, length)
-        tokens = self.tokenizer(
-            list(prompts),
-            padding="max_length",
-            truncation=True,
-            max_length=length,
-            return_tensors="pt",
-        )
-        return Conditioning(embeddings=self.text_encoder(tokens["input_ids"].to(self.device))[0])
-
-    def _warn_if_cut(self, prompt: str, length: int) -> None:
-        tokens = self.tokenizer(prompt, return_offsets_mapping=True, verbose=False)
-        count = len(tokens["input_ids"])
-        if count > length:
-            begin, _ = tokens["offset_mapping"][length - 1]  # the last position is the end's
-            warnings.warn(
-                f"the text encoder takes at most {length - 2} tokens, got {count - 2}; the end is "
-                f"cut off: {prompt[begin:]!r} of {prompt!r}",
-                stacklevel=1,
-            )
-
-    @torch.no_grad()
-    def encode(self, frames: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n c h w"]:
-        """Frames in 0..1 to scaled latents, the mean of the VAE's posterior."""
-        pixels = (2 * frames.to(self.device) - 1).to(self.vae.dtype)
-        return self.vae.encode(pixels).latent_dist.mean.float() * self.vae.config.scaling_factor
-
-    @torch.no_grad()
-    def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 height width"]:
-        """Scaled latents to frames in 0..1."""
-        codes = (latents / self.vae.config.scaling_factor).to(self.device, self.vae.dtype)
-        return (self.vae.decode(codes).sample.float() / 2 + 0.5).clamp(0, 1)
-
-    def predict(
-        self,
-        latents: Float[Tensor, "n c h w"],
-        t: Timestep,
-        conditioning: Conditioning,
-        **inputs: Any,
-    ) -> Float[Tensor, "n c h w"]:
-        output = self.unet(
-            latents.to(self.device, self.dtype),
-            torch.full((1,), t, device=self.device),  # a number would be copied, and waited for
-            encoder_hidden_states=conditioning["embeddings"],
-            **inputs,
-        )
-        return output.sample.float()
-
-    @cached_property
-    def further_inputs(self) -> frozenset[str]:
-        return frozenset(inspect.signature(type(self.unet).forward).parameters.keys() - OWN)
-
-    def sites(self) -> Mapping[str, DiffusersSite]:
-        return attention_sites(self.unet, "attn1")
-
-    def cross_attention(self) -> Mapping[str, DiffusersSite]:
-        return attention_sites(self.unet, "attn2")
-
-    def layers(self, role: Role) -> Sequence[str]:
-        """The decoder's layers from a third of the way up: of twelve, the paper's 4 to 11."""
+    def decoder(self) -> Sequence[tuple[str, list[str]]]:
+        """From a third of the way up: of twelve, the paper's 4 to 11."""
         layers = decoder_layers(self.unet)
-        chosen = layers[len(layers) // 3 :]
-        if role == "structure":
-            return [resnet for resnet, _ in chosen]
-        projection = PROJECTIONS[role]
-        return [f"{site}.{projection}" for _, sites in chosen for site in sites]
-
-    def entries(self, layer: str) -> Sequence[str]:
-        """Of a residual block's last convolution: where latents and the time's embedding enter."""
-        name, _, last = layer.rpartition(".")
-        if last in PROJECTIONS.values() and name.endswith(".attn1"):
-            return (layer,)
-        block = self.unet.get_submodule(name)
-        plain = type(block) is ResnetBlock2D and block.upsample is block.downsample is None
-        if last == "conv2" and plain and block.time_emb_proj is not None:
-            return (f"{name}.norm1", f"{name}.time_emb_proj")
-        return ()
-
-    @contextmanager
-    def hooked(self, layer: str) -> Iterator[None]:
-        name, inside, _ = f"{layer}.".partition(".ff.")
-        if inside and name in self.compiled:
-            raise ModelError(f"{layer} is compiled; an editor that changes it needs compile false")
-        chunked = inside and name in self.chunked
-        if chunked:
-            self.unet.get_submodule(name).set_chunk_feed_forward(None)
-        try:
-            yield
-        finally:
-            if chunked:
-                self.unet.get_submodule(name).set_chunk_feed_forward(1)
-
-    @property
-    def defaults(self) -> Defaults:
-        return self.own_defaults
-
-
-PROJECTIONS = {"queries": "to_q", "keys": "to_k", "values": "to_v"}
-
-
-def attention_sites(unet: UNet2DConditionModel, kind: str) -> dict[str, DiffusersSite]:
-    """A UNet's self-attention ("attn1") or cross-attention ("attn2"), by layer name."""
-    names = [name.removesuffix(".processor") for name in unet.attn_processors]
-    return {
-        name: DiffusersSite(name, unet.get_submodule(name))
-        for name in names
-        if name.endswith(f".{kind}")
-    }
-
-
-def decoder_layers(unet: UNet2DConditionModel) -> list[tuple[str, list[str]]]:
-    """All layers of the decoder, deepest first: the last convolution of a residual block, by name,
-    and the self-attentions that follow the block. Stable Diffusion 1.x and 2.x have twelve.
-    """
-    layers = []
-    for b, block in enumerate(unet.up_blocks):
-        transformers = getattr(block, "attentions", [])
-        for r in range(len(block.resnets)):
-            depth = len(transformers[r].transformer_blocks) if r < len(transformers) else 0
-            within = f"up_blocks.{b}.attentions.{r}.transformer_blocks"
-            sites = [f"{within}.{d}.attn1" for d in range(depth)]
-            layers.append((f"up_blocks.{b}.resnets.{r}.conv2", sites))
-    return layers
-
-
-def check_unet(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel) -> None:
-    """Raises `ModelError` for a UNet that asks for other inputs than latents, a time and a text."""
-    if unet.config.in_channels != vae.config.latent_channels:
-        raise ModelError(
-            f"the UNet takes {unet.config.in_channels} channels and the VAE's latents have "
-            f"{vae.config.latent_channels}; models for inpainting or upscaling do not fit"
-        )
-    further = [f"{name} {value!r}" for name in FURTHER if (value := unet.config.get(name))]
-    if further:
-        raise ModelError(
-            f"the UNet needs more inputs than latents and a prompt ({', '.join(further)}), as "
-            f"those of SDXL, unCLIP and consistency models do; expected Stable Diffusion 1.x or 2.x"
-        )
-    blocks = (block for name, block in unet.named_modules() if name.endswith(".attn1"))
-    if any(block.is_cross_attention for block in blocks):
-        raise ModelError(
-            "the UNet has only cross-attention, none among a frame's tokens, in which a video's "
-            "frames could take part; expected a Stable Diffusion 1.x or 2.x"
-        )
-    taken, given = unet.config.cross_attention_dim, text_encoder.config.hidden_size
-    if {given} != set(taken if isinstance(taken, list | tuple) else [taken]):
-        raise ModelError(
-            f"the UNet takes embeddings of width {taken} and the text encoder makes {given}; "
-            f"expected parts of one Stable Diffusion 1.x or 2.x, not of several models"
-        )
-
-
-def check_folder(folder: Path) -> None:
-    """Raises `ModelError` unless all components are there, with safetensors and vocabulary."""
-    for name in COMPONENTS:
-        part = folder / name
-        if not part.is_dir():
-            raise ModelError(
-                f"the model folder {folder} has no {name}/; expected diffusers' layout with "
-                f"{', '.join(COMPONENTS)}"
-            )
-        if name in NETWORKS:
-            require_safetensors(part)
-    files = {file.name for file in (folder / "tokenizer").iterdir()}
-    if not any(files.issuperset(needed) for needed in VOCABULARIES):
-        raise ModelError(
-            f"{folder / 'tokenizer'} has no vocabulary; expected tokenizer.json, or vocab.json and "
-            f"merges.txt"
-        )
-
-
-def load_component(model: str, name: str, dtype: torch.dtype) -> Any:
-    """One component by its own class, with errors that say what to do."""
-    kind = COMPONENTS[name]
-    if name not in NETWORKS:
-        load = read_scheduler if name == "scheduler" else kind.from_pretrained
-        return load_pretrained(load, model, name, INDEX, subfolder=name)
-    # said here, or else a model's configuration may name an attention kernel's code on a hub
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa"}  # transformers'
-    if name != "text_encoder":
-        options = {"torch_dtype": dtype}  # diffusers'
-    return load_network(kind, model, name, INDEX, subfolder=name, **options)
+        return layers[len(layers) // 3 :]
