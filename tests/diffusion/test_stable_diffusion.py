@@ -14,6 +14,8 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
@@ -332,7 +334,6 @@ def test_a_unet_for_inpainting(backbone: StableDiffusion) -> None:
         ),
         ({"num_class_embeds": 4}, r"num_class_embeds 4"),
         ({"encoder_hid_dim": 24}, r"encoder_hid_dim 24, encoder_hid_dim_type 'text_proj'"),
-        ({"time_cond_proj_dim": 8}, r"time_cond_proj_dim 8\), as those of .* consistency models"),
         ({"only_cross_attention": True}, r"only cross-attention, none among a frame's tokens"),
         ({"cross_attention_dim": 32}, r"width 32 and the text encoder makes 16; expected parts"),
         ({"cross_attention_dim": (16, 16, 16, 32)}, r"width .*32.* and the text encoder makes 16"),
@@ -510,6 +511,47 @@ def test_layers_are_the_papers(backbone: StableDiffusion) -> None:
     for role in ("structure", "queries", "keys", "values"):
         for name in backbone.layers(role):
             backbone.network.get_submodule(name)
+
+
+@pytest.fixture
+def consistency_model(backbone: StableDiffusion) -> StableDiffusion:
+    """With a UNet that embeds the scale of guidance, as full LCMs have."""
+    torch.manual_seed(2)
+    config = {**backbone.unet.config, "time_cond_proj_dim": 10}
+    return with_parts(backbone, unet=UNet2DConditionModel.from_config(config))
+
+
+def test_embedded_guidance_is_that_of_diffusers_pipeline(
+    consistency_model: StableDiffusion,
+) -> None:
+    model, (text_encoder, tokenizer) = consistency_model, (
+        consistency_model.text_encoder, consistency_model.tokenizer,
+    )  # fmt: skip
+    pipeline = LatentConsistencyModelPipeline(
+        model.vae, text_encoder, tokenizer, model.unet, LCMScheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    passes: list[tuple[Any, ...]] = []
+    with model.unet.register_forward_hook(
+        lambda _, given, named, out: passes.append((*given, out[0])), with_kwargs=True
+    ):
+        pipeline(["a red ball", "a box"], num_inference_steps=3, guidance_scale=4.0)
+    text = model.embed(["a red ball", "a box"])
+    assert text["guidance"].tolist() == [[8.5], [8.5]]
+    told = Conditioning(embeddings=text["embeddings"], guidance=torch.tensor([[4.0], [4.0]]))
+    assert len(passes) == 3
+    for latents, t, expected in passes:
+        found = model.predict(latents, int(t), told)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        assert (model.predict(latents, int(t), text) - expected).abs().max() > 1e-3
+
+
+def test_a_model_that_embeds_its_guidance_is_not_guided_besides(
+    consistency_model: StableDiffusion, backbone: StableDiffusion
+) -> None:
+    assert consistency_model.defaults == dataclasses.replace(backbone.defaults, guidance=1.0)
+    assert "timestep_cond" not in consistency_model.further_inputs
 
 
 def test_defaults_come_from_a_file_beside_the_index(folder: Path) -> None:

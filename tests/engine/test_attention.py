@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention import JointTransformerBlock
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
@@ -67,6 +67,25 @@ def test_joint_attention_agrees_with_a_naive_loop(site: DiffusersSite, tokens: T
     result = JointAttention(BRANCHES)(site, tokens)
     # float32 against float64: a few sums of at most 24 products of numbers near 1
     assert torch.allclose(result.double(), naive_joint(site.layer, tokens), rtol=0, atol=1e-5)
+
+
+def test_scores_beyond_float16_are_those_of_upcast_attention(
+    site: DiffusersSite, tokens: Tensor
+) -> None:
+    """SD 2.1's `upcast_attention`: fused kernels sum the products in float32 by themselves."""
+    layer, x = site.layer, tokens[: 2 * FRAMES].half()
+    layer.upcast_attention = True
+    for projection in (layer.to_q, layer.to_k):
+        projection.weight *= 1000
+    layer.half()
+    q, k, _ = site.qkv(x)
+    assert (q.float() @ k.float().mT * layer.scale).max() > torch.finfo(torch.float16).max
+    found = JointAttention(2)(site, x)
+    layer.set_processor(AttnProcessor())  # which has no fused kernel, and upcasts
+    own, joint = layer(x[:FRAMES]), layer(x[FRAMES:].flatten(0, 1)[None])
+    # a few sums in float16 of numbers below 1
+    torch.testing.assert_close(found[:FRAMES], own, atol=2e-3, rtol=0)
+    torch.testing.assert_close(found[FRAMES:].flatten(0, 1)[None], joint, atol=2e-3, rtol=0)
 
 
 def test_the_source_branch_is_as_without_tokenflow(site: DiffusersSite, tokens: Tensor) -> None:

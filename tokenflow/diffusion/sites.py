@@ -122,7 +122,11 @@ class ProcessorSite(Site):
 
 
 class DiffusersSite(ProcessorSite):
-    """An attention layer whose sequence holds image tokens alone, as those of UNets."""
+    """An attention layer whose sequence holds image tokens alone, as those of UNets.
+
+    Products of queries and keys are to be summed in float32, as SD 2.1's `upcast_attention` asks,
+    which PyTorch's `scaled_dot_product_attention` does for every dtype.
+    """
 
     layer: AttentionLayer
 

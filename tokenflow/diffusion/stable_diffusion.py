@@ -42,7 +42,7 @@ class StableDiffusion(UNetBackbone):
     def embed(self, prompts: Sequence[str]) -> Conditioning:
         """The text encoder's last hidden state as "embeddings", (prompts, tokens, width)."""
         (text,) = self.texts
-        return Conditioning(embeddings=text.encode(prompts).last_hidden_state)
+        return self.conditioning(embeddings=text.encode(prompts).last_hidden_state)
 
     def decoder(self) -> Sequence[tuple[str, list[str]]]:
         """From a third of the way up: of twelve, the paper's 4 to 11."""

@@ -100,7 +100,7 @@ class StableDiffusionXL(UNetBackbone):
         if self.zero_empty_prompt:
             words = torch.tensor([bool(prompt) for prompt in prompts], device=self.device)
             embeddings, pooled = embeddings * words[:, None, None], pooled * words[:, None]
-        return Conditioning(embeddings=embeddings, pooled=pooled)
+        return self.conditioning(embeddings=embeddings, pooled=pooled)
 
     def told(self, conditioning: Conditioning, latents: Float[Tensor, "n c h w"]) -> dict[str, Any]:
         height, width = (self.latent_scale * side for side in latents.shape[-2:])

@@ -7,7 +7,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.resnet import ResnetBlock2D
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -44,10 +45,12 @@ FURTHER = (
     "num_class_embeds",
     "encoder_hid_dim",
     "encoder_hid_dim_type",
-    "time_cond_proj_dim",
 )
 VOCABULARIES = ({"tokenizer.json"}, {"vocab.json", "merges.txt"})
-OWN = {"self", "sample", "timestep", "encoder_hidden_states", "added_cond_kwargs", "return_dict"}
+OWN = {
+    "self", "sample", "timestep", "encoder_hidden_states", "added_cond_kwargs", "timestep_cond",
+    "return_dict",
+}  # fmt: skip
 """The UNet's arguments that `predict` gives itself."""
 
 
@@ -102,6 +105,8 @@ class UNetBackbone(Backbone):
         check_noise(scheduler)
         self.unet, self.vae, self.texts, self.scheduler = unet, vae, tuple(texts), scheduler
         self.network = unet
+        if unet.config.time_cond_proj_dim is not None:
+            self.own_defaults = replace(self.own_defaults, guidance=1.0)
         for network in self.networks:
             network.requires_grad_(False).eval()
 
@@ -124,7 +129,7 @@ class UNetBackbone(Backbone):
             found = ", ".join(f"{name} {value!r}" for name, value in asked.items())
             raise ModelError(
                 f"the UNet needs other inputs than those of {cls.title} ({found or 'no further'}), "
-                f"as those of unCLIP and consistency models do; expected {cls.title}"
+                f"as those of unCLIP do; expected {cls.title}"
             )
         blocks = (block for name, block in unet.named_modules() if name.endswith(".attn1"))
         if any(block.is_cross_attention for block in blocks):
@@ -279,7 +284,24 @@ class UNetBackbone(Backbone):
 
     def told(self, conditioning: Conditioning, latents: Float[Tensor, "n c h w"]) -> dict[str, Any]:
         """The UNet's arguments besides latents and time, and a ControlNet's of the same family."""
-        return {"encoder_hidden_states": conditioning["embeddings"]}
+        told: dict[str, Any] = {"encoder_hidden_states": conditioning["embeddings"]}
+        if "guidance" in conditioning.tensors:
+            excess = 1000 * (conditioning["guidance"].flatten() - 1)
+            width = self.unet.config.time_cond_proj_dim
+            embedding = get_timestep_embedding(excess, width, downscale_freq_shift=1)
+            told["timestep_cond"] = embedding.to(self.dtype)
+        return told
+
+    def conditioning(self, **tensors: Tensor) -> Conditioning:
+        """The text encoders' output, with a row "guidance" for a UNet that embeds its scale.
+
+        Of all prompts it is `defaults.embedded_guidance`; an editor may give others, (rows, 1), by
+        `Editor.conditioning`. Source: Meng et al. 2023 (arXiv 2210.03142), section 3.1.
+        """
+        if self.unet.config.time_cond_proj_dim is not None:
+            size, scale = (len(tensors["embeddings"]), 1), self.defaults.embedded_guidance
+            tensors["guidance"] = torch.full(size, float(scale), device=self.device)
+        return Conditioning(**tensors)
 
     @cached_property
     def further_inputs(self) -> frozenset[str]:
