@@ -267,7 +267,7 @@ BAD = {
     ),
     "no clip": (["--trainer.limit_predict_batches=0"], "would edit nothing"),
     "an image rate of almost nothing": (["--data.image_rate=1e-9"], "from 0.0001"),
-    "a model that is a file": ([f"--model.backbone={DEMO}"], "is a file"),
+    "a model that is a video": ([f"--model.backbone={DEMO}"], "a *.safetensors file, and"),
     "no model": (["--model.backbone="], "--model.backbone is empty"),
     "no cache's folder": (["--model.cache="], "--model.cache is empty"),
     "no video's path": (["--data.video="], "--data.video is empty"),

@@ -18,7 +18,7 @@ PATHS = {
 }
 """The options of a configuration that are paths, besides those of classes."""
 NAMED = ("backbone", "model")
-"""Options that are a path only where there is such a folder, else the name of a model."""
+"""Options that are a path only where there is such a one, else the name of a model."""
 CLASSES = {"model": ("editor", "propagation"), "metrics": ("flow",)}
 
 
@@ -31,7 +31,7 @@ def make_absolute(configuration: dict[str, Any]) -> dict[str, str]:
     for where, options, name in list(paths_in(configuration)):
         path = options[name]
         folder = local(path)
-        if path.startswith("~") or (name in NAMED and (path == "miniature" or not folder.is_dir())):
+        if path.startswith("~") or (name in NAMED and (path == "miniature" or not folder.exists())):
             continue
         if (whole := str(folder.absolute())) != path:
             typed[where], options[name] = path, whole

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tokenflow.diffusion.conditioning import Conditioning
 from tokenflow.diffusion.loading import ModelError, folder_or_id, load_pretrained
 from tokenflow.diffusion.schedule import Schedule, Timestep
+from tokenflow.diffusion.single_file import Checkpoint
 from tokenflow.diffusion.sites import Site
 
 EMBEDDED = Path(__file__).parents[1] / "miniature" / "weights"
@@ -101,7 +102,8 @@ class Backbone(ABC):
         """Loads a model of whichever family it belongs to.
 
         Args:
-            model: A folder in diffusers' layout, the id of a hub model ("owner/name"), or
+            model: A folder in diffusers' layout, the id of a hub model ("owner/name"), a checkpoint
+                in one file (Stable Diffusion's or SDXL's own layout, *.safetensors), or
                 "miniature", the embedded one.
             device: "auto" takes an accelerator if there is one, else the CPU.
             dtype: "float32", "float16", "bfloat16"; "auto" is float16 on an accelerator, and on a
@@ -115,7 +117,7 @@ class Backbone(ABC):
         """
         if dtype not in ("auto", *DTYPES):
             raise ModelError(f"dtype must be one of {('auto', *DTYPES)}, got {dtype!r}")
-        found = folder_or_id(str(EMBEDDED if model == "miniature" else model), INDEX)
+        found = folder_or_id(str(EMBEDDED if model == "miniature" else model), INDEX, file=True)
         where = device if device != "auto" else default_device()
         kind = default_dtype(where) if dtype == "auto" else DTYPES[dtype]
         backbone = family(found).from_model(found, where, kind)
@@ -126,7 +128,7 @@ class Backbone(ABC):
     @classmethod
     @abstractmethod
     def from_model(cls, model: str, device: str, dtype: torch.dtype) -> Backbone:
-        """Loads a model of this family from a folder or a hub id."""
+        """Loads a model of this family from a folder, a hub id, or a checkpoint in one file."""
 
     def compile(self) -> None:
         """Compiles parts of the network, for every batch and size; layers' names stay as they are.
@@ -264,7 +266,7 @@ class Backbone(ABC):
 
 
 def family(model: str) -> type[Backbone]:
-    """The class of the backbone that a folder or hub model needs.
+    """The class of the backbone that a folder, a file or a hub model needs.
 
     What names no pipeline, or a variant of one with a UNet, is taken for Stable Diffusion or SDXL.
 
@@ -274,7 +276,9 @@ def family(model: str) -> type[Backbone]:
     index: dict[str, Any] = {"unet": []}
     if (Path(model) / "text_encoder_2").is_dir():
         index["text_encoder_2"] = []
-    if not Path(model).is_dir() or (Path(model) / INDEX).exists():
+    if Path(model).is_file():
+        index = {"_class_name": Checkpoint.read(Path(model)).pipeline}
+    elif not Path(model).is_dir() or (Path(model) / INDEX).exists():
         index = load_pretrained(DiffusionPipeline.load_config, model, INDEX, INDEX)
     if not isinstance(index, dict):
         raise ModelError(

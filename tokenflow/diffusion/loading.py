@@ -23,10 +23,11 @@ class ModelError(InputError):
     """A model that cannot be loaded, with what was expected, what came and what to do."""
 
 
-def folder_or_id(model: str, holds: str) -> str:
+def folder_or_id(model: str, holds: str, file: bool = False) -> str:
     """The folder, ~ expanded, or the hub id; `holds` names a file that the folder has.
 
-    Hub ids are "name" or "owner/name"; whatever else is no folder was meant to be one.
+    Hub ids are "name" or "owner/name"; whatever else is no folder was meant to be one. Where a
+    `file` of weights may take a folder's place, its path is returned as well.
 
     Raises:
         ModelError: It can be neither.
@@ -35,6 +36,8 @@ def folder_or_id(model: str, holds: str) -> str:
     looks_like_path = model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model
     if not model.strip():
         found = "none was given"
+    elif path.is_file() and file:
+        return str(path)
     elif path.is_file():
         found = f"{model!r} is a file"
     elif not path.is_dir() and looks_like_path:
@@ -42,8 +45,8 @@ def folder_or_id(model: str, holds: str) -> str:
     else:
         return str(path) if path.is_dir() else model
     raise ModelError(
-        f"expected a model folder, but {found}; give the folder that holds {holds}, or a hub id "
-        f"like 'owner/name'"
+        f"expected a model folder{' or a *.safetensors file' if file else ''}, but {found}; give "
+        f"the folder that holds {holds}, or a hub id like 'owner/name'"
     )
 
 
@@ -105,7 +108,7 @@ def load_pretrained(
 
     Args:
         load: `from_pretrained` of a class of diffusers or transformers.
-        model: A folder or a hub id.
+        model: A folder, a file or a hub id.
         what: What errors call it, like "unet".
         holds: A file that the model's folder has.
         options: Further arguments of `load`.
@@ -118,9 +121,10 @@ def load_pretrained(
     except Exception as error:  # of a damaged file: a tokenizer's is a plain Exception
         if isinstance(error, ModelError) or ran_out(error):
             raise
-        if Path(model).is_dir():
+        if Path(model).exists():
+            kind = "folder" if Path(model).is_dir() else "file"
             raise ModelError(
-                f"{what} of the model folder {model} does not load: {error}"
+                f"{what} of the model {kind} {model} does not load: {error}"
             ) from error
         if "does not appear to have a file" in str(error) and ".safetensors" in str(error):
             raise ModelError(

@@ -80,7 +80,7 @@ class StableDiffusionXL(UNetBackbone):
 
     @classmethod
     def options(cls, model: str) -> dict[str, Any]:
-        if Path(model).is_dir() and not (Path(model) / INDEX).exists():
+        if Path(model).exists() and not (Path(model) / INDEX).exists():
             return {}
         index = load_pretrained(DiffusionPipeline.load_config, model, INDEX, INDEX)
         return {"zero_empty_prompt": bool(index.get("force_zeros_for_empty_prompt", True))}

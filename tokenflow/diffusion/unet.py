@@ -32,6 +32,7 @@ from tokenflow.diffusion.loading import (
 )
 from tokenflow.diffusion.schedule import Schedule, Timestep
 from tokenflow.diffusion.scheduler import check_noise, read_scheduler
+from tokenflow.diffusion.single_file import load_parts
 from tokenflow.diffusion.sites import DiffusersSite
 from tokenflow.memory import explained_shortage
 from tokenflow.storage import digests
@@ -155,10 +156,13 @@ class UNetBackbone(Backbone):
             check_folder(Path(model), cls.components)
         remedy = "take a smaller model, dtype float16 or bfloat16, or a device with more"
         with explained_shortage(f"on {device} for the model {model}", remedy):
-            parts: dict[str, Any] = {
-                name: load_component(model, name, kind, dtype)
-                for name, kind in cls.components.items()
-            }
+            if Path(model).is_file():
+                parts = load_parts(model, cls.components, dtype)
+            else:
+                parts = {
+                    name: load_component(model, name, kind, dtype)
+                    for name, kind in cls.components.items()
+                }
             for name, part in parts.items():
                 if isinstance(part, nn.Module):
                     parts[name] = part.to(device)

@@ -57,7 +57,8 @@ class TokenFlowModule(LightningModule):
         editor: The image editing method, by class name.
         propagation: The kernel that finds correspondences, by class name.
         backbone: A folder with a Stable Diffusion 1.x or 2.x or an SDXL model in diffusers'
-            layout, the id of a hub model, or "miniature", the embedded one.
+            layout, the id of a hub model, a checkpoint in one *.safetensors file, or "miniature",
+            the embedded one.
         dtype: Of the networks: "float32", "float16", "bfloat16", or "auto", which is float16 on
             an accelerator, and on a CPU bfloat16 where the processor computes in it, else float32.
         compile: Whether parts of the network are compiled, which takes seconds to minutes; needs a
