@@ -12,12 +12,12 @@ from tokenflow.video import VideoError, read_clip
 
 PATHS = {
     "data": ("video", "manifest", "root"),
-    "model": ("backbone", "cache"),
+    "model": ("backbone", "vae", "cache"),
     "output": ("folder",),
     "metrics": ("mask", "clip", "lpips"),
 }
 """The options of a configuration that are paths, besides those of classes."""
-NAMED = ("backbone", "model")
+NAMED = ("backbone", "vae", "model")
 """Options that are a path only where there is such a one, else the name of a model."""
 CLASSES = {"model": ("editor", "propagation"), "metrics": ("flow",)}
 

@@ -98,6 +98,7 @@ class Backbone(ABC):
         device: str = "auto",
         dtype: str = "auto",
         compile: bool = False,
+        vae: str | None = None,
     ) -> Backbone:
         """Loads a model of whichever family it belongs to.
 
@@ -109,10 +110,12 @@ class Backbone(ABC):
             dtype: "float32", "float16", "bfloat16"; "auto" is float16 on an accelerator, and on a
                 CPU bfloat16 where the processor computes in it, else float32.
             compile: Whether parts of the network are compiled, which takes seconds to minutes.
+            vae: A VAE in place of the model's own: a folder, a hub id, or a *.safetensors file.
 
         Raises:
             ModelError: The model's family is not known; a component is missing, has no
-                safetensors, or cannot be fetched; the network cannot be compiled.
+                safetensors, cannot be fetched, or does not fit the others; the network cannot be
+                compiled.
             InputError: There is not enough memory.
         """
         if dtype not in ("auto", *DTYPES):
@@ -121,6 +124,8 @@ class Backbone(ABC):
         where = device if device != "auto" else default_device()
         kind = default_dtype(where) if dtype == "auto" else DTYPES[dtype]
         backbone = family(found).from_model(found, where, kind)
+        if vae is not None:
+            backbone.replace_vae(vae)
         if compile:
             backbone.compile()
         return backbone
@@ -129,6 +134,14 @@ class Backbone(ABC):
     @abstractmethod
     def from_model(cls, model: str, device: str, dtype: torch.dtype) -> Backbone:
         """Loads a model of this family from a folder, a hub id, or a checkpoint in one file."""
+
+    def replace_vae(self, vae: str) -> None:
+        """Takes a VAE in place of the model's own, from a folder, a hub id or a file.
+
+        Raises:
+            ModelError: It does not fit the model, or this family takes no other.
+        """
+        raise ModelError(f"a {type(self).__name__} takes no other VAE; leave vae out")
 
     def compile(self) -> None:
         """Compiles parts of the network, for every batch and size; layers' names stay as they are.

@@ -114,13 +114,17 @@ class Checkpoint:
         for name, encoders in LAYOUTS:
             if all(prefix in self for prefix in (UNET, *encoders)):
                 return name
-        some = ", ".join(sorted(self.shapes)[:3]) or "none"
         raise ModelError(
             f"the weights of {self.file} are of another layout: expected a whole checkpoint of "
             f"Stable Diffusion 1.x, 2.x or SDXL base, with {UNET}*, {VAE}* and text encoders "
-            f"({CLIP}*, {OPEN_CLIP}*, or conditioner.embedders.0.* and .1.*), found {some}; give "
-            f"the model's folder in diffusers' layout"
+            f"({CLIP}*, {OPEN_CLIP}*, or conditioner.embedders.0.* and .1.*), found "
+            f"{self.beginning}; give the model's folder in diffusers' layout"
         )
+
+    @property
+    def beginning(self) -> str:
+        """The names of a few weights."""
+        return ", ".join(sorted(self.shapes)[:3]) or "none"
 
     def __contains__(self, prefix: str) -> bool:
         """Whether there are weights whose names begin so."""
@@ -147,8 +151,8 @@ class Checkpoint:
             return self.shapes[name][axis]
         except (KeyError, IndexError) as error:
             raise ModelError(
-                f"{self.file} is a {self.pipeline}'s and has no {name} of a shape that fits; "
-                f"expected a whole checkpoint: fetch it again, or give the model's folder"
+                f"{self.file} has no {name} of a shape that fits; expected a whole checkpoint: "
+                f"fetch it again, or give the model's folder"
             ) from error
 
     @property
@@ -325,20 +329,9 @@ def load_parts(file: str, components: Mapping[str, Any], dtype: torch.dtype) -> 
         )
         for name, config in texts.items()
     }
-
-    def load(file: str, **options: Any) -> Any:
-        try:
-            return getattr(diffusers, found.pipeline).from_single_file(file, **options)
-        except NotImplementedError as error:  # of moving what is still without a value
-            raise ModelError(LACKS.format(f"the UNet or the VAE of {file}", "some", "")) from error
-
-    if not found.is_xl:
-        tokenizers |= {"safety_checker": None, "requires_safety_checker": False}
     with configured(found.pipeline, components, configs) as folder:
-        whole = load_pretrained(
-            load, file, "a network", "the weights", config=folder, local_files_only=True,
-            **tokenizers,
-        )  # fmt: skip
+        pipeline = getattr(diffusers, found.pipeline)
+        whole = converted(pipeline, found.file, "a network", config=folder, **tokenizers)
     parts = {name: getattr(whole, name) for name in components}
     for name, part in parts.items():
         if isinstance(part, nn.Module):
@@ -354,6 +347,18 @@ def load_parts(file: str, components: Mapping[str, Any], dtype: torch.dtype) -> 
         stacklevel=2,
     )
     return parts
+
+
+def converted(kind: Any, file: Path, what: str, **options: Any) -> Any:
+    """What a class of diffusers makes of a file, with errors that say what to do."""
+
+    def load(name: str, **options: Any) -> Any:
+        try:
+            return kind.from_single_file(name, local_files_only=True, **options)
+        except NotImplementedError as error:  # of moving what is still without a value
+            raise ModelError(LACKS.format(f"the UNet or the VAE of {name}", "some", "")) from error
+
+    return load_pretrained(load, str(file), what, "the weights", **options)
 
 
 def family_of(checkpoint: Checkpoint) -> str:

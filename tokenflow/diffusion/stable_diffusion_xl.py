@@ -75,8 +75,10 @@ class StableDiffusionXL(UNetBackbone):
         self.text_encoder, self.text_encoder_2 = text_encoder, text_encoder_2
         self.tokenizer, self.tokenizer_2 = tokenizer, tokenizer_2
         self.zero_empty_prompt = zero_empty_prompt
-        if vae.config.force_upcast and vae.dtype == torch.float16:
-            vae.float()
+
+    def checked_vae(self, vae: AutoencoderKL) -> AutoencoderKL:
+        upcast = vae.config.force_upcast and vae.dtype == torch.float16
+        return super().checked_vae(vae.float() if upcast else vae)
 
     @classmethod
     def options(cls, model: str) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from tokenflow.diffusion.schedule import Schedule, Timestep
 from tokenflow.diffusion.scheduler import check_noise, read_scheduler
 from tokenflow.diffusion.single_file import load_parts
 from tokenflow.diffusion.sites import DiffusersSite
+from tokenflow.diffusion.vae import load_vae
 from tokenflow.memory import explained_shortage
 from tokenflow.storage import digests
 
@@ -97,14 +98,9 @@ class UNetBackbone(Backbone):
                 f"the scheduler predicts {prediction!r}, expected 'epsilon' or 'v_prediction'"
             )
         self.check_unet(unet, vae, sum(text.width for text in texts))
-        scale = vae.config.scaling_factor
-        if not isinstance(scale, int | float) or not 0 < scale < math.inf:
-            raise ModelError(
-                f"the VAE's scaling_factor is {scale!r}, expected a number above 0; mend it in "
-                f"vae/config.json (Stable Diffusion 1.x and 2.x have 0.18215, SDXL 0.13025)"
-            )
         check_noise(scheduler)
-        self.unet, self.vae, self.texts, self.scheduler = unet, vae, tuple(texts), scheduler
+        self.unet, self.texts, self.scheduler = unet, tuple(texts), scheduler
+        self.vae = self.checked_vae(vae)
         self.network = unet
         if unet.config.time_cond_proj_dim is not None:
             self.own_defaults = replace(self.own_defaults, guidance=1.0)
@@ -149,6 +145,22 @@ class UNetBackbone(Backbone):
     def networks(self) -> tuple[nn.Module, ...]:
         """The UNet, the VAE and the text encoders."""
         return self.unet, self.vae, *(text.encoder for text in self.texts)
+
+    def checked_vae(self, vae: AutoencoderKL) -> AutoencoderKL:
+        """The VAE, in the dtype in which it is to compute; `ModelError` without a usable scale."""
+        scale = vae.config.scaling_factor
+        if not isinstance(scale, int | float) or not 0 < scale < math.inf:
+            raise ModelError(
+                f"the VAE's scaling_factor is {scale!r}, expected a number above 0; mend it in "
+                f"vae/config.json (Stable Diffusion 1.x and 2.x have 0.18215, SDXL 0.13025)"
+            )
+        return vae.requires_grad_(False).eval()
+
+    def replace_vae(self, vae: str) -> None:
+        own = load_vae(vae, self.vae, self.dtype)
+        self.vae = self.checked_vae(own.to(self.device))
+        if self.device.type == "cpu":
+            self.vae.decoder.to(memory_format=torch.channels_last)
 
     @classmethod
     def from_model(cls: type[Own], model: str, device: str, dtype: torch.dtype) -> Own:

@@ -59,6 +59,8 @@ class TokenFlowModule(LightningModule):
         backbone: A folder with a Stable Diffusion 1.x or 2.x or an SDXL model in diffusers'
             layout, the id of a hub model, a checkpoint in one *.safetensors file, or "miniature",
             the embedded one.
+        vae: A VAE in place of the model's own: its folder in diffusers' layout, the id of a hub
+            model, or a *.safetensors file.
         dtype: Of the networks: "float32", "float16", "bfloat16", or "auto", which is float16 on
             an accelerator, and on a CPU bfloat16 where the processor computes in it, else float32.
         compile: Whether parts of the network are compiled, which takes seconds to minutes; needs a
@@ -83,6 +85,7 @@ class TokenFlowModule(LightningModule):
         propagation: Propagation,
         prompt: str = "",
         backbone: str = "miniature",
+        vae: str | None = None,
         dtype: str = "auto",
         compile: bool = False,
         negative_prompt: str = "",
@@ -103,7 +106,8 @@ class TokenFlowModule(LightningModule):
             "negative_prompt": negative_prompt,
             "inversion_prompt": inversion_prompt,
         }
-        self.model, self.dtype_name, self.compiled = backbone, dtype, compile
+        self.model, self.vae = backbone, vae
+        self.dtype_name, self.compiled = dtype, compile
         self.cache = None if cache is None else Cache(cache, cache_gigabytes)
         self.cache_source = cache_source
         self.save_every, self.ranks_per_clip = save_every, ranks_per_clip
@@ -131,7 +135,9 @@ class TokenFlowModule(LightningModule):
         with self.everyone.together(), self.preemption.interruptible():
             if self.cache is not None:
                 self.cache.require_writable()
-            self.backbone = Backbone.load(self.model, device, self.dtype_name, self.compiled)
+            self.backbone = Backbone.load(
+                self.model, device, self.dtype_name, self.compiled, self.vae
+            )
         self.preemption.restore()  # else Lightning would put these handlers back after the run
 
     def configure_callbacks(self) -> list[Callback]:
