@@ -24,6 +24,8 @@ LIGHTNING = (
     profilers.SimpleProfiler,
 )
 TOKENFLOW = ("tokenflow.editors", "tokenflow.propagation")
+VALUES = ("tokenflow.diffusion.LoRA", "tokenflow.diffusion.lora.LoRA")
+"""Options' own classes, by both their paths: they hold numbers and text."""
 
 
 def restrict(allowed: Iterable[str] = ()) -> None:
@@ -46,7 +48,7 @@ def restrict(allowed: Iterable[str] = ()) -> None:
     names += [f"tokenflow.{name}" for name in HOMES if f"tokenflow.{HOMES[name]}" in TOKENFLOW]
     set_parsing_settings(
         import_path_denylist=["*"],
-        import_path_allowlist=[*TOKENFLOW, *names, *allowed],
+        import_path_allowlist=[*TOKENFLOW, *VALUES, *names, *allowed],
         # else a value of any type would be made from whatever class or function it names
         instantiate_subclass_spec_in_any=False,
         # Lightning turns it on: a URL where a file or its content may stand would be fetched

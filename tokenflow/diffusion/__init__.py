@@ -6,6 +6,7 @@ from tokenflow.diffusion.controlnet import load_controlnet
 from tokenflow.diffusion.flux import Flux
 from tokenflow.diffusion.inversion import invert, reconstruct, source_prediction
 from tokenflow.diffusion.loading import ModelError
+from tokenflow.diffusion.lora import LoRA
 from tokenflow.diffusion.noise import frame_noise
 from tokenflow.diffusion.schedule import Schedule, guide
 from tokenflow.diffusion.sites import Site
@@ -18,6 +19,7 @@ __all__ = [
     "Backbone",
     "Conditioning",
     "Flux",
+    "LoRA",
     "ModelError",
     "Schedule",
     "Site",

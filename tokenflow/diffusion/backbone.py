@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tokenflow.diffusion.conditioning import Conditioning
 from tokenflow.diffusion.loading import ModelError, folder_or_id, load_pretrained
+from tokenflow.diffusion.lora import LoRA
 from tokenflow.diffusion.schedule import Schedule, Timestep
 from tokenflow.diffusion.single_file import Checkpoint
 from tokenflow.diffusion.sites import Site
@@ -99,6 +100,7 @@ class Backbone(ABC):
         dtype: str = "auto",
         compile: bool = False,
         vae: str | None = None,
+        loras: Sequence[LoRA] = (),
     ) -> Backbone:
         """Loads a model of whichever family it belongs to.
 
@@ -111,6 +113,7 @@ class Backbone(ABC):
                 CPU bfloat16 where the processor computes in it, else float32.
             compile: Whether parts of the network are compiled, which takes seconds to minutes.
             vae: A VAE in place of the model's own: a folder, a hub id, or a *.safetensors file.
+            loras: Low-rank changes of the weights, which add up.
 
         Raises:
             ModelError: The model's family is not known; a component is missing, has no
@@ -126,6 +129,8 @@ class Backbone(ABC):
         backbone = family(found).from_model(found, where, kind)
         if vae is not None:
             backbone.replace_vae(vae)
+        if loras:
+            backbone.fuse(loras)
         if compile:
             backbone.compile()
         return backbone
@@ -142,6 +147,14 @@ class Backbone(ABC):
             ModelError: It does not fit the model, or this family takes no other.
         """
         raise ModelError(f"a {type(self).__name__} takes no other VAE; leave vae out")
+
+    def fuse(self, loras: Sequence[LoRA]) -> None:
+        """Adds LoRAs to the weights of the network and the text encoders.
+
+        Raises:
+            ModelError: One does not fit the model, or this family takes none.
+        """
+        raise ModelError(f"a {type(self).__name__} takes no LoRAs; leave loras out")
 
     def compile(self) -> None:
         """Compiles parts of the network, for every batch and size; layers' names stay as they are.

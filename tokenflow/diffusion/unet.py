@@ -30,6 +30,7 @@ from tokenflow.diffusion.loading import (
     load_pretrained,
     require_safetensors,
 )
+from tokenflow.diffusion.lora import LoRA, fuse
 from tokenflow.diffusion.schedule import Schedule, Timestep
 from tokenflow.diffusion.scheduler import check_noise, read_scheduler
 from tokenflow.diffusion.single_file import load_parts
@@ -161,6 +162,12 @@ class UNetBackbone(Backbone):
         self.vae = self.checked_vae(own.to(self.device))
         if self.device.type == "cpu":
             self.vae.decoder.to(memory_format=torch.channels_last)
+
+    def fuse(self, loras: Sequence[LoRA]) -> None:
+        networks = {"unet": self.unet, "text_encoder": self.texts[0].encoder}
+        if len(self.texts) > 1:
+            networks["text_encoder_2"] = self.texts[1].encoder
+        fuse(loras, networks, self.title)
 
     @classmethod
     def from_model(cls: type[Own], model: str, device: str, dtype: torch.dtype) -> Own:
