@@ -37,7 +37,7 @@ def lora(file: Path, scale: float) -> Path:
     return file
 
 
-def test_a_vae_and_loras_change_the_edit_and_are_recorded(
+def test_a_vae_loras_and_embeddings_change_the_edit_and_are_recorded(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -48,12 +48,18 @@ def test_a_vae_and_loras_change_the_edit_and_are_recorded(
         AutoencoderKL.from_config(config).save_pretrained(tmp_path / "vae")
     lora(tmp_path / "a.safetensors", 0.5)
     given = "[{model: a.safetensors, scale: 0.8}, {model: a.safetensors}]"
-    run = edited(tmp_path, model_folder, "--model.vae=vae", f"--model.loras={given}")
+    save_file({"<ball>": torch.ones(16)}, tmp_path / "word.safetensors")
+    run = edited(
+        tmp_path, model_folder, "--model.vae=vae", f"--model.loras={given}",
+        "--model.embeddings=[{model: word.safetensors}]", "--model.prompt=a <ball>",
+    )  # fmt: skip
     assert (read_clip(run / "edited.mp4").frames - plain).abs().max() > 0.05
     (record,) = run.glob("*.yaml")
     model = yaml.safe_load(record.read_text())["model"]
     assert model["vae"] == str(tmp_path / "vae")
     file = str(tmp_path / "a.safetensors")
+    word = {"model": str(tmp_path / "word.safetensors"), "token": None}
+    assert model["embeddings"] == [word]
     assert model["loras"] == [{"model": file, "scale": 0.8}, {"model": file, "scale": 1.0}]
 
 
@@ -75,3 +81,12 @@ def test_what_does_not_fit_is_refused_before_any_work(
     assert ended.value.code != os.EX_OK
     assert message in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_learned_word_changes_the_edit(model_folder: Path, tmp_path: Path) -> None:
+    word = "--model.prompt=a <ball>"
+    plain = read_clip(edited(tmp_path, model_folder, word) / "edited.mp4").frames
+    save_file({"<ball>": torch.ones(16)}, tmp_path / "word.safetensors")
+    given = f"--model.embeddings=[{{model: {tmp_path / 'word.safetensors'}}}]"
+    other = read_clip(edited(tmp_path, model_folder, word, given) / "edited.mp4").frames
+    assert (other - plain).abs().max() > 0.01

@@ -6,11 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers import (
+    ControlNetModel,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from tokenflow.diffusion import Backbone, Source, Trajectory
+from tokenflow.diffusion import Backbone, Source, StableDiffusionXL, Trajectory
+from tokenflow.diffusion.unet import UNetBackbone
 from tokenflow.editors import Editor, Prompts, Step
 from tokenflow.engine import Settings, edit_latents
 from tokenflow.propagation import NNField
@@ -92,3 +98,16 @@ def sampled(
         Prompts(prompt, negative_prompt), Plain(), NNField(),
         Settings(steps=steps, guidance=guidance, consistency="none"), x=noise,
     )  # fmt: skip
+
+
+def pipeline_of(model: UNetBackbone, **parts: Any) -> Any:
+    """diffusers' own pipeline with a model's parts, or others."""
+    own = {name: parts.get(name, getattr(model, name)) for name in model.components}
+    if isinstance(model, StableDiffusionXL):
+        own |= {"force_zeros_for_empty_prompt": model.zero_empty_prompt, "add_watermarker": False}
+        made = StableDiffusionXLPipeline(**own)
+    else:
+        own |= {"safety_checker": None, "feature_extractor": None}
+        made = StableDiffusionPipeline(**own, requires_safety_checker=False)
+    made.set_progress_bar_config(disable=True)
+    return made

@@ -7,15 +7,13 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tests.diffusion.making import sampled, write_tiny_xl
+from tests.diffusion.making import pipeline_of, sampled, write_tiny_xl
 from tests.diffusion.original_layout import original_unet
 from tests.gaussian_flow import GaussianFlow
 from tokenflow.diffusion import Backbone, LoRA, ModelError
@@ -115,16 +113,6 @@ def written(folder: Path, model: UNetBackbone, form: str, seed: int) -> Path:
     return file
 
 
-def pipeline(model: UNetBackbone) -> Any:
-    xl = len(model.texts) > 1
-    kind = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
-    own = {name: getattr(model, name) for name in model.components}
-    extras = {} if xl else {"safety_checker": None, "requires_safety_checker": False}
-    made = kind(**own, **(extras if xl else {**extras, "feature_extractor": None}))
-    made.set_progress_bar_config(disable=True)
-    return made
-
-
 @pytest.mark.parametrize("form", ["kohya", "peft", "metadata", "diffusers"])
 @pytest.mark.parametrize("family", ["sd", "xl"])
 def test_several_are_those_of_diffusers_pipeline(
@@ -143,7 +131,7 @@ def test_several_are_those_of_diffusers_pipeline(
     text = model.embed([PROMPT])["embeddings"] - plain.embed([PROMPT])["embeddings"]
     assert text.abs().max() > 0.01
     assert model.fingerprint != plain.fingerprint
-    oracle = pipeline(plain)  # which changes its networks
+    oracle = pipeline_of(plain)  # which changes its networks
     for number, file in enumerate(files):
         oracle.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=f"a{number}")
     oracle.set_adapters(["a0", "a1"], [0.7, -0.4])
@@ -217,7 +205,7 @@ def test_places_without_a_lora(folders: dict[str, Path], tmp_path: Path) -> None
             load(folders["sd"], [LoRA(model)])
         return str(caught.value)
 
-    assert "expected one *.safetensors file or pytorch" in message_of(str(tmp_path))
+    assert "expected one *.safetensors file or pytorch_lora" in message_of(str(tmp_path))
     (tmp_path / "a.pt").touch()
     assert "may hold a pickle" in message_of(str(tmp_path / "a.pt"))
     (tmp_path / "a.safetensors").write_bytes(b"PK\3\4")

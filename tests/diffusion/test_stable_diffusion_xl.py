@@ -12,12 +12,11 @@ import torch
 from diffusers import (
     DDIMScheduler,
     EulerDiscreteScheduler,
-    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from torch import Tensor
 
-from tests.diffusion.making import sampled, write_tiny_xl
+from tests.diffusion.making import pipeline_of, sampled, write_tiny_xl
 from tests.on_ranks import on_ranks
 from tokenflow.diffusion import Backbone, Conditioning, ModelError, StableDiffusionXL
 from tokenflow.editors import PnP, Prompts
@@ -48,15 +47,6 @@ def with_parts(model: StableDiffusionXL, **parts: Any) -> StableDiffusionXL:
     return StableDiffusionXL(**{name: parts.get(name, getattr(model, name)) for name in PARTS})
 
 
-def pipeline(model: StableDiffusionXL, **parts: Any) -> StableDiffusionXLPipeline:
-    own = {name: parts.get(name, getattr(model, name)) for name in PARTS}
-    made = StableDiffusionXLPipeline(
-        **own, force_zeros_for_empty_prompt=model.zero_empty_prompt, add_watermarker=False
-    )
-    made.set_progress_bar_config(disable=True)
-    return made
-
-
 def noise(count: int = 2, height: int = 8, width: int = 12) -> Tensor:
     return torch.randn(count, 4, height, width, generator=torch.Generator().manual_seed(3))
 
@@ -68,7 +58,7 @@ def test_sampling_is_diffusers_pipeline(
     xl: StableDiffusionXL, prompt: str, guidance: float, negative: str
 ) -> None:
     x = noise()
-    expected = pipeline(xl)(
+    expected = pipeline_of(xl)(
         [prompt] * 2, height=16, width=24, num_inference_steps=STEPS, guidance_scale=guidance,
         negative_prompt=[negative] * 2 if negative else None, latents=x, output_type="latent",
     ).images  # fmt: skip
@@ -91,7 +81,7 @@ def test_an_empty_prompt_is_encoded_where_the_index_says_so(folder: Path, tmp_pa
 
 def test_both_encoders_are_told_the_prompt(xl: StableDiffusionXL) -> None:
     found = xl.embed(["a ball", "a box"])
-    embeddings, _, pooled, _ = pipeline(xl).encode_prompt(["a ball", "a box"], device="cpu")
+    embeddings, _, pooled, _ = pipeline_of(xl).encode_prompt(["a ball", "a box"], device="cpu")
     assert found.same_as(Conditioning(embeddings=embeddings, pooled=pooled))
 
 
@@ -114,7 +104,7 @@ def test_few_steps_by_eulers_scheduler(folder: Path, tmp_path: Path, spacing: st
     assert isinstance(model, StableDiffusionXL)
     euler.set_timesteps(STEPS)
     x, schedule = noise(), model.schedule(STEPS)
-    expected = pipeline(model, scheduler=euler)(
+    expected = pipeline_of(model, scheduler=euler)(
         ["a red ball"] * 2, height=16, width=24, num_inference_steps=STEPS, guidance_scale=1.0,
         latents=x / schedule.signal[0] / euler.init_noise_sigma, output_type="latent",
     ).images  # fmt: skip

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 
-from tests.diffusion.making import sampled
+from tests.diffusion.making import pipeline_of, sampled
 from tests.diffusion.original_layout import original_vae, prefixed
 from tests.gaussian_flow import GaussianFlow
 from tokenflow.diffusion import Backbone, ModelError, StableDiffusion
@@ -45,11 +45,7 @@ def test_it_makes_and_shows_the_latents(
 ) -> None:
     model = Backbone.load(model_folder, "cpu", "float32", vae=saved(tmp_path, form))
     assert isinstance(model, StableDiffusion)
-    pipeline = StableDiffusionPipeline(
-        make_vae(), backbone.text_encoder, backbone.tokenizer, backbone.unet, backbone.scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = pipeline_of(backbone, vae=make_vae())
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     expected = pipeline(
         "a ball", num_inference_steps=2, guidance_scale=1.0, latents=x, output_type="pt"

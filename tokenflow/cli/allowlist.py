@@ -24,7 +24,10 @@ LIGHTNING = (
     profilers.SimpleProfiler,
 )
 TOKENFLOW = ("tokenflow.editors", "tokenflow.propagation")
-VALUES = ("tokenflow.diffusion.LoRA", "tokenflow.diffusion.lora.LoRA")
+VALUES = (
+    "tokenflow.diffusion.LoRA", "tokenflow.diffusion.lora.LoRA",
+    "tokenflow.diffusion.Embedding", "tokenflow.diffusion.textual_inversion.Embedding",
+)  # fmt: skip
 """Options' own classes, by both their paths: they hold numbers and text."""
 
 

@@ -19,7 +19,7 @@ PATHS = {
 """The options of a configuration that are paths, besides those of classes."""
 NAMED = ("backbone", "vae", "model")
 """Options that are a path only where there is such a one, else the name of a model."""
-CLASSES = {"model": ("editor", "propagation", "loras"), "metrics": ("flow",)}
+CLASSES = {"model": ("editor", "propagation", "loras", "embeddings"), "metrics": ("flow",)}
 
 
 def make_absolute(configuration: dict[str, Any]) -> dict[str, str]:

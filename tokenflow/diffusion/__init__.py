@@ -13,11 +13,13 @@ from tokenflow.diffusion.sites import Site
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.diffusion.stable_diffusion_3 import StableDiffusion3
 from tokenflow.diffusion.stable_diffusion_xl import StableDiffusionXL
+from tokenflow.diffusion.textual_inversion import Embedding
 from tokenflow.diffusion.trajectory import Source, Trajectory
 
 __all__ = [
     "Backbone",
     "Conditioning",
+    "Embedding",
     "Flux",
     "LoRA",
     "ModelError",

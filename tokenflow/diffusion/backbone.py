@@ -22,6 +22,7 @@ from tokenflow.diffusion.lora import LoRA
 from tokenflow.diffusion.schedule import Schedule, Timestep
 from tokenflow.diffusion.single_file import Checkpoint
 from tokenflow.diffusion.sites import Site
+from tokenflow.diffusion.textual_inversion import Embedding
 
 EMBEDDED = Path(__file__).parents[1] / "miniature" / "weights"
 INDEX = "model_index.json"
@@ -101,6 +102,7 @@ class Backbone(ABC):
         compile: bool = False,
         vae: str | None = None,
         loras: Sequence[LoRA] = (),
+        embeddings: Sequence[Embedding] = (),
     ) -> Backbone:
         """Loads a model of whichever family it belongs to.
 
@@ -114,6 +116,7 @@ class Backbone(ABC):
             compile: Whether parts of the network are compiled, which takes seconds to minutes.
             vae: A VAE in place of the model's own: a folder, a hub id, or a *.safetensors file.
             loras: Low-rank changes of the weights, which add up.
+            embeddings: Words whose embeddings were learned.
 
         Raises:
             ModelError: The model's family is not known; a component is missing, has no
@@ -131,6 +134,8 @@ class Backbone(ABC):
             backbone.replace_vae(vae)
         if loras:
             backbone.fuse(loras)
+        if embeddings:
+            backbone.add_embeddings(embeddings)
         if compile:
             backbone.compile()
         return backbone
@@ -155,6 +160,14 @@ class Backbone(ABC):
             ModelError: One does not fit the model, or this family takes none.
         """
         raise ModelError(f"a {type(self).__name__} takes no LoRAs; leave loras out")
+
+    def add_embeddings(self, embeddings: Sequence[Embedding]) -> None:
+        """Adds words whose embeddings were learned to the text encoders.
+
+        Raises:
+            ModelError: One does not fit the model, or this family takes none.
+        """
+        raise ModelError(f"a {type(self).__name__} takes no embeddings; leave embeddings out")
 
     def compile(self) -> None:
         """Compiles parts of the network, for every batch and size; layers' names stay as they are.

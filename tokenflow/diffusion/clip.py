@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from tokenflow.diffusion.loading import ModelError
@@ -43,6 +45,7 @@ class CLIPText:
 
         Prompts are padded or cut to all its positions; a prompt that is cut gives a warning.
         """
+        prompts = [self.spelled(prompt) for prompt in prompts]
         length = self.encoder.config.max_position_embeddings
         for prompt in prompts:
             self.warn_if_cut(prompt, length)
@@ -54,6 +57,37 @@ class CLIPText:
             return_tensors="pt",
         )
         return self.encoder(tokens["input_ids"].to(self.encoder.device), **options)
+
+    @torch.no_grad()
+    def add(self, token: str, vectors: Float[Tensor, "count width"]) -> None:
+        """Adds a word of several vectors: tokens `word`, `word_1`, … in a row.
+
+        Raises:
+            ModelError: The vocabulary has one of them.
+        """
+        tokens = [token, *(f"{token}_{number}" for number in range(1, len(vectors)))]
+        if known := [one for one in tokens if one in self.tokenizer.get_vocab()]:
+            raise ModelError(
+                f"the word {known[0]!r} is in the text encoder's vocabulary already; expected a "
+                f"new one for the embedding: give it a token like '<{token}>'"
+            )
+        self.tokenizer.add_tokens(tokens)
+        self.encoder.resize_token_embeddings(len(self.tokenizer), mean_resizing=False)
+        table = self.encoder.get_input_embeddings().weight.requires_grad_(False)
+        table[self.tokenizer.convert_tokens_to_ids(tokens)] = vectors.to(table)
+        # older configurations give 2 here, and the pooled token is then the one of highest number
+        getattr(self.encoder, "text_model", self.encoder).eos_token_id = self.tokenizer.eos_token_id
+
+    def spelled(self, prompt: str) -> str:
+        """A prompt with the further tokens of each word that was added."""
+        added = self.tokenizer.added_tokens_encoder
+        for token in set(self.tokenizer.tokenize(prompt)).intersection(added):
+            row, number = [token], 1
+            while (one := f"{token}_{number}") in added:
+                row.append(one)
+                number += 1
+            prompt = prompt.replace(token, " ".join(row))
+        return prompt
 
     def warn_if_cut(self, prompt: str, length: int) -> None:
         """Warns of what does not fit into `length` tokens, those of begin and end included."""

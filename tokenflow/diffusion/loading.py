@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from huggingface_hub import hf_hub_download
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -48,6 +49,39 @@ def folder_or_id(model: str, holds: str, file: bool = False) -> str:
         f"expected a model folder{' or a *.safetensors file' if file else ''}, but {found}; give "
         f"the folder that holds {holds}, or a hub id like 'owner/name'"
     )
+
+
+def weights_file(model: str, what: str, usual: str) -> Path:
+    """A file of weights, which may be in a folder or on the hub.
+
+    Args:
+        model: The file, a folder with one, or "owner/name", with a file's name behind it where it
+            is not the usual one: "owner/name/file.safetensors".
+        what: What errors call it, like "the LoRA".
+        usual: The name that it has in a folder with others, and on the hub.
+
+    Raises:
+        ModelError: There is none, or several; it cannot be fetched.
+    """
+    path = local(model)
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors"))
+        chosen = [file for file in files if file.name == usual] or files
+        if len(chosen) != 1:
+            names = ", ".join(file.name for file in files) or "none"
+            raise ModelError(
+                f"expected one *.safetensors file or {usual} in the folder of {what}, {path}, "
+                f"found {names}; give the file's own path"
+            )
+        return chosen[0]
+    owner, _, rest = model.partition("/")
+    name, _, file = rest.partition("/")
+    repository = f"{owner}/{name}"
+    if path.is_file() or not (file.endswith(".safetensors") and owner.strip("~.")):
+        repository, file = folder_or_id(model, usual, file=True), usual
+    if path.is_file():
+        return path
+    return Path(load_pretrained(hf_hub_download, repository, what, usual, filename=file))
 
 
 def require_safetensors(folder: Path) -> None:

@@ -11,18 +11,15 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
-from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
-from tokenflow.diffusion.loading import ModelError, folder_or_id, load_pretrained
+from tokenflow.diffusion.loading import ModelError, load_pretrained, weights_file
 from tokenflow.diffusion.single_file import Checkpoint
 from tokenflow.errors import InputError
-from tokenflow.storage.paths import local
 
 FILE = "pytorch_lora_weights.safetensors"
 """What diffusers calls it in a folder."""
@@ -127,7 +124,7 @@ def changes(lora: LoRA, unet: nn.Module) -> dict[str, Change]:
     Raises:
         ModelError: The file is missing, is none of a LoRA's, or of another kind.
     """
-    file = file_of(lora.model)
+    file = weights_file(lora.model, "the LoRA", FILE)
     for name in Checkpoint.read(file).shapes:
         for part, kind in OTHER_KINDS.items():
             if part in name:
@@ -172,31 +169,3 @@ def stated_alpha(metadata: Mapping[str, Any], layer: str, rank: int) -> float:
     alpha = float(metadata.get(f"{kind}.lora_alpha", rank) if stated is None else stated)
     # rank-stabilised: alpha / √rank in place of alpha / rank (arXiv 2312.03732)
     return alpha * math.sqrt(rank) if metadata.get(f"{kind}.use_rslora") else alpha
-
-
-def file_of(model: str) -> Path:
-    """The file of a LoRA, which may be in a folder or on the hub: "owner/name", and a file's name
-    behind it where it is not diffusers' own.
-
-    Raises:
-        ModelError: There is none, or several.
-    """
-    path = local(model)
-    if path.is_dir():
-        files = sorted(path.glob("*.safetensors"))
-        chosen = [file for file in files if file.name == FILE] or files
-        if len(chosen) != 1:
-            names = ", ".join(file.name for file in files) or "none"
-            raise ModelError(
-                f"expected one *.safetensors file or {FILE} in the LoRA's folder {path}, found "
-                f"{names}; give the file's own path"
-            )
-        return chosen[0]
-    owner, _, rest = model.partition("/")
-    name, _, file = rest.partition("/")
-    repository = f"{owner}/{name}"
-    if path.is_file() or not (file.endswith(".safetensors") and owner.strip("~.")):
-        repository, file = folder_or_id(model, FILE, file=True), FILE
-    if path.is_file():
-        return path
-    return Path(load_pretrained(hf_hub_download, repository, "the LoRA", FILE, filename=file))

@@ -35,6 +35,7 @@ from tokenflow.diffusion.schedule import Schedule, Timestep
 from tokenflow.diffusion.scheduler import check_noise, read_scheduler
 from tokenflow.diffusion.single_file import load_parts
 from tokenflow.diffusion.sites import DiffusersSite
+from tokenflow.diffusion.textual_inversion import Embedding, add
 from tokenflow.diffusion.vae import load_vae
 from tokenflow.memory import explained_shortage
 from tokenflow.storage import digests
@@ -162,6 +163,9 @@ class UNetBackbone(Backbone):
         self.vae = self.checked_vae(own.to(self.device))
         if self.device.type == "cpu":
             self.vae.decoder.to(memory_format=torch.channels_last)
+
+    def add_embeddings(self, embeddings: Sequence[Embedding]) -> None:
+        add(embeddings, self.texts, self.title)
 
     def fuse(self, loras: Sequence[LoRA]) -> None:
         networks = {"unet": self.unet, "text_encoder": self.texts[0].encoder}

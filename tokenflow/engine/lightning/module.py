@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from tokenflow.diffusion import Backbone, LoRA
+from tokenflow.diffusion import Backbone, Embedding, LoRA
 from tokenflow.editors import Editor, Prompts
 from tokenflow.engine.edit import Result, check_prompt, edit_clip
 from tokenflow.engine.keyframes import split_windows
@@ -64,6 +64,9 @@ class TokenFlowModule(LightningModule):
         loras: A list of LoRAs that are added to the model's weights, each with the options `model`
             (a *.safetensors file in kohya's or diffusers' format, a folder, or the id of a hub
             model) and `scale` (1 by default).
+        embeddings: A list of words whose embeddings were learned by textual inversion, each with
+            the options `model` (a *.safetensors file, a folder, or the id of a hub model) and
+            `token`, what prompts call it (the word in the file if not given).
         dtype: Of the networks: "float32", "float16", "bfloat16", or "auto", which is float16 on
             an accelerator, and on a CPU bfloat16 where the processor computes in it, else float32.
         compile: Whether parts of the network are compiled, which takes seconds to minutes; needs a
@@ -90,6 +93,7 @@ class TokenFlowModule(LightningModule):
         backbone: str = "miniature",
         vae: str | None = None,
         loras: Sequence[LoRA] = (),
+        embeddings: Sequence[Embedding] = (),
         dtype: str = "auto",
         compile: bool = False,
         negative_prompt: str = "",
@@ -110,7 +114,8 @@ class TokenFlowModule(LightningModule):
             "negative_prompt": negative_prompt,
             "inversion_prompt": inversion_prompt,
         }
-        self.model, self.vae, self.loras = backbone, vae, loras
+        self.model, self.vae = backbone, vae
+        self.loras, self.embeddings = loras, embeddings
         self.dtype_name, self.compiled = dtype, compile
         self.cache = None if cache is None else Cache(cache, cache_gigabytes)
         self.cache_source = cache_source
@@ -140,8 +145,9 @@ class TokenFlowModule(LightningModule):
             if self.cache is not None:
                 self.cache.require_writable()
             self.backbone = Backbone.load(
-                self.model, device, self.dtype_name, self.compiled, self.vae, self.loras
-            )
+                self.model, device, self.dtype_name, self.compiled, self.vae, self.loras,
+                self.embeddings,
+            )  # fmt: skip
         self.preemption.restore()  # else Lightning would put these handlers back after the run
 
     def configure_callbacks(self) -> list[Callback]:
