@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.gaussian_flow import GaussianFlow
-from tokenflow.diffusion import Backbone, ModelError, StableDiffusion
+from tokenflow.diffusion import Backbone, Flux, ModelError, StableDiffusion, StableDiffusion3
 from tokenflow.diffusion.backbone import default_dtype
 
 
@@ -84,6 +84,11 @@ def test_auto_is_the_dtype_that_the_device_computes_in(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags, raising=False)
     assert default_dtype(device) == expected
+
+
+def test_a_family_may_have_another_dtype_on_an_accelerator() -> None:
+    assert default_dtype("cuda", Flux.half) == torch.bfloat16
+    assert {StableDiffusion.half, StableDiffusion3.half} == {torch.float16}
 
 
 def test_auto_is_float32_where_pytorch_cannot_tell(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -92,6 +92,8 @@ class Backbone(ABC):
 
     network: nn.Module
     """The denoising network: layers' names are those of its modules."""
+    half: ClassVar[torch.dtype] = torch.float16
+    """What dtype "auto" is on an accelerator."""
 
     @classmethod
     def load(
@@ -111,8 +113,8 @@ class Backbone(ABC):
                 in one file (Stable Diffusion's or SDXL's own layout, *.safetensors), or
                 "miniature", the embedded one.
             device: "auto" takes an accelerator if there is one, else the CPU.
-            dtype: "float32", "float16", "bfloat16"; "auto" is float16 on an accelerator, and on a
-                CPU bfloat16 where the processor computes in it, else float32.
+            dtype: "float32", "float16", "bfloat16"; "auto" is float16 on an accelerator (of Flux
+                bfloat16), and on a CPU bfloat16 where the processor computes in it, else float32.
             compile: Whether parts of the network are compiled, which takes seconds to minutes.
             vae: A VAE in place of the model's own: a folder, a hub id, or a *.safetensors file.
             loras: Low-rank changes of the weights, which add up.
@@ -128,8 +130,9 @@ class Backbone(ABC):
             raise ModelError(f"dtype must be one of {('auto', *DTYPES)}, got {dtype!r}")
         found = folder_or_id(str(EMBEDDED if model == "miniature" else model), INDEX, file=True)
         where = device if device != "auto" else default_device()
-        kind = default_dtype(where) if dtype == "auto" else DTYPES[dtype]
-        backbone = family(found).from_model(found, where, kind)
+        kind = family(found)
+        number = default_dtype(where, kind.half) if dtype == "auto" else DTYPES[dtype]
+        backbone = kind.from_model(found, where, number)
         if vae is not None:
             backbone.replace_vae(vae)
         if loras:
@@ -366,13 +369,13 @@ def is_ours(entry: EntryPoint) -> bool:
     return entry.dist is not None and entry.dist.name == "tokenflow"
 
 
-def default_dtype(device: str) -> torch.dtype:
-    """float16 on an accelerator; on a CPU bfloat16 where it computes in it, else float32.
+def default_dtype(device: str, half: torch.dtype = torch.float16) -> torch.dtype:
+    """`half` on an accelerator; on a CPU bfloat16 where it computes in it, else float32.
 
     By the processor's flags rather than by timing, so that all runs on a machine agree.
     """
     if torch.device(device).type != "cpu":
-        return torch.float16
+        return half
     # PyTorch before 2.11 cannot tell
     flags: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     computes = torch.backends.mkldnn.is_available() and any(map(flags.get, BFLOAT16_FLAGS))

@@ -156,7 +156,8 @@ class FlowTransformer(Backbone):
                     f"expected diffusers' layout with {', '.join(cls.components)}"
                 )
             found[name] = kind
-        if absent := sorted(cls.optional & found.keys() and cls.optional - found.keys()):
+        absent = sorted(cls.optional - found.keys())
+        if 0 < len(absent) < len(cls.optional):
             raise ModelError(
                 f"{INDEX} of the model {model} names no {', '.join(absent)}, expected all of "
                 f"{', '.join(sorted(cls.optional))} or none"

@@ -38,6 +38,7 @@ class Flux(FlowTransformer):
     """
 
     title = "Flux"
+    half = torch.bfloat16  # in float16 diffusers has to clip its residuals
     components: ClassVar[Mapping[str, Any]] = {
         "transformer": FluxTransformer2DModel,
         "vae": AutoencoderKL,
