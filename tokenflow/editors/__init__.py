@@ -3,6 +3,7 @@
 from tokenflow.editors.base import Batch, Editor, Injection, Processor, Prompts, Start, Step
 from tokenflow.editors.conditions import Canny, Condition, ControlVideo
 from tokenflow.editors.controlnet import Control, ControlNet
+from tokenflow.editors.flowedit import FlowEdit
 from tokenflow.editors.pnp import PnP
 from tokenflow.editors.sdedit import SDEdit
 
@@ -14,6 +15,7 @@ __all__ = [
     "ControlNet",
     "ControlVideo",
     "Editor",
+    "FlowEdit",
     "Injection",
     "PnP",
     "Processor",

@@ -33,8 +33,8 @@ class Step:
         schedule: The noise levels: the step leads from level `index` to `index + 1`.
         guidance: The scale of classifier-free guidance; 1 outside of its part of the schedule.
         seed: Of everything random, together with frame and step.
-        branches: The names of `Editor.branches`; without "negative" where guidance is 1 and the
-            editor has neither branches, inputs nor an advance of its own.
+        branches: The names of `Editor.branches`, without `Editor.guided` where there is no
+            classifier-free guidance.
     """
 
     index: int
@@ -138,6 +138,20 @@ class Editor(ABC):  # noqa: B024 (every method has a default)
 
     inverts: ClassVar[bool] = True
     """Whether the source is inverted; without, `source.at` has the clean latents alone."""
+
+    joint_source: ClassVar[bool] = False
+    """Whether the source's branch attends to all keyframes, as the edited ones do, not to its own
+    frame alone: for a method that takes the difference of their outputs, which else would contain
+    the difference of attention, too."""
+
+    @property
+    def guided(self) -> Sequence[str]:
+        """The branches that are there for guidance alone: a step with guidance 1 leaves them out.
+
+        By default "negative", and none for an editor that has branches, inputs or an advance of its
+        own. A network that is given the scale of guidance as an input runs without them throughout.
+        """
+        return () if overrides(self, "branches", "inputs", "advance") else ("negative",)
 
     @property
     def conditions_source(self) -> bool:

@@ -113,8 +113,9 @@ class TokenFlow(Consistency):
             # T_base: the keyframes' outputs at every site, each attending to all of them
             bank = Bank()
             attention = JointAttention(
-                branches, bank, joint.all_gather, joint.exchange_halo, s.features, joint.frames
-            )
+                branches, bank, joint.all_gather, joint.exchange_halo, s.features, joint.frames,
+                s.network.editor.joint_source,
+            )  # fmt: skip
             output = s.network.run(
                 s.network.batch(joint.inputs, joint.frames, step, True), attention
             )
@@ -152,8 +153,9 @@ class Joint(Consistency):
         s, frames = self.sampling, self.sampling.trajectory.positions
         all_gather = partial(s.ranks.all_gather, counts=s.shard.frame_counts)
         attention = JointAttention(
-            len(step.branches), all_gather=all_gather, features=s.features, frames=frames
-        )
+            len(step.branches), all_gather=all_gather, features=s.features, frames=frames,
+            joint_source=s.network.editor.joint_source,
+        )  # fmt: skip
         batch = s.network.batch(s.inputs(x, frames, step), frames, step, keyframes=True)
         yield frames, s.network.run(batch, attention)
 

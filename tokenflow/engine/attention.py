@@ -92,6 +92,8 @@ def attend(query: Tensor, key: Tensor, values: Tensor, scale: float | None) -> T
 class JointAttention:
     """Edited branches attend to all keyframes at once (equation 3), the source to its own frame.
 
+    With `joint_source` the source's branch attends as the edited ones do.
+
     Where they have the source's queries and keys, they share one attention map. A batch without the
     source's branch takes these from cached tokens. Where a site's sequence holds text, all
     keyframes' text tokens take part as well: frames that are equal then attend as one alone, to
@@ -104,6 +106,7 @@ class JointAttention:
         exchange_halo: Of this rank's keyframes' tokens and outputs: those that the bank keeps.
         features: The source's, of the step.
         frames: The batch's, by position in the clip, for `features`.
+        joint_source: As `Editor.joint_source`.
     """
 
     def __init__(
@@ -114,8 +117,9 @@ class JointAttention:
         exchange_halo: Callable[[Tensor], Tensor] = lambda own: own,
         features: SourceFeatures | None = None,
         frames: Sequence[int] = (),
+        joint_source: bool = False,
     ) -> None:
-        self.edited, self.bank = branches - 1, bank
+        self.edited, self.bank, self.joint_source = branches - 1, bank, joint_source
         self.all_gather, self.exchange_halo = all_gather, exchange_halo
         self.features, self.positions = features or SourceFeatures(), frames
 
@@ -129,13 +133,14 @@ class JointAttention:
             seen = torch.cat([features.take(tokens, self.positions, seen), seen])
         # injected projections are of the source's rows alone, which come first
         q, k, v = (x.unflatten(0, (-1, frames)) for x in site.qkv(seen, **given))
-        if not alone:
+        joint = self.edited + self.joint_source
+        if not alone and not self.joint_source:
             own = scaled_dot_product_attention(q[0], k[0], v[0], scale=site.scale)
             attended.append(own)
             if min(len(q), len(k), len(v)) == 1:
                 features.keep(tokens, self.positions, hidden_states[:frames])
-        q, k, v = (x[-self.edited :] for x in (q, k, v))
-        v, maps = v.expand(self.edited, *v.shape[1:]), max(len(q), len(k))
+        q, k, v = (x[-joint:] for x in (q, k, v))
+        v, maps = v.expand(joint, *v.shape[1:]), max(len(q), len(k))
         q, k = (x.expand(maps, *x.shape[1:]) for x in (q, k))
         edited = self.all_gather(rearrange([*k, *v], "n f h s d -> f n h s d"))
         # the frames are folded into the sequence: four dimensions keep the fused kernels

@@ -78,10 +78,15 @@ class CheckedEditor(Editor):
         require_interface(editor)
         self.editor, self.model = editor, model
         self.inverts = editor.inverts  # type: ignore[misc]
+        self.joint_source = editor.joint_source  # type: ignore[misc]
 
     def require(self, broken: Iterator[Violation], function: str) -> None:
         """Raises `PluginError` with the first rule that an answer breaks."""
         require_none(broken, f"{named(self.editor)} in {function}")
+
+    @property
+    def guided(self) -> Sequence[str]:
+        return self.editor.guided
 
     @property
     def conditions_source(self) -> bool:

@@ -118,7 +118,7 @@ def edit_clip(
     shard = ranks.shard(split_windows(clip.total, settings.keyframe_every))
     seen, clip = clip.part(frames_needed(shard, settings, editor, way)), clip.part(shard.frames)
     with ranks.together(), ranks.preemption.interruptible():
-        check(model, clip, prompts, editor.inverts)
+        check(model, clip, prompts)
         height, width = (side // model.latent_scale for side in clip.frames.shape[-2:])
         schedule, inversion = schedules(model, settings, editor, (height, width))
         network = EditedNetwork(model, editor, prompts)
@@ -328,13 +328,13 @@ def propagates(way: type[Consistency]) -> bool:
     return not issubclass(way, PerFrame | Joint)
 
 
-def check(model: Backbone, clip: Clip, prompts: Prompts, inverts: bool) -> None:
+def check(model: Backbone, clip: Clip, prompts: Prompts) -> None:
     """Raises `InputError` for what would fail later, before any work is done."""
     check_prompt(prompts.prompt)
-    if inverts and not prompts.inversion_prompt.strip():
+    if not prompts.inversion_prompt.strip():
         warnings.warn(
-            "the inversion prompt is empty: the source is inverted without a description; say what "
-            "it shows (inversion_prompt), and the edit keeps more of it",
+            "the inversion prompt is empty: the network is not told what the source shows; say it "
+            "(inversion_prompt), and the edit keeps more of it",
             stacklevel=2,
         )
     check_size(model, clip)

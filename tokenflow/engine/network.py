@@ -17,7 +17,6 @@ from tokenflow.diffusion.backbone import Role
 from tokenflow.diffusion.schedule import Timestep
 from tokenflow.diffusion.sites import Attention
 from tokenflow.editors import Batch, Editor, Injection, Processor, Prompts, Step
-from tokenflow.editors.base import overrides
 from tokenflow.engine.attention import AttentionSwitch, JointAttention, plain
 from tokenflow.engine.checked import CheckedEditor, blamed
 from tokenflow.engine.source_cache import SourceFeatures
@@ -65,15 +64,13 @@ class EditedNetwork:
         ]
 
     def branches_for(self, guidance: float) -> tuple[str, ...]:
-        """The branches that a step runs: a guidance of 1 is the prompt's branch alone.
+        """The branches that a step runs: without `Editor.guided` where guidance is 1.
 
-        So it is of a model that is told the guidance. All branches run for an editor that overrides
-        `branches`, `inputs` or `advance`.
+        So it is of a model that is told the guidance.
         """
-        own = overrides(self.editor.editor, "branches", "inputs", "advance")
-        if own or (guidance != 1 and "guidance" not in self.prompts):
+        if guidance != 1 and "guidance" not in self.prompts:
             return self.branches
-        return tuple(name for name in self.branches if name != "negative")
+        return tuple(name for name in self.branches if name not in self.editor.guided)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
