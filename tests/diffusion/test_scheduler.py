@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, LCMScheduler
 
-from tokenflow.diffusion import Backbone, ModelError
+from tokenflow.diffusion import Backbone, ModelError, Schedule
 from tokenflow.diffusion.scheduler import check_noise, read_scheduler
+from tokenflow.errors import InputError
 
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -99,3 +100,18 @@ def test_a_model_of_another_family(model_folder: Path, tmp_path: Path) -> None:
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=r"scheduler is FlowMatchEulerDiscreteScheduler"):
         Backbone.load(folder, "cpu", "float32")
+
+
+@pytest.mark.parametrize("original", [50, 20])
+def test_a_latent_consistency_model_has_its_own_timesteps(tmp_path: Path, original: int) -> None:
+    own = LCMScheduler(**STABLE_DIFFUSION, original_inference_steps=original)
+    own.save_pretrained(tmp_path)
+    scheduler = read_scheduler(str(tmp_path))
+    for steps in (1, 4, 7, original):
+        own.set_timesteps(steps)
+        assert Schedule.from_ddim(scheduler, steps).timesteps == tuple(own.timesteps.tolist())
+    with pytest.raises(InputError, match=f"expected 1 to {original} steps .* {original + 1}; 4 to"):
+        Schedule.from_ddim(scheduler, original + 1)
+    config = {"_class_name": "LCMScheduler", "original_inference_steps": 0, **STABLE_DIFFUSION}
+    with pytest.raises(ModelError, match="original_inference_steps 0, expected 1 to 1000"):
+        read(tmp_path, config)

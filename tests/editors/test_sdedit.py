@@ -7,7 +7,7 @@ from diffusers import DDIMScheduler
 
 from tokenflow.diffusion import Backbone, Schedule, StableDiffusion, Trajectory
 from tokenflow.editors import Prompts, SDEdit
-from tokenflow.editors.sdedit import frame_noise, steps_to_run
+from tokenflow.editors.sdedit import check_strength, frame_noise, steps_to_run
 from tokenflow.engine import Settings, edit_clip
 from tokenflow.errors import InputError
 from tokenflow.propagation import NNField
@@ -55,9 +55,9 @@ def test_inverted_is_the_trajectory_where_it_starts(backbone: Backbone, strength
 
 
 def test_true_is_no_strength() -> None:
-    unchecked = inspect.unwrap(SDEdit.__init__)  # without the types that only the tests check
+    unchecked = inspect.unwrap(check_strength)  # without the types that only the tests check
     with pytest.raises(InputError, match="strength is the share of the steps"):
-        unchecked(SDEdit.__new__(SDEdit), strength=True)
+        unchecked(True)
 
 
 @pytest.mark.parametrize("noise", ["shared", "independent"])

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import diffusers
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, LCMScheduler
 
 from tokenflow.diffusion.loading import ModelError
+from tokenflow.errors import InputError
 
 FAMILIES = (
     "DDIM", "DDPM", "DEIS", "DPMSolver", "Euler", "Heun", "KDPM2", "LCM", "LMS", "PNDM", "SASolver",
@@ -21,6 +22,29 @@ BETAS = ("beta_start", "beta_end", "beta_schedule")
 FILE = "scheduler_config.json"
 
 
+class LCMTimesteps(DDIMScheduler):
+    """DDIM at the timesteps that a latent consistency model was distilled for.
+
+    Source: Luo et al. 2023 (arXiv 2310.04378); some of the `original_inference_steps` timesteps.
+    """
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+        """As `LCMScheduler` does.
+
+        Raises:
+            InputError: The model was distilled for fewer.
+        """
+        most = self.config.original_inference_steps
+        if num_inference_steps > most:
+            raise InputError(
+                f"expected 1 to {most} steps of this model, a latent consistency model that was "
+                f"distilled for {most} timesteps, got {num_inference_steps}; 4 to 8 are enough"
+            )
+        own = LCMScheduler.from_config(self.config)
+        own.set_timesteps(num_inference_steps, device)
+        self.num_inference_steps, self.timesteps = num_inference_steps, own.timesteps
+
+
 def read_scheduler(model: str, **options: Any) -> DDIMScheduler:
     """DDIM with the noise schedule of a folder's or hub model's `scheduler_config.json`.
 
@@ -29,7 +53,17 @@ def read_scheduler(model: str, **options: Any) -> DDIMScheduler:
     """
     config = DDIMScheduler.load_config(model, **options)
     check_config(config)
-    return DDIMScheduler.from_config(config)
+    if config.get("_class_name") != "LCMScheduler":
+        return DDIMScheduler.from_config(config)
+    scheduler = LCMTimesteps.from_config(config)
+    original = config.get("original_inference_steps", 50)  # LCMScheduler's default
+    if not isinstance(original, int) or not 1 <= original <= scheduler.config.num_train_timesteps:
+        raise ModelError(
+            f"the scheduler is LCMScheduler with original_inference_steps {original!r}, expected "
+            f"1 to {scheduler.config.num_train_timesteps}; mend it in {FILE}"
+        )
+    scheduler.register_to_config(original_inference_steps=original)
+    return scheduler
 
 
 def check_config(config: Mapping[str, Any]) -> None:

@@ -29,10 +29,7 @@ class SDEdit(Editor):
     """
 
     def __init__(self, strength: float = 0.9, noise: str = "inverted") -> None:
-        if isinstance(strength, bool) or not 0 < strength <= 1:
-            raise InputError(
-                f"strength is the share of the steps that run, above 0 and up to 1, got {strength}"
-            )
+        check_strength(strength)
         if noise not in NOISES:
             raise InputError(f"noise must be one of {', '.join(NOISES)}, got {noise!r}")
         self.strength, self.noise = strength, noise
@@ -45,6 +42,14 @@ class SDEdit(Editor):
         frames = [0] * len(source) if self.noise == "shared" else source.frames
         noise = torch.stack([frame_noise(seed, frame, clean.shape[1:]) for frame in frames])
         return Start(schedule.mix(clean, noise.to(clean), first), first)
+
+
+def check_strength(strength: float) -> None:
+    """Raises `InputError` unless it is above 0 and up to 1."""
+    if isinstance(strength, bool) or not 0 < strength <= 1:
+        raise InputError(
+            f"strength is the share of the steps that run, above 0 and up to 1, got {strength}"
+        )
 
 
 def steps_to_run(strength: float, steps: int) -> int:
