@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from tests.gaussian_flow import GaussianFlow
-from tokenflow.diffusion import invert, reconstruct, source_prediction
+from tokenflow.diffusion import Conditioning, frame_noise, invert, reconstruct, source_prediction
+from tokenflow.diffusion.backbone import Defaults
 from tokenflow.diffusion.inversion import InversionSolver
-from tokenflow.editors import Injection, PnP, Prompts, SDEdit
+from tokenflow.editors import DDCM, Editor, FlowEdit, Injection, PnP, Prompts, SDEdit
 from tokenflow.engine import Settings, edit_clip
 from tokenflow.propagation import NNField
 from tokenflow.video import Clip
@@ -69,6 +72,48 @@ def test_an_edit_moves_the_mean(consistency: str) -> None:
     editor = SDEdit(1.0)
     edited = edit_clip(GaussianFlow(), clip, prompts, editor, NNField(), settings).latents
     assert torch.allclose(edited, latents() + 0.25, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("noise", ["independent", "shared"])
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_fresh_noise_is_mixed_in_by_the_flows_own_levels(noise: str, strength: float) -> None:
+    """Sampling from (1 - σ) x0 + σ n follows the known path; at σ = 1 nothing of x0 is left."""
+    clean, mean = latents(), 0.75
+    settings = Settings(steps=200, guidance=1.0, consistency="none", seed=3)
+    editor = SDEdit(strength, noise)
+    edited = edit_clip(
+        GaussianFlow(), Clip.from_frames(clean), f"{mean}", editor, NNField(), settings
+    ).latents
+    frames = range(5) if noise == "independent" else [0] * 5
+    drawn = torch.stack([frame_noise(3, frame, clean.shape[1:]) for frame in frames])
+    begin = (1 - strength) * clean + strength * drawn
+    std = GaussianFlow().std
+    spread = ((1 - strength) ** 2 * std**2 + strength**2) ** 0.5 / std
+    expected = mean + (begin - (1 - strength) * mean) / spread
+    # Euler's error is of first order: twice as large with half of the steps
+    assert torch.allclose(edited, expected, rtol=0, atol=0.02)
+
+
+class WithoutGuidance(GaussianFlow):
+    """A distilled model: its own guidance is 1, and it is never asked for a negative prompt."""
+
+    defaults = Defaults(guidance=1.0)
+
+    def predict(
+        self, latents: Tensor, t: float, conditioning: Conditioning, **given: Any
+    ) -> Tensor:
+        assert not (conditioning["mean"] == -1).any()
+        return super().predict(latents, t, conditioning, **given)
+
+
+@pytest.mark.parametrize("editor", [SDEdit(0.5), PnP(0.5, 0.5), FlowEdit(3), DDCM()])
+def test_a_model_without_guidance_is_asked_for_no_negative_prompt(editor: Editor) -> None:
+    prompts = Prompts("0.75", "-1", f"{MEAN}")
+    result = edit_clip(
+        WithoutGuidance(share=0.1), Clip.from_frames(latents()), prompts, editor, NNField(),
+        Settings(steps=4, keyframe_every=2),
+    )  # fmt: skip
+    assert (result.latents - latents()).abs().max() > 0.01
 
 
 def test_attention_of_another_kind_is_joint_and_propagated() -> None:
