@@ -92,7 +92,8 @@ def test_where_files_are(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["pnpp", "gone.yaml", "./gone", "../pnp"])
 def test_a_name_of_none(two: Path, name: str) -> None:
     with pytest.raises(
-        InputError, match=r"no configuration file .*: .*controlnet, demo, fast, pnp, re"
+        InputError,
+        match=r"no configuration file .*: .*controlnet, ddcm, demo, fast, flowedit, pnp, re",
     ):
         configs_first(["--config", name])
 

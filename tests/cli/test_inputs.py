@@ -18,8 +18,8 @@ from tokenflow.cli.predict import run, warn_of_unknown_words
 from tokenflow.engine.lightning.callback import EditCallback
 from tokenflow.engine.lightning.job import ClipSource, Job
 from tokenflow.engine.lightning.mask import cut_mask
-from tokenflow.engine.lightning.metrics import white
 from tokenflow.engine.lightning.run_writer import shown
+from tokenflow.engine.region import white
 from tokenflow.errors import InputError
 from tokenflow.storage.digests import of_path
 from tokenflow.video import Clip, write_clip, write_image
@@ -202,9 +202,10 @@ def test_a_mask_is_cut_and_scaled_as_its_clip(length: str, scale: int, tmp_path:
 
 
 def test_a_mask_of_another_length(tmp_path: Path) -> None:
-    write_image(tmp_path / "mask" / "0.png", torch.zeros(3, 16, 32))
+    for number in range(2):
+        write_image(tmp_path / "mask" / f"{number}.png", torch.zeros(3, 16, 32))
     source = ClipSource(tmp_path / "in.mp4", start=2, stop=5)
-    with pytest.raises(InputError, match="mask has 1 frames"):
+    with pytest.raises(InputError, match="mask has 2 frames"):
         cut_mask(tmp_path / "mask", source, 16, Clip.from_frames(torch.rand(3, 3, 16, 32)))
 
 

@@ -20,8 +20,9 @@ from tokenflow.cli.allowlist import restrict
 from tokenflow.diffusion import Backbone
 from tokenflow.engine.lightning.finished_run import FinishedRun
 from tokenflow.engine.lightning.job import ClipSource
-from tokenflow.engine.lightning.metrics import Sources, Values, measure_run, round_trip, white
+from tokenflow.engine.lightning.metrics import Sources, Values, measure_run, round_trip
 from tokenflow.engine.progress import Reporter
+from tokenflow.engine.region import white
 from tokenflow.errors import InputError, explained
 from tokenflow.metrics import Measures
 from tokenflow.report.columns import column

@@ -12,7 +12,7 @@ from tokenflow.video import VideoError, read_clip
 
 PATHS = {
     "data": ("video", "manifest", "root"),
-    "model": ("backbone", "vae", "cache"),
+    "model": ("backbone", "vae", "cache", "mask"),
     "output": ("folder",),
     "metrics": ("mask", "clip", "lpips"),
 }

@@ -150,6 +150,10 @@ class PredictCLI(LightningCLI):
             job.mask = local(self.config_dump["metrics"]["mask"])
         if job.mask is not None:
             job.inputs["metrics.mask"] = job.mask
+        if self.config_dump["model"].get("mask"):
+            job.inputs["model.mask"] = local(self.config_dump["model"]["mask"])
+            # an edit that is local is measured outside of its region
+            job.mask = job.mask or job.inputs["model.mask"]
         for name in PLUGINS:
             own = job.plugins.get(name)
             spec = self.config_dump["model"][name] if own is None else own.spec

@@ -144,6 +144,14 @@ class Editor(ABC):  # noqa: B024 (every method has a default)
     frame alone: for a method that takes the difference of their outputs, which else would contain
     the difference of attention, too."""
 
+    def kept(self, step: Step, source: Source) -> Float[Tensor, "frames c h w"]:
+        """What x is after a step where nothing is edited: outside of a local edit's mask.
+
+        By default the inverted latents at the level that is reached; without inversion the clean
+        ones, from which sampling starts.
+        """
+        return source.at(step.index + 1) if self.inverts else source.clean
+
     @property
     def guided(self) -> Sequence[str]:
         """The branches that are there for guidance alone: a step with guidance 1 leaves them out.

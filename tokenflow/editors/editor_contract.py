@@ -82,6 +82,12 @@ def of_advance(result: object, x: Tensor) -> Iterator[Violation]:
     return of_tensor(result, x, "latents from advance()", advice)
 
 
+def of_kept(result: object, clean: Tensor) -> Iterator[Violation]:
+    """The rules that the answer of `Editor.kept` breaks: "answer"."""
+    advice = "return the source's latents as x has them after the step"
+    return of_tensor(result, clean, "latents from kept()", advice)
+
+
 def of_conditioning(found: object, batch: Batch) -> Iterator[Violation]:
     """The rule that the answer of `Editor.conditioning` breaks: "conditioning"."""
     if not isinstance(found, Conditioning):

@@ -82,6 +82,14 @@ class FlowEdit(InversionFree):
         """Whether the step is one of the last n_min, which sample freely."""
         return step.index >= len(step.schedule) - self.n_min
 
+    def kept(self, step: Step, source: Source) -> Float[Tensor, "frames c h w"]:
+        """The clean source, but noised while x is."""
+        schedule, following = step.schedule, step.index + 1
+        if not self.sampling(step) or following == len(schedule):
+            return source.clean
+        noise = self.drawn(source, step.seed, len(schedule) - self.n_min)
+        return schedule.mix(source.clean, noise, following)
+
     def sampled(
         self, x: Float[Tensor, "frames c h w"], step: Step, source: Source
     ) -> Float[Tensor, "frames c h w"]:

@@ -52,7 +52,7 @@ def sample(
                 if len(arriving) == PASSES:
                     sampling.advance(arriving, x, following, step)
             sampling.advance(arriving, x, following, step)
-            x = consistency.fused(x, following, step)
+            x = sampling.local(consistency.fused(x, following, step), step)
             sampling.features.end()
             sampling.require_all(seen, way.__name__)
             sampling.require_finite(x, step)

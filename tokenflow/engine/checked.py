@@ -126,6 +126,12 @@ class CheckedEditor(Editor):
         self.require(editor_contract.of_inputs(found, x, len(step.branches)), "inputs")
         return found
 
+    def kept(self, step: Step, source: Source) -> Tensor:
+        with blamed(self.editor, "kept"):
+            found = self.editor.kept(step, source)
+        self.require(editor_contract.of_kept(found, source.clean), "kept")
+        return found
+
     def conditioning(self, batch: Batch) -> Conditioning:
         with blamed(self.editor, "conditioning"):
             found = self.editor.conditioning(batch)

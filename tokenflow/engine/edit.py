@@ -30,6 +30,7 @@ from tokenflow.engine.keyframes import split_windows
 from tokenflow.engine.network import EditedNetwork
 from tokenflow.engine.ranks.group import FrameGroup
 from tokenflow.engine.ranks.shard import WindowShard
+from tokenflow.engine.region import Region
 from tokenflow.engine.resume import ResumeStore, SamplingCheckpoint, sampling_key
 from tokenflow.engine.sampling import Sampling
 from tokenflow.engine.settings import Settings
@@ -73,6 +74,7 @@ def edit_clip(
     propagation: Propagation,
     settings: Settings | None = None,
     *,
+    mask: Clip | None = None,
     consistency: type[Consistency] | None = None,
     on_step: OnStep = ignore,
     look: Look | None = None,
@@ -93,6 +95,8 @@ def edit_clip(
         editor: The image editing method for keyframes.
         propagation: The kernel that finds correspondences.
         settings: Everything else; the paper's when not given.
+        mask: White where the edit may be, black where the source stays: of one frame, or of as many
+            as the clip, in its size. Everywhere when not given.
         consistency: A way of consistency in place of the one that the settings name.
         on_step: Called after every step; may ask to stop.
         look: Is shown every correspondence that the kernel finds, as `Probe` is.
@@ -117,6 +121,7 @@ def edit_clip(
     quality: dict[str, float] = {}
     shard = ranks.shard(split_windows(clip.total, settings.keyframe_every))
     seen, clip = clip.part(frames_needed(shard, settings, editor, way)), clip.part(shard.frames)
+    region = None if mask is None else region_of(mask, clip, model, settings, ranks)
     with ranks.together(), ranks.preemption.interruptible():
         check(model, clip, prompts)
         height, width = (side // model.latent_scale for side in clip.frames.shape[-2:])
@@ -139,13 +144,16 @@ def edit_clip(
     if store is not None and store.checkpoints:
         named = way.__module__, way.__qualname__, way.cache_key()
         key = sampling_key(model, store, settings, *dataclasses.astuple(prompts), *named)
-        counts = shard.frame_counts
-        checkpoint = SamplingCheckpoint(store, clip, cached.frames, counts, ranks, key)
+        counts, frames = shard.frame_counts, cached.frames
+        if region is not None:
+            frames = list(map(digests.of_values, frames, region.digests))
+        checkpoint = SamplingCheckpoint(store, clip, frames, counts, ranks, key)
     if store is not None and store.source:
         source_cache = SourceCache(store.cache)
     sampling = Sampling(
-        network, trajectory, schedule, matcher, settings, clip.name, shard, ranks, near, flow
-    )
+        network, trajectory, schedule, matcher, settings, clip.name, shard, ranks, near, flow,
+        region=region,
+    )  # fmt: skip
     if source_cache is not None:
         kernel = described(propagation) if store is None else store.propagation
         writer = "" if checkpoint is None else checkpoint.key
@@ -158,7 +166,7 @@ def edit_clip(
         after_step = EditSteps(ranks, checkpoint, len(schedule), on_step)
         edited = sample(sampling, way, x, first, after_step)
     with timed(seconds, "decode"), ranks.together(), ranks.preemption.interruptible():
-        done = decoded(model, edited, clip, settings.batch, on_step)
+        done = decoded(model, edited, clip, settings.batch, on_step, region)
     return Result(clip, done, edited, settings.seed, seconds, **quality, checkpoint=checkpoint)
 
 
@@ -328,6 +336,25 @@ def propagates(way: type[Consistency]) -> bool:
     return not issubclass(way, PerFrame | Joint)
 
 
+def region_of(
+    mask: Clip, clip: Clip, model: Backbone, settings: Settings, ranks: FrameGroup
+) -> Region:
+    """Where a rank's frames may be changed.
+
+    Raises:
+        InputError: The mask does not fit the clip, or is black in all of its frames.
+    """
+    with ranks.together(), ranks.preemption.interruptible():
+        region = Region(mask, clip, model.latent_scale, settings.mask_edge)
+    (some,) = ranks.any(bool(region.latents.any()))
+    if not some:
+        raise InputError(
+            "the mask is black in every frame, so that nothing would be edited: expected white "
+            "where the edit may be; invert the mask, or leave it out"
+        )
+    return region
+
+
 def check(model: Backbone, clip: Clip, prompts: Prompts) -> None:
     """Raises `InputError` for what would fail later, before any work is done."""
     check_prompt(prompts.prompt)
@@ -352,8 +379,11 @@ def decoded(
     source: Clip,
     batch: int,
     on_step: OnStep,
+    region: Region | None = None,
 ) -> Clip:
-    """The edited clip; its frames are where the source's are, in memory or not."""
+    """The edited clip, over the source outside of a region; its frames are where the source's are,
+    in memory or not.
+    """
     lazy = isinstance(source.frames, Frames)
     height, width = source.frames.shape[-2:]
     buffer, parts = FrameBuffer((height, width)), []
@@ -361,6 +391,9 @@ def decoded(
     for number, part in enumerate(codes, start=1):
         frames = model.decode(part).cpu()
         require_finite(frames, "the decoded frames")
+        if region is not None:
+            here = slice((number - 1) * batch, (number - 1) * batch + len(part))
+            frames = region.composite(frames, source.frames[here], source.positions[here])
         if lazy:
             buffer.extend(frames)
         else:

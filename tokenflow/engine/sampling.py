@@ -17,6 +17,7 @@ from tokenflow.engine.attention import Matcher
 from tokenflow.engine.network import EditedNetwork
 from tokenflow.engine.ranks.group import FrameGroup
 from tokenflow.engine.ranks.shard import WindowShard
+from tokenflow.engine.region import Region
 from tokenflow.engine.settings import Settings
 from tokenflow.engine.source_cache import SourceFeatures
 from tokenflow.errors import InputError
@@ -47,6 +48,7 @@ class Sampling:
             only latents are edited.
         flow: Optical flow of these frames, where predictions are fused.
         features: What edits take from the source's branch, at the step that runs.
+        region: Where this rank's frames may be changed; everywhere if None.
     """
 
     network: EditedNetwork
@@ -60,6 +62,7 @@ class Sampling:
     clip: Clip | None = None
     flow: ClipFlow | None = None
     features: SourceFeatures = field(default_factory=SourceFeatures)
+    region: Region | None = None
 
     def step(self, index: int) -> Step:
         """A step of sampling, as the editor sees it; what guidance does not need is left out."""
@@ -100,6 +103,14 @@ class Sampling:
         branches = dict(zip(names, outputs, strict=True))
         source = self.trajectory.source(frames)
         return self.network.editor.advance(x, branches, step, source)
+
+    def local(self, following: Latents, step: Step) -> Latents:
+        """The following latents with the source's outside of the region."""
+        if self.region is None:
+            return following
+        source = self.trajectory.source()
+        kept = self.network.editor.kept(step, source)
+        return self.region.within(following, kept, source.frames)
 
     def parts(self, frames: range) -> list[range]:
         """Runs of frames for one forward pass each."""

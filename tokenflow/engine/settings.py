@@ -49,6 +49,7 @@ class Settings:
         seed: Of everything random.
         batch: Frames in one forward pass; changes memory and speed, not the result. The keyframes
             of a joint pass, and all frames where consistency is "joint", go through at once.
+        mask_edge: Pixels, inside of a local edit's mask, over which the source turns into the edit.
         report_reconstruction: Also sample back without an edit and report the PSNR.
     """
 
@@ -70,6 +71,7 @@ class Settings:
     anchors: int = 2
     seed: int = 0
     batch: int = 8
+    mask_edge: float = 0.0
     report_reconstruction: bool = False
 
     def __post_init__(self) -> None:
@@ -90,6 +92,8 @@ class Settings:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise InputError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        if not 0 <= self.mask_edge < math.inf:
+            raise InputError(f"mask_edge must be a number of pixels, got {self.mask_edge}")
         if not -(2**63) <= self.seed < 2**63:
             raise InputError(f"seed must be a number of 64 bits, got {self.seed}")
         if self.guidance is not None and not math.isfinite(self.guidance):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from tokenflow.video.image_folder import FORMATS, UNREADABLE, image_paths
+from tokenflow.video.image_folder import FORMATS, SUFFIXES, UNREADABLE, image_paths
 from tokenflow.video.video_file import open_container, picture_stream
 
 OPAQUE = 255
@@ -18,6 +18,8 @@ def transparent(path: Path) -> str | None:
     """
     if path.is_dir():
         return next((image.name for image in image_paths(path) if _is_transparent(image)), None)
+    if path.suffix.lower() in SUFFIXES:
+        return path.name if _is_transparent(path) else None
     with open_container(path) as container:
         stream = picture_stream(container)
         if stream is None:

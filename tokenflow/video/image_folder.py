@@ -24,12 +24,13 @@ UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 def image_source(folder: Path, rate: Fraction) -> VideoSource:
-    """The folder's images by name, 2 before 10; other files and hidden ones are passed over.
+    """The folder's images by name, 2 before 10; other files and hidden ones are passed over. Of one
+    image in place of a folder, that.
 
     EXIF orientation is applied, transparency is dropped. VideoError names what cannot be read, and
     names whose order is not clear.
     """
-    paths = image_paths(folder)
+    paths = image_paths(folder) if folder.is_dir() else [folder]
     if not paths:
         raise VideoError(f"{folder}: expected images ({', '.join(SUFFIXES)}), found none.")
     _require_one_order(folder, paths)

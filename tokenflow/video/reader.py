@@ -19,7 +19,7 @@ from tokenflow.storage.scratch import BUDGET
 from tokenflow.video.clip import MAX_RATE, AudioSpan, Clip, VideoError, file_state
 from tokenflow.video.clock import repaired
 from tokenflow.video.frames import DecodeCache, Frames
-from tokenflow.video.image_folder import image_source
+from tokenflow.video.image_folder import SUFFIXES, image_source
 from tokenflow.video.sizing import Fit, Framing, framing
 from tokenflow.video.source import MAX_PIXELS, Picture, VideoSource
 from tokenflow.video.video_file import video_source
@@ -140,7 +140,8 @@ class Reading:
     @contextmanager
     def opened(self) -> Iterator[VideoSource]:
         """The file or folder; it can be opened again."""
-        if self.path.is_dir():
+        image = self.path.is_file() and self.path.suffix.lower() in SUFFIXES
+        if self.path.is_dir() or image:
             yield image_source(self.path, self.image_rate)
         elif self.path.is_file():
             with video_source(self.path) as source:

@@ -18,9 +18,10 @@ from tokenflow.diffusion import Backbone
 from tokenflow.engine.lightning.callback import EditCallback
 from tokenflow.engine.lightning.finished_run import FinishedRun
 from tokenflow.engine.lightning.job import ClipSource
-from tokenflow.engine.lightning.mask import cut_mask
+from tokenflow.engine.lightning.mask import cut_mask, require_one_clip
 from tokenflow.engine.lightning.module import TokenFlowModule
 from tokenflow.engine.lightning.run_writer import shown
+from tokenflow.engine.region import white
 from tokenflow.errors import InputError
 from tokenflow.metrics import Measures
 from tokenflow.propagation import ClipFlow
@@ -29,7 +30,7 @@ from tokenflow.runs.files import METRICS
 from tokenflow.storage.atomic import atomic
 from tokenflow.storage.scratch import empty_or_memmap
 from tokenflow.text import printable_lines
-from tokenflow.video import Clip, Frames, resized
+from tokenflow.video import Clip, resized
 
 Values = dict[str, float]
 Mask = Bool[Tensor, "frames height width"]
@@ -55,11 +56,6 @@ def round_trip(
         for number, image in zip(some.tolist(), back, strict=True):
             images[number] = resized(image, (height, width))
     return dataclasses.replace(clip, frames=images, name="VAE round trip")
-
-
-def white(frames: Tensor | Frames) -> Mask:
-    """Where frames are white, or of a brighter grey."""
-    return torch.stack([frame.mean(dim=0) > 0.5 for frame in frames])
 
 
 class Sources:
@@ -158,11 +154,7 @@ class Measuring(EditCallback):
         """Raises `InputError` for one mask and many clips, before the model is loaded."""
         if not self.measure or self.mask is None:
             return
-        if any(job.where is not None for job in trainer.datamodule.jobs):  # type: ignore[attr-defined]
-            raise InputError(
-                f"expected no --metrics.mask with --data.manifest, whose clips would share it, got "
-                f"{self.mask}; leave it out, and give each row of the manifest its mask"
-            )
+        require_one_clip(trainer, "metrics", self.mask)
 
     def on_predict_start(self, trainer: Trainer, module: TokenFlowModule) -> None:  # type: ignore[override]
         with module.everyone.together():

@@ -18,7 +18,7 @@ from tokenflow.engine.edit import Result, check_prompt, edit_clip
 from tokenflow.engine.keyframes import split_windows
 from tokenflow.engine.lightning.callback import EditCallback, edit_callbacks
 from tokenflow.engine.lightning.job import PLUGINS, Job, Outcome
-from tokenflow.engine.lightning.mask import cut_mask
+from tokenflow.engine.lightning.mask import cut_mask, require_one_clip
 from tokenflow.engine.lightning.stopping import Stopping
 from tokenflow.engine.ranks.group import FrameGroup, require_divisor
 from tokenflow.engine.ranks.preemption import Preemption
@@ -73,6 +73,9 @@ class TokenFlowModule(LightningModule):
             C++ compiler.
         negative_prompt: What the edited video does not show.
         inversion_prompt: What the source video shows.
+        mask: A video, folder of images or one image, white where the edit may be and black where
+            the source stays exactly, of the source's length and size or the edit's; null for an
+            edit everywhere.
         cache: A folder for inversions, which later edits of the same frames reuse, and for sampling
             checkpoints, from which the same command resumes; null for none.
         cache_gigabytes: The cache's limit; LRU eviction.
@@ -98,6 +101,7 @@ class TokenFlowModule(LightningModule):
         compile: bool = False,
         negative_prompt: str = "",
         inversion_prompt: str = "",
+        mask: str | None = None,
         cache: str | None = FOLDER,
         cache_gigabytes: float = 20.0,
         cache_source: bool = True,
@@ -117,6 +121,7 @@ class TokenFlowModule(LightningModule):
         self.model, self.vae = backbone, vae
         self.loras, self.embeddings = loras, embeddings
         self.dtype_name, self.compiled = dtype, compile
+        self.mask = mask
         self.cache = None if cache is None else Cache(cache, cache_gigabytes)
         self.cache_source = cache_source
         self.save_every, self.ranks_per_clip = save_every, ranks_per_clip
@@ -131,6 +136,8 @@ class TokenFlowModule(LightningModule):
         """What the last job of a manifest chose, with its description: `Choice.described`."""
 
     def setup(self, stage: str) -> None:
+        if self.mask is not None:
+            require_one_clip(self.trainer, "model", self.mask)
         require_divisor(self.ranks_per_clip)  # before a collective, which a rank could miss
         device = str(self.trainer.strategy.root_device)
         self.preemption = Preemption()
@@ -240,7 +247,9 @@ class TokenFlowModule(LightningModule):
             one, other = (self.plugin_key(job, name) for name in PLUGINS)
             store = ResumeStore(self.cache, one, other, self.save_every, self.cache_source)
         with self.group.together(), self.preemption.interruptible():
-            clip = job.source.read(backbone.multiple)
+            clip, mask = job.source.read(backbone.multiple), None
+            if self.mask is not None:
+                mask = cut_mask(self.mask, job.source, backbone.multiple, clip)
             # now, as the files may change or vanish during the edit
             record = job.record() if self.group.rank == 0 else {}
             if self.group.rank == 0:  # which writes
@@ -257,6 +266,7 @@ class TokenFlowModule(LightningModule):
             editor,
             propagation,
             settings,
+            mask=mask,
             on_step=self.on_step,
             look=Watching(edit_callbacks(self.trainer)),
             store=store,

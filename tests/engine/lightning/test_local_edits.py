@@ -1,0 +1,98 @@
+"""`--model.mask`, from the command line to the written video."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from tokenflow.cli.main import main
+from tokenflow.engine.lightning.job import ClipSource
+from tokenflow.engine.lightning.mask import cut_mask
+from tokenflow.errors import InputError
+from tokenflow.video import Clip, read_clip, write_clip, write_image
+
+FRAMES = 3
+
+
+@pytest.fixture
+def video(tmp_path: Path) -> Path:
+    frames = torch.rand(FRAMES, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    return write_clip(tmp_path / "in.mp4", Clip.from_frames(frames))
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    white = torch.zeros(3, 32, 48)
+    white[:, 8:20, 10:30] = 1
+    return write_image(tmp_path / "mask.png", white)
+
+
+def test_one_image_is_the_mask_of_all_frames_and_of_the_metrics(
+    video: Path, image: Path, tmp_path: Path, model_folder: Path
+) -> None:
+    main([
+        "predict", f"--data.video={video}", f"--model.backbone={model_folder}",
+        "--model.prompt=a ball", "--model.steps=1", f"--output.folder={tmp_path / 'runs'}",
+        "--trainer.accelerator=cpu", f"--model.mask={image}", "--model.mask_edge=1",
+        "--metrics.measure=true", "--metrics.distances=1",
+    ])  # fmt: skip
+    folder = tmp_path / "runs" / "in"
+    change = (read_clip(folder / "edited.mp4").frames - read_clip(video).frames).abs().mean(dim=1)
+    inside = torch.zeros(FRAMES, 32, 48, dtype=torch.bool)
+    inside[:, 8:20, 10:30] = True
+    # what the video's compression leaves, and smears over the border
+    assert change[inside].mean() > 3 * change[~inside].mean()
+    metrics = json.loads((folder / "metrics.json").read_text())["metrics"]
+    assert metrics["psnr_outside"] > metrics["psnr"]
+    record = yaml.safe_load((folder / "run.yaml").read_text())
+    assert record["model"]["mask"] == record["run"]["mask"] == str(image)
+    assert record["run"]["inputs"]["model.mask"]["path"] == str(image)
+
+
+def test_a_mask_is_cut_as_the_source(tmp_path: Path) -> None:
+    frames = torch.zeros(6, 3, 64, 96)
+    for number in range(6):
+        frames[number, :, :, : 16 * number] = 1
+        write_image(tmp_path / "mask" / f"{number}.png", frames[number])
+    write_clip(tmp_path / "in.mp4", Clip.from_frames(frames))
+    source = ClipSource(tmp_path / "in.mp4", start=1, stop=6, stride=2, resolution=32)
+    like = source.read(16)
+    whole = cut_mask(tmp_path / "mask", source, 16, like)
+    assert [int(frame.mean(dim=0)[0].sum()) for frame in whole.frames] == [8, 24, 40]
+    one = cut_mask(tmp_path / "mask" / "3.png", source, 16, like)
+    assert len(one) == 3
+    assert [int(frame.mean(dim=0)[0].sum()) for frame in one.frames] == [24] * 3
+
+
+def test_masks_that_do_not_fit(video: Path, image: Path, tmp_path: Path) -> None:
+    source = ClipSource(video)
+    like = source.read(16)
+    for number in range(2):
+        write_image(tmp_path / "short" / f"{number}.png", torch.ones(3, 32, 48))
+    with pytest.raises(InputError, match=r"expected a mask of 3 frames of 48x32 .* 2 frames of"):
+        cut_mask(tmp_path / "short", source, 16, like)
+    write_image(tmp_path / "other.png", torch.ones(3, 32, 32))
+    with pytest.raises(InputError, match=r"expected a mask of 3 frames of 48x32 .* 1 frames of 32"):
+        cut_mask(tmp_path / "other.png", source, 16, like)
+    alpha = np.full((32, 48, 4), 128, np.uint8)
+    Image.fromarray(alpha).save(tmp_path / "alpha.png")
+    with pytest.raises(InputError, match=r"alpha\.png has an alpha channel .* flatten it"):
+        cut_mask(tmp_path / "alpha.png", source, 16, like)
+
+
+def test_one_mask_for_many_clips_is_refused_before_the_model_is_loaded(
+    tmp_path: Path, image: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "clips.csv").write_text("video\nin.mp4\n")
+    with pytest.raises(SystemExit):
+        main([
+            "predict", f"--data.manifest={tmp_path / 'clips.csv'}", "--model.prompt=a ball",
+            "--model.backbone=./gone", "--trainer.accelerator=cpu", f"--model.mask={image}",
+        ])  # fmt: skip
+    assert "expected no --model.mask with --data.manifest" in capsys.readouterr().err
