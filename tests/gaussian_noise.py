@@ -15,7 +15,7 @@ from tokenflow.diffusion import Conditioning, Schedule
 class GaussianNoise(GaussianFlow):
     """x = signal · x0 + noise · n; the output is E[n | x], with `share` of attention added."""
 
-    def schedule(self, steps: int) -> Schedule:
+    def schedule(self, steps: int, size: tuple[int, int] | None = None) -> Schedule:
         angles = torch.linspace(1.5, 0, steps + 1, dtype=torch.float64).tolist()
         signal, noise = ([f(angle) for angle in angles] for f in (math.cos, math.sin))
         return Schedule(tuple(angles[:-1]), tuple(signal), tuple(noise), "epsilon")

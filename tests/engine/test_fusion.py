@@ -133,6 +133,18 @@ def test_two_ranks_agree_with_one(backbone: Backbone, attention: Any) -> None:
     assert torch.allclose(torch.cat(parts), edit(whole), rtol=0, atol=ROUNDING)
 
 
+def test_outside_of_a_mask_the_source_stays(backbone: Backbone, clip: Clip) -> None:
+    mask = torch.zeros(1, 3, *clip.frames.shape[-2:])
+    mask[..., :16] = 1
+    result = edit_clip(
+        backbone, clip, PROMPTS, PnP(), NNField(), FUSED, mask=Clip.from_frames(mask)
+    )
+    assert torch.equal(result.clip.frames[..., 16:], clip.frames[..., 16:])
+    kept = backbone.encode(clip.frames)[..., 16 // backbone.latent_scale :]
+    outside = result.latents[..., 16 // backbone.latent_scale :]
+    assert torch.allclose(outside, kept, rtol=0, atol=ROUNDING)  # encoded in other batches
+
+
 def test_latents_alone_need_the_clips_flow(backbone: Backbone) -> None:
     tiny = TinyEdit.of(PnP(), backbone)
     with pytest.raises(InputError, match="fusion needs the clip's optical flow, got none; give"):
