@@ -26,6 +26,8 @@ from transformers import CLIPTokenizer
 
 from tokenflow.diffusion import Backbone, Conditioning, ModelError, StableDiffusion
 from tokenflow.diffusion.unet import decoder_layers
+from tokenflow.editors import PnP, Prompts
+from tokenflow.engine.network import EditedNetwork
 from tokenflow.errors import InputError
 
 COMPONENTS = StableDiffusion.components
@@ -524,11 +526,9 @@ def consistency_model(backbone: StableDiffusion) -> StableDiffusion:
 def test_embedded_guidance_is_that_of_diffusers_pipeline(
     consistency_model: StableDiffusion,
 ) -> None:
-    model, (text_encoder, tokenizer) = consistency_model, (
-        consistency_model.text_encoder, consistency_model.tokenizer,
-    )  # fmt: skip
+    model = consistency_model
     pipeline = LatentConsistencyModelPipeline(
-        model.vae, text_encoder, tokenizer, model.unet, LCMScheduler(),
+        model.vae, model.text_encoder, model.tokenizer, model.unet, LCMScheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
@@ -538,8 +538,8 @@ def test_embedded_guidance_is_that_of_diffusers_pipeline(
     ):
         pipeline(["a red ball", "a box"], num_inference_steps=3, guidance_scale=4.0)
     text = model.embed(["a red ball", "a box"])
-    assert text["guidance"].tolist() == [[8.5], [8.5]]
-    told = Conditioning(embeddings=text["embeddings"], guidance=torch.tensor([[4.0], [4.0]]))
+    assert text["guidance"].tolist() == [1, 1]
+    told = Conditioning(embeddings=text["embeddings"], guidance=torch.tensor([4.0, 4.0]))
     assert len(passes) == 3
     for latents, t, expected in passes:
         found = model.predict(latents, int(t), told)
@@ -547,11 +547,13 @@ def test_embedded_guidance_is_that_of_diffusers_pipeline(
         assert (model.predict(latents, int(t), text) - expected).abs().max() > 1e-3
 
 
-def test_a_model_that_embeds_its_guidance_is_not_guided_besides(
+def test_a_model_that_embeds_its_guidance_runs_no_negative_branch(
     consistency_model: StableDiffusion, backbone: StableDiffusion
 ) -> None:
-    assert consistency_model.defaults == dataclasses.replace(backbone.defaults, guidance=1.0)
+    assert consistency_model.defaults == dataclasses.replace(backbone.defaults, guidance=8.5)
     assert "timestep_cond" not in consistency_model.further_inputs
+    network = EditedNetwork(consistency_model, PnP(), Prompts("a ball"))
+    assert network.branches_for(8.5) == ("source", "prompt")
 
 
 def test_defaults_come_from_a_file_beside_the_index(folder: Path) -> None:

@@ -47,20 +47,16 @@ class Defaults:
         attention: PnP's injection threshold of self-attention, a share of the steps.
         features: PnP's injection threshold of features, a share of the steps.
         feature_layers: How many decoder layers take PnP's features.
-        embedded_guidance: The scale that a network is told which embeds it, as consistency models
-            distilled with guidance do (their pipeline's 8.5); `guidance` is then best 1.
     """
 
     guidance: float = 7.5
     attention: float = 0.5
     features: float = 0.8
     feature_layers: int = 1
-    embedded_guidance: float = 8.5
 
     def __post_init__(self) -> None:
         shares = self.attention, self.features
-        scales = self.guidance, self.embedded_guidance
-        numbers = all(type(value) in (int, float) for value in (*scales, *shares))
+        numbers = all(type(value) in (int, float) for value in (self.guidance, *shares))
         whole = type(self.feature_layers) is int and self.feature_layers >= 1
         if not (numbers and whole and all(0 <= share <= 1 for share in shares)):
             raise ModelError(

@@ -50,6 +50,8 @@ FURTHER = (
     "encoder_hid_dim",
     "encoder_hid_dim_type",
 )
+TOLD = 8.5
+"""The scale of guidance by default where the UNet is told it, as in diffusers' pipeline."""
 VOCABULARIES = ({"tokenizer.json"}, {"vocab.json", "merges.txt"})
 OWN = {
     "self", "sample", "timestep", "encoder_hidden_states", "added_cond_kwargs", "timestep_cond",
@@ -105,7 +107,7 @@ class UNetBackbone(Backbone):
         self.vae = self.checked_vae(vae)
         self.network = unet
         if unet.config.time_cond_proj_dim is not None:
-            self.own_defaults = replace(self.own_defaults, guidance=1.0)
+            self.own_defaults = replace(self.own_defaults, guidance=TOLD)
         for network in self.networks:
             network.requires_grad_(False).eval()
 
@@ -312,22 +314,20 @@ class UNetBackbone(Backbone):
     def told(self, conditioning: Conditioning, latents: Float[Tensor, "n c h w"]) -> dict[str, Any]:
         """The UNet's arguments besides latents and time, and a ControlNet's of the same family."""
         told: dict[str, Any] = {"encoder_hidden_states": conditioning["embeddings"]}
-        if "guidance" in conditioning.tensors:
-            excess = 1000 * (conditioning["guidance"].flatten() - 1)
+        if "guidance" in conditioning:
+            excess = 1000 * (conditioning["guidance"] - 1)
             width = self.unet.config.time_cond_proj_dim
             embedding = get_timestep_embedding(excess, width, downscale_freq_shift=1)
             told["timestep_cond"] = embedding.to(self.dtype)
         return told
 
     def conditioning(self, **tensors: Tensor) -> Conditioning:
-        """The text encoders' output, with a row "guidance" for a UNet that embeds its scale.
+        """The text encoders' output, and a "guidance" of 1 for a UNet that embeds its scale.
 
-        Of all prompts it is `defaults.embedded_guidance`; an editor may give others, (rows, 1), by
-        `Editor.conditioning`. Source: Meng et al. 2023 (arXiv 2210.03142), section 3.1.
+        Source: Meng et al. 2023 (arXiv 2210.03142), section 3.1.
         """
         if self.unet.config.time_cond_proj_dim is not None:
-            size, scale = (len(tensors["embeddings"]), 1), self.defaults.embedded_guidance
-            tensors["guidance"] = torch.full(size, float(scale), device=self.device)
+            tensors["guidance"] = torch.ones(len(tensors["embeddings"]), device=self.device)
         return Conditioning(**tensors)
 
     @cached_property
