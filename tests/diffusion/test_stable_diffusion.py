@@ -169,7 +169,7 @@ def test_weights_of_other_names_are_listed(folder: Path, name: str, only: str) -
 @pytest.mark.parametrize("value", ["1", None, 0, -1.0, float("nan"), [1]])
 def test_a_scaling_factor_that_is_no_number(folder: Path, value: Any) -> None:
     set_config(folder / "vae" / "config.json", scaling_factor=value)
-    with pytest.raises(ModelError, match=r"scaling_factor is .*, expected a number above 0; mend"):
+    with pytest.raises(ModelError, match=r"scaling_factor is .*, expected a number above 0 and"):
         Backbone.load(folder, "cpu", "float32")
 
 

@@ -23,7 +23,7 @@ from tokenflow.editors import PnP, Prompts
 from tokenflow.engine import Settings, edit_clip
 from tokenflow.engine.ranks.group import FrameGroup
 from tokenflow.propagation import NNField
-from tokenflow.testing import tiny_clip
+from tokenflow.testing import check_backbone, tiny_clip
 
 STEPS = 4
 PARTS = (*StableDiffusionXL.components,)
@@ -89,6 +89,10 @@ def test_the_network_is_told_the_frames_size(xl: StableDiffusionXL) -> None:
     told = xl.told(xl.embed(["a ball"]), torch.empty(1, 4, 8, 12))
     assert told["added_cond_kwargs"]["time_ids"].tolist() == [[16, 24, 0, 0, 16, 24]]
     assert "added_cond_kwargs" not in xl.further_inputs
+
+
+def test_the_contract_holds(xl: StableDiffusionXL) -> None:
+    check_backbone(xl)
 
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

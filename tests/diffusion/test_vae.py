@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 
 from tests.diffusion.making import pipeline_of, sampled
+from tests.diffusion.making_transformers import write_tiny_sd3
 from tests.diffusion.original_layout import original_vae, prefixed
 from tests.gaussian_flow import GaussianFlow
 from tokenflow.diffusion import Backbone, ModelError, StableDiffusion
@@ -79,6 +81,22 @@ def test_one_whose_latents_have_another_scale(model_folder: Path, tmp_path: Path
     vae = saved(tmp_path, "folder", scaling_factor=0.13025)
     with pytest.raises(ModelError, match=r"expected scaling_factor 1\.0 \(found 0\.13025\)"):
         Backbone.load(model_folder, "cpu", "float32", vae=vae)
+
+
+def test_one_with_a_shift_in_a_transformers_model(tmp_path: Path) -> None:
+    folder = write_tiny_sd3(tmp_path / "sd3", t5=False)
+    other = copy.deepcopy(AutoencoderKL.from_pretrained(folder / "vae"))
+    other.decoder.conv_out.bias.data += 0.5
+    other.save_pretrained(tmp_path / "vae")
+    plain = Backbone.load(folder, "cpu", "float32")
+    model = Backbone.load(folder, "cpu", "float32", vae=str(tmp_path / "vae"))
+    x = torch.randn(1, plain.latent_channels, 8, 8)
+    with torch.no_grad():
+        scaled = x / other.config.scaling_factor + other.config.shift_factor
+        expected = (other.decode(scaled).sample / 2 + 0.5).clamp(0, 1)
+    # float32, sums in another order
+    torch.testing.assert_close(model.decode(x), expected, atol=1e-5, rtol=0)
+    assert (model.decode(x) - plain.decode(x)).abs().max() > 0.1
 
 
 def test_a_file_without_a_vae(model_folder: Path, tmp_path: Path) -> None:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,30 +13,18 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     ModelMixin,
 )
-from jaxtyping import Float
-from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from tokenflow.diffusion.backbone import INDEX, Backbone, Defaults, Role
+from tokenflow.diffusion.backbone import INDEX, Defaults, Role
 from tokenflow.diffusion.clip import CLIPText
-from tokenflow.diffusion.loading import (
-    ModelError,
-    load_network,
-    load_pretrained,
-    require_safetensors,
-)
+from tokenflow.diffusion.latent_diffusion import PROJECTIONS, LatentDiffusion
+from tokenflow.diffusion.loading import ModelError, load_pretrained
 from tokenflow.diffusion.t5 import T5Text
-from tokenflow.memory import explained_shortage
-from tokenflow.storage import digests
 
-DEFAULTS = "tokenflow.json"
-"""A file beside the model's index with the options of an edit that suit it."""
 SCHEDULER = "FlowMatch"
 """How the names of diffusers' samplers begin whose noise is a flow's."""
-PROJECTIONS = {"queries": "to_q", "keys": "to_k", "values": "to_v"}
 
 
-class FlowTransformer(Backbone):
+class FlowTransformer(LatentDiffusion):
     """A transformer that predicts flow, a VAE, text encoders, and a schedule of the noise's share.
 
     Args:
@@ -53,14 +37,8 @@ class FlowTransformer(Backbone):
         ModelError: The parts do not fit each other, or this family.
     """
 
-    title: ClassVar[str]
-    """What errors call the family."""
-    components: ClassVar[Mapping[str, Any]]
-    """The parts of a folder and their classes, by the names of the constructor's arguments."""
     optional: ClassVar[frozenset[str]] = frozenset()
     """Those that the model's index may have as [null, null]."""
-    given: ClassVar[frozenset[str]]
-    """The transformer's arguments that `predict` gives itself."""
 
     def __init__(
         self,
@@ -70,22 +48,8 @@ class FlowTransformer(Backbone):
         scheduler: FlowMatchEulerDiscreteScheduler,
         own_defaults: Defaults,
     ) -> None:
-        self.transformer, self.vae, self.texts = transformer, vae, tuple(texts)
-        self.scheduler, self.own_defaults = scheduler, own_defaults
-        self.network = transformer
-        self.check_vae()
-        for network in self.networks:
-            network.requires_grad_(False).eval()
-
-    def check_vae(self) -> None:
-        """Raises `ModelError` for a VAE of another model."""
-        scale, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
-        numbers = all(isinstance(value, int | float) for value in (scale, shift))
-        if not (numbers and 0 < scale < math.inf and abs(shift) < math.inf):
-            raise ModelError(
-                f"the VAE's scaling_factor is {scale!r} and its shift_factor {shift!r}, expected "
-                f"a number above 0 and another; mend them in vae/config.json"
-            )
+        self.transformer = transformer
+        super().__init__(transformer, vae, texts, scheduler, own_defaults)
         if self.latent_channels != self.vae.config.latent_channels:
             raise ModelError(
                 f"the transformer takes {self.latent_channels} channels and the VAE's latents have "
@@ -106,27 +70,11 @@ class FlowTransformer(Backbone):
                     f"{made}; expected parts of one {self.title}, not of several models"
                 )
 
-    @property
-    def networks(self) -> tuple[nn.Module, ...]:
-        """The transformer, the VAE and the text encoders."""
-        return self.transformer, self.vae, *(text.encoder for text in self.texts)
-
     @classmethod
-    def from_model(cls, model: str, device: str, dtype: torch.dtype) -> FlowTransformer:
+    def load_parts(cls, model: str, dtype: torch.dtype) -> dict[str, Any]:
         index = load_pretrained(DiffusionPipeline.load_config, model, INDEX, INDEX)
         components = cls.named(index, model)
-        remedy = "take a smaller model, dtype float16 or bfloat16, or a device with more"
-        with explained_shortage(f"on {device} for the model {model}", remedy):
-            parts = {
-                name: cls.load_part(model, name, kind, dtype) for name, kind in components.items()
-            }
-            for name, part in parts.items():
-                if isinstance(part, nn.Module):
-                    parts[name] = part.to(device)
-        backbone = cls(**parts)
-        if (Path(model) / DEFAULTS).is_file():
-            backbone.own_defaults = Defaults.read(Path(model) / DEFAULTS)
-        return backbone
+        return {name: cls.load_part(model, name, kind, dtype) for name, kind in components.items()}
 
     @classmethod
     def named(cls, index: Mapping[str, Any], model: str) -> dict[str, Any]:
@@ -166,21 +114,9 @@ class FlowTransformer(Backbone):
 
     @classmethod
     def load_part(cls, model: str, name: str, kind: Any, dtype: torch.dtype) -> Any:
-        """One component by its own class, with errors that say what to do."""
-        folder = Path(model) / name
-        if not issubclass(kind, nn.Module):
-            load = cls.read_scheduler if name == "scheduler" else kind.from_pretrained
-            return load_pretrained(load, model, name, INDEX, subfolder=name)
-        if folder.is_dir():
-            require_safetensors(folder)
-        if issubclass(kind, PreTrainedModel):
-            # said here, or else a model's configuration may name an attention kernel's code on a
-            # hub
-            options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa"}
-        else:
-            options = {"torch_dtype": dtype}
+        if issubclass(kind, ModelMixin):
             cls.require_class(model, name, kind)
-        return load_network(kind, model, name, INDEX, subfolder=name, **options)
+        return super().load_part(model, name, kind, dtype)
 
     @classmethod
     def require_class(cls, model: str, name: str, kind: type[ModelMixin]) -> None:
@@ -210,49 +146,6 @@ class FlowTransformer(Backbone):
             )
         return kind.from_config(config)
 
-    @property
-    def device(self) -> torch.device:
-        return self.transformer.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.transformer.dtype
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """A digest of weights, configurations, vocabulary, defaults and device.
-
-        All weights are read, once, at about 1.4 GB/s.
-        """
-        networks = [digests.of_network(part) for part in self.networks]
-        schedule = {k: v for k, v in self.scheduler.config.items() if not k.startswith("_")}
-        words = [text.vocabulary for text in self.texts]
-        own = astuple(self.defaults)
-        return digests.of_values(networks, words, schedule, own, self.device.type)
-
-    @property
-    def latent_scale(self) -> int:
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
-
-    @torch.no_grad()
-    def encode(self, frames: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n c h w"]:
-        """Frames in 0..1 to shifted and scaled latents, the mean of the VAE's posterior."""
-        pixels = (2 * frames.to(self.device) - 1).to(self.vae.dtype)
-        codes = self.vae.encode(pixels).latent_dist.mean.float()
-        return (codes - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
-
-    @torch.no_grad()
-    def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 height width"]:
-        """Shifted and scaled latents to frames in 0..1."""
-        codes = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
-        pixels = self.vae.decode(codes.to(self.device, self.vae.dtype)).sample
-        return (pixels.float() / 2 + 0.5).clamp(0, 1)
-
-    @cached_property
-    def further_inputs(self) -> frozenset[str]:
-        names = inspect.signature(type(self.transformer).forward).parameters.keys()
-        return frozenset(names - {"self", "return_dict", *self.given})
-
     def layers(self, role: Role) -> Sequence[str]:
         """The projections of image tokens of all blocks in which text has projections of its own.
 
@@ -263,7 +156,3 @@ class FlowTransformer(Backbone):
             return []
         blocks = range(len(self.transformer.transformer_blocks))
         return [f"transformer_blocks.{block}.attn.{PROJECTIONS[role]}" for block in blocks]
-
-    @property
-    def defaults(self) -> Defaults:
-        return self.own_defaults

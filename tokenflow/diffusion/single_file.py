@@ -223,6 +223,8 @@ class Checkpoint:
             "layers_per_block": self.count(f"{prefix}encoder.down.0.block."),
             "latent_channels": self.size(f"{prefix}decoder.conv_in.weight", 1),
             "mid_block_add_attention": f"{prefix}encoder.mid.attn_1." in self,
+            "use_quant_conv": f"{prefix}quant_conv." in self,
+            "use_post_quant_conv": f"{prefix}post_quant_conv." in self,
         }
 
     def texts(self) -> dict[str, dict[str, Any]]:

@@ -41,7 +41,7 @@ class StableDiffusion(UNetBackbone):
 
     def embed(self, prompts: Sequence[str]) -> Conditioning:
         """The text encoder's last hidden state as "embeddings", (prompts, tokens, width)."""
-        (text,) = self.texts
+        (text,) = self.clips
         return self.conditioning(embeddings=text.encode(prompts).last_hidden_state)
 
     def decoder(self) -> Sequence[tuple[str, list[str]]]:

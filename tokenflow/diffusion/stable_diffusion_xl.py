@@ -48,7 +48,7 @@ class StableDiffusionXL(UNetBackbone):
         "scheduler": DDIMScheduler,
     }
     taken: ClassVar = {"addition_embed_type": "text_time"}
-    own_defaults = Defaults(guidance=5.0)
+    family_defaults = Defaults(guidance=5.0)
 
     def __init__(
         self,
@@ -81,11 +81,12 @@ class StableDiffusionXL(UNetBackbone):
         return super().checked_vae(vae.float() if upcast else vae)
 
     @classmethod
-    def options(cls, model: str) -> dict[str, Any]:
+    def load_parts(cls, model: str, dtype: torch.dtype) -> dict[str, Any]:
+        parts = super().load_parts(model, dtype)
         if Path(model).exists() and not (Path(model) / INDEX).exists():
-            return {}
+            return parts
         index = load_pretrained(DiffusionPipeline.load_config, model, INDEX, INDEX)
-        return {"zero_empty_prompt": bool(index.get("force_zeros_for_empty_prompt", True))}
+        return {**parts, "zero_empty_prompt": bool(index.get("force_zeros_for_empty_prompt", True))}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -96,7 +97,7 @@ class StableDiffusionXL(UNetBackbone):
         """Both text encoders' last hidden states but one as "embeddings", (prompts, tokens, width),
         and the second one's "pooled" embedding, (prompts, width).
         """
-        outputs = [text.encode(prompts, output_hidden_states=True) for text in self.texts]
+        outputs = [text.encode(prompts, output_hidden_states=True) for text in self.clips]
         embeddings = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         pooled = outputs[-1].text_embeds
         if self.zero_empty_prompt:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -18,30 +15,20 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.resnet import ResnetBlock2D
 from jaxtyping import Float
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from tokenflow.diffusion.backbone import INDEX, Backbone, Defaults, Role
+from tokenflow.diffusion.backbone import Defaults, Role
 from tokenflow.diffusion.clip import CLIPText
 from tokenflow.diffusion.conditioning import Conditioning
-from tokenflow.diffusion.loading import (
-    ModelError,
-    load_network,
-    load_pretrained,
-    require_safetensors,
-)
+from tokenflow.diffusion.latent_diffusion import PROJECTIONS, LatentDiffusion
+from tokenflow.diffusion.loading import ModelError
 from tokenflow.diffusion.lora import LoRA, fuse
 from tokenflow.diffusion.schedule import Schedule, Timestep
 from tokenflow.diffusion.scheduler import check_noise, read_scheduler
 from tokenflow.diffusion.single_file import load_parts
 from tokenflow.diffusion.sites import DiffusersSite
 from tokenflow.diffusion.textual_inversion import Embedding, add
-from tokenflow.diffusion.vae import load_vae
-from tokenflow.memory import explained_shortage
-from tokenflow.storage import digests
 
-DEFAULTS = "tokenflow.json"
-"""A file beside the model's index with the options of an edit that suit it."""
 # what makes a UNet ask for further inputs
 FURTHER = (
     "addition_embed_type",
@@ -53,17 +40,9 @@ FURTHER = (
 TOLD = 8.5
 """The scale of guidance by default where the UNet is told it, as in diffusers' pipeline."""
 VOCABULARIES = ({"tokenizer.json"}, {"vocab.json", "merges.txt"})
-OWN = {
-    "self", "sample", "timestep", "encoder_hidden_states", "added_cond_kwargs", "timestep_cond",
-    "return_dict",
-}  # fmt: skip
-"""The UNet's arguments that `predict` gives itself."""
 
 
-Own = TypeVar("Own", bound="UNetBackbone")
-
-
-class UNetBackbone(Backbone):
+class UNetBackbone(LatentDiffusion):
     """A UNet that predicts noise or v, a VAE, CLIP text encoders, and a noise schedule by betas.
 
     Args:
@@ -76,14 +55,13 @@ class UNetBackbone(Backbone):
         ModelError: The parts do not fit each other, or this family.
     """
 
-    title: ClassVar[str]
-    """What errors call the family."""
-    components: ClassVar[Mapping[str, Any]]
-    """The parts of a folder and their classes, by the names of the constructor's arguments."""
     taken: ClassVar[Mapping[str, Any]] = {}
     """Of a UNet's configuration, further inputs that this family gives it."""
 
-    own_defaults = Defaults()
+    given = frozenset({
+        "sample", "timestep", "encoder_hidden_states", "added_cond_kwargs", "timestep_cond",
+    })  # fmt: skip
+    family_defaults = Defaults()
     chunked: frozenset[str] = frozenset()
     """The transformer blocks whose feed-forward layer takes image by image, by name."""
     compiled: frozenset[str] = frozenset()
@@ -103,13 +81,10 @@ class UNetBackbone(Backbone):
             )
         self.check_unet(unet, vae, sum(text.width for text in texts))
         check_noise(scheduler)
-        self.unet, self.texts, self.scheduler = unet, tuple(texts), scheduler
-        self.vae = self.checked_vae(vae)
-        self.network = unet
-        if unet.config.time_cond_proj_dim is not None:
-            self.own_defaults = replace(self.own_defaults, guidance=TOLD)
-        for network in self.networks:
-            network.requires_grad_(False).eval()
+        told = unet.config.time_cond_proj_dim is not None
+        own = replace(self.family_defaults, guidance=TOLD) if told else self.family_defaults
+        super().__init__(unet, vae, texts, scheduler, own)
+        self.unet, self.clips = unet, tuple(texts)
 
     @classmethod
     def check_unet(cls, unet: UNet2DConditionModel, vae: AutoencoderKL, width: int) -> None:
@@ -145,63 +120,28 @@ class UNetBackbone(Backbone):
                 f"expected parts of one {cls.title}, not of several models"
             )
 
-    @property
-    def networks(self) -> tuple[nn.Module, ...]:
-        """The UNet, the VAE and the text encoders."""
-        return self.unet, self.vae, *(text.encoder for text in self.texts)
-
-    def checked_vae(self, vae: AutoencoderKL) -> AutoencoderKL:
-        """The VAE, in the dtype in which it is to compute; `ModelError` without a usable scale."""
-        scale = vae.config.scaling_factor
-        if not isinstance(scale, int | float) or not 0 < scale < math.inf:
-            raise ModelError(
-                f"the VAE's scaling_factor is {scale!r}, expected a number above 0; mend it in "
-                f"vae/config.json (Stable Diffusion 1.x and 2.x have 0.18215, SDXL 0.13025)"
-            )
-        return vae.requires_grad_(False).eval()
-
-    def replace_vae(self, vae: str) -> None:
-        own = load_vae(vae, self.vae, self.dtype)
-        self.vae = self.checked_vae(own.to(self.device))
-        if self.device.type == "cpu":
-            self.vae.decoder.to(memory_format=torch.channels_last)
-
     def add_embeddings(self, embeddings: Sequence[Embedding]) -> None:
-        add(embeddings, self.texts, self.title)
+        add(embeddings, self.clips, self.title)
 
     def fuse(self, loras: Sequence[LoRA]) -> None:
-        networks = {"unet": self.unet, "text_encoder": self.texts[0].encoder}
-        if len(self.texts) > 1:
-            networks["text_encoder_2"] = self.texts[1].encoder
+        networks = {"unet": self.unet, "text_encoder": self.clips[0].encoder}
+        if len(self.clips) > 1:
+            networks["text_encoder_2"] = self.clips[1].encoder
         fuse(loras, networks, self.title)
 
     @classmethod
-    def from_model(cls: type[Own], model: str, device: str, dtype: torch.dtype) -> Own:
+    def load_parts(cls, model: str, dtype: torch.dtype) -> dict[str, Any]:
+        if Path(model).is_file():
+            return load_parts(model, cls.components, dtype)
         if Path(model).is_dir():
             check_folder(Path(model), cls.components)
-        remedy = "take a smaller model, dtype float16 or bfloat16, or a device with more"
-        with explained_shortage(f"on {device} for the model {model}", remedy):
-            if Path(model).is_file():
-                parts = load_parts(model, cls.components, dtype)
-            else:
-                parts = {
-                    name: load_component(model, name, kind, dtype)
-                    for name, kind in cls.components.items()
-                }
-            for name, part in parts.items():
-                if isinstance(part, nn.Module):
-                    parts[name] = part.to(device)
-        backbone = cls(**parts, **cls.options(model))
-        if torch.device(device).type == "cpu":
-            backbone.fit_caches()
-        if (Path(model) / DEFAULTS).is_file():
-            backbone.own_defaults = Defaults.read(Path(model) / DEFAULTS)
-        return backbone
+        return {
+            name: cls.load_part(model, name, kind, dtype) for name, kind in cls.components.items()
+        }
 
     @classmethod
-    def options(cls, model: str) -> dict[str, Any]:
-        """The constructor's arguments besides the components, as a model's index has them."""
-        return {}
+    def read_scheduler(cls, model: str, **options: Any) -> DDIMScheduler:
+        return read_scheduler(model, **options)
 
     def fit_caches(self) -> None:
         """What is faster on a CPU for the same result (docs/speed.md).
@@ -244,31 +184,6 @@ class UNetBackbone(Backbone):
         self.compiled = frozenset(blocks)
 
     @property
-    def device(self) -> torch.device:
-        return self.unet.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.unet.dtype
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """A digest of weights, configurations, vocabulary, defaults and device.
-
-        All weights are read, once: Stable Diffusion 1.5 takes about 3 s in float32.
-        """
-        networks = [digests.of_network(part) for part in self.networks]
-        schedule = {k: v for k, v in self.scheduler.config.items() if not k.startswith("_")}
-        words = [text.vocabulary for text in self.texts]
-        own = astuple(self.defaults)
-        return digests.of_values(networks, words, schedule, own, self.device.type)
-
-    @property
-    def latent_scale(self) -> int:
-        """How many pixels wide one latent is."""
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
-
-    @property
     def multiple(self) -> int:
         """What frames' height and width must be multiples of: the UNet's deepest latent."""
         return int(self.latent_scale * 2 ** (len(self.unet.config.block_out_channels) - 1))
@@ -283,18 +198,6 @@ class UNetBackbone(Backbone):
 
     def schedule(self, steps: int, size: tuple[int, int] | None = None) -> Schedule:
         return Schedule.from_ddim(self.scheduler, steps)
-
-    @torch.no_grad()
-    def encode(self, frames: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n c h w"]:
-        """Frames in 0..1 to scaled latents, the mean of the VAE's posterior."""
-        pixels = (2 * frames.to(self.device) - 1).to(self.vae.dtype)
-        return self.vae.encode(pixels).latent_dist.mean.float() * self.vae.config.scaling_factor
-
-    @torch.no_grad()
-    def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 height width"]:
-        """Scaled latents to frames in 0..1."""
-        codes = (latents / self.vae.config.scaling_factor).to(self.device, self.vae.dtype)
-        return (self.vae.decode(codes).sample.float() / 2 + 0.5).clamp(0, 1)
 
     def predict(
         self,
@@ -329,10 +232,6 @@ class UNetBackbone(Backbone):
         if self.unet.config.time_cond_proj_dim is not None:
             tensors["guidance"] = torch.ones(len(tensors["embeddings"]), device=self.device)
         return Conditioning(**tensors)
-
-    @cached_property
-    def further_inputs(self) -> frozenset[str]:
-        return frozenset(inspect.signature(type(self.unet).forward).parameters.keys() - OWN)
 
     def sites(self) -> Mapping[str, DiffusersSite]:
         return attention_sites(self.unet, "attn1")
@@ -376,13 +275,6 @@ class UNetBackbone(Backbone):
             if chunked:
                 self.unet.get_submodule(name).set_chunk_feed_forward(1)
 
-    @property
-    def defaults(self) -> Defaults:
-        return self.own_defaults
-
-
-PROJECTIONS = {"queries": "to_q", "keys": "to_k", "values": "to_v"}
-
 
 def attention_sites(unet: UNet2DConditionModel, kind: str) -> dict[str, DiffusersSite]:
     """A UNet's self-attention ("attn1") or cross-attention ("attn2"), by layer name."""
@@ -410,16 +302,14 @@ def decoder_layers(unet: UNet2DConditionModel) -> list[tuple[str, list[str]]]:
 
 
 def check_folder(folder: Path, components: Mapping[str, Any]) -> None:
-    """Raises `ModelError` unless all components are there, with safetensors and vocabulary."""
-    for name, kind in components.items():
+    """Raises `ModelError` unless all components are there, tokenizers with a vocabulary."""
+    for name in components:
         part = folder / name
         if not part.is_dir():
             raise ModelError(
                 f"the model folder {folder} has no {name}/; expected diffusers' layout with "
                 f"{', '.join(components)}"
             )
-        if issubclass(kind, nn.Module):
-            require_safetensors(part)
         if name.startswith("tokenizer"):
             files = {file.name for file in part.iterdir()}
             if not any(files.issuperset(needed) for needed in VOCABULARIES):
@@ -427,15 +317,3 @@ def check_folder(folder: Path, components: Mapping[str, Any]) -> None:
                     f"{part} has no vocabulary; expected tokenizer.json, or vocab.json and "
                     f"merges.txt"
                 )
-
-
-def load_component(model: str, name: str, kind: Any, dtype: torch.dtype) -> Any:
-    """One component by its own class, with errors that say what to do."""
-    if not issubclass(kind, nn.Module):
-        load = read_scheduler if name == "scheduler" else kind.from_pretrained
-        return load_pretrained(load, model, name, INDEX, subfolder=name)
-    options: dict[str, Any] = {"torch_dtype": dtype}  # diffusers'
-    if issubclass(kind, PreTrainedModel):
-        # said here, or else a model's configuration may name an attention kernel's code on a hub
-        options = {"dtype": dtype, "attn_implementation": "sdpa"}  # transformers'
-    return load_network(kind, model, name, INDEX, subfolder=name, **options)

@@ -57,7 +57,7 @@ def vae_of_file(file: Path, like: AutoencoderKL, dtype: torch.dtype) -> Autoenco
             f"own, {VAE}encoder.down.* or encoder.down.*, found {checkpoint.beginning}; give the "
             f"VAE's folder in diffusers' layout"
         )
-    kept = {name: like.config[name] for name in ("scaling_factor", "force_upcast")}
+    kept = {name: like.config[name] for name in ("scaling_factor", "shift_factor", "force_upcast")}
     with configured("", {"vae": AutoencoderKL}, {"vae": checkpoint.vae(prefix) | kept}) as folder:
         vae: AutoencoderKL = converted(
             AutoencoderKL, file, "the VAE", config=folder, subfolder="vae"
