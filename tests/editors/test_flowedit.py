@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.diffusion.making_transformers import write_tiny_flux, write_tiny_sd3
 from tests.gaussian_flow import GaussianFlow
 from tests.gaussian_noise import GaussianNoise
 from tokenflow.cli.main import main
-from tokenflow.diffusion import Backbone, Conditioning, Source, Trajectory, frame_noise
+from tokenflow.diffusion import Backbone, Conditioning, Schedule, Source, Trajectory, frame_noise
 from tokenflow.editors import FlowEdit, Prompts, Step
 from tokenflow.editors.inversion_free import NOISES
 from tokenflow.engine import Settings, edit_clip
@@ -42,13 +43,29 @@ def edited(
     return edit_clip(model, clip(), prompts, editor, NNField(), chosen).latents
 
 
+Output = Callable[[Tensor, float, str, float], Tensor]
+"""The network's guided output, of a latent, a timestep, a prompt and the scale of guidance."""
+
+
+def guided(model: Backbone) -> Output:
+    """By a negative prompt, or by an input of the network."""
+
+    def output(z: Tensor, t: float, prompt: str, scale: float) -> Tensor:
+        told = model.embed([PROMPTS.negative_prompt, prompt])
+        if "guidance" in told:
+            told = told.rows([1])
+            told["guidance"].fill_(scale)
+            return model.predict(z[None], t, told)[0]
+        negative, positive = (model.predict(z[None], t, told.rows([n]))[0] for n in (0, 1))
+        return negative + scale * (positive - negative)
+
+    return output
+
+
 def published(
-    network: Callable[[Tensor, float, str], Tensor],
+    output: Output,
     x_src: Tensor,
-    timesteps: Sequence[float],
-    signal: Sequence[float],
-    noise: Sequence[float],
-    form: str,
+    schedule: Schedule,
     scales: tuple[float, float],
     n: tuple[int, int, int],
     draw: Callable[[int, int], Tensor],
@@ -58,13 +75,12 @@ def published(
     The ε-form is their own: [ε(z_tar) - ε(z_src) - (z - x_src)] / (1 - t); the network is given
     latents at the scale of its own schedule.
     """
-    (n_max, n_min, n_avg), (g_src, g_tar), steps = n, scales, len(timesteps)
+    (n_max, n_min, n_avg), (g_src, g_tar), steps = n, scales, len(schedule)
+    signal, noise, form = schedule.signal, schedule.noise, schedule.prediction
     z_edit, x_tar = x_src.clone(), None
 
-    def guided(z: Tensor, i: int, positive: str, scale: float) -> Tensor:
-        z = z * (signal[i] + noise[i])
-        negative = network(z, timesteps[i], PROMPTS.negative_prompt)
-        return negative + scale * (network(z, timesteps[i], positive) - negative)
+    def asked(z: Tensor, i: int, prompt: str, scale: float) -> Tensor:
+        return output(z * (signal[i] + noise[i]), schedule.timesteps[i], prompt, scale)
 
     for i in range(steps):
         if steps - i > n_max:
@@ -76,8 +92,8 @@ def published(
             for k in range(n_avg):
                 z_src = (1 - t) * x_src + t * draw(i, k)
                 z_tar = z_edit + z_src - x_src
-                output_tar = guided(z_tar, i, PROMPTS.prompt, g_tar)
-                output_src = guided(z_src, i, PROMPTS.inversion_prompt, g_src)
+                output_tar = asked(z_tar, i, PROMPTS.prompt, g_tar)
+                output_src = asked(z_src, i, PROMPTS.inversion_prompt, g_src)
                 v = output_tar - output_src
                 if form == "epsilon":
                     v = (v - (z_edit - x_src)) / (1 - t)
@@ -86,11 +102,12 @@ def published(
             continue
         if x_tar is None:
             x_tar = z_edit + (1 - t) * x_src + t * draw(i, 0) - x_src
-        v = guided(x_tar, i, PROMPTS.prompt, g_tar)
+        t_next = noise[i + 1] / (signal[i + 1] + noise[i + 1])  # sampling as always
+        v = asked(x_tar, i, PROMPTS.prompt, g_tar)
         if form == "epsilon":
             v = (v - x_tar) / (1 - t)
         x_tar = x_tar + (t_next - t) * v
-    return z_edit if x_tar is None else x_tar
+    return z_edit if x_tar is None else x_tar * (signal[-1] + noise[-1])
 
 
 @pytest.mark.parametrize("n", [(6, 0, 1), (4, 0, 1), (4, 0, 3), (5, 2, 1), (5, 1, 2), (2, 2, 1)])
@@ -102,42 +119,43 @@ def test_every_frame_is_as_in_the_published_loop(
     n_max, n_min, n_avg = n
     editor = FlowEdit(n_max, n_min, n_avg, guidance_source=1.5).with_noise(draws)
     found = edited(model, editor, guidance=4.0, consistency="none")
-    one = model.schedule(STEPS)
-
-    def network(z: Tensor, t: float, prompt: str) -> Tensor:
-        return model.predict(z[None], t, model.embed([prompt]))[0]
-
     for frame, x_src in enumerate(clip().frames):
         expected = published(
-            network, x_src, one.timesteps, one.signal, one.noise, one.prediction, (1.5, 4.0), n,
+            guided(model), x_src, model.schedule(STEPS), (1.5, 4.0), n,
             lambda step, draw, frame=frame: draws[step, draw, frame],
         )  # fmt: skip
         assert torch.allclose(found[frame], expected, rtol=0, atol=ROUNDING)
     assert (found - clip().frames).abs().max() > 0.1
 
 
-def test_a_network_that_predicts_noise_is_as_in_the_published_loop(backbone: Backbone) -> None:
-    """A Stable Diffusion, whose last level has some noise: the edit ends at none."""
-    source, schedule = tiny_clip(2), backbone.schedule(4)
-    clean, texts = backbone.encode(source.frames), backbone.embed(["0.9", "-0.2", "0.4"])
-    rows = dict(zip(("0.9", "-0.2", "0.4"), range(3), strict=True))
-    draws = torch.randn(4, 1, 2, *clean.shape[1:], generator=torch.Generator().manual_seed(1))
-    editor = FlowEdit(3, guidance_source=1.5).with_noise(
-        lambda frame, step, draw: draws[step, draw, frame]
-    )
+@pytest.fixture(scope="module", params=["Stable Diffusion", "SD 3", "Flux"])
+def network(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, backbone: Backbone
+) -> Backbone:
+    """A real network of each kind; that of Stable Diffusion has some noise at its last level."""
+    if request.param == "Stable Diffusion":
+        return backbone
+    write = {"SD 3": write_tiny_sd3, "Flux": write_tiny_flux}[request.param]
+    return Backbone.load(write(tmp_path_factory.mktemp("tiny")), "cpu", "float32")
+
+
+def test_real_networks_edit_as_the_published_loop(network: Backbone) -> None:
+    source, n = tiny_clip(2), (3, 1, 1)
+    clean = network.encode(source.frames)
+    size = clean.shape[2], clean.shape[3]
+    draws = torch.randn(4, 1, *clean.shape, generator=torch.Generator().manual_seed(1))
+    editor = FlowEdit(3, 1, guidance_source=1.5)
+    editor.with_noise(lambda frame, step, draw: draws[step, draw, frame])
     settings = Settings(steps=4, guidance=3.0, consistency="none")
-    found = edit_clip(backbone, source, PROMPTS, editor, NNField(), settings).latents
-
-    def network(z: Tensor, t: float, prompt: str) -> Tensor:
-        return backbone.predict(z[None], t, texts.rows([rows[prompt]]))[0]
-
+    found = edit_clip(network, source, PROMPTS, editor, NNField(), settings).latents
     for frame, x_src in enumerate(clean):
         expected = published(
-            network, x_src, schedule.timesteps, schedule.signal, schedule.noise, "epsilon",
-            (1.5, 3.0), (3, 0, 1), lambda step, draw, frame=frame: draws[step, draw, frame],
+            guided(network), x_src, network.schedule(4, size), (1.5, 3.0), n,
+            lambda step, draw, frame=frame: draws[step, draw, frame],
         )  # fmt: skip
-        # Δv is divided by 1 - t, 0.06 at first
+        # Δv of a network that predicts noise is divided by 1 - t, 0.1 at first
         assert torch.allclose(found[frame], expected, rtol=0, atol=10 * ROUNDING)
+    assert (found - clean).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("model", [GaussianFlow(), GaussianNoise()])
@@ -181,11 +199,11 @@ def test_the_source_comes_back_exactly_where_both_sides_are_alike(
         assert change(Apart) > 100 * ROUNDING  # the difference of attention
 
 
-def test_a_real_network_gives_the_source_back(backbone: Backbone) -> None:
+def test_real_networks_give_the_source_back(network: Backbone) -> None:
     source, settings = tiny_clip(3), Settings(steps=2, keyframe_every=2, guidance=5.0)
     editor, prompts = FlowEdit(2, guidance_source=5.0), Prompts("a ball", "", "a ball")
-    found = edit_clip(backbone, source, prompts, editor, NNField(), settings)
-    assert torch.allclose(found.latents, backbone.encode(source.frames), rtol=0, atol=ROUNDING)
+    found = edit_clip(network, source, prompts, editor, NNField(), settings)
+    assert torch.allclose(found.latents, network.encode(source.frames), rtol=0, atol=ROUNDING)
 
 
 def first_step(editor: FlowEdit, guidance: float = 4.0) -> Step:
