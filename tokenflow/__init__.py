@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokenflow.diffusion import Backbone, StableDiffusion
-    from tokenflow.editors import ControlNet, Editor, PnP, Prompts, SDEdit
+    from tokenflow.editors import DDCM, ControlNet, Editor, FlowEdit, PnP, Prompts, SDEdit
     from tokenflow.engine import (
         Consistency,
         Result,
@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 
 __version__ = version("tokenflow")
 __all__ = [
+    "DDCM",
     "Backbone",
     "Clip",
     "Consistency",
     "ControlNet",
     "Editor",
+    "FlowEdit",
     "FlowWeighted",
     "NNField",
     "PnP",
@@ -45,11 +47,13 @@ __all__ = [
 ]
 
 HOMES = {
+    "DDCM": "editors",
     "Backbone": "diffusion",
     "Clip": "video",
     "Consistency": "engine",
     "ControlNet": "editors",
     "Editor": "editors",
+    "FlowEdit": "editors",
     "FlowWeighted": "propagation",
     "NNField": "propagation",
     "PnP": "editors",

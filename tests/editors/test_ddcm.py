@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tests.gaussian_flow import GaussianFlow
 from tests.gaussian_noise import GaussianNoise
-from tokenflow.diffusion import Backbone, Schedule
+from tokenflow.diffusion import Backbone, Conditioning, Schedule
 from tokenflow.editors import DDCM, Prompts
 from tokenflow.engine import Settings, edit_clip
 from tokenflow.errors import InputError
@@ -126,6 +126,26 @@ def test_a_guidance_of_1_runs_two_branches(backbone: Backbone) -> None:
     finally:
         del backbone.predict
     assert rows == [2 * 2, 3 * 2]
+
+
+class Told(GaussianFlow):
+    """The mean is shifted by the scale of guidance, which is an input."""
+
+    def embed(self, prompts: Sequence[str]) -> Conditioning:
+        return Conditioning(**super().embed(prompts).tensors, guidance=torch.ones(len(prompts), 1))
+
+    def predict(self, latents: Tensor, t: float, conditioning: Conditioning, **_: Any) -> Tensor:
+        mean = conditioning["mean"] + conditioning["guidance"][:, 0]
+        return super().predict(latents, t, Conditioning(mean=mean))
+
+
+@pytest.mark.parametrize(("guidance_source", "shift"), [(None, 0.0), (1.5, 2.5)])
+def test_a_network_that_is_told_guidance_is_told_one_scale(
+    guidance_source: float | None, shift: float
+) -> None:
+    found = edited(Told(), DDCM(guidance_source=guidance_source), guidance=4.0)
+    move = torch.tensor(0.5 + shift)
+    assert torch.allclose(found - clip().frames, move, rtol=0, atol=10 * ROUNDING)
 
 
 def test_a_latent_consistency_model_is_edited_at_its_own_timesteps(

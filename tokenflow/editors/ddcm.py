@@ -25,16 +25,22 @@ class DDCM(InversionFree):
         strength: Share of the steps that run, the last ones, above 0 and up to 1: the lower, the
             more of the source is kept.
         guidance_source: Scale of guidance of the source's output; that of the prompt's is the
-            edit's own.
+            edit's own. If not given 1, for none; the edit's own in a network that is told it.
         noise: "independent" noise for every frame, or noise that is "shared" by all.
     """
 
     def __init__(
-        self, strength: float = 1.0, guidance_source: float = 1.0, noise: str = "independent"
+        self,
+        strength: float = 1.0,
+        guidance_source: float | None = None,
+        noise: str = "independent",
     ) -> None:
         super().__init__(guidance_source, noise)
         check_strength(strength)
         self.strength = strength
+
+    def default_guidance(self, guidance: float, told: bool) -> float:
+        return guidance if told else 1.0
 
     def start(self, source: Source, schedule: Schedule, seed: int) -> Start:
         return Start(source.clean, len(schedule) - steps_to_run(self.strength, len(schedule)))

@@ -24,7 +24,7 @@ class FlowEdit(InversionFree):
         n_max: How many steps run, the last ones; at most all. Two thirds if not given, as 33 of 50.
             The more, the more may change.
         n_min: How many of these, the last ones, sample freely instead: less of the source is kept.
-        n_avg: Draws of noise in each step, whose velocities are averaged; each is a further pass.
+        n_avg: Draws of noise in each step, whose velocities are averaged; each has all branches.
         guidance_source: Scale of guidance of the source's velocity; that of the prompt's is the
             edit's own. If not given a fifth as far from 1: 3.5 for 13.5.
         noise: "independent" noise for every frame, or noise that is "shared" by all.
@@ -48,7 +48,7 @@ class FlowEdit(InversionFree):
             )
         self.n_max, self.n_min, self.n_avg = n_max, n_min, n_avg
 
-    def default_guidance(self, guidance: float) -> float:
+    def default_guidance(self, guidance: float, told: bool) -> float:
         return 1 + (guidance - 1) / 5
 
     def start(self, source: Source, schedule: Schedule, seed: int) -> Start:

@@ -79,18 +79,21 @@ class InversionFree(Editor):
             "negative": prompts.negative_prompt,
             "prompt": prompts.prompt,
         }
-        if self.guidance_source == 1:
+        if self.source_scale(2.0) == 1:  # whatever the edit's
             del one["source_negative"]
         return {label(kind, n): text for n in range(self.draws) for kind, text in one.items()}
 
-    def default_guidance(self, guidance: float) -> float:
-        """The scale for the source's output where none is given, by that for the edit's."""
-        return 1.0
+    @abstractmethod
+    def default_guidance(self, guidance: float, told: bool) -> float:
+        """The scale for the source's output where none is given, by that for the edit's.
 
-    def source_scale(self, guidance: float) -> float:
+        `told` is true of a network that is given the scale, and needs no negative prompt.
+        """
+
+    def source_scale(self, guidance: float, told: bool = False) -> float:
         """The scale of guidance of the source's output, by that of the edit's."""
         chosen = self.guidance_source
-        return self.default_guidance(guidance) if chosen is None else chosen
+        return self.default_guidance(guidance, told) if chosen is None else chosen
 
     def conditioning(self, batch: Batch) -> Conditioning:
         """With the source's own scale, where the network is given it as "guidance"."""
@@ -101,7 +104,7 @@ class InversionFree(Editor):
         edited = float(scales[batch.branches.index("prompt"), 0])
         for branch, scale in zip(batch.branches, scales, strict=True):
             if branch.startswith("source"):
-                scale.fill_(self.source_scale(edited))
+                scale.fill_(self.source_scale(edited, told=True))
         return Conditioning(**tensors | {"guidance": scales.flatten(0, 1)})
 
     def inputs(

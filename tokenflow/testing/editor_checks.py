@@ -122,6 +122,8 @@ def answers_keep_shape_and_dtype(editor: Editor, backbone: Backbone | None) -> N
             step, source = tiny.step(index), tiny.trajectory.source()
             inputs = editor.inputs(tiny.x, step, source)
             require_kept(editor_contract.of_inputs(inputs, tiny.x, len(step.branches)), "answer")
+            kept = editor.kept(step, source)
+            require_kept(editor_contract.of_kept(kept, source.clean), "answer")
             batch = tiny.batch(range(FRAMES), index)
             conditioning, extra = editor.conditioning(batch), editor.model_inputs(batch)
             require_kept(editor_contract.of_conditioning(conditioning, batch), "conditioning")
