@@ -555,6 +555,11 @@ BROKEN_EDITORS: list[tuple[str, Editor, str]] = [
         editor(inputs=lambda self, x, *_: x),
         r"inputs of all branches of shape \(3, 4, 4, 8, 16\), got \(4, 4, 8, 16\)",
     ),
+    (
+        "answers_keep_shape_and_dtype",
+        editor(kept=lambda self, step, source: source.clean[:1]),
+        r"latents from kept\(\) of shape \(4, 4, 8, 16\), got \(1, 4, 8, 16\)",
+    ),
     ("answers_keep_shape_and_dtype", conditioned(lambda _: {}), "a Conditioning, got dict"),
     (
         "answers_keep_shape_and_dtype",
