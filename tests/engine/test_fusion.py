@@ -10,13 +10,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.gaussian_noise import GaussianNoise
 from tests.plugins_by_others.no_inversion import NoInversion
 from tokenflow.diffusion import Backbone
-from tokenflow.editors import Editor, PnP, SDEdit
+from tokenflow.editors import DDCM, Editor, FlowEdit, PnP, Prompts, SDEdit
 from tokenflow.engine import Settings, SourceCache, edit_clip, edit_latents
 from tokenflow.engine.resume import ResumeStore
 from tokenflow.errors import InputError, Preempted
-from tokenflow.propagation import DIS, ClipFlow, FlowWeighted, NNField, Propagation
+from tokenflow.propagation import (
+    DIS,
+    ClipFlow,
+    FlowWeighted,
+    NNField,
+    OpticalFlow,
+    Propagation,
+)
 from tokenflow.storage.cache import Cache
 from tokenflow.testing.threads import on_ranks
 from tokenflow.testing.tiny_edit import PROMPTS, TinyEdit
@@ -157,3 +165,31 @@ def test_latents_alone_need_the_clips_flow(backbone: Backbone) -> None:
 def test_shares_that_are_none(wrong: dict[str, float]) -> None:
     with pytest.raises(InputError, match=f"{next(iter(wrong))} must be a share from 0 to 1"):
         Settings(**wrong)
+
+
+class Still(OpticalFlow):
+    """Nothing moves."""
+
+    def between(self, clip: Clip, start: int, end: int) -> Tensor:
+        return torch.zeros(2, *clip.frames.shape[-2:])
+
+
+@pytest.mark.parametrize("editor", [DDCM(), FlowEdit(1), FlowEdit(1, n_min=1)])
+def test_clean_latents_are_fused_as_they_are(editor: Editor) -> None:
+    """Where nothing is edited an editor without inversion leaves the source to be fused."""
+    frames = torch.rand(3, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    settings = Settings(
+        steps=1, guidance=1.0, keyframe_every=3, keyframes="first", fusion=0.5, fusion_end=1.0
+    )
+    prompts = Prompts("0.5", inversion_prompt="0.5")
+
+    def edited(chosen: Settings) -> Tensor:
+        kernel = FlowWeighted(Still())
+        return edit_clip(
+            GaussianNoise(), Clip.from_frames(frames), prompts, editor, kernel, chosen
+        ).latents
+
+    alone = edited(replace(settings, fusion=0.0))
+    expected = 0.5 * alone + 0.5 * alone[0]  # all of a frame's keyframes are the first
+    assert torch.allclose(edited(settings), expected, rtol=0, atol=1e-5)
+    assert (expected - alone).abs().max() > 0.01

@@ -147,10 +147,16 @@ class Editor(ABC):  # noqa: B024 (every method has a default)
     def kept(self, step: Step, source: Source) -> Float[Tensor, "frames c h w"]:
         """What x is after a step where nothing is edited: outside of a local edit's mask.
 
-        By default the inverted latents at the level that is reached; without inversion the clean
-        ones, from which sampling starts.
+        By default the inverted latents at the level that is reached, or the clean ones.
         """
-        return source.at(step.index + 1) if self.inverts else source.clean
+        return source.clean if self.clean_after(step) else source.at(step.index + 1)
+
+    def clean_after(self, step: Step) -> bool:
+        """Whether x are clean latents after a step, rather than at the level that is reached.
+
+        By default without inversion, where sampling starts from clean latents.
+        """
+        return not self.inverts
 
     @property
     def guided(self) -> Sequence[str]:

@@ -84,11 +84,14 @@ class FlowEdit(InversionFree):
 
     def kept(self, step: Step, source: Source) -> Float[Tensor, "frames c h w"]:
         """The clean source, but noised while x is."""
-        schedule, following = step.schedule, step.index + 1
-        if not self.sampling(step) or following == len(schedule):
+        if self.clean_after(step):
             return source.clean
-        noise = self.drawn(source, step.seed, len(schedule) - self.n_min)
-        return schedule.mix(source.clean, noise, following)
+        noise = self.drawn(source, step.seed, len(step.schedule) - self.n_min)
+        return step.schedule.mix(source.clean, noise, step.index + 1)
+
+    def clean_after(self, step: Step) -> bool:
+        """But for the steps that sample freely, whose last one ends at clean latents."""
+        return not self.sampling(step) or step.index + 1 == len(step.schedule)
 
     def sampled(
         self, x: Float[Tensor, "frames c h w"], step: Step, source: Source

@@ -126,6 +126,10 @@ class CheckedEditor(Editor):
         self.require(editor_contract.of_inputs(found, x, len(step.branches)), "inputs")
         return found
 
+    def clean_after(self, step: Step) -> bool:
+        with blamed(self.editor, "clean_after"):
+            return self.editor.clean_after(step)
+
     def kept(self, step: Step, source: Source) -> Tensor:
         with blamed(self.editor, "kept"):
             found = self.editor.kept(step, source)

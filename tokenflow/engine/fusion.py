@@ -35,8 +35,13 @@ def fused_latents(
     assert s.flow is not None, "edit_clip and edit_latents ask for it"
     own = [keyframes[number] for number in s.shard.own]
     before = x[rows(here, own)]
-    # whatever the editor does, a step leads from x towards a clean latent
-    keys = schedule.clean(before, s.advanced(before, own, outputs, step), step.index)
+    # a step leads from x towards a clean latent, unless x themselves are clean ones
+    already = not s.network.editor.inverts
+    if already and not s.network.editor.clean_after(step):
+        return following  # nor from clean latents
+    keys = s.advanced(before, own, outputs, step)
+    if not already:
+        keys = schedule.clean(before, keys, step.index)
     held = slice(s.shard.halo.start, s.shard.halo.stop)
     keys = s.ranks.exchange_halo(keys.to(s.network.model.device), s.shard.counts).to(x.device)
     result = torch.empty_like(x)
@@ -45,7 +50,9 @@ def fused_latents(
             part, s.shard.windows[held], keyframes[held], s.settings.neighbours, s.settings.blend
         )
         some = rows(here, part)
-        clean = schedule.clean(x[some], following[some], step.index)
+        clean = following[some]
+        if not already:
+            clean = schedule.clean(x[some], clean, step.index)
         clean = fuse(clean, keys[used], s.flow.moved(window), s.settings.fusion)
-        result[some] = schedule.towards(clean, x[some], step.index)
+        result[some] = clean if already else schedule.towards(clean, x[some], step.index)
     return result
