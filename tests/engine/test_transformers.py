@@ -12,7 +12,15 @@ from torch import Tensor
 
 from tests.diffusion.making_transformers import write_tiny_flux, write_tiny_sd3
 from tests.on_ranks import on_ranks
-from tokenflow.diffusion import Backbone, Conditioning, Flux, StableDiffusion3, Trajectory
+from tokenflow.diffusion import (
+    Backbone,
+    Conditioning,
+    Flux,
+    Schedule,
+    StableDiffusion3,
+    Trajectory,
+    invert,
+)
 from tokenflow.editors import Batch, Editor, PnP, Prompts, SDEdit
 from tokenflow.engine import Settings, SourceCache, edit_clip, edit_latents, find_correspondences
 from tokenflow.engine.network import EditedNetwork
@@ -178,6 +186,25 @@ class Told(Editor):
     def conditioning(self, batch: Batch) -> Conditioning:
         self.seen.append(batch)
         return batch.conditioning
+
+
+def test_the_noise_is_that_of_the_clips_size(model: Backbone) -> None:
+    """In sampling, inversion and a probe's, whatever the size of the model's own images."""
+    asked: list[tuple[int, tuple[int, int] | None]] = []
+    schedule = type(model).schedule
+
+    def watched(self: Backbone, steps: int, size: tuple[int, int] | None = None) -> Schedule:
+        asked.append((steps, size))
+        return schedule(self, steps, size)
+
+    clip = tiny_clip(2, 12, 16)
+    settings = Settings(steps=2, inversion_steps=3, guidance=1.0, consistency="none")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model), "schedule", watched)
+        edit_clip(model, clip, PROMPTS, SDEdit(), NNField(), settings)
+        find_correspondences(model, clip, NNField(), "a ball", settings)
+        invert(model, model.encode(clip.frames[:]), "a ball", model.schedule(2, (6, 8)), 3)
+    assert set(asked) == {(2, (6, 8)), (3, (6, 8))}
 
 
 def test_correspondences_are_found_on_image_tokens(model: Backbone) -> None:
