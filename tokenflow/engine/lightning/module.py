@@ -56,9 +56,9 @@ class TokenFlowModule(LightningModule):
         prompt: What the edited video shows; a manifest's clips may have their own.
         editor: The image editing method, by class name.
         propagation: The kernel that finds correspondences, by class name.
-        backbone: A folder with a Stable Diffusion 1.x or 2.x or an SDXL model in diffusers'
-            layout, the id of a hub model, a checkpoint in one *.safetensors file, or "miniature",
-            the embedded one.
+        backbone: A folder with a Stable Diffusion, SDXL, SD 3 or Flux model in diffusers' layout,
+            the id of a hub model, a checkpoint of the first two in one *.safetensors file, or
+            "miniature", the embedded one.
         vae: A VAE in place of the model's own: its folder in diffusers' layout, the id of a hub
             model, or a *.safetensors file.
         loras: A list of LoRAs that are added to the model's weights, each with the options `model`
