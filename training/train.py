@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from jaxtyping import Int
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import save_model
+from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from tokenflow.diffusion import StableDiffusion
-from tokenflow.miniature import WEIGHTS
+from tokenflow.miniature import TRANSFORMER, WEIGHTS
 from tokenflow.miniature.judge import labels
 from tokenflow.miniature.scenes import random_scene
 from tokenflow.miniature.tokenizer import save_tokenizer
@@ -31,7 +34,12 @@ from training.modules import (
     JudgeTraining,
     TrainingModule,
 )
-from training.networks import new_scheduler
+from training.networks import (
+    new_flow_scheduler,
+    new_projected_text_encoder,
+    new_scheduler,
+    new_transformer,
+)
 from training.stills import (
     SCENES,
     Endless,
@@ -41,6 +49,7 @@ from training.stills import (
     to_signed,
     without_shape,
 )
+from training.transformer import FlowTraining
 
 
 def fit(
@@ -150,13 +159,58 @@ def train_controlnet(folder: Path, steps: int, precision: str) -> None:
     stage.controlnet.half().save_pretrained(WEIGHTS / "controlnet")
 
 
+def train_transformer(folder: Path, steps: int, precision: str) -> None:
+    """Trains a flow-matching transformer and writes its diffusers folder."""
+    tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer")
+    captions = [str(random_scene(seed).attributes) for seed in range(SCENES)]
+    tokens, nothing = (
+        tokenizer(texts, padding="max_length", return_tensors="pt")["input_ids"]
+        for texts in (captions, [""])
+    )
+    stage = new_flow_training(new_transformer(), nothing[0])
+    vae = AutoencoderKL.from_pretrained(WEIGHTS / "vae", torch_dtype=torch.float32)
+    data = Endless(encoded(folder, vae), tokens, batch=16)
+    fit(stage, data, steps, folder / "transformer", precision, average=True)
+    save_transformer(stage, TRANSFORMER)
+
+
+def new_flow_training(
+    transformer: SD3Transformer2DModel, nothing: Int[Tensor, " length"]
+) -> FlowTraining:
+    """Of a new transformer, with the UNet's text encoder and a new one half as wide."""
+    first = CLIPTextModelWithProjection.from_pretrained(
+        WEIGHTS / "text_encoder", torch_dtype=torch.float32, projection_dim=128
+    )
+    second = new_projected_text_encoder(first.config.vocab_size, 64)
+    return FlowTraining(transformer, (first, second), nothing)
+
+
+def save_transformer(stage: FlowTraining, folder: Path) -> None:
+    """Writes the folder that `StableDiffusion3Pipeline` loads."""
+    vae = AutoencoderKL.from_pretrained(WEIGHTS / "vae", torch_dtype=torch.float16)
+    vae.register_to_config(shift_factor=0.0)
+    tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer")
+    StableDiffusion3Pipeline(
+        transformer=stage.transformer.half(),
+        scheduler=new_flow_scheduler(),
+        vae=vae,
+        text_encoder=stage.text_encoder.half(),
+        tokenizer=tokenizer,
+        text_encoder_2=stage.text_encoder_2.half(),
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    ).save_pretrained(folder)
+
+
 def main(
     folder: Path,
-    stage: Literal["vae", "judge", "unet", "controlnet", "all"] = "all",
+    stage: Literal["vae", "judge", "unet", "controlnet", "transformer", "all"] = "all",
     vae_steps: int = 2100,
     judge_steps: int = 1600,
     unet_steps: int = 7000,
     controlnet_steps: int = 3000,
+    transformer_steps: int = 10_000,
     precision: str = "32-true",
 ) -> None:
     """Trains the miniature, or one stage of it, and writes its weights into the package.
@@ -164,11 +218,12 @@ def main(
     Args:
         folder: Where rendered images, latents and checkpoints are kept between sittings.
         stage: What to train; the UNet needs the autoencoder, the ControlNet
-            all but the judge.
+            and the transformer need all but the judge.
         vae_steps: Steps of the autoencoder, 16 crops each.
         judge_steps: Steps of the judge, 32 scenes each.
         unet_steps: Steps of UNet and text encoder, 16 latents each.
         controlnet_steps: Steps of the ControlNet, 16 latents each.
+        transformer_steps: Steps of the transformer, 16 latents each.
         precision: Lightning's precision.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -181,6 +236,8 @@ def main(
         train_unet(folder, unet_steps, precision)
     if stage in ("controlnet", "all"):
         train_controlnet(folder, controlnet_steps, precision)
+    if stage in ("transformer", "all"):
+        train_transformer(folder, transformer_steps, precision)
 
 
 if __name__ == "__main__":
