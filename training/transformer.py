@@ -9,7 +9,7 @@ from diffusers import SD3Transformer2DModel
 from diffusers.models.attention_processor import Attention
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
 from transformers import CLIPTextModelWithProjection
 
 from training.modules import TrainingModule
@@ -123,11 +123,11 @@ class PaddingAsOneToken:
             keys.append(norm_key(key))
             values.append(value)
         query, key, value = (torch.cat(x, dim=2) for x in (queries, keys, values))
-        bias = query.new_zeros(key.shape[2])
+        logits = (query / math.sqrt(query.shape[-1])) @ key.transpose(-1, -2)
+        bias = torch.zeros(key.shape[2], dtype=logits.dtype, device=logits.device)
         bias[-1] = math.log(PADDING)
-        attended = scaled_dot_product_attention(
-            query, key, value, attn_mask=bias.expand(1, 1, 1, -1)
-        )
+        # by hand: on processors, the backward pass of PyTorch's fused attention is slower
+        attended = (logits + bias).softmax(dim=-1).to(value.dtype) @ value
         image, text = (
             attended.transpose(1, 2)
             .flatten(2)
