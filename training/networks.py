@@ -7,6 +7,7 @@ from diffusers import (
     ControlNetModel,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
@@ -119,3 +120,16 @@ def new_scheduler() -> DDIMScheduler:
 def new_controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
     """3.1 M parameters: a copy of the UNet's encoder, and an embedding that halves twice."""
     return ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32, 64))
+
+
+def new_consistency_unet(teacher: UNet2DConditionModel) -> UNet2DConditionModel:
+    """The teacher with an embedding of the scale of guidance, which at first changes nothing."""
+    network = UNet2DConditionModel.from_config(teacher.config, time_cond_proj_dim=64)
+    nn.init.zeros_(network.time_embedding.cond_proj.weight)
+    network.load_state_dict(teacher.state_dict(), strict=False)
+    return network
+
+
+def new_consistency_scheduler() -> LCMScheduler:
+    """Of the UNet's noise schedule, in 50 intervals."""
+    return LCMScheduler.from_config(new_scheduler().config, original_inference_steps=50)

@@ -12,7 +12,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    LatentConsistencyModelPipeline,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from jaxtyping import Int
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
@@ -23,10 +28,11 @@ from torch.utils.data import DataLoader
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from tokenflow.diffusion import StableDiffusion
-from tokenflow.miniature import TRANSFORMER, WEIGHTS
+from tokenflow.miniature import LCM, TRANSFORMER, WEIGHTS
 from tokenflow.miniature.judge import labels
 from tokenflow.miniature.scenes import random_scene
 from tokenflow.miniature.tokenizer import save_tokenizer
+from training.consistency import ConsistencyDistillation
 from training.modules import (
     AutoencoderTraining,
     ControlTraining,
@@ -35,6 +41,7 @@ from training.modules import (
     TrainingModule,
 )
 from training.networks import (
+    new_consistency_scheduler,
     new_flow_scheduler,
     new_projected_text_encoder,
     new_scheduler,
@@ -144,8 +151,6 @@ def train_controlnet(folder: Path, steps: int, precision: str) -> None:
 
     Its checkpoints go with the UNet's weights: another UNet begins another training.
     """
-    unet = WEIGHTS / "unet" / "diffusion_pytorch_model.safetensors"
-    drawn = sha256(unet.read_bytes()).hexdigest()[:8]
     backbone = StableDiffusion.from_model(str(WEIGHTS), "cpu", torch.float32)
     shown = [random_scene(seed).attributes for seed in range(SCENES)]
     tokens, shapeless, nothing = (
@@ -155,7 +160,7 @@ def train_controlnet(folder: Path, steps: int, precision: str) -> None:
     stage = ControlTraining(backbone.unet, backbone.text_encoder, nothing[0])
     latents, edges = encoded(folder, backbone.vae), canny_edges(rendered(folder))
     data = Endless(latents, edges, tokens, shapeless, batch=16)
-    fit(stage, data, steps, folder / f"controlnet-{drawn}", precision, average=True)
+    fit(stage, data, steps, folder / f"controlnet-{unet_version()}", precision, average=True)
     stage.controlnet.half().save_pretrained(WEIGHTS / "controlnet")
 
 
@@ -203,13 +208,53 @@ def save_transformer(stage: FlowTraining, folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def train_lcm(folder: Path, steps: int, precision: str) -> None:
+    """Distils the UNet in this package to a few steps and writes its diffusers folder.
+
+    Its checkpoints go with the UNet's weights: another UNet begins another training.
+    """
+    teacher = StableDiffusion.from_model(str(WEIGHTS), "cpu", torch.float32)
+    captions = [str(random_scene(seed).attributes) for seed in range(SCENES)]
+    tokens, nothing = (
+        teacher.tokenizer(texts, padding="max_length", return_tensors="pt")["input_ids"]
+        for texts in (captions, [""])
+    )
+    stage = ConsistencyDistillation(
+        teacher.unet, teacher.text_encoder, nothing[0], new_consistency_scheduler()
+    )
+    data = Endless(encoded(folder, teacher.vae), tokens, batch=16)
+    fit(stage, data, steps, folder / f"lcm-{unet_version()}", precision, average=True)
+    save_lcm(stage, LCM)
+
+
+def save_lcm(stage: ConsistencyDistillation, folder: Path) -> None:
+    """Writes the folder that `LatentConsistencyModelPipeline` loads."""
+    LatentConsistencyModelPipeline(
+        unet=stage.unet.half(),
+        scheduler=stage.scheduler,
+        vae=AutoencoderKL.from_pretrained(WEIGHTS / "vae", torch_dtype=torch.float16),
+        text_encoder=stage.text_encoder.half(),
+        tokenizer=CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+
+
+def unet_version() -> str:
+    """A short name of the UNet's weights in this package."""
+    unet = WEIGHTS / "unet" / "diffusion_pytorch_model.safetensors"
+    return sha256(unet.read_bytes()).hexdigest()[:8]
+
+
 def main(
     folder: Path,
-    stage: Literal["vae", "judge", "unet", "controlnet", "transformer", "all"] = "all",
+    stage: Literal["vae", "judge", "unet", "controlnet", "lcm", "transformer", "all"] = "all",
     vae_steps: int = 2100,
     judge_steps: int = 1600,
     unet_steps: int = 7000,
     controlnet_steps: int = 3000,
+    lcm_steps: int = 1000,
     transformer_steps: int = 10_000,
     precision: str = "32-true",
 ) -> None:
@@ -217,12 +262,13 @@ def main(
 
     Args:
         folder: Where rendered images, latents and checkpoints are kept between sittings.
-        stage: What to train; the UNet needs the autoencoder, the ControlNet
-            and the transformer need all but the judge.
+        stage: What to train; the UNet needs the autoencoder, the others
+            but the judge need both.
         vae_steps: Steps of the autoencoder, 16 crops each.
         judge_steps: Steps of the judge, 32 scenes each.
         unet_steps: Steps of UNet and text encoder, 16 latents each.
         controlnet_steps: Steps of the ControlNet, 16 latents each.
+        lcm_steps: Steps of the UNet's distillation, 16 latents each.
         transformer_steps: Steps of the transformer, 16 latents each.
         precision: Lightning's precision.
     """
@@ -236,6 +282,8 @@ def main(
         train_unet(folder, unet_steps, precision)
     if stage in ("controlnet", "all"):
         train_controlnet(folder, controlnet_steps, precision)
+    if stage in ("lcm", "all"):
+        train_lcm(folder, lcm_steps, precision)
     if stage in ("transformer", "all"):
         train_transformer(folder, transformer_steps, precision)
 

@@ -4,3 +4,4 @@ from pathlib import Path
 
 WEIGHTS = Path(__file__).parent / "weights"
 TRANSFORMER = Path(__file__).parent / "transformer"
+LCM = Path(__file__).parent / "lcm"
