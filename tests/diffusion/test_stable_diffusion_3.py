@@ -9,7 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusion3Pipeline,
+)
 
 from tests.diffusion.making_transformers import changed, copied, sampled, write_tiny_sd3
 from tokenflow.diffusion import Backbone, ModelError, StableDiffusion3, invert
@@ -116,6 +120,20 @@ def test_the_vae_shifts_and_scales(sd3: StableDiffusion3) -> None:
     assert torch.allclose(latents, (codes - 0.06) * 1.5, atol=1e-6)
     decoded = (sd3.vae.decode(codes).sample / 2 + 0.5).clamp(0, 1)
     assert torch.allclose(sd3.decode(latents), decoded, atol=1e-5)
+
+
+def test_another_vae(sd3: StableDiffusion3, folder: Path, tmp_path: Path) -> None:
+    other = copied(folder / "vae", tmp_path / "vae")
+    torch.manual_seed(7)
+    AutoencoderKL.from_config(sd3.vae.config).save_pretrained(other)
+    model = Backbone.load(folder, "cpu", "float32", vae=str(other))
+    assert model.fingerprint != sd3.fingerprint
+    frames = tiny_clip(2).frames[:]
+    assert not torch.allclose(model.encode(frames), sd3.encode(frames), atol=1e-2)
+    changed(other / "config.json", shift_factor=0.1)
+    message = r"is not for this model: expected shift_factor 0\.06 \(found 0\.1\); choose one"
+    with pytest.raises(ModelError, match=message):
+        Backbone.load(folder, "cpu", "float32", vae=str(other))
 
 
 def test_its_frozen_parts_and_its_sizes(sd3: StableDiffusion3) -> None:
