@@ -37,8 +37,9 @@ class Form:
 # Measured with the keyframes of seeds 0 to 3: edited 1.00; kept 0.81, 0.79, 0.88, 0.81 (three clips
 # whole, the striped box 0.17 to 0.50); error 0.58, 0.59, 0.54, 0.60. Without PnP's injections the
 # error is 0.74, 0.70, 0.77, 0.72, and without propagation 1: its bar is 0.05 from either side. In
-# bfloat16 seed 0 has edited 1.00, kept 0.81, error 0.57. Kept does not tell whether PnP is on (0.75 to 0.85 without), for the prompt says what is kept, too; its
-# bar lies a quarter of one clip's frames below seed 0's.
+# bfloat16 seed 0 has edited 1.00, kept 0.81, error 0.57. Kept does not tell whether PnP is on (0.75
+# to 0.85 without), for the prompt says what is kept, too; its bar lies a quarter of one clip's
+# frames below seed 0's.
 SHORT = Form(frames=12, steps=10, kept=0.75, error=0.65)
 # of docs/miniature.md, whose table has kept 0.93 and error 0.38
 LONG = Form(frames=24, steps=15, kept=0.85, error=0.5)
