@@ -81,6 +81,12 @@ def test_a_step_tells_the_clean_latent_that_it_leads_to(prediction: PredictionTy
         torch.testing.assert_close(schedule.clean(x, schedule.towards(other, x, i), i), other)
 
 
+def test_a_schedule_may_end_at_its_last_timesteps_level() -> None:
+    options = {"steps_offset": 0, "set_alpha_to_one": False, "timestep_spacing": "leading"}
+    schedule = Schedule.from_ddim(DDIMScheduler(**options), 4)
+    assert [schedule.leads(i) for i in range(4)] == [True, True, True, False]
+
+
 @every_prediction
 def test_a_step_undoes_a_step_of_inversion(prediction: PredictionType) -> None:
     """Where the network sees the same clean latent and noise at both ends of the step."""

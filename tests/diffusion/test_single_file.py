@@ -156,6 +156,9 @@ def test_what_a_file_says_of_its_prediction(
 ) -> None:
     v = changed(made["1.x"][1], tmp_path / "v", v_pred=torch.zeros(1))
     assert load(v).schedule(3).prediction == "v_prediction"
+    more = {"v_pred": torch.zeros(1), "ztsnr": torch.zeros(1)}
+    with pytest.raises(ModelError, match=r"trained with zero terminal SNR: .* choose another"):
+        load(changed(made["1.x"][1], tmp_path / "zero", **more))
     said = {"modelspec.prediction_type": "epsilon"}
     assert load(changed(made["2.x"][1], tmp_path / "e", said)).schedule(3).prediction == "epsilon"
 

@@ -78,6 +78,28 @@ def test_words_come_from_the_file_or_its_name(folders: dict[str, Path], tmp_path
     assert not torch.equal(dog, word)
 
 
+def test_words_are_found_in_capitals_and_beside_longer_ones(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    file = str(written(tmp_path / "a.safetensors", *vectors(2, 16)))
+    model = load(folders["sd"], *(Embedding(file, token) for token in ("sks", "MyCat", "sksb")))
+    (text,) = model.texts
+    assert text.spelled("a SKS, mycat") == "a sks sks_1, MyCat MyCat_1"
+    assert text.spelled("sksb sks") == "sksb sksb_1 sks sks_1"
+    assert text.tokenizer.tokenize(text.spelled("MyCat"))[-1].lower() == "mycat_1"
+    assert text.spelled("a red ball") == "a red ball"
+
+
+def test_a_model_that_has_changed_has_another_fingerprint(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    model = load(folders["xl"])
+    before = model.fingerprint
+    file = written(tmp_path / "a.safetensors", *vectors(1, 16, 24))
+    model.add_embeddings([Embedding(str(file), "sks")])
+    assert model.fingerprint != before
+
+
 def test_the_pooled_token_is_the_last_whatever_the_configuration(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -17,11 +17,12 @@ from tokenflow.diffusion import (
     Conditioning,
     Flux,
     Schedule,
+    Source,
     StableDiffusion3,
     Trajectory,
     invert,
 )
-from tokenflow.editors import Batch, Editor, PnP, Prompts, SDEdit
+from tokenflow.editors import Batch, Editor, PnP, Prompts, SDEdit, Step
 from tokenflow.engine import Settings, SourceCache, edit_clip, edit_latents, find_correspondences
 from tokenflow.engine.network import EditedNetwork
 from tokenflow.engine.ranks.group import FrameGroup
@@ -161,6 +162,19 @@ def test_pnp_of_attention_alone(model: Backbone) -> None:
     assert float((with_source - free).abs().max()) > 100 * ROUNDING
     with pytest.raises(InputError, match=r"a \w+ has none: set features to 0, so that attention"):
         PnP(features=0.5).prepare(model, tiny_clip(2))
+
+
+class OwnInputs(Editor):
+    def inputs(self, x: Tensor, step: Step, source: Source) -> Tensor:
+        return super().inputs(x, step, source)
+
+
+def test_a_model_that_is_told_the_guidance_is_not_guided_again(model: Backbone) -> None:
+    if "guidance" not in model.embed([""]):
+        pytest.skip("this model is guided by a negative prompt")
+    expected = edited(model, random_latents(), consistency="none")
+    found = edited(model, random_latents(), OwnInputs(), consistency="none")
+    assert torch.allclose(found, expected, rtol=0, atol=ROUNDING)
 
 
 def test_the_source_is_told_a_guidance_of_one(model: Backbone) -> None:

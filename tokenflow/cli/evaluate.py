@@ -167,6 +167,8 @@ def of_pair(
     """An edit measured, in the form of `metrics.json`."""
     old, new = (read_clip(path, in_memory=False) for path in map(local, (source, edited)))
     hidden = None if mask is None else white(read_clip(local(mask), in_memory=False).frames)
+    if hidden is not None and len(hidden) == 1:  # one image, of all frames
+        hidden = hidden.expand(len(old), -1, -1)
     motions, floor = measures.motions(old), None
     measures.check(new, old, hidden)
     reporter = Reporter()

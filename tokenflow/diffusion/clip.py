@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,15 +80,18 @@ class CLIPText:
         getattr(self.encoder, "text_model", self.encoder).eos_token_id = self.tokenizer.eos_token_id
 
     def spelled(self, prompt: str) -> str:
-        """A prompt with the further tokens of each word that was added."""
-        added = self.tokenizer.added_tokens_encoder
-        for token in set(self.tokenizer.tokenize(prompt)).intersection(added):
+        """A prompt with the further tokens of each word that was added, in capitals or not."""
+        added, rows = self.tokenizer.added_tokens_encoder, dict[str, str]()
+        for token in sorted(added, key=len, reverse=True):  # a longer word may begin with another
             row, number = [token], 1
             while (one := f"{token}_{number}") in added:
                 row.append(one)
                 number += 1
-            prompt = prompt.replace(token, " ".join(row))
-        return prompt
+            rows[token.lower()] = " ".join(row)
+        if not rows:
+            return prompt
+        words = "|".join(map(re.escape, rows))
+        return re.sub(words, lambda found: rows[found[0].lower()], prompt, flags=re.IGNORECASE)
 
     def warn_if_cut(self, prompt: str, length: int) -> None:
         """Warns of what does not fit into `length` tokens, those of begin and end included."""

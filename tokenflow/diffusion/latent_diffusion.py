@@ -93,6 +93,11 @@ class LatentDiffusion(Backbone):
         self.vae = own.requires_grad_(False).eval()
         if self.device.type == "cpu":
             self.fit_caches()
+        self.forget_fingerprint()
+
+    def forget_fingerprint(self) -> None:
+        """After a change of what it is a digest of."""
+        vars(self).pop("fingerprint", None)
 
     @property
     def networks(self) -> tuple[nn.Module, ...]:

@@ -119,6 +119,10 @@ class Schedule:
         """From level i to i + 1: DDIM with σ = 0 (equation 12), and for flow Euler's step."""
         return self.mix(*self.split(output, x, i), i + 1)
 
+    def leads(self, i: int) -> bool:
+        """Whether step i leads to a lower level; the last one of some schedules ends at its own."""
+        return self.noise[i] * self.signal[i + 1] > self.noise[i + 1] * self.signal[i]
+
     def clean(self, x: Tensor, following: Tensor, i: int) -> Tensor:
         """The clean latent on whose way to it a step led from x at level i to `following`."""
         signal, noise = self.signal[i : i + 2], self.noise[i : i + 2]

@@ -163,6 +163,11 @@ class Checkpoint:
     @property
     def stated_prediction(self) -> str | None:
         """What the network predicts, if the file says so."""
+        if "ztsnr" in self:
+            raise ModelError(
+                f"{self.file} was trained with zero terminal SNR: its noisiest latents hold no "
+                f"signal, and inversion cannot reach them; choose another model"
+            )
         stated = self.metadata.get("modelspec.prediction_type", "v" if "v_pred" in self else None)
         return stated and ("v_prediction" if stated.startswith("v") else "epsilon")
 

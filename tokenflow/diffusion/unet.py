@@ -122,12 +122,14 @@ class UNetBackbone(LatentDiffusion):
 
     def add_embeddings(self, embeddings: Sequence[Embedding]) -> None:
         add(embeddings, self.clips, self.title)
+        self.forget_fingerprint()
 
     def fuse(self, loras: Sequence[LoRA]) -> None:
         networks = {"unet": self.unet, "text_encoder": self.clips[0].encoder}
         if len(self.clips) > 1:
             networks["text_encoder_2"] = self.clips[1].encoder
         fuse(loras, networks, self.title)
+        self.forget_fingerprint()
 
     @classmethod
     def load_parts(cls, model: str, dtype: torch.dtype) -> dict[str, Any]:

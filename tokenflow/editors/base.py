@@ -191,7 +191,7 @@ class Editor(ABC):  # noqa: B024 (every method has a default)
         Else what injections take from it is cached, and a later edit of the clip runs without it:
         `branches` of a batch and `outputs` of `advance` are then the edited ones.
         """
-        return overrides(
+        return self.joint_source or overrides(
             self, "inputs", "conditioning", "model_inputs", "cross_attention", "advance"
         )
 

@@ -39,6 +39,8 @@ def fused_latents(
     already = not s.network.editor.inverts
     if already and not s.network.editor.clean_after(step):
         return following  # nor from clean latents
+    if not (already or schedule.leads(step.index)):
+        return following
     keys = s.advanced(before, own, outputs, step)
     if not already:
         keys = schedule.clean(before, keys, step.index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -102,6 +103,8 @@ class Sampling:
         names = step.branches[-len(outputs) :]  # without a source that is cached
         branches = dict(zip(names, outputs, strict=True))
         source = self.trajectory.source(frames)
+        if "guidance" in self.network.prompts:  # a model that is told it: its output is guided
+            step = dataclasses.replace(step, guidance=1.0)
         return self.network.editor.advance(x, branches, step, source)
 
     def local(self, following: Latents, step: Step) -> Latents:
