@@ -84,7 +84,7 @@ def test_predict_help_starts_with_what_a_user_needs() -> None:
     assert "Scale of classifier-free guidance" in text
     assert "--trainer.devices" in text
     assert "--trainer.max_epochs" not in text  # accepted, but nobody edits by it
-    assert len(text.splitlines()) < 200
+    assert len(text.splitlines()) < 240
 
 
 def test_a_run_leaves_its_files(finished: Path, video: Path) -> None:
@@ -154,6 +154,8 @@ CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.yaml") if p.stem != "cont
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.stem)
 def test_the_configurations_run(config: Path, words: list[str], tmp_path: Path) -> None:
     quick = ["--model.inversion_steps=3", "--data.resolution=16"]
+    if config.stem == "flowedit":  # of fewer steps than it says
+        quick.append("--model.editor.n_max=2")
     main(["predict", f"--config={config}", *words[1:], *quick])
     summary = yaml.safe_load((tmp_path / "runs" / "ramp" / "run.yaml").read_text())
     written = yaml.safe_load(config.read_text())["model"]

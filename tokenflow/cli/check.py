@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 from transformers.utils.logging import disable_progress_bar
 
 from tokenflow.diffusion import Backbone, ModelError
-from tokenflow.diffusion.backbone import INDEX, families, imported
+from tokenflow.diffusion.backbone import EMBEDDED, INDEX, families, imported
 from tokenflow.diffusion.loading import folder_or_id
 from tokenflow.editors import Editor
 from tokenflow.errors import InputError, Interrupted, Preempted
@@ -62,7 +62,8 @@ def backbone_verdict(plugin: Plugin, options: list[str]) -> int:
     about = "A model of the family, a folder or a hub id: a tiny one with random weights is enough."
     parser.add_argument("--model", type=str, required=True, help=about)
     disable_progress_bar()
-    model, kind = folder_or_id(parser.parse_args(options).model, INDEX), plugin.kind
+    named, kind = parser.parse_args(options).model, plugin.kind
+    model = folder_or_id(str(EMBEDDED) if named == "miniature" else named, INDEX)
     assert kind is not None, "it is usable"
     try:
         checks = backbone_checks(kind.from_model(model, "cpu", torch.float32))

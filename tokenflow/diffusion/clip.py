@@ -91,7 +91,9 @@ class CLIPText:
         if not rows:
             return prompt
         words = "|".join(map(re.escape, rows))
-        return re.sub(words, lambda found: rows[found[0].lower()], prompt, flags=re.IGNORECASE)
+        return re.sub(
+            words, lambda found: rows.get(found[0].lower(), found[0]), prompt, flags=re.IGNORECASE
+        )
 
     def warn_if_cut(self, prompt: str, length: int) -> None:
         """Warns of what does not fit into `length` tokens, those of begin and end included."""

@@ -45,7 +45,8 @@ def load_controlnet(model: str | Path, backbone: Backbone) -> ControlNetModel:
     """
     if not isinstance(backbone, StableDiffusion):
         raise ModelError(
-            f"ControlNets are for Stable Diffusion 1.x and 2.x, got a {type(backbone).__name__}"
+            f"ControlNets are for Stable Diffusion 1.x and 2.x, got a {type(backbone).__name__}; "
+            f"choose such a model, or another editor, as SDEdit"
         )
     if model == "miniature":
         model = EMBEDDED / "controlnet"

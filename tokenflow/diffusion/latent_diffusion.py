@@ -151,11 +151,12 @@ class LatentDiffusion(Backbone):
 
     @property
     def device(self) -> torch.device:
-        return self.network.device
+        # diffusers' properties search every module for hooks, which takes longer than a small layer
+        return next(self.network.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.network.dtype
+        return next(self.network.parameters()).dtype
 
     @cached_property
     def fingerprint(self) -> str:

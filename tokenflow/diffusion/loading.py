@@ -81,6 +81,7 @@ def weights_file(model: str, what: str, usual: str) -> Path:
         repository, file = folder_or_id(model, usual, file=True), usual
     if path.is_file():
         return path
+    what = f"{what} {model} (no file or folder here, and so on the hub {file})"
     return Path(load_pretrained(hf_hub_download, repository, what, usual, filename=file))
 
 

@@ -177,7 +177,8 @@ class Checkpoint:
         depth = self.count(f"{UNET}middle_block.1.transformer_blocks.")
         depths = [level.depth or depth for level in levels]
         channels = [level.channels for level in levels]
-        first = next(level for level in levels if level.depth).attention
+        first = next((level.attention for level in levels if level.depth), f"{UNET}none.")
+        self.size(f"{first}proj_in.weight", 1)  # refuses what has none
         linear = len(self.shapes[f"{first}proj_in.weight"]) == 2
         crossed = self.size(f"{first}transformer_blocks.0.attn2.to_k.weight", 1)
         kinds = ["CrossAttnDownBlock2D" if level.depth else "DownBlock2D" for level in levels]

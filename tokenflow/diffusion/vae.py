@@ -70,7 +70,7 @@ def check_fit(vae: AutoencoderKL, like: AutoencoderKL, name: str) -> None:
     facts = {
         "latent channels": lambda one: one.config.latent_channels,
         "scaling_factor": lambda one: one.config.scaling_factor,
-        "shift_factor": lambda one: one.config.shift_factor,
+        "shift_factor": lambda one: one.config.shift_factor or 0.0,
         "pixels per latent": lambda one: 2 ** (len(one.config.block_out_channels) - 1),
     }
     wrong = [

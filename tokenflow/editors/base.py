@@ -31,7 +31,8 @@ class Step:
     Attributes:
         index: From 0.
         schedule: The noise levels: the step leads from level `index` to `index + 1`.
-        guidance: The scale of classifier-free guidance; 1 outside of its part of the schedule.
+        guidance: The scale of classifier-free guidance; 1 outside of its part of the schedule, and
+            in `advance` for a model that is told it, whose outputs are guided.
         seed: Of everything random, together with frame and step.
         branches: The names of `Editor.branches`, without `Editor.guided` where there is no
             classifier-free guidance.

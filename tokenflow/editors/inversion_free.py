@@ -104,7 +104,7 @@ class InversionFree(Editor):
         edited = float(scales[batch.branches.index("prompt"), 0])
         for branch, scale in zip(batch.branches, scales, strict=True):
             if branch.startswith("source"):
-                scale.fill_(self.source_scale(edited, told=True))
+                scale.fill_(1.0 if edited == 1 else self.source_scale(edited, told=True))
         return Conditioning(**tensors | {"guidance": scales.flatten(0, 1)})
 
     def inputs(

@@ -59,23 +59,12 @@ class TokenFlowModule(LightningModule):
         backbone: A folder with a Stable Diffusion, SDXL, SD 3 or Flux model in diffusers' layout,
             the id of a hub model, a checkpoint of the first two in one *.safetensors file, or
             "miniature", the embedded one.
-        vae: A VAE in place of the model's own: its folder in diffusers' layout, the id of a hub
-            model, or a *.safetensors file.
-        loras: A list of LoRAs that are added to the model's weights, each with the options `model`
-            (a *.safetensors file in kohya's or diffusers' format, a folder, or the id of a hub
-            model) and `scale` (1 by default).
-        embeddings: A list of words whose embeddings were learned by textual inversion, each with
-            the options `model` (a *.safetensors file, a folder, or the id of a hub model) and
-            `token`, what prompts call it (the word in the file if not given).
         dtype: Of the networks: "float32", "float16", "bfloat16", or "auto", which is float16 on
             an accelerator, and on a CPU bfloat16 where the processor computes in it, else float32.
         compile: Whether parts of the network are compiled, which takes seconds to minutes; needs a
             C++ compiler.
         negative_prompt: What the edited video does not show.
         inversion_prompt: What the source video shows.
-        mask: A video, folder of images or one image, white where the edit may be and black where
-            the source stays exactly, of the source's length and size or the edit's; null for an
-            edit everywhere.
         cache: A folder for inversions, which later edits of the same frames reuse, and for sampling
             checkpoints, from which the same command resumes; null for none.
         cache_gigabytes: The cache's limit; LRU eviction.
@@ -85,6 +74,17 @@ class TokenFlowModule(LightningModule):
         save_every: Sampling steps between two checkpoints; null for none.
         ranks_per_clip: How many processes share a clip; all of the job's if not given. Others
             edit other clips of a manifest at the same time.
+        mask: A video, folder of images or one image, white where the edit may be and black where
+            the source stays exactly, of the source's length and size or the edit's; null for an
+            edit everywhere.
+        vae: A VAE in place of the model's own: its folder in diffusers' layout, the id of a hub
+            model, or a *.safetensors file.
+        loras: A list of LoRAs that are added to the model's weights, each with the options `model`
+            (a *.safetensors file in kohya's or diffusers' format, a folder, or the id of a hub
+            model) and `scale` (1 by default).
+        embeddings: A list of words whose embeddings were learned by textual inversion, each with
+            the options `model` (a *.safetensors file, a folder, or the id of a hub model) and
+            `token`, what prompts call it (the word in the file if not given).
         settings: The options of `tokenflow.engine.Settings`.
     """
 
@@ -94,19 +94,19 @@ class TokenFlowModule(LightningModule):
         propagation: Propagation,
         prompt: str = "",
         backbone: str = "miniature",
-        vae: str | None = None,
-        loras: Sequence[LoRA] = (),
-        embeddings: Sequence[Embedding] = (),
         dtype: str = "auto",
         compile: bool = False,
         negative_prompt: str = "",
         inversion_prompt: str = "",
-        mask: str | None = None,
         cache: str | None = FOLDER,
         cache_gigabytes: float = 20.0,
         cache_source: bool = True,
         save_every: int | None = 10,
         ranks_per_clip: int | None = None,
+        mask: str | None = None,
+        vae: str | None = None,
+        loras: Sequence[LoRA] = (),
+        embeddings: Sequence[Embedding] = (),
         **settings: Any,
     ) -> None:
         super().__init__()
