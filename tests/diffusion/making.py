@@ -45,6 +45,17 @@ def make_controlnet(
     return folder
 
 
+def with_channels(folder: Path, channels: int) -> Path:
+    """The tiny Stable Diffusion, whose UNet takes so many channels."""
+    write_tiny_model(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = UNet2DConditionModel.load_config(folder / "unet")
+        unet = UNet2DConditionModel.from_config({**config, "in_channels": channels})
+        unet.save_pretrained(folder / "unet")
+    return folder
+
+
 def write_tiny_xl(folder: Path) -> Path:
     """An SDXL in diffusers' layout: two text encoders of different width, random weights."""
     write_tiny_model(folder)
@@ -90,13 +101,14 @@ def sampled(
     prompt: str,
     negative_prompt: str = "",
     guidance: float = 1.0,
+    channels: Tensor | None = None,
 ) -> Tensor:
     """Every frame by itself, from noise to latents, by the engine."""
     schedule = model.schedule(steps)
     return edit_latents(
         model, Trajectory.empty(noise, schedule, None), schedule,
         Prompts(prompt, negative_prompt), Plain(), NNField(),
-        Settings(steps=steps, guidance=guidance, consistency="none"), x=noise,
+        Settings(steps=steps, guidance=guidance, consistency="none"), channels=channels, x=noise,
     )  # fmt: skip
 
 

@@ -312,12 +312,6 @@ def test_an_unknown_prediction(folder: Path, kind: str | None) -> None:
         Backbone.load(folder, "cpu", "float32")
 
 
-def test_a_unet_for_inpainting(backbone: StableDiffusion) -> None:
-    unet = UNet2DConditionModel.from_config({**backbone.unet.config, "in_channels": 9})
-    with pytest.raises(ModelError, match=r"takes 9 channels .* latents have 4; .* inpainting"):
-        with_parts(backbone, unet=unet)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

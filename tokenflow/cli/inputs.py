@@ -12,7 +12,7 @@ from tokenflow.video import VideoError, read_clip
 
 PATHS = {
     "data": ("video", "manifest", "root"),
-    "model": ("backbone", "vae", "cache", "mask"),
+    "model": ("backbone", "vae", "cache", "mask", "depth"),
     "output": ("folder",),
     "metrics": ("mask", "clip", "lpips"),
 }
@@ -73,7 +73,7 @@ def require_readable(job: Job) -> None:
         VideoError: Something does not exist, or is no video.
     """
     for option, path in job.inputs.items():
-        video = option.endswith((".video", ".mask", ".path"))
+        video = option.endswith((".video", ".mask", ".depth", ".path"))
         expected = "a video file or a folder of images" if video else "a file or folder"
         if not path.exists():
             raise VideoError(f"{path} does not exist; expected {expected} for --{option}")

@@ -154,6 +154,8 @@ class PredictCLI(LightningCLI):
             job.inputs["model.mask"] = local(self.config_dump["model"]["mask"])
             # an edit that is local is measured outside of its region
             job.mask = job.mask or job.inputs["model.mask"]
+        if self.config_dump["model"].get("depth"):
+            job.inputs["model.depth"] = local(self.config_dump["model"]["depth"])
         for name in PLUGINS:
             own = job.plugins.get(name)
             spec = self.config_dump["model"][name] if own is None else own.spec

@@ -34,6 +34,7 @@ BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")
 """Of processors on which networks are faster in bfloat16."""
 
 Role = Literal["structure", "queries", "keys", "values"]
+FurtherChannels = Literal["depth", "mask"]
 
 
 @dataclass(frozen=True)
@@ -256,8 +257,18 @@ class Backbone(ABC):
     ) -> Float[Tensor, "n c h w"]:
         """The network's output, which `Schedule.split` reads; `inputs` go to it as they are.
 
-        `conditioning` has n rows. The result is float32, on the network's device.
+        `conditioning` has n rows. A model with `further_channels` is given them as `channels`
+        (n, d, h, w). The result is float32, on the network's device.
         """
+
+    @property
+    def further_channels(self) -> FurtherChannels | None:
+        """What the network takes of every frame beside its latents, at their size, in each pass.
+
+        "depth" is one channel in -1..1; "mask" is 1 where the frame is to be painted, 0 elsewhere,
+        and then the latents of the frame with that region in grey. None by default.
+        """
+        return None
 
     @property
     @abstractmethod

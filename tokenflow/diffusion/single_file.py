@@ -411,5 +411,7 @@ def predicted(unet: Any) -> str:
     x = torch.randn(1, unet.config.in_channels, size, size, generator=generator).to(unet.dtype)
     text = torch.zeros(1, 1, width, dtype=unet.dtype)
     output = unet(x, 999, encoder_hidden_states=text).sample
-    correlation = torch.corrcoef(torch.stack([x.flatten(), output.flatten()]).float())[0, 1]
+    correlation = torch.corrcoef(
+        torch.stack([x[:, : output.shape[1]].flatten(), output.flatten()]).float()
+    )[0, 1]
     return "epsilon" if correlation > 0.5 else "v_prediction"

@@ -17,7 +17,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from jaxtyping import Float
 from torch import Tensor
 
-from tokenflow.diffusion.backbone import Defaults, Role
+from tokenflow.diffusion.backbone import Defaults, FurtherChannels, Role
 from tokenflow.diffusion.clip import CLIPText
 from tokenflow.diffusion.conditioning import Conditioning
 from tokenflow.diffusion.latent_diffusion import PROJECTIONS, LatentDiffusion
@@ -95,10 +95,12 @@ class UNetBackbone(LatentDiffusion):
             vae: Whose latents it takes.
             width: Of the text encoders' embeddings beside each other.
         """
-        if unet.config.in_channels != vae.config.latent_channels:
+        latents = vae.config.latent_channels
+        if unet.config.in_channels not in (latents, latents + 1, 2 * latents + 1):
             raise ModelError(
                 f"the UNet takes {unet.config.in_channels} channels and the VAE's latents have "
-                f"{vae.config.latent_channels}; models for inpainting or upscaling do not fit"
+                f"{latents}; expected {latents}, {latents + 1} (with depth) or {2 * latents + 1} "
+                f"(for inpainting): models for upscaling or with image prompts do not fit"
             )
         asked = {name: value for name in FURTHER if (value := unet.config.get(name))}
         if asked != cls.taken:
@@ -196,7 +198,14 @@ class UNetBackbone(LatentDiffusion):
 
     @property
     def latent_channels(self) -> int:
-        return int(self.unet.config.in_channels)
+        return int(self.vae.config.latent_channels)
+
+    @property
+    def further_channels(self) -> FurtherChannels | None:
+        more = self.unet.config.in_channels - self.latent_channels
+        if more == 0:
+            return None
+        return "depth" if more == 1 else "mask"
 
     def schedule(self, steps: int, size: tuple[int, int] | None = None) -> Schedule:
         return Schedule.from_ddim(self.scheduler, steps)
@@ -206,10 +215,20 @@ class UNetBackbone(LatentDiffusion):
         latents: Float[Tensor, "n c h w"],
         t: Timestep,
         conditioning: Conditioning,
+        *,
+        channels: Float[Tensor, "n d h w"] | None = None,
         **inputs: Any,
     ) -> Float[Tensor, "n c h w"]:
+        if channels is None and self.further_channels is not None:
+            raise ModelError(
+                f"the network takes the frames' {self.further_channels} beside their latents, got "
+                f"no channels; edit a clip by edit_clip or predict, or choose another model"
+            )
+        sample = latents.to(self.device)
+        if channels is not None:
+            sample = torch.cat([sample, channels.to(sample)], dim=1)
         output = self.unet(
-            latents.to(self.device, self.dtype),
+            sample.to(self.dtype),
             torch.full((1,), t, device=self.device),  # a number would be copied, and waited for
             **self.told(conditioning, latents),
             **inputs,

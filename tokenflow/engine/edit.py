@@ -17,6 +17,7 @@ from tokenflow.diffusion.schedule import require_finite
 from tokenflow.editors import Editor, Prompts
 from tokenflow.engine.algorithm import WAYS, Consistency, Joint, PerFrame, sample
 from tokenflow.engine.attention import Look, Matcher
+from tokenflow.engine.further_channels import further_channels, require_given
 from tokenflow.engine.invert import (
     OnStep,
     cached_inversion,
@@ -75,6 +76,7 @@ def edit_clip(
     settings: Settings | None = None,
     *,
     mask: Clip | None = None,
+    depth: Clip | None = None,
     consistency: type[Consistency] | None = None,
     on_step: OnStep = ignore,
     look: Look | None = None,
@@ -96,7 +98,9 @@ def edit_clip(
         propagation: The kernel that finds correspondences.
         settings: Everything else; the paper's when not given.
         mask: White where the edit may be, black where the source stays: of one frame, or of as many
-            as the clip, in its size. Everywhere when not given.
+            as the clip, in its size. Everywhere when not given. Models for inpainting need it.
+        depth: Of the clip's frames, as bright as near, for models that are given depth; of one
+            frame, or of as many as the clip, in its size.
         consistency: A way of consistency in place of the one that the settings name.
         on_step: Called after every step; may ask to stop.
         look: Is shown every correspondence that the kernel finds, as `Probe` is.
@@ -117,6 +121,7 @@ def edit_clip(
     settings, ranks = (settings or Settings()).for_model(model), ranks or FrameGroup()
     prompts = Prompts(prompts) if isinstance(prompts, str) else prompts
     way = consistency or WAYS[settings.consistency]
+    require_given(model, mask, depth)
     seconds: dict[str, float] = {}
     quality: dict[str, float] = {}
     shard = ranks.shard(split_windows(clip.total, settings.keyframe_every))
@@ -124,12 +129,15 @@ def edit_clip(
     region = None if mask is None else region_of(mask, clip, model, settings, ranks)
     with ranks.together(), ranks.preemption.interruptible():
         check(model, clip, prompts)
+    with timed(seconds, "encode"):
+        channels = further_channels(model, clip, region, depth, settings.batch, ranks, shard)
+    with ranks.together(), ranks.preemption.interruptible():
         height, width = (side // model.latent_scale for side in clip.frames.shape[-2:])
         schedule, inversion = schedules(model, settings, editor, (height, width))
-        network = EditedNetwork(model, editor, prompts)
+        network = EditedNetwork(model, editor, prompts, channels.frames)
         network.editor.prepare(model, seen if sees_all(settings, editor, way) else clip)
         cached = cached_inversion(
-            network, clip, schedule, inversion, settings.inversion_solver, store
+            network, clip, schedule, inversion, settings.inversion_solver, store, channels.digests
         )
         near, flow = seen.part(shard.positions(shard.halo)), None
         provider = propagation.flow or (DIS() if settings.fusion else None)
@@ -184,6 +192,7 @@ def edit_latents(
     flow: ClipFlow | None = None,
     source_cache: SourceCache | None = None,
     ranks: FrameGroup | None = None,
+    channels: Float[Tensor, "all d h w"] | None = None,
     x: Float[Tensor, "frames c h w"] | None = None,
     first: int = 0,
     last: int | None = None,
@@ -193,6 +202,7 @@ def edit_latents(
     The editor must have been prepared for the clip, and a kernel that needs optical flow must be
     given that of the source's frames. Of a clip that `ranks` share, each has the trajectory of its
     own windows. Edits of the clip that share a `source_cache` run the source's branch only once.
+    A model with `Backbone.further_channels` needs those of all the clip's frames, as `channels`.
 
     With `x`, the latents at level `first`, sampling begins there instead of at the editor's start;
     it ends at level `last`. So `first=i, last=i + 1` is one step.
@@ -213,7 +223,7 @@ def edit_latents(
         )
     shard = ranks.shard(split_windows(trajectory.total, settings.keyframe_every))
     with ranks.together():
-        network = EditedNetwork(model, editor, prompts)
+        network = EditedNetwork(model, editor, prompts, channels)
     matcher = Matcher(propagation, trajectory.size, None if propagation.flow is None else flow)
     sampling = Sampling(
         network, trajectory, schedule, matcher, settings, name, shard, ranks, flow=flow
@@ -246,7 +256,10 @@ def with_features(
         return sampling
     shard, steps = sampling.shard, len(sampling.schedule)
     with sampling.ranks.together():
-        own = digests.of_tensors({"clean": trajectory.clean, "noisiest": trajectory.noisiest})
+        tensors = {"clean": trajectory.clean, "noisiest": trajectory.noisiest}
+        if network.channels is not None:
+            tensors["channels"] = network.channels
+        own = digests.of_tensors(tensors)
         injected = [network.injected(step, steps) for step in range(steps)]
     chosen = {name: getattr(settings, name) for name in SOURCE_SETTINGS}
     key = (

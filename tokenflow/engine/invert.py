@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from time import perf_counter
@@ -103,10 +103,12 @@ def cached_inversion(
     inversion: Schedule | None,
     solver: InversionSolver,
     store: ResumeStore | None,
+    given: Sequence[str] = (),
 ) -> CachedInversion:
     """The clip's entries in the cache; an editor that conditions the source is part of the key.
 
-    The editor must have been prepared for the clip.
+    The editor must have been prepared for the clip; `given` are digests of what the model is given
+    beside each frame's latents.
     """
     editor, conditioned = network.editor, network.editor.conditions_source
     if store is None or (conditioned and store.editor is None):
@@ -116,7 +118,7 @@ def cached_inversion(
     steps = () if inversion is None else inversion.timesteps
     prompt, fingerprint = network.source_prompt, network.model.fingerprint
     parts = fingerprint, prompt, schedule.timesteps, steps, solver, plugin
-    return CachedInversion(store.cache, clip, parts, content, conditioned)
+    return CachedInversion(store.cache, clip, parts, content, conditioned, given)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from tokenflow.editors import Batch, Editor, Injection, Processor, Prompts, Step
 from tokenflow.engine.attention import AttentionSwitch, JointAttention, plain
 from tokenflow.engine.checked import CheckedEditor, blamed
 from tokenflow.engine.source_cache import SourceFeatures
-from tokenflow.errors import PluginError
+from tokenflow.errors import InputError, PluginError
 
 NONE = SourceFeatures()
 PROJECTED: tuple[Role, ...] = ("queries", "keys", "values")
@@ -33,6 +33,10 @@ class EditedNetwork:
         model: The frozen model.
         editor: The image editing method, prepared for the clip.
         prompts: Of the source, the negative one, and the edit's.
+        channels: All frames', where the model has `Backbone.further_channels`.
+
+    Raises:
+        InputError: The model takes such channels and none are given, or the reverse.
 
     Attributes:
         branches: Names of the branches, the source first.
@@ -40,8 +44,20 @@ class EditedNetwork:
         running: The pass that runs, if one does.
     """
 
-    def __init__(self, model: Backbone, editor: Editor, prompts: Prompts) -> None:
-        self.model, self.editor = model, CheckedEditor(editor, model)
+    def __init__(
+        self,
+        model: Backbone,
+        editor: Editor,
+        prompts: Prompts,
+        channels: Float[Tensor, "frames d h w"] | None = None,
+    ) -> None:
+        if (channels is None) != (model.further_channels is None):
+            taken, got = model.further_channels or "nothing", "none" if channels is None else "some"
+            raise InputError(
+                f"expected channels of {taken} beside the latents for this model, got {got}; edit "
+                f"by edit_clip or predict, or choose another model"
+            )
+        self.model, self.editor, self.channels = model, CheckedEditor(editor, model), channels
         found = self.editor.branches(prompts)
         self.branches = tuple(found)
         self.source_prompt = next(iter(found.values()))
@@ -178,6 +194,7 @@ class EditedNetwork:
     ) -> Float[Tensor, "branches frames c h w"]:
         """The network's output in a pass, on its device; `attention` is what the sites do."""
         conditioning, inputs = self.editor.conditioning(batch), self.editor.model_inputs(batch)
+        channels = self.channels_of(batch)
         self.running, self.switch.attention = batch, attention
         try:
             # what fails in the network with an editor's inputs is the editor's
@@ -185,11 +202,28 @@ class EditedNetwork:
             function = "model_inputs" if inputs else "conditioning"
             with blamed(self.editor.editor, function) if inputs or own else nullcontext():
                 output = self.model.predict(
-                    batch.latents.flatten(0, 1), batch.t, conditioning, **inputs
+                    batch.latents.flatten(0, 1), batch.t, conditioning, **channels, **inputs
                 )
         finally:
             self.running, self.switch.attention = None, plain
         return output.unflatten(0, batch.latents.shape[:2])
+
+    def channels_of(self, batch: Batch) -> dict[str, Float[Tensor, "rows d h w"]]:
+        """What a pass's frames have beside their latents, once for every branch.
+
+        Raises:
+            InputError: The pass is of grids of several frames.
+        """
+        if self.channels is None:
+            return {}
+        own = self.channels[list(batch.frames)]
+        if own.shape[-2:] != batch.latents.shape[-2:]:
+            raise InputError(
+                f"expected passes of single frames for a model that is given their "
+                f"{self.model.further_channels}, got grids; choose another way of consistency"
+            )
+        own = own.to(self.model.device, non_blocking=True)
+        return {"channels": own.repeat(len(batch.latents), 1, 1, 1)}
 
 
 def alone(injection: Injection, every: Sequence[Injection]) -> bool:

@@ -61,9 +61,10 @@ class CachedInversion:
         inversion: The other parts of the cache key.
         content: The editor's `cache_key` of each frame.
         conditioned: Whether the inversion depends on that.
+        given: Digests of what the model is given beside each frame's latents, if anything is.
 
     Attributes:
-        frames: Digests of the frames and of that content; none without a cache.
+        frames: Digests of all that is each frame's own; none without a cache.
     """
 
     def __init__(
@@ -73,9 +74,12 @@ class CachedInversion:
         inversion: Sequence[Any] = (),
         content: Sequence[str] = (),
         conditioned: bool = False,
+        given: Sequence[str] = (),
     ) -> None:
         self.cache, self.name = cache, clip.name
         alone = frame_digests(clip) if cache is not None else []
+        if given:
+            alone = list(map(digests.of_values, alone, given))
         self.frames = list(map(digests.of_values, alone, content))
         seen = self.frames if conditioned else alone
         self.keys = [digests.of_values("inversion", 4, *inversion, frame) for frame in seen]

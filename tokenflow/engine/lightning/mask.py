@@ -1,4 +1,4 @@
-"""The mask of an edit: a video, folder of images or one image, white where the object is."""
+"""What is given beside a source, cut as it: a mask, white where the object is, or the depth."""
 
 from __future__ import annotations
 
@@ -15,25 +15,28 @@ SCALED = ("resolution", "fit")
 """Options of a source that choose no frames."""
 
 
-def cut_mask(path: str | Path, source: ClipSource, multiple: int, like: Clip) -> Clip:
-    """A mask, cut and scaled as the source was, unless it is like the edit already.
+def cut_mask(
+    path: str | Path, source: ClipSource, multiple: int, like: Clip, what: str = "mask"
+) -> Clip:
+    """A mask or depth, cut and scaled as the source was, unless it is like the edit already.
 
     Args:
         path: A video or folder of images of the edit's length, or of the source's; or one image,
-            which is all frames' mask.
+            which is all frames'.
         source: Whose start, stop, stride, max_frames, resolution and fit it is cut by.
         multiple: What both sides of the edit are divisible by, in pixels.
         like: The edit, or the source as it is edited.
+        what: What errors call it, "mask" or "depth".
 
     Raises:
-        InputError: The mask cannot be read, is transparent, or has another number of frames or
+        InputError: It cannot be read, is transparent, or has another number of frames or
             another size.
     """
     whole = read_clip(local(path), in_memory=False)
     if (name := transparent(local(path))) is not None:
         raise InputError(
-            f"the mask {path} has an alpha channel (in {name}), and what lies under it is not "
-            f"defined: expected black and white; flatten it"
+            f"the {what} {path} has an alpha channel (in {name}), and what lies under it is not "
+            f"defined: expected opaque frames; flatten it"
         )
     length = (1, len(like)) if len(whole) == 1 else (len(like),)
     if len(whole) in length and tuple(whole.frames.shape[-2:]) == like.display_size:
@@ -43,14 +46,14 @@ def cut_mask(path: str | Path, source: ClipSource, multiple: int, like: Clip) ->
     cut = ClipSource(local(path), **choice).read(multiple)
     if len(cut) not in length or cut.display_size != like.display_size:
         raise InputError(
-            f"expected a mask of {described(like)} like the edit, or of its source's length and "
+            f"expected a {what} of {described(like)} like the edit, or of its source's length and "
             f"size, got {path}, of {described(whole)}, which would be cut to {described(cut)}"
         )
     return repeated(cut, like)
 
 
 def repeated(mask: Clip, like: Clip) -> Clip:
-    """A mask of one frame as one of all of a clip's frames."""
+    """A mask or depth of one frame as one of all of a clip's frames."""
     if len(mask) == len(like):
         return mask
     height, width = mask.frames.shape[-2:]
@@ -58,13 +61,13 @@ def repeated(mask: Clip, like: Clip) -> Clip:
     return dataclasses.replace(mask, frames=frames, times=like.times, end=like.end)
 
 
-def require_one_clip(trainer: Any, group: str, mask: str) -> None:
-    """Raises `InputError` for one mask and a manifest, whose clips would share it."""
+def require_one_clip(trainer: Any, option: str, path: str) -> None:
+    """Raises `InputError` for one mask or depth and a manifest, whose clips would share it."""
     if any(job.where is not None for job in trainer.datamodule.jobs):
         remedy = "; leave it out, and give each row of the manifest its mask"
         raise InputError(
-            f"expected no --{group}.mask with --data.manifest, whose clips would share it, got "
-            f"{mask}{remedy if group == 'metrics' else '; edit these clips one by one'}"
+            f"expected no --{option} with --data.manifest, whose clips would share it, got "
+            f"{path}{remedy if option == 'metrics.mask' else '; edit these clips one by one'}"
         )
 
 

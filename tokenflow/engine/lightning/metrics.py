@@ -154,7 +154,7 @@ class Measuring(EditCallback):
         """Raises `InputError` for one mask and many clips, before the model is loaded."""
         if not self.measure or self.mask is None:
             return
-        require_one_clip(trainer, "metrics", self.mask)
+        require_one_clip(trainer, "metrics.mask", self.mask)
 
     def on_predict_start(self, trainer: Trainer, module: TokenFlowModule) -> None:  # type: ignore[override]
         with module.everyone.together():

@@ -15,6 +15,7 @@ from torch import Tensor
 from tokenflow.diffusion import Backbone, Embedding, LoRA
 from tokenflow.editors import Editor, Prompts
 from tokenflow.engine.edit import Result, check_prompt, edit_clip
+from tokenflow.engine.further_channels import require_given
 from tokenflow.engine.keyframes import split_windows
 from tokenflow.engine.lightning.callback import EditCallback, edit_callbacks
 from tokenflow.engine.lightning.job import PLUGINS, Job, Outcome
@@ -76,7 +77,9 @@ class TokenFlowModule(LightningModule):
             edit other clips of a manifest at the same time.
         mask: A video, folder of images or one image, white where the edit may be and black where
             the source stays exactly, of the source's length and size or the edit's; null for an
-            edit everywhere.
+            edit everywhere. Models for inpainting need it.
+        depth: A video, folder of images or one image of the source's length and size or the edit's,
+            as bright as near, for models that are given depth.
         vae: A VAE in place of the model's own: its folder in diffusers' layout, the id of a hub
             model, or a *.safetensors file.
         loras: A list of LoRAs that are added to the model's weights, each with the options `model`
@@ -104,6 +107,7 @@ class TokenFlowModule(LightningModule):
         save_every: int | None = 10,
         ranks_per_clip: int | None = None,
         mask: str | None = None,
+        depth: str | None = None,
         vae: str | None = None,
         loras: Sequence[LoRA] = (),
         embeddings: Sequence[Embedding] = (),
@@ -121,7 +125,7 @@ class TokenFlowModule(LightningModule):
         self.model, self.vae = backbone, vae
         self.loras, self.embeddings = loras, embeddings
         self.dtype_name, self.compiled = dtype, compile
-        self.mask = mask
+        self.mask, self.depth = mask, depth
         self.cache = None if cache is None else Cache(cache, cache_gigabytes)
         self.cache_source = cache_source
         self.save_every, self.ranks_per_clip = save_every, ranks_per_clip
@@ -136,8 +140,9 @@ class TokenFlowModule(LightningModule):
         """What the last job of a manifest chose, with its description: `Choice.described`."""
 
     def setup(self, stage: str) -> None:
-        if self.mask is not None:
-            require_one_clip(self.trainer, "model", self.mask)
+        for name, path in (("mask", self.mask), ("depth", self.depth)):
+            if path is not None:
+                require_one_clip(self.trainer, f"model.{name}", path)
         require_divisor(self.ranks_per_clip)  # before a collective, which a rank could miss
         device = str(self.trainer.strategy.root_device)
         self.preemption = Preemption()
@@ -155,6 +160,7 @@ class TokenFlowModule(LightningModule):
                 self.model, device, self.dtype_name, self.compiled, self.vae, self.loras,
                 self.embeddings,
             )  # fmt: skip
+            require_given(self.backbone, self.mask, self.depth)
         self.preemption.restore()  # else Lightning would put these handlers back after the run
 
     def configure_callbacks(self) -> list[Callback]:
@@ -247,9 +253,11 @@ class TokenFlowModule(LightningModule):
             one, other = (self.plugin_key(job, name) for name in PLUGINS)
             store = ResumeStore(self.cache, one, other, self.save_every, self.cache_source)
         with self.group.together(), self.preemption.interruptible():
-            clip, mask = job.source.read(backbone.multiple), None
-            if self.mask is not None:
-                mask = cut_mask(self.mask, job.source, backbone.multiple, clip)
+            clip = job.source.read(backbone.multiple)
+            mask, depth = (
+                None if path is None else cut_mask(path, job.source, backbone.multiple, clip, what)
+                for what, path in (("mask", self.mask), ("depth", self.depth))
+            )
             # now, as the files may change or vanish during the edit
             record = job.record() if self.group.rank == 0 else {}
             if self.group.rank == 0:  # which writes
@@ -267,6 +275,7 @@ class TokenFlowModule(LightningModule):
             propagation,
             settings,
             mask=mask,
+            depth=depth,
             on_step=self.on_step,
             look=Watching(edit_callbacks(self.trainer)),
             store=store,
