@@ -2,6 +2,7 @@ import os
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import EpsImagePlugin, Image
@@ -106,3 +107,16 @@ def test_an_image_that_is_too_large(tmp_path, monkeypatch):
     monkeypatch.setattr(image_folder, "MAX_PIXELS", 64 * 48 - 1)
     with pytest.raises(VideoError, match="at most 3071 pixels, got 64x48"):
         read_clip(tmp_path)
+
+
+def test_grey_of_16_bits_keeps_its_levels_where_they_are_asked_for(tmp_path):
+    levels = np.arange(65000, 65000 + 64, dtype=np.uint16).reshape(8, 8)
+    Image.fromarray(levels).save(tmp_path / "0.png")
+    frame = read_clip(tmp_path, deep=True).frames[0]
+    assert frame.shape == (3, 8, 8)
+    expected = torch.from_numpy(levels.astype(np.float64) / 65535)
+    assert torch.allclose(frame.double(), expected.expand(3, 8, 8), rtol=0, atol=1e-7)
+    rows = np.zeros((8, 8, 3), np.uint8)
+    Image.fromarray(rows).save(tmp_path / "1.png")
+    both = read_clip(tmp_path, deep=True).frames
+    assert both[1].max() == 0

@@ -78,4 +78,5 @@ def require_readable(job: Job) -> None:
         if not path.exists():
             raise VideoError(f"{path} does not exist; expected {expected} for --{option}")
         if video:
-            read_clip(path, max_frames=1, in_memory=False)
+            deep = option.endswith(".depth")
+            read_clip(path, max_frames=1, in_memory=False, deep=deep)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -19,22 +19,24 @@ from tokenflow.video.source import MAX_PIXELS, Picture, VideoSource
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 # whatever the suffix says; of all others Pillow would start Ghostscript for PostScript
 FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
+LEVEL_16 = 257  # 65535 / 255
 # of a damaged file; a text chunk that is too long is a plain ValueError
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
-def image_source(folder: Path, rate: Fraction) -> VideoSource:
+def image_source(folder: Path, rate: Fraction, deep: bool = False) -> VideoSource:
     """The folder's images by name, 2 before 10; other files and hidden ones are passed over. Of one
     image in place of a folder, that.
 
-    EXIF orientation is applied, transparency is dropped. VideoError names what cannot be read, and
+    EXIF orientation is applied, transparency is dropped. Grey of 16 bits is taken if `deep`, as
+    fractions of levels. VideoError names what cannot be read, and
     names whose order is not clear.
     """
     paths = image_paths(folder) if folder.is_dir() else [folder]
     if not paths:
         raise VideoError(f"{folder}: expected images ({', '.join(SUFFIXES)}), found none.")
     _require_one_order(folder, paths)
-    return VideoSource(rate, _pictures(paths, rate))
+    return VideoSource(rate, _pictures(paths, rate, deep))
 
 
 def image_paths(folder: Path) -> list[Path]:
@@ -64,12 +66,15 @@ def _natural(path: Path) -> tuple[list[tuple[str, int]], str]:
     return [(text, int(digits or -1)) for text, digits in parts], path.name
 
 
-def _pictures(paths: list[Path], rate: Fraction) -> Iterator[Picture]:
+def _pictures(paths: list[Path], rate: Fraction, deep: bool) -> Iterator[Picture]:
     for index, path in enumerate(paths):
-        yield Picture(path.name, index / rate, 1 / rate, Fraction(1), partial(_read, path))
+        read = partial(_read, path, deep)
+        yield Picture(path.name, index / rate, 1 / rate, Fraction(1), read)
 
 
-def _read(path: Path) -> UInt8[Tensor, "3 height width"]:
+def _read(
+    path: Path, deep: bool
+) -> UInt8[Tensor, "3 height width"] | Float[Tensor, "3 height width"]:
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -77,6 +82,9 @@ def _read(path: Path) -> UInt8[Tensor, "3 height width"]:
                     f"{path}: expected at most {MAX_PIXELS} pixels, got "
                     f"{image.width}x{image.height}; scale it down first."
                 )
+            if deep and image.mode.startswith("I"):
+                grey = np.array(ImageOps.exif_transpose(image)).astype(np.float32)
+                return torch.from_numpy(grey).div(LEVEL_16).repeat(3, 1, 1)
             if image.mode.startswith(("I", "F")):
                 raise VideoError(f"{path}: expected 8 bits per channel, got more; save it so.")
             pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))

@@ -39,6 +39,7 @@ def read_clip(
     multiple: int = 1,
     image_rate: Fraction | float | int = 8,
     in_memory: bool = True,
+    deep: bool = False,
 ) -> Clip:
     """Read the frames start, start + stride, … before stop, in the order of display.
 
@@ -59,6 +60,7 @@ def read_clip(
         image_rate: frames per second of an image folder, from 0.0001 to 1000.
         in_memory: whether all frames are to be in memory; otherwise they are `Frames`, looked at
             once, and of a longer clip decoded again when they are asked for.
+        deep: whether grey images of 16 bits are taken, with all their levels, as depth needs.
 
     Raises:
         VideoError: for anything that cannot be read as asked, with the path and the frame.
@@ -86,7 +88,7 @@ def read_clip(
 
     reading = Reading(
         path, start, stop, stride, max_frames, resolution, fit, multiple,
-        Fraction(image_rate).limit_denominator(SLOWEST.denominator),
+        Fraction(image_rate).limit_denominator(SLOWEST.denominator), deep,
     )  # fmt: skip
     cache = DecodeCache(reading.frames, maxsize if in_memory else BUDGET)
     known: list[Fraction | None] = []
@@ -132,6 +134,7 @@ class Reading:
     fit: Fit
     multiple: int
     image_rate: Fraction
+    deep: bool = False
     shape: torch.Size | None = None
     plan: Framing = field(init=False)
     last: Picture | None = None
@@ -142,7 +145,7 @@ class Reading:
         """The file or folder; it can be opened again."""
         image = self.path.is_file() and self.path.suffix.lower() in SUFFIXES
         if self.path.is_dir() or image:
-            yield image_source(self.path, self.image_rate)
+            yield image_source(self.path, self.image_rate, self.deep)
         elif self.path.is_file():
             with video_source(self.path) as source:
                 yield source

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 MAX_PIXELS = 64 * 1024 * 1024
@@ -19,14 +19,14 @@ class Picture(NamedTuple):
     duration: seconds that it is shown for, if the source tells; a hint, as the next one's time is
         what counts.
     pixel_aspect: a pixel's width over its height, in the upright picture.
-    rgb: the upright picture.
+    rgb: the upright picture, in 8-bit levels or fractions of them.
     """
 
     label: str
     time: Fraction | None
     duration: Fraction | None
     pixel_aspect: Fraction
-    rgb: Callable[[], UInt8[Tensor, "3 height width"]]
+    rgb: Callable[[], UInt8[Tensor, "3 height width"] | Float[Tensor, "3 height width"]]
 
     @property
     def end(self) -> Fraction | None:

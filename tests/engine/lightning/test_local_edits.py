@@ -1,4 +1,4 @@
-"""`--model.mask`, from the command line to the written video."""
+"""`--model.mask` and `--model.depth`, from the command line to the written video."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 import yaml
 from PIL import Image
 
+from tests.diffusion.making import with_channels
 from tokenflow.cli.main import main
 from tokenflow.engine.lightning.job import ClipSource
 from tokenflow.engine.lightning.mask import cut_mask
@@ -96,3 +97,60 @@ def test_one_mask_for_many_clips_is_refused_before_the_model_is_loaded(
             "--model.backbone=./gone", "--trainer.accelerator=cpu", f"--model.mask={image}",
         ])  # fmt: skip
     assert "expected no --model.mask with --data.manifest" in capsys.readouterr().err
+
+
+@pytest.fixture
+def depth(tmp_path: Path) -> Path:
+    """One image of 16 bits whose levels lie within one of 8 bits."""
+    grey = np.linspace(1000, 1200, 32 * 48).astype(np.uint16).reshape(32, 48)
+    Image.fromarray(grey).save(tmp_path / "depth.png")
+    return tmp_path / "depth.png"
+
+
+def test_depth_is_cut_as_the_source_and_keeps_its_levels(video: Path, depth: Path) -> None:
+    source = ClipSource(video, start=1)
+    found = cut_mask(depth, source, 16, source.read(16), "depth")
+    assert len(found) == FRAMES - 1
+    assert len(found.frames[1].unique()) > 100
+
+
+def test_depth_goes_from_the_command_to_the_model_and_the_record(
+    video: Path, depth: Path, tmp_path: Path
+) -> None:
+    model = with_channels(tmp_path / "model", 5)
+    main([
+        "predict", f"--data.video={video}", f"--model.backbone={model}", "--model.prompt=a ball",
+        "--model.steps=1", f"--output.folder={tmp_path / 'runs'}", "--trainer.accelerator=cpu",
+        f"--model.depth={depth}",
+    ])  # fmt: skip
+    record = yaml.safe_load((tmp_path / "runs" / "in" / "run.yaml").read_text())
+    assert record["model"]["depth"] == record["run"]["inputs"]["model.depth"]["path"] == str(depth)
+
+
+@pytest.mark.parametrize(
+    ("channels", "option", "message"),
+    [
+        (5, [], "give a video, folder of images or image by --model.depth"),
+        (9, [], "give a video, folder of images or image by --model.mask"),
+        (4, ["--model.depth={depth}"], "expected no depth for this model"),
+    ],
+)
+def test_what_the_model_needs_is_asked_for_before_any_work(
+    video: Path, depth: Path, tmp_path: Path, channels: int, option: list[str], message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    model = with_channels(tmp_path / "model", channels)
+    with pytest.raises(SystemExit):
+        main([
+            "predict", f"--data.video={video}", f"--model.backbone={model}",
+            "--model.prompt=a ball", f"--output.folder={tmp_path / 'runs'}",
+            "--trainer.accelerator=cpu", *(text.format(depth=depth) for text in option),
+        ])  # fmt: skip
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_depth_with_an_alpha_channel(video: Path, tmp_path: Path) -> None:
+    source = ClipSource(video)
+    Image.fromarray(np.full((32, 48, 4), 128, np.uint8)).save(tmp_path / "alpha.png")
+    with pytest.raises(InputError, match=r"the depth .*alpha\.png has an alpha channel"):
+        cut_mask(tmp_path / "alpha.png", source, 16, source.read(16), "depth")

@@ -49,12 +49,12 @@ class ClipSource:
             raise TypeError(f"no source: {dict(record)}")
         return cls(Path(path), **choice)
 
-    def read(self, multiple: int) -> Clip:
-        """The clip, whose frames are decoded when they are needed.
+    def read(self, multiple: int, deep: bool = False) -> Clip:
+        """The clip, whose frames are decoded when they are needed; `deep` as of `read_clip`.
 
         The sides are multiples of `multiple` pixels.
         """
-        return read_clip(self.path, multiple=multiple, in_memory=False, **self.choice)
+        return read_clip(self.path, multiple=multiple, in_memory=False, deep=deep, **self.choice)
 
 
 class Choice:

@@ -32,7 +32,8 @@ def cut_mask(
         InputError: It cannot be read, is transparent, or has another number of frames or
             another size.
     """
-    whole = read_clip(local(path), in_memory=False)
+    deep = what == "depth"
+    whole = read_clip(local(path), in_memory=False, deep=deep)
     if (name := transparent(local(path))) is not None:
         raise InputError(
             f"the {what} {path} has an alpha channel (in {name}), and what lies under it is not "
@@ -43,7 +44,7 @@ def cut_mask(
         return repeated(whole, like)
     scaled = {name: source.choice[name] for name in SCALED if name in source.choice}
     choice = scaled if len(whole) in length else source.choice
-    cut = ClipSource(local(path), **choice).read(multiple)
+    cut = ClipSource(local(path), **choice).read(multiple, deep)
     if len(cut) not in length or cut.display_size != like.display_size:
         raise InputError(
             f"expected a {what} of {described(like)} like the edit, or of its source's length and "
