@@ -19,7 +19,7 @@ from tokenflow.diffusion import Backbone, ModelError, StableDiffusion
 from tokenflow.engine.further_channels import further_channels
 from tokenflow.engine.ranks.group import FrameGroup
 from tokenflow.engine.region import Region
-from tokenflow.testing import tiny_clip
+from tokenflow.testing import check_backbone, tiny_clip
 from tokenflow.video import Clip
 
 FRAMES = 2
@@ -126,3 +126,8 @@ def test_another_number_of_channels_is_refused(backbone: StableDiffusion, channe
 def test_a_network_without_what_it_takes(depth_model: Backbone) -> None:
     with pytest.raises(ModelError, match=r"takes the frames' depth .* got no channels"):
         depth_model.predict(torch.zeros(1, 4, 8, 8), 1.0, depth_model.embed([""]))
+
+
+def test_the_kit_passes_them(painting_model: Backbone, depth_model: Backbone) -> None:
+    for model in (painting_model, depth_model):
+        check_backbone(model)

@@ -163,6 +163,18 @@ def test_what_a_file_says_of_its_prediction(
     assert load(changed(made["2.x"][1], tmp_path / "e", said)).schedule(3).prediction == "epsilon"
 
 
+@pytest.mark.parametrize(("family", "channels", "taken"), [("1.x", 9, "mask"), ("2.x", 5, "depth")])
+@pytest.mark.filterwarnings("ignore:a file of weights")
+def test_a_file_whose_network_takes_more_than_latents(
+    made: dict[str, tuple[Path, Path]], tmp_path: Path, family: str, channels: int, taken: str
+) -> None:
+    name, file = "model.diffusion_model.input_blocks.0.0.weight", made[family][1]
+    own = load_file(file)[name]
+    more = torch.zeros(len(own), channels - own.shape[1], *own.shape[2:])
+    model = load(changed(file, tmp_path / "more", **{name: torch.cat([own, more], dim=1)}))
+    assert (model.further_channels, model.latent_channels) == (taken, 4)
+
+
 def test_a_network_that_predicts_noise_is_known_by_what_it_puts_out() -> None:
     miniature = load("miniature")
     assert miniature.scheduler.config.prediction_type == "epsilon"

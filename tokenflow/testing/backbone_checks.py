@@ -67,6 +67,21 @@ def noise(backbone: Backbone, count: int = FRAMES) -> Float[Tensor, "n c h w"]:
     return torch.randn(shape, generator=generator).to(backbone.device)
 
 
+def channels(backbone: Backbone, count: int) -> Float[Tensor, "n d h w"] | None:
+    """What the network takes beside the latents, if anything, in 0..1 and always the same."""
+    if backbone.further_channels is None:
+        return None
+    more = 1 if backbone.further_channels == "depth" else 1 + backbone.latent_channels
+    generator = torch.Generator().manual_seed(4)
+    return torch.rand(count, more, *latent_size(backbone), generator=generator)
+
+
+def given(backbone: Backbone, rows: slice) -> dict[str, Tensor]:
+    """The same as `predict` is given it."""
+    every = channels(backbone, rows.stop)
+    return {} if every is None else {"channels": every[rows].to(backbone.device)}
+
+
 def schedule(backbone: Backbone, steps: int = STEPS) -> Schedule:
     return backbone.schedule(steps, latent_size(backbone))
 
@@ -74,7 +89,8 @@ def schedule(backbone: Backbone, steps: int = STEPS) -> Schedule:
 def predicted(backbone: Backbone, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
     """The network's output for one prompt, at the second noise level of sampling."""
     t = schedule(backbone).timesteps[-1]
-    return backbone.predict(x, t, backbone.embed(PROMPTS[:1]).per_frame(len(x)))
+    conditioning = backbone.embed(PROMPTS[:1]).per_frame(len(x))
+    return backbone.predict(x, t, conditioning, **given(backbone, slice(len(x))))
 
 
 def require_near(found: Tensor, expected: Tensor, what: str, advice: str) -> None:
@@ -186,9 +202,12 @@ def output_like_latents(backbone: Backbone) -> None:
 def rows_independent(backbone: Backbone) -> None:
     x, t = noise(backbone, 2), schedule(backbone).timesteps[-1]
     conditioning = backbone.embed(PROMPTS)
-    both = backbone.predict(x, t, conditioning)
+    both = backbone.predict(x, t, conditioning, **given(backbone, slice(2)))
     for row in range(2):
-        alone = backbone.predict(x[row : row + 1], t, conditioning.rows([row]))
+        here = slice(row, row + 1)
+        alone = backbone.predict(
+            x[here], t, conditioning.rows([row]), **given(backbone, here)
+        )  # fmt: skip
         require_near(
             alone, both[row : row + 1], "a row's output not to depend on the batch's other rows",
             "each latent goes with the conditioning's row of its own",
@@ -307,16 +326,17 @@ def layers_named(backbone: Backbone) -> None:
 
 def edited(backbone: Backbone, consistency: ConsistencyName) -> Float[Tensor, "n c h w"]:
     """Of a clip of equal frames, from equal noise."""
-    given = schedule(backbone)
+    noises, more = schedule(backbone), channels(backbone, 1)
     clean = backbone.encode(frames(backbone)[:1]).cpu().expand(FRAMES, -1, -1, -1)
     start = noise(backbone, 1).cpu().expand_as(clean)
-    levels = torch.stack([given.mix(clean, start, i) for i in range(STEPS)])
+    levels = torch.stack([noises.mix(clean, start, i) for i in range(STEPS)])
     source = Trajectory(
-        given.timesteps, levels, clean, levels[0], given.signal[0], given.noise[0]
+        noises.timesteps, levels, clean, levels[0], noises.signal[0], noises.noise[0]
     )  # fmt: skip
     return edit_latents(
-        backbone, source, given, Prompts(*PROMPTS), Editor(), NNField(),
+        backbone, source, noises, Prompts(*PROMPTS), Editor(), NNField(),
         Settings(steps=STEPS, keyframe_every=2, consistency=consistency, guidance=2.0),
+        channels=None if more is None else more.expand(FRAMES, -1, -1, -1),
     )  # fmt: skip
 
 
