@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +46,6 @@ def make_controlnet(
     return folder
 
 
-def with_channels(folder: Path, channels: int) -> Path:
-    """The tiny Stable Diffusion, whose UNet takes so many channels."""
-    write_tiny_model(folder)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = UNet2DConditionModel.load_config(folder / "unet")
-        unet = UNet2DConditionModel.from_config({**config, "in_channels": channels})
-        unet.save_pretrained(folder / "unet")
-    return folder
-
-
 def write_tiny_xl(folder: Path) -> Path:
     """An SDXL in diffusers' layout: two text encoders of different width, random weights."""
     write_tiny_model(folder)
@@ -82,6 +72,19 @@ def write_tiny_xl(folder: Path) -> Path:
     shutil.copytree(folder / "tokenizer", folder / "tokenizer_2")
     index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
     (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def with_channels(
+    folder: Path, channels: int, write: Callable[[Path], Path] = write_tiny_model
+) -> Path:
+    """A tiny Stable Diffusion, or what else is written, whose UNet takes so many channels."""
+    write(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = UNet2DConditionModel.load_config(folder / "unet")
+        unet = UNet2DConditionModel.from_config({**config, "in_channels": channels})
+        unet.save_pretrained(folder / "unet")
     return folder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +11,13 @@ import torch
 from diffusers import (
     StableDiffusionDepth2ImgPipeline,
     StableDiffusionInpaintPipeline,
+    StableDiffusionXLInpaintPipeline,
     UNet2DConditionModel,
 )
 from torch import Tensor
 
-from tests.diffusion.making import sampled, with_channels
-from tokenflow.diffusion import Backbone, ModelError, StableDiffusion
+from tests.diffusion.making import sampled, with_channels, write_tiny_xl
+from tokenflow.diffusion import Backbone, ModelError, StableDiffusion, StableDiffusionXL
 from tokenflow.engine.further_channels import further_channels
 from tokenflow.engine.ranks.group import FrameGroup
 from tokenflow.engine.region import Region
@@ -83,14 +85,22 @@ def test_depth_as_the_pipeline(depth_model: Backbone) -> None:
     assert not torch.allclose(ours(depth_model, noise, -channels), expected, rtol=0, atol=1e-2)
 
 
-def test_inpainting_as_the_pipeline(painting_model: Backbone) -> None:
+@pytest.mark.parametrize("family", ["1.x", "xl"])
+def test_inpainting_as_the_pipeline(painting_model: Backbone, family: str, tmp_path: Path) -> None:
     clip, generator = tiny_clip(FRAMES), torch.Generator().manual_seed(0)
     mask = (torch.rand(FRAMES, 1, 16, 32, generator=generator) > 0.4).float()
     noise = torch.randn(FRAMES, 4, 8, 16, generator=generator)
-    pipeline = StableDiffusionInpaintPipeline(
-        **parts_of(painting_model), safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False,
-    )  # fmt: skip
+    if family == "xl":
+        model = Backbone.load(with_channels(tmp_path, 9, write_tiny_xl), "cpu", "float32")
+        assert isinstance(model, StableDiffusionXL)
+        own = {name: getattr(model, name) for name in model.components}
+        pipeline: Any = StableDiffusionXLInpaintPipeline(**own, add_watermarker=False)
+    else:
+        model = painting_model
+        pipeline = StableDiffusionInpaintPipeline(
+            **parts_of(model), safety_checker=None, feature_extractor=None,
+            requires_safety_checker=False,
+        )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     hidden = pipeline.mask_processor.preprocess(mask) >= 0.5
     seen = pipeline.image_processor.preprocess(clip.frames) * ~hidden
@@ -98,14 +108,14 @@ def test_inpainting_as_the_pipeline(painting_model: Backbone) -> None:
         latents = pipeline.vae.encode(seen).latent_dist.mode() * pipeline.vae.config.scaling_factor
     expected = pipeline(
         **PROMPTS, image=clip.frames, mask_image=mask, masked_image_latents=latents, height=16,
-        width=32, latents=noise,
+        width=32, latents=noise, strength=1.0,
     ).images  # fmt: skip
     frames = Clip.from_frames(mask.repeat(1, 3, 1, 1))
-    channels = channels_of(painting_model, clip, frames, None)
+    channels = channels_of(model, clip, frames, None)
     assert channels.shape == (FRAMES, 5, 8, 16)
-    found = ours(painting_model, noise, channels)
+    found = ours(model, noise, channels)
     assert torch.allclose(found, expected, rtol=0, atol=1e-4)
-    swapped = ours(painting_model, noise, channels.flip(0))
+    swapped = ours(model, noise, channels.flip(0))
     assert not torch.allclose(swapped, expected, rtol=0, atol=1e-2)
 
 
