@@ -7,6 +7,7 @@ and goes on from the last one when it is started again.
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal
@@ -28,6 +29,8 @@ from torch.utils.data import DataLoader
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from tokenflow.diffusion import StableDiffusion
+from tokenflow.diffusion.backbone import Defaults
+from tokenflow.diffusion.latent_diffusion import DEFAULTS
 from tokenflow.miniature import LCM, TRANSFORMER, WEIGHTS
 from tokenflow.miniature.judge import labels
 from tokenflow.miniature.scenes import random_scene
@@ -206,6 +209,7 @@ def save_transformer(stage: FlowTraining, folder: Path) -> None:
         text_encoder_3=None,
         tokenizer_3=None,
     ).save_pretrained(folder)
+    save_defaults(Defaults(guidance=3.0, features=0.0), folder)
 
 
 def train_lcm(folder: Path, steps: int, precision: str) -> None:
@@ -239,6 +243,12 @@ def save_lcm(stage: ConsistencyDistillation, folder: Path) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder)
+    save_defaults(Defaults.read(WEIGHTS / DEFAULTS), folder)
+
+
+def save_defaults(defaults: Defaults, folder: Path) -> None:
+    """Writes the options of an edit that `Backbone.load` reads with the model."""
+    (folder / DEFAULTS).write_text(json.dumps(asdict(defaults), indent=2) + "\n")
 
 
 def unet_version() -> str:

@@ -111,3 +111,4 @@ def test_diffusers_pipeline_samples_by_the_consistency_function(
         other = stage.clean(noise, torch.tensor([999]), text[:1], torch.tensor([2.0]))
     torch.testing.assert_close(latents, expected, atol=1e-3, rtol=1e-3)
     assert (other - expected).abs().max() > 0.1
+    assert Backbone.load(tmp_path, "cpu", "float32").defaults.guidance == 3

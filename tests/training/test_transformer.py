@@ -11,6 +11,7 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
+from tokenflow.diffusion import Backbone
 from tokenflow.miniature import WEIGHTS
 from training.networks import new_transformer
 from training.train import new_flow_training, save_transformer
@@ -68,6 +69,7 @@ def test_prompts_are_those_of_diffusers_pipeline(
         )
     assert expected.std() > 0.1
     assert (expected[0] - expected[1]).abs().max() > 0.1
+    assert Backbone.load(tmp_path, "cpu", "float32").defaults.guidance == 3
 
 
 def test_crops_keep_their_places(stage: FlowTraining, monkeypatch: pytest.MonkeyPatch) -> None:
