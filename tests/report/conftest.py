@@ -37,6 +37,7 @@ def browser(chromium: Chrome) -> Iterator[Chrome]:
     look(chromium)
     yield chromium
     assert chromium.get_log("browser") == []  # type: ignore[no-untyped-call]
+    chromium.get("about:blank")  # a page's videos would play on beside the tests that follow
 
 
 def look(browser: Chrome, width: int = 1200, scheme: str = "light") -> None:
