@@ -162,7 +162,7 @@ def test_a_variant_with_two_text_encoders_is_sdxl(
         ({"addition_embed_type": None}, r"other inputs than those of SDXL \(no further\), .*SDXL"),
         ({"projection_class_embeddings_input_dim": 52}, r"takes 52 further channels, and 12 of"),
         ({"cross_attention_dim": 16}, r"width 16 and the text encoder makes 40; .* one SDXL"),
-        ({"in_channels": 9}, r"takes 9 channels .* latents have 4"),
+        ({"in_channels": 7}, r"takes 7 channels .* latents have 4"),
     ],
 )
 def test_parts_of_other_models(xl: StableDiffusionXL, changes: Any, message: str) -> None:

@@ -50,6 +50,7 @@ def backbone_state(model: Backbone) -> dict[str, object]:
     """What an edit must leave as it was, by name."""
     found: dict[str, object] = {}
     networks = {part: name for name, part in vars(model).items() if isinstance(part, nn.Module)}
+    networks[model.network] = "network"  # whatever else the model calls it
     for network, name in networks.items():
         own = [vars(module) for module in network.modules()]
         found |= {
