@@ -6,9 +6,6 @@ CONSTRAINTS := constraints.txt
 # a path file: a folder named tokenflow in the working directory does not hide the package
 INSTALL := $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) \
   --config-settings editable_mode=compat --editable
-# begun first, so that no core waits for another at the end
-LONGEST := $(addprefix tests/,miniature/test_edits.py engine/test_resume.py \
-  engine/ranks/test_group.py training/test_control.py)
 # a worker more than cores: some tests wait for processes that they have started
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(($$(nproc) + 1)) --dist worksteal \
   --durations 40
@@ -30,7 +27,7 @@ test-full: setup
 	$(PYTEST) --dist loadfile -m full tests
 
 suite: setup
-	$(PYTEST) $(LONGEST) tests $(EXAMPLE)
+	$(PYTEST) tests $(EXAMPLE)
 
 checks: export OMP_NUM_THREADS = 1
 checks: setup

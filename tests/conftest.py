@@ -22,6 +22,13 @@ from tokenflow.testing import tiny_clip, write_tiny_model
 from tokenflow.video import Clip
 
 ROOT = Path(__file__).parents[1]
+LONGEST = ("miniature/test_edits.py", "training/test_control.py", "engine/ranks/test_group.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests begin first, so that no core waits for another at the end."""
+    files = [ROOT / "tests" / name for name in LONGEST]
+    items.sort(key=lambda item: item.path not in files)
 
 
 @pytest.fixture(autouse=True)
