@@ -13,7 +13,7 @@ from transformers import CLIPTextModel
 from training.modules import NoisePrediction
 from training.networks import new_consistency_unet
 
-GUIDANCE = (1.0, 5.0)  # the range of scales that the distilled network is told
+GUIDANCE = (1.0, 5.0)  # the range of scales that the distilled network embeds
 HUBER = 1e-3
 
 
@@ -82,8 +82,8 @@ class ConsistencyDistillation(NoisePrediction):
         """One DDIM step of the teacher with classifier-free guidance."""
         prompts = torch.cat([text, nothing.expand_as(text)])
         predicted = self.teacher(torch.cat([x, x]), torch.cat([t, t]), prompts).sample.float()
-        told, untold = predicted.chunk(2)
-        noise = untold + guidance[:, None, None, None] * (told - untold)
+        prompted, unprompted = predicted.chunk(2)
+        noise = unprompted + guidance[:, None, None, None] * (prompted - unprompted)
         return self.mixed(self.split(x, noise, t), noise, earlier)
 
     def clean(

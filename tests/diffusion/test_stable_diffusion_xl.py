@@ -86,8 +86,8 @@ def test_both_encoders_are_told_the_prompt(xl: StableDiffusionXL) -> None:
 
 
 def test_the_network_is_told_the_frames_size(xl: StableDiffusionXL) -> None:
-    told = xl.told(xl.embed(["a ball"]), torch.empty(1, 4, 8, 12))
-    assert told["added_cond_kwargs"]["time_ids"].tolist() == [[16, 24, 0, 0, 16, 24]]
+    given = xl.arguments(xl.embed(["a ball"]), torch.empty(1, 4, 8, 12))
+    assert given["added_cond_kwargs"]["time_ids"].tolist() == [[16, 24, 0, 0, 16, 24]]
     assert "added_cond_kwargs" not in xl.further_inputs
 
 

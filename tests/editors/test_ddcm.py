@@ -140,7 +140,7 @@ class Told(GaussianFlow):
 
 
 @pytest.mark.parametrize(("guidance_source", "shift"), [(None, 0.0), (1.5, 2.5)])
-def test_a_network_that_is_told_guidance_is_told_one_scale(
+def test_a_network_that_embeds_guidance_is_given_one_scale(
     guidance_source: float | None, shift: float
 ) -> None:
     found = edited(Told(), DDCM(guidance_source=guidance_source), guidance=4.0)

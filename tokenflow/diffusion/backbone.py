@@ -234,9 +234,9 @@ class Backbone(ABC):
     def embed(self, prompts: Sequence[str]) -> Conditioning:
         """The text encoders' output, one row per prompt.
 
-        A model that is told the scale of guidance, rather than guided by a negative prompt, has it
-        in a row "guidance", here 1: an edit gives the edited branches its own, and runs without
-        the negative one.
+        A guidance-distilled model, whose network embeds the scale of guidance, has it in a row
+        "guidance", here 1: an edit sets its own in the edited branches, and runs without the
+        negative one.
         """
 
     @abstractmethod

@@ -32,7 +32,7 @@ T5_TOKENS = 512
 class Flux(FlowTransformer):
     """Flux: transformer, VAE, CLIP's pooled embedding and T5.
 
-    Flux dev is told the scale of guidance; schnell needs none.
+    Flux dev embeds the scale of guidance; schnell needs none.
 
     Source: Black Forest Labs 2024 (https://github.com/black-forest-labs/flux).
     """
@@ -65,9 +65,9 @@ class Flux(FlowTransformer):
     ) -> None:
         self.clip = CLIPText(text_encoder, tokenizer)
         self.t5 = T5Text(text_encoder_2, tokenizer_2, T5_TOKENS)
-        self.told_guidance = bool(transformer.config.guidance_embeds)
+        self.embeds_guidance = bool(transformer.config.guidance_embeds)
         self.text_tokens = T5_TOKENS
-        guidance = 3.5 if self.told_guidance else 1.0
+        guidance = 3.5 if self.embeds_guidance else 1.0
         own = Defaults(guidance=guidance, features=0.0)
         super().__init__(transformer, vae, [self.clip, self.t5], scheduler, own)
         config = transformer.config
@@ -98,11 +98,11 @@ class Flux(FlowTransformer):
     @torch.no_grad()
     def embed(self, prompts: Sequence[str]) -> Conditioning:
         """T5's last hidden state as "embeddings", (prompts, tokens, width), CLIP's "pooled"
-        embedding, (prompts, width), and where the network is told it, a "guidance" of 1, (prompts).
+        embedding, (prompts, width), and where the network embeds it, a "guidance" of 1, (prompts).
         """
         pooled = self.clip.encode(prompts).pooler_output
         tensors = {"embeddings": self.t5.encode(prompts).to(pooled.dtype), "pooled": pooled}
-        if self.told_guidance:
+        if self.embeds_guidance:
             tensors["guidance"] = torch.ones(len(prompts), device=self.device)
         return Conditioning(**tensors)
 
@@ -125,7 +125,7 @@ class Flux(FlowTransformer):
             timestep=torch.full((1,), t / 1000, device=self.device),  # a number would be waited for
             img_ids=positions,
             txt_ids=positions.new_zeros(self.text_tokens, 3),
-            guidance=conditioning["guidance"] if self.told_guidance else None,
+            guidance=conditioning["guidance"] if self.embeds_guidance else None,
             **inputs,
         )
         patches = "n (h w) (c p q) -> n c (h p) (w q)"

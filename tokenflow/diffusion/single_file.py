@@ -197,11 +197,11 @@ class Checkpoint:
             "attention_head_dim": [width // HEAD for width in channels] if linear else 8,
         }
         if f"{UNET}label_emb." in self:
-            told = self.size(f"{UNET}label_emb.0.0.weight", 1)
+            embedded = self.size(f"{UNET}label_emb.0.0.weight", 1)
             pooled = self.size(f"{OPEN_CLIP_XL}text_projection", 1)
             config["addition_embed_type"] = "text_time"
-            config["addition_time_embed_dim"] = (told - pooled) // TIMES
-            config["projection_class_embeddings_input_dim"] = told
+            config["addition_time_embed_dim"] = (embedded - pooled) // TIMES
+            config["projection_class_embeddings_input_dim"] = embedded
         return config
 
     def levels(self) -> Iterator[Level]:

@@ -267,7 +267,7 @@ class FluxSingleSite(FluxSite):
     Args:
         name: The layer's name in the network.
         layer: The layer.
-        texts: How many text tokens come first: the layer itself is not told.
+        texts: How many text tokens come first, which the layer is not given.
     """
 
     def __init__(self, name: str, layer: FluxAttention, texts: Callable[[], int]) -> None:

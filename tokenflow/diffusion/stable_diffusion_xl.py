@@ -21,14 +21,14 @@ from tokenflow.diffusion.unet import UNetBackbone, decoder_layers
 from tokenflow.storage import digests
 
 SIZES = 6
-"""Numbers that the UNet is told of an image: original size, crop, target size."""
+"""Numbers of an image that the UNet embeds: original size, crop, target size."""
 
 
 class StableDiffusionXL(UNetBackbone):
     """SDXL: UNet, VAE, two text encoders, of which the second also gives a pooled embedding.
 
-    The UNet is told that its images are whole ones of the frames' size. In float16 a VAE whose
-    configuration says `force_upcast` computes in float32, as it would overflow.
+    The sizes and the crop that the UNet embeds are those of whole images of the frames' size. In
+    float16 a VAE whose configuration says `force_upcast` computes in float32, as it would overflow.
 
     Args:
         zero_empty_prompt: Whether the embeddings of an empty prompt are zeros, as in training:
@@ -63,13 +63,13 @@ class StableDiffusionXL(UNetBackbone):
     ) -> None:
         texts = CLIPText(text_encoder, tokenizer), CLIPText(text_encoder_2, tokenizer_2)
         super().__init__(unet, vae, texts, scheduler)
-        pooled, told = text_encoder_2.config.projection_dim, unet.config.addition_time_embed_dim
+        pooled, width = text_encoder_2.config.projection_dim, unet.config.addition_time_embed_dim
         taken = unet.config.projection_class_embeddings_input_dim
-        if taken != pooled + SIZES * told:
+        if taken != pooled + SIZES * width:
             raise ModelError(
                 f"the UNet takes {taken} further channels, and {pooled} of the second text "
-                f"encoder's pooled embedding and {SIZES} x {told} of sizes are {pooled} + "
-                f"{SIZES * told}; expected parts of one SDXL base, not of several models or a "
+                f"encoder's pooled embedding and {SIZES} x {width} of sizes are {pooled} + "
+                f"{SIZES * width}; expected parts of one SDXL base, not of several models or a "
                 f"refiner"
             )
         self.text_encoder, self.text_encoder_2 = text_encoder, text_encoder_2
@@ -105,13 +105,15 @@ class StableDiffusionXL(UNetBackbone):
             embeddings, pooled = embeddings * words[:, None, None], pooled * words[:, None]
         return self.conditioning(embeddings=embeddings, pooled=pooled)
 
-    def told(self, conditioning: Conditioning, latents: Float[Tensor, "n c h w"]) -> dict[str, Any]:
+    def arguments(
+        self, conditioning: Conditioning, latents: Float[Tensor, "n c h w"]
+    ) -> dict[str, Any]:
         height, width = (self.latent_scale * side for side in latents.shape[-2:])
         pooled, sizes = conditioning["pooled"], (height, width, 0, 0, height, width)
         # one by one: a list would be sent to an accelerator, and waited for
         columns = [pooled.new_full((len(pooled), 1), size) for size in sizes]
         added = {"text_embeds": pooled, "time_ids": torch.cat(columns, dim=1)}
-        return {**super().told(conditioning, latents), "added_cond_kwargs": added}
+        return {**super().arguments(conditioning, latents), "added_cond_kwargs": added}
 
     def decoder(self) -> Sequence[tuple[str, list[str]]]:
         """From the second of nine up, at a quarter of the latents' size as the paper's layer 4."""

@@ -28,14 +28,14 @@ def text_to_image(
         backbone: The frozen model.
         prompts: What the images show.
         steps: Of sampling.
-        guidance: Scale of guidance, by an empty negative prompt unless the model is told it.
+        guidance: Scale of guidance, by an empty negative prompt unless the network embeds it.
         seed: Of the initial noise.
         inputs: Further inputs of the network, by its latents (those of the negative prompt first)
             and the step.
     """
     schedule = backbone.schedule(steps)
     conditioning = backbone.embed([*[""] * len(prompts), *prompts])
-    if told := "guidance" in conditioning:
+    if embedded := "guidance" in conditioning:
         conditioning["guidance"][:] = guidance
     size = backbone.size
     generator = torch.Generator().manual_seed(seed)
@@ -45,5 +45,5 @@ def text_to_image(
         both = torch.cat([x, x])
         extra = {} if inputs is None else inputs(both, i)
         negative, prompt = backbone.predict(both, t, conditioning, **extra).chunk(2)
-        x = schedule.step(prompt if told else guide(negative, prompt, guidance), x, i)
+        x = schedule.step(prompt if embedded else guide(negative, prompt, guidance), x, i)
     return backbone.decode(x)

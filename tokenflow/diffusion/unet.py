@@ -37,8 +37,8 @@ FURTHER = (
     "encoder_hid_dim",
     "encoder_hid_dim_type",
 )
-TOLD = 8.5
-"""The scale of guidance by default where the UNet is told it, as in diffusers' pipeline."""
+EMBEDDED_GUIDANCE = 8.5
+"""The default scale of guidance of a UNet that embeds it, as in diffusers' pipeline."""
 VOCABULARIES = ({"tokenizer.json"}, {"vocab.json", "merges.txt"})
 
 
@@ -81,8 +81,9 @@ class UNetBackbone(LatentDiffusion):
             )
         self.check_unet(unet, vae, sum(text.width for text in texts))
         check_noise(scheduler)
-        told = unet.config.time_cond_proj_dim is not None
-        own = replace(self.family_defaults, guidance=TOLD) if told else self.family_defaults
+        own = self.family_defaults
+        if unet.config.time_cond_proj_dim is not None:
+            own = replace(own, guidance=EMBEDDED_GUIDANCE)
         super().__init__(unet, vae, texts, scheduler, own)
         self.unet, self.clips = unet, tuple(texts)
 
@@ -230,20 +231,22 @@ class UNetBackbone(LatentDiffusion):
         output = self.unet(
             sample.to(self.dtype),
             torch.full((1,), t, device=self.device),  # a number would be copied, and waited for
-            **self.told(conditioning, latents),
+            **self.arguments(conditioning, latents),
             **inputs,
         )
         return output.sample.float()
 
-    def told(self, conditioning: Conditioning, latents: Float[Tensor, "n c h w"]) -> dict[str, Any]:
+    def arguments(
+        self, conditioning: Conditioning, latents: Float[Tensor, "n c h w"]
+    ) -> dict[str, Any]:
         """The UNet's arguments besides latents and time, and a ControlNet's of the same family."""
-        told: dict[str, Any] = {"encoder_hidden_states": conditioning["embeddings"]}
+        given: dict[str, Any] = {"encoder_hidden_states": conditioning["embeddings"]}
         if "guidance" in conditioning:
             excess = 1000 * (conditioning["guidance"] - 1)
             width = self.unet.config.time_cond_proj_dim
             embedding = get_timestep_embedding(excess, width, downscale_freq_shift=1)
-            told["timestep_cond"] = embedding.to(self.dtype)
-        return told
+            given["timestep_cond"] = embedding.to(self.dtype)
+        return given
 
     def conditioning(self, **tensors: Tensor) -> Conditioning:
         """The text encoders' output, and a "guidance" of 1 for a UNet that embeds its scale.

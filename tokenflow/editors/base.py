@@ -32,7 +32,7 @@ class Step:
         index: From 0.
         schedule: The noise levels: the step leads from level `index` to `index + 1`.
         guidance: The scale of classifier-free guidance; 1 outside of its part of the schedule, and
-            in `advance` for a model that is told it, whose outputs are guided.
+            in `advance` for a network that embeds it, whose outputs are guided.
         seed: Of everything random, together with frame and step.
         branches: The names of `Editor.branches`, without `Editor.guided` where there is no
             classifier-free guidance.
@@ -164,7 +164,7 @@ class Editor(ABC):  # noqa: B024 (every method has a default)
         """The branches that are there for guidance alone: a step with guidance 1 leaves them out.
 
         By default "negative", and none for an editor that has branches, inputs or an advance of its
-        own. A network that is given the scale of guidance as an input runs without them throughout.
+        own. A network that embeds the scale of guidance runs without them throughout.
         """
         return () if overrides(self, "branches", "inputs", "advance") else ("negative",)
 

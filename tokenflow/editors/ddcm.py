@@ -25,7 +25,7 @@ class DDCM(InversionFree):
         strength: Share of the steps that run, the last ones, above 0 and up to 1: the lower, the
             more of the source is kept.
         guidance_source: Scale of guidance of the source's output; that of the prompt's is the
-            edit's own. If not given 1, for none; the edit's own in a network that is told it.
+            edit's own. If not given 1, for none; the edit's own in a network that embeds it.
         noise: "independent" noise for every frame, or noise that is "shared" by all.
     """
 
@@ -39,8 +39,8 @@ class DDCM(InversionFree):
         check_strength(strength)
         self.strength = strength
 
-    def default_guidance(self, guidance: float, told: bool) -> float:
-        return guidance if told else 1.0
+    def default_guidance(self, guidance: float, embedded: bool) -> float:
+        return guidance if embedded else 1.0
 
     def start(self, source: Source, schedule: Schedule, seed: int) -> Start:
         return Start(source.clean, len(schedule) - steps_to_run(self.strength, len(schedule)))

@@ -48,7 +48,7 @@ class FlowEdit(InversionFree):
             )
         self.n_max, self.n_min, self.n_avg = n_max, n_min, n_avg
 
-    def default_guidance(self, guidance: float, told: bool) -> float:
+    def default_guidance(self, guidance: float, embedded: bool) -> float:
         return 1 + (guidance - 1) / 5
 
     def start(self, source: Source, schedule: Schedule, seed: int) -> Start:

@@ -84,19 +84,19 @@ class InversionFree(Editor):
         return {label(kind, n): text for n in range(self.draws) for kind, text in one.items()}
 
     @abstractmethod
-    def default_guidance(self, guidance: float, told: bool) -> float:
+    def default_guidance(self, guidance: float, embedded: bool) -> float:
         """The scale for the source's output where none is given, by that for the edit's.
 
-        `told` is true of a network that is given the scale, and needs no negative prompt.
+        `embedded` is true where the network embeds the scale, and needs no negative prompt.
         """
 
-    def source_scale(self, guidance: float, told: bool = False) -> float:
+    def source_scale(self, guidance: float, embedded: bool = False) -> float:
         """The scale of guidance of the source's output, by that of the edit's."""
         chosen = self.guidance_source
-        return self.default_guidance(guidance, told) if chosen is None else chosen
+        return self.default_guidance(guidance, embedded) if chosen is None else chosen
 
     def conditioning(self, batch: Batch) -> Conditioning:
-        """With the source's own scale, where the network is given it as "guidance"."""
+        """With the source's own scale, where the network embeds it."""
         tensors = dict(batch.conditioning.tensors)
         if "guidance" not in tensors:
             return batch.conditioning
@@ -104,7 +104,7 @@ class InversionFree(Editor):
         edited = float(scales[batch.branches.index("prompt"), 0])
         for branch, scale in zip(batch.branches, scales, strict=True):
             if branch.startswith("source"):
-                scale.fill_(1.0 if edited == 1 else self.source_scale(edited, told=True))
+                scale.fill_(1.0 if edited == 1 else self.source_scale(edited, embedded=True))
         return Conditioning(**tensors | {"guidance": scales.flatten(0, 1)})
 
     def inputs(

@@ -373,8 +373,8 @@ def check(model: Backbone, clip: Clip, prompts: Prompts) -> None:
     check_prompt(prompts.prompt)
     if not prompts.inversion_prompt.strip():
         warnings.warn(
-            "the inversion prompt is empty: the network is not told what the source shows; say it "
-            "(inversion_prompt), and the edit keeps more of it",
+            "the inversion prompt is empty: the source is inverted without a description; say what "
+            "it shows (inversion_prompt), and the edit keeps more of it",
             stacklevel=2,
         )
     check_size(model, clip)

@@ -82,7 +82,7 @@ class EditedNetwork:
     def branches_for(self, guidance: float) -> tuple[str, ...]:
         """The branches that a step runs: without `Editor.guided` where guidance is 1.
 
-        So it is of a model that is told the guidance.
+        A network that embeds the guidance runs without them in every step.
         """
         if guidance != 1 and "guidance" not in self.prompts:
             return self.branches

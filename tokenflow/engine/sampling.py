@@ -103,7 +103,7 @@ class Sampling:
         names = step.branches[-len(outputs) :]  # without a source that is cached
         branches = dict(zip(names, outputs, strict=True))
         source = self.trajectory.source(frames)
-        if "guidance" in self.network.prompts:  # a model that is told it: its output is guided
+        if "guidance" in self.network.prompts:  # embedded: the output is guided
             step = dataclasses.replace(step, guidance=1.0)
         return self.network.editor.advance(x, branches, step, source)
 
