@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Sequence
@@ -15,10 +14,11 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from tokenflow.diffusion.loading import ModelError
+from tokenflow.diffusion.text_encoder import TextEncoder
 
 
 @dataclass(frozen=True)
-class CLIPText:
+class CLIPText(TextEncoder):
     """A text encoder and its tokenizer.
 
     Raises:
@@ -27,13 +27,6 @@ class CLIPText:
 
     encoder: CLIPTextModel | CLIPTextModelWithProjection
     tokenizer: CLIPTokenizer
-
-    def __post_init__(self) -> None:
-        if 2 * len(self.tokenizer) < (words := self.encoder.config.vocab_size):
-            raise ModelError(
-                f"the tokenizer knows {len(self.tokenizer)} tokens and the text encoder {words}: "
-                f"prompts would be ignored; give the model its own, whole tokenizer"
-            )
 
     @property
     def width(self) -> int:
@@ -50,14 +43,8 @@ class CLIPText:
         length = self.encoder.config.max_position_embeddings
         for prompt in prompts:
             self.warn_if_cut(prompt, length)
-        tokens = self.tokenizer(
-            list(prompts),
-            padding="max_length",
-            truncation=True,
-            max_length=length,
-            return_tensors="pt",
-        )
-        return self.encoder(tokens["input_ids"].to(self.encoder.device), **options)
+        tokens = self.tokens(prompts, length)
+        return self.encoder(tokens, **options)
 
     @torch.no_grad()
     def add(self, token: str, vectors: Float[Tensor, "count width"]) -> None:
@@ -106,11 +93,3 @@ class CLIPText:
                 f"cut off: {prompt[begin:]!r} of {prompt!r}",
                 stacklevel=1,
             )
-
-    @property
-    def vocabulary(self) -> tuple[Any, Any]:
-        """All that tokens depend on, as JSON holds it."""
-        tokens = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        for state in ("padding", "truncation"):  # as the last call left them
-            del tokens[state]
-        return tokens, self.tokenizer.special_tokens_map
