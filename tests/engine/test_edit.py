@@ -12,7 +12,7 @@ from torch import Tensor
 
 import tokenflow
 from tokenflow.diffusion import Backbone, Schedule, Source, StableDiffusion, guide, invert
-from tokenflow.editors import Batch, Editor, Injection, PnP, Prompts, Start, Step
+from tokenflow.editors import DDCM, Batch, Editor, FlowEdit, Injection, PnP, Prompts, Start, Step
 from tokenflow.editors.sdedit import frame_noise
 from tokenflow.engine import Result, Settings, edit_clip, edit_latents
 from tokenflow.engine.resume import ResumeStore
@@ -566,6 +566,33 @@ def test_frames_of_a_wrong_size(backbone: Backbone, height: int, width: int) -> 
 def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Settings(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "editor", "message"),
+    [
+        ({"fusion": 0.5, "consistency": "none"}, PnP(), "expected fusion 0, got 0.5; leave it"),
+        ({"fusion": 0.5, "consistency": "joint"}, PnP(), "expected fusion 0, got 0.5; leave it"),
+        ({"mask_edge": 2.0}, PnP(), r"expected mask_edge 0, got 2.0; .* or give --model\.mask"),
+        ({"inversion_steps": 9}, FlowEdit(), "does not invert .* got inversion_steps 9; leave"),
+        (
+            {"inversion_solver": "uni-inv", "report_reconstruction": True}, DDCM(),
+            "got inversion_solver uni-inv and report_reconstruction True; .* choose an editor that",
+        ),
+    ],
+)  # fmt: skip
+def test_an_option_that_would_change_nothing(
+    backbone: Backbone, settings: dict[str, Any], editor: Editor, message: str
+) -> None:
+    steps = Steps()
+    with pytest.raises(InputError, match=message):
+        edit(backbone, random_clip(2), editor, options={"on_step": steps}, **settings)
+    assert not steps.calls
+
+
+def test_as_many_inversion_steps_as_sampling_steps_are_the_default() -> None:
+    """As a configuration may give them that another editor is chosen over."""
+    Settings(steps=9, inversion_steps=9).require_used(inverts=False, propagates=True, mask=None)
 
 
 def test_too_many_steps_for_the_model(backbone: Backbone) -> None:

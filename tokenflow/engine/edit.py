@@ -121,6 +121,7 @@ def edit_clip(
     settings, ranks = (settings or Settings()).for_model(model), ranks or FrameGroup()
     prompts = Prompts(prompts) if isinstance(prompts, str) else prompts
     way = consistency or WAYS[settings.consistency]
+    settings.require_used(inverts=editor.inverts, propagates=propagates(way), mask=mask)
     require_given(model, mask, depth)
     seconds: dict[str, float] = {}
     quality: dict[str, float] = {}
@@ -166,7 +167,7 @@ def edit_clip(
         kernel = described(propagation) if store is None else store.propagation
         writer = "" if checkpoint is None else checkpoint.key
         sampling = with_features(sampling, way, source_cache, kernel, writer)
-    if settings.report_reconstruction and inversion is not None:
+    if settings.report_reconstruction:
         with timed(seconds, "reconstruct"):
             quality = inversion_quality(sampling, clip, on_step)
     with timed(seconds, "edit"):
@@ -210,6 +211,7 @@ def edit_latents(
     settings, ranks = (settings or Settings()).for_model(model), ranks or FrameGroup()
     prompts = Prompts(prompts) if isinstance(prompts, str) else prompts
     way = WAYS[settings.consistency]
+    settings.require_used(inverts=editor.inverts, propagates=propagates(way), mask=None)
     if propagates(way) and propagation.flow is not None and flow is None:
         kernel, provider = type(propagation).__name__, type(propagation.flow).__name__
         raise InputError(

@@ -51,6 +51,8 @@ class Settings:
             of a joint pass, and all frames where consistency is "joint", go through at once.
         mask_edge: Pixels, inside of a local edit's mask, over which the source turns into the edit.
         report_reconstruction: Also sample back without an edit and report the PSNR.
+
+    An option that an edit would not use is refused: `require_used`.
     """
 
     steps: int = 50
@@ -121,6 +123,38 @@ class Settings:
     def fuses(self, step: int, steps: int) -> bool:
         """Whether predictions are fused at step i of N: while i < int(N · fusion_end)."""
         return self.fusion > 0 and step < int(steps * self.fusion_end)
+
+    def require_used(self, *, inverts: bool, propagates: bool, mask: object) -> None:
+        """Raises `InputError` for an option that would change nothing.
+
+        Args:
+            inverts: Whether the editor inverts the source.
+            propagates: Whether the way of consistency propagates from keyframes.
+            mask: That of a local edit, if it is one.
+        """
+        if self.fusion and not propagates:
+            raise InputError(
+                f"fusion takes what keyframes predict, and without propagation there are none: "
+                f"expected fusion 0, got {self.fusion}; leave it out, or take consistency tokenflow"
+            )
+        if self.mask_edge and mask is None:
+            raise InputError(
+                f"mask_edge softens the border of a local edit, and there is no mask: expected "
+                f"mask_edge 0, got {self.mask_edge}; leave it out, or give --model.mask (in Python "
+                f"mask=)"
+            )
+        given = {
+            "inversion_steps": self.inversion_steps not in (None, self.steps),
+            "inversion_solver": self.inversion_solver != "ddim",
+            "report_reconstruction": self.report_reconstruction,
+        }
+        wrong = [f"{name} {getattr(self, name)}" for name, found in given.items() if found]
+        if wrong and not inverts:
+            raise InputError(
+                f"the editor does not invert the source: expected none of {', '.join(given)}, got "
+                f"{' and '.join(wrong)}; leave that out (null in a configuration), or choose an "
+                f"editor that inverts, as PnP"
+            )
 
     def for_model(self, model: Backbone) -> Settings:
         """With the model's own value for what is not given."""

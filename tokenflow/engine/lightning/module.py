@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tokenflow.diffusion import Backbone, Embedding, LoRA
 from tokenflow.editors import Editor, Prompts
-from tokenflow.engine.edit import Result, check_prompt, edit_clip
+from tokenflow.engine.algorithm import WAYS
+from tokenflow.engine.edit import Result, check_prompt, edit_clip, propagates
 from tokenflow.engine.further_channels import require_given
 from tokenflow.engine.keyframes import split_windows
 from tokenflow.engine.lightning.callback import EditCallback, edit_callbacks
@@ -185,6 +186,12 @@ class TokenFlowModule(LightningModule):
         try:
             check_prompt(prompts.prompt)
             settings = dataclasses.replace(self.settings, **job.settings)
+            settings.require_used(
+                # of an editor that is not made yet, `edit_clip` asks
+                inverts="editor" in job.plugins or self.editor.inverts,
+                propagates=propagates(WAYS[settings.consistency]),
+                mask=self.mask,
+            )
         except InputError as error:
             raise InputError(f"{job.where}: {error}" if job.where else str(error)) from error
         return prompts, settings
