@@ -176,6 +176,17 @@ def test_image_and_text_tokens_make_up_the_layers_attention(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", JOINT)
+def test_text_queries_are_had_without_the_images(kind: str) -> None:
+    site, given = joint_site(kind)
+    asked = list[Tensor]()
+    site.layer.to_q.register_forward_hook(lambda _, tokens, __: asked.append(tokens[0]))
+    query, *rest = site.text_qkv(**given)
+    assert sum(x.shape[1] for x in asked) == (TEXTS if kind == "flux, single block" else 0)
+    for ours, theirs in zip((query, *rest), Site.text_qkv(site, **given), strict=True):
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", JOINT)
 def test_a_replacement_of_joint_attention_is_given_all_that_its_block_gives(kind: str) -> None:
     site, given = joint_site(kind)
     before = site.layer(**given)

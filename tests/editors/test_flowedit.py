@@ -128,6 +128,21 @@ def test_every_frame_is_as_in_the_published_loop(
     assert (found - clip().frames).abs().max() > 0.1
 
 
+def test_steps_that_sample_run_no_branch_that_they_do_not_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows, predict = list[int](), GaussianFlow.predict
+
+    def counted(self: GaussianFlow, x: Tensor, *given: Any, **more: Any) -> Tensor:
+        rows.append(len(x))
+        return predict(self, x, *given, **more)
+
+    monkeypatch.setattr(GaussianFlow, "predict", counted)
+    edited(GaussianFlow(), FlowEdit(4, 2, n_avg=3), guidance=4.0, consistency="none", batch=FRAMES)
+    # source, negative and prompt in the place of three draws of four branches
+    assert [count // FRAMES for count in rows] == [12, 12, 3, 3]
+
+
 @pytest.fixture(scope="module", params=["Stable Diffusion", "SD 3", "Flux"])
 def network(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, backbone: Backbone

@@ -58,7 +58,19 @@ class Texts(SDEdit):
         return [Injection("tokens", lambda edited, source, batch: edited, begin="0")]  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("editor", "words"), [(Wide(), "dtype torch.float32"), (Texts(), "begin")])
+class Idle(SDEdit):
+    def idle(self, step: Step) -> Sequence[str]:
+        return ("source",)
+
+
+@pytest.mark.parametrize(
+    ("editor", "words"),
+    [
+        (Wide(), "dtype torch.float32"),
+        (Texts(), "begin"),
+        (Idle(), r"in idle: expected some of the edited branches negative, prompt, not all"),
+    ],
+)
 def test_wrong_answers_name_the_editor(editor: Editor, words: str) -> None:
     with pytest.raises(PluginError, match=words) as caught:
         edited(editor)

@@ -131,7 +131,17 @@ def test_a_clip_is_edited_by_each_kernel(model: Backbone, kernel: Propagation) -
     assert result.clip.frames.shape == clip.frames.shape
 
 
-@pytest.mark.parametrize("editor", [Editor(), PnP(0.7)], ids=["plain", "PnP"])
+def test_injected_projections_of_all_frames_are_not_kept(model: Backbone) -> None:
+    """Text tokens attend to every frame's keys: of real models gigabytes for each step."""
+    cache, latents = SourceCache(), random_latents()
+    first, again = (edited(model, latents, PnP(0.7), source_cache=cache) for _ in range(2))
+    assert float((first - again).abs().max()) < ROUNDING
+    names = {name.split("/")[0] for tables in cache.entries.values() for name in tables}
+    assert names == {"#indices", "indices", "#weights", "weights", "writer"}
+    assert len(cache.entries) == STEPS - int(0.7 * STEPS)  # those that inject nothing
+
+
+@pytest.mark.parametrize("editor", [Editor(), PnP(0.0)], ids=["plain", "PnP"])
 def test_a_second_edit_runs_without_the_source(model: Backbone, editor: Editor) -> None:
     cache, latents = SourceCache(), random_latents()
     whole = edited(model, latents, editor, batch=1)

@@ -58,6 +58,11 @@ class Site(ABC):
         Image tokens come first, then text tokens, whatever the order in the network.
         """
 
+    def text_qkv(self, hidden_states: Float[Tensor, "batch tokens channels"], **given: Any) -> QKV:
+        """As `qkv`, with the queries of text tokens alone."""
+        query, key, value = self.qkv(hidden_states, **given)
+        return query[:, :, self.image(hidden_states, **given).shape[1] :], key, value
+
     @abstractmethod
     def output(
         self, attended: Float[Tensor, "batch heads image_tokens width"], **given: Any
@@ -137,15 +142,17 @@ class DiffusersSite(ProcessorSite):
         **_: Any,
     ) -> QKV:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query, key, value = (
-            rearrange(project(tokens), "n s (h d) -> n h s d", h=self.layer.heads)
-            for project, tokens in (
-                (self.layer.to_q, hidden_states),
-                (self.layer.to_k, context),
-                (self.layer.to_v, context),
-            )
-        )
-        return normed(self.layer.norm_q, query), normed(self.layer.norm_k, key), value
+        query = normed(self.layer.norm_q, self.heads(self.layer.to_q(hidden_states)))
+        return query, *self.key_value(context)
+
+    def key_value(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the tokens that are attended to."""
+        key, value = self.heads(self.layer.to_k(tokens)), self.heads(self.layer.to_v(tokens))
+        return normed(self.layer.norm_k, key), value
+
+    def heads(self, projected: Tensor) -> Tensor:
+        """Projected tokens as (batch, heads, tokens, width)."""
+        return rearrange(projected, "n s (h d) -> n h s d", h=self.layer.heads)
 
     def output(
         self, attended: Float[Tensor, "batch heads tokens width"], **_: Any
@@ -173,14 +180,28 @@ class StableDiffusion3Site(DiffusersSite):
         encoder_hidden_states: Float[Tensor, "batch text_tokens channels"] | None = None,
         **_: Any,
     ) -> QKV:
-        assert encoder_hidden_states is not None, "diffusers' block always gives them"
+        return in_sequence(super().qkv(hidden_states), self.text(encoder_hidden_states))
+
+    def text_qkv(
+        self,
+        hidden_states: Float[Tensor, "batch image_tokens channels"],
+        encoder_hidden_states: Float[Tensor, "batch text_tokens channels"] | None = None,
+        **_: Any,
+    ) -> QKV:
+        query, *text = self.text(encoder_hidden_states)
+        image = self.key_value(hidden_states)
+        key, value = (torch.cat(two, dim=2) for two in zip(image, text, strict=True))
+        return query, key, value
+
+    def text(self, tokens: Tensor | None) -> QKV:
+        """Queries, keys and values of text tokens."""
+        assert tokens is not None, "diffusers' block always gives them"
         layer = self.layer
         query, key, value = (
-            rearrange(project(encoder_hidden_states), "n s (h d) -> n h s d", h=layer.heads)
+            self.heads(project(tokens))
             for project in (layer.add_q_proj, layer.add_k_proj, layer.add_v_proj)
         )
-        text = normed(layer.norm_added_q, query), normed(layer.norm_added_k, key), value
-        return in_sequence(super().qkv(hidden_states), text)
+        return normed(layer.norm_added_q, query), normed(layer.norm_added_k, key), value
 
     def joined(
         self,
@@ -219,16 +240,30 @@ class FluxSite(ProcessorSite):
 
         return process
 
-    def heads(self, *projected: Tensor) -> list[Tensor]:
-        """Of projected tokens, (batch, heads, tokens, width)."""
-        return [rearrange(x, "n s (h d) -> n h s d", d=self.layer.head_dim) for x in projected]
+    def heads(self, projected: Tensor) -> Tensor:
+        """Projected tokens as (batch, heads, tokens, width)."""
+        return rearrange(projected, "n s (h d) -> n h s d", d=self.layer.head_dim)
 
-    def own_qkv(self, hidden_states: Tensor) -> QKV:
-        """Of the tokens that enter as `hidden_states`, without their positions."""
+    def query(self, hidden_states: Tensor) -> Tensor:
+        """Of tokens that enter as `hidden_states`, without their positions."""
+        query: Tensor = self.layer.norm_q(self.heads(self.layer.to_q(hidden_states)))
+        return query
+
+    def key_value(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """The same."""
         layer = self.layer
-        projections = (layer.to_q, layer.to_k, layer.to_v)
-        query, key, value = self.heads(*(project(hidden_states) for project in projections))
-        return layer.norm_q(query), layer.norm_k(key), value
+        key, value = self.heads(layer.to_k(hidden_states)), self.heads(layer.to_v(hidden_states))
+        return layer.norm_k(key), value
+
+    def text(self, tokens: Tensor | None) -> QKV:
+        """Queries, keys and values of text tokens, without their positions."""
+        assert tokens is not None, "diffusers' block always gives them"
+        layer = self.layer
+        query, key, value = (
+            self.heads(project(tokens))
+            for project in (layer.add_q_proj, layer.add_k_proj, layer.add_v_proj)
+        )
+        return layer.norm_added_q(query), layer.norm_added_k(key), value
 
     def qkv(
         self,
@@ -237,12 +272,21 @@ class FluxSite(ProcessorSite):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         **_: Any,
     ) -> QKV:
-        layer = self.layer
-        projections = (layer.add_q_proj, layer.add_k_proj, layer.add_v_proj)
-        query, key, value = self.heads(*(project(encoder_hidden_states) for project in projections))
-        text = layer.norm_added_q(query), layer.norm_added_k(key), value
-        both = in_sequence(text, self.own_qkv(hidden_states))
-        return image_first(both, image_rotary_emb, query.shape[2])
+        text, own = self.text(encoder_hidden_states), self.key_value(hidden_states)
+        both = in_sequence(text, (self.query(hidden_states), *own))
+        return image_first(both, image_rotary_emb, text[0].shape[2])
+
+    def text_qkv(
+        self,
+        hidden_states: Float[Tensor, "batch image_tokens channels"],
+        encoder_hidden_states: Float[Tensor, "batch text_tokens channels"] | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        **_: Any,
+    ) -> QKV:
+        query, *text = self.text(encoder_hidden_states)
+        pairs = zip(text, self.key_value(hidden_states), strict=True)
+        key, value = (torch.cat(two, dim=2) for two in pairs)
+        return text_alone(query, key, value, image_rotary_emb)
 
     def output(
         self, attended: Float[Tensor, "batch heads image_tokens width"], **_: Any
@@ -286,7 +330,18 @@ class FluxSingleSite(FluxSite):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         **_: Any,
     ) -> QKV:
-        return image_first(self.own_qkv(hidden_states), image_rotary_emb, self.texts())
+        every = self.query(hidden_states), *self.key_value(hidden_states)
+        return image_first(every, image_rotary_emb, self.texts())
+
+    def text_qkv(
+        self,
+        hidden_states: Float[Tensor, "batch tokens channels"],
+        encoder_hidden_states: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        **_: Any,
+    ) -> QKV:
+        query = self.query(hidden_states[:, : self.texts()])
+        return text_alone(query, *self.key_value(hidden_states), image_rotary_emb)
 
     def output(
         self, attended: Float[Tensor, "batch heads image_tokens width"], **_: Any
@@ -322,7 +377,24 @@ def image_first(tokens: QKV, rotary: tuple[Tensor, Tensor] | None, texts: int) -
         texts: How many are text.
     """
     query, key, value = tokens
-    if rotary is not None:
-        query, key = (apply_rotary_emb(x, rotary, sequence_dim=2) for x in (query, key))
+    query, key = positioned(query, rotary), positioned(key, rotary)
     q, k, v = (x.roll(-texts, dims=2) for x in (query, key, value))
     return q, k, v
+
+
+def text_alone(
+    query: Tensor, key: Tensor, value: Tensor, rotary: tuple[Tensor, Tensor] | None
+) -> QKV:
+    """As `image_first`, of the text tokens' queries alone."""
+    texts = query.shape[2]
+    key, value = (x.roll(-texts, dims=2) for x in (positioned(key, rotary), value))
+    return positioned(query, rotary), key, value
+
+
+def positioned(tokens: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Queries or keys with their rotary positions, those of the first tokens."""
+    if rotary is None:
+        return tokens
+    cosines, sines = (x[: tokens.shape[2]] for x in rotary)
+    result: Tensor = apply_rotary_emb(tokens, (cosines, sines), sequence_dim=2)
+    return result

@@ -35,7 +35,7 @@ class Step:
             in `advance` for a network that embeds it, whose outputs are guided.
         seed: Of everything random, together with frame and step.
         branches: The names of `Editor.branches`, without `Editor.guided` where there is no
-            classifier-free guidance.
+            classifier-free guidance, and without `Editor.idle`.
     """
 
     index: int
@@ -167,6 +167,10 @@ class Editor(ABC):  # noqa: B024 (every method has a default)
         own. A network that embeds the scale of guidance runs without them throughout.
         """
         return () if overrides(self, "branches", "inputs", "advance") else ("negative",)
+
+    def idle(self, step: Step) -> Sequence[str]:
+        """The branches that a step does without: they do not run. None by default."""
+        return ()
 
     @property
     def conditions_source(self) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import Tensor
 
 from tokenflow.diffusion import Backbone, Conditioning, Schedule, Source
-from tokenflow.editors.base import Batch, Injection, Start
+from tokenflow.editors.base import Batch, Injection, Start, Step
 from tokenflow.violations import Violation
 
 
@@ -21,6 +21,16 @@ def of_branches(found: object) -> Iterator[Violation]:
         yield Violation(
             "branches", "a dict of branches and their prompts, the source first", repr(found),
             "return at least the source's branch and an edited one, with a text each",
+        )  # fmt: skip
+
+
+def of_idle(found: object, step: Step) -> Iterator[Violation]:
+    """The rule that the answer of `Editor.idle` breaks: "idle"."""
+    edited = step.branches[1:]
+    if not isinstance(found, Sequence) or isinstance(found, str) or not {*found} < {*edited}:
+        yield Violation(
+            "idle", f"some of the edited branches {', '.join(edited)}, not all", repr(found),
+            "choose from step.branches[1:], or return () where all run",
         )  # fmt: skip
 
 

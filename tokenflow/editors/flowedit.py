@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from jaxtyping import Float
 from torch import Tensor
@@ -23,7 +23,8 @@ class FlowEdit(InversionFree):
     Args:
         n_max: How many steps run, the last ones; at most all. Two thirds if not given, as 33 of 50.
             The more, the more may change.
-        n_min: How many of these, the last ones, sample freely instead: less of the source is kept.
+        n_min: How many of these, the last ones, sample freely instead, with fewer branches: less of
+            the source is kept.
         n_avg: Draws of noise in each step, whose velocities are averaged; each has all branches.
         guidance_source: Scale of guidance of the source's velocity; that of the prompt's is the
             edit's own. If not given a fifth as far from 1: 3.5 for 13.5.
@@ -47,6 +48,11 @@ class FlowEdit(InversionFree):
                 f"{n_min}; n_max counts the last steps, those that run, and n_min the last of these"
             )
         self.n_max, self.n_min, self.n_avg = n_max, n_min, n_avg
+
+    def idle(self, step: Step) -> Sequence[str]:
+        """Where it samples freely all but those of one draw of the edit, and the source."""
+        read = ("source", "negative", "prompt")
+        return [name for name in step.branches if name not in read] if self.sampling(step) else []
 
     def default_guidance(self, guidance: float, embedded: bool) -> float:
         return 1 + (guidance - 1) / 5
@@ -74,8 +80,7 @@ class FlowEdit(InversionFree):
     ) -> Float[Tensor, "branches frames c h w"]:
         found = super().inputs(x, step, source)
         if self.sampling(step):
-            edited = [name.startswith(("prompt", "negative")) for name in step.branches]
-            found[edited] = self.sampled(x, step, source)
+            found[1:] = self.sampled(x, step, source)
         return found
 
     def sampling(self, step: Step) -> bool:

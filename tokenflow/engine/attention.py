@@ -264,7 +264,6 @@ class PropagatedAttention:
             output = found.gather(outputs).flatten(0, 1)
         if not site.has_text:
             return output
-        query, key, value = site.qkv(hidden_states, **given)
-        text = query[:, :, image.shape[1] :]
+        text, key, value = site.text_qkv(hidden_states, **given)
         attended = scaled_dot_product_attention(text, key, value, scale=site.scale)
         return site.joined(output, attended, **given)

@@ -88,6 +88,12 @@ class CheckedEditor(Editor):
     def guided(self) -> Sequence[str]:
         return self.editor.guided
 
+    def idle(self, step: Step) -> Sequence[str]:
+        with blamed(self.editor, "idle"):
+            found = self.editor.idle(step)
+        self.require(editor_contract.of_idle(found, step), "idle")
+        return found
+
     @property
     def conditions_source(self) -> bool:
         return self.editor.conditions_source

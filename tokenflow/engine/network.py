@@ -71,13 +71,16 @@ class EditedNetwork:
         """The source's, of the pass that runs."""
         return getattr(self.switch.attention, "features", NONE)
 
-    def injected(self, step: int, steps: int) -> list[str]:
-        """The layers that are injected at a step of an edit."""
-        return [
-            f"{one.layer} {'replaced' if one.function is None else 'changed'}"
-            for one in self.editor.injections(self.model)
-            if one.active(step, steps)
-        ]
+    def injected(self, step: int, steps: int) -> list[str] | None:
+        """The layers that are injected at a step of an edit; None where that is too much to keep.
+
+        Where sequences hold text, the projections of all frames are needed in every pass.
+        """
+        on = [one for one in self.editor.injections(self.model) if one.active(step, steps)]
+        text = any(site.has_text for site in self.switch.sites.values())
+        if text and any(one.layer in self.projections for one in on):
+            return None
+        return [f"{one.layer} {'replaced' if one.function is None else 'changed'}" for one in on]
 
     def branches_for(self, guidance: float) -> tuple[str, ...]:
         """The branches that a step runs: without `Editor.guided` where guidance is 1.

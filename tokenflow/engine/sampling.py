@@ -69,7 +69,9 @@ class Sampling:
         """A step of sampling, as the editor sees it; what guidance does not need is left out."""
         guidance = self.settings.guidance_at(index, len(self.schedule))
         branches = self.network.branches_for(guidance)
-        return Step(index, self.schedule, guidance, self.settings.seed, branches)
+        step = Step(index, self.schedule, guidance, self.settings.seed, branches)
+        idle = self.network.editor.idle(step)
+        return dataclasses.replace(step, branches=tuple(b for b in branches if b not in idle))
 
     def inputs(self, x: Latents, frames: Sequence[int], step: Step) -> Outputs:
         """The network's inputs for some of this rank's frames, by position in the clip.

@@ -100,7 +100,7 @@ class SourceFeatures:
         writer: This edit's own name: what it has kept itself is not used, so that an edit which
             is resumed or repeated takes the same passes again, bit for bit.
         clip: The clip's name.
-        injected: The layers that are injected, of each step.
+        injected: The layers that are injected, of each step; None where nothing is to be kept.
         wanted: Whether the source's own tokens are wanted at a step.
         ranks: That share the clip, and agree.
     """
@@ -111,7 +111,7 @@ class SourceFeatures:
         key: Sequence[Any] = (),
         writer: str = "",
         clip: str = "clip",
-        injected: Sequence[Sequence[str]] = (),
+        injected: Sequence[Sequence[str] | None] = (),
         wanted: Callable[[int], bool] = lambda step: False,
         ranks: FrameGroup | None = None,
     ) -> None:
@@ -126,6 +126,9 @@ class SourceFeatures:
     def begin(self, step: int) -> None:
         """Looks up a step's features."""
         if self.cache is None:
+            return
+        if self.injected[step] is None:
+            self.known, self.cached = True, False
             return
         self.entry = self._entry(step)
         found = self.cache.load(self.entry)

@@ -237,9 +237,10 @@ class Rebuilt:
         count = site.image(hidden_states, **given).shape[1]
         self.tokens[site.name] = count
         query, key, value = site.qkv(hidden_states, **given)
-        attended = scaled_dot_product_attention(query, key, value, scale=site.scale)
-        output = site.output(attended[:, :, :count], **given)
-        return site.joined(output, attended[:, :, count:], **given)
+        image = scaled_dot_product_attention(query[:, :, :count], key, value, scale=site.scale)
+        query, key, value = site.text_qkv(hidden_states, **given)
+        text = scaled_dot_product_attention(query, key, value, scale=site.scale)
+        return site.joined(site.output(image, **given), text, **given)
 
 
 def rebuilt(backbone: Backbone) -> tuple[Tensor, dict[str, int]]:

@@ -126,8 +126,11 @@ class TinyEdit:
 
     def step(self, index: int) -> Step:
         """A step of sampling."""
-        branches = tuple(self.editor.branches(PROMPTS))
-        return Step(index, self.schedule, GUIDANCE, 0, branches)
+        step = Step(index, self.schedule, GUIDANCE, 0, tuple(self.editor.branches(PROMPTS)))
+        idle = self.editor.idle(step)
+        return dataclasses.replace(
+            step, branches=tuple(name for name in step.branches if name not in idle)
+        )
 
     def source_batch(self, index: int) -> Batch:
         """A pass of the source's branch alone, as inversion makes it, of all frames."""

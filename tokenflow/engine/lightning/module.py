@@ -72,7 +72,8 @@ class TokenFlowModule(LightningModule):
         cache_gigabytes: The cache's limit; LRU eviction.
         cache_source: Also caches what an edit takes from the source's branch (for PnP on 120 frames
             of 512×512 some 10 GB, at most half of the limit), so that another prompt on the
-            same clip takes two branches of three.
+            same clip takes two branches of three. Of SD 3 and Flux, steps in which PnP injects are
+            not cached, as their features are much larger.
         save_every: Sampling steps between two checkpoints; null for none.
         ranks_per_clip: How many processes share a clip; all of the job's if not given. Others
             edit other clips of a manifest at the same time.
