@@ -23,7 +23,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from tokenflow.diffusion import Backbone, Trajectory
+from tokenflow.diffusion import Backbone, StableDiffusion3, Trajectory
 from tokenflow.editors import Editor, Prompts
 from tokenflow.engine import Settings, edit_latents
 from tokenflow.miniature.tokenizer import MAX_LENGTH, save_tokenizer
@@ -151,6 +151,18 @@ def write_index(folder: Path, pipeline: str, parts: dict[str, list[str | None]])
     }
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
+
+
+def parts(model: StableDiffusion3) -> dict[str, Any]:
+    """As diffusers' pipeline takes them."""
+    first, second = model.clips
+    return {
+        "transformer": model.transformer, "vae": model.vae, "scheduler": model.scheduler,
+        "text_encoder": first.encoder, "tokenizer": first.tokenizer,
+        "text_encoder_2": second.encoder, "tokenizer_2": second.tokenizer,
+        "text_encoder_3": None if model.t5 is None else model.t5.encoder,
+        "tokenizer_3": None if model.t5 is None else model.t5.tokenizer,
+    }  # fmt: skip
 
 
 def changed(file: Path, **values: Any) -> None:

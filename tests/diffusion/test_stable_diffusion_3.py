@@ -15,7 +15,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 
-from tests.diffusion.making_transformers import changed, copied, sampled, write_tiny_sd3
+from tests.diffusion.making_transformers import changed, copied, parts, sampled, write_tiny_sd3
 from tokenflow.diffusion import Backbone, ModelError, StableDiffusion3, invert
 from tokenflow.diffusion.inversion import inversion_steps, source_prediction
 from tokenflow.editors import SDEdit
@@ -39,17 +39,6 @@ def sd3(folder: Path) -> StableDiffusion3:
     found = Backbone.load(folder, "cpu", "float32")
     assert type(found) is StableDiffusion3
     return found
-
-
-def parts(model: StableDiffusion3) -> dict[str, Any]:
-    first, second = model.clips
-    return {
-        "transformer": model.transformer, "vae": model.vae, "scheduler": model.scheduler,
-        "text_encoder": first.encoder, "tokenizer": first.tokenizer,
-        "text_encoder_2": second.encoder, "tokenizer_2": second.tokenizer,
-        "text_encoder_3": None if model.t5 is None else model.t5.encoder,
-        "tokenizer_3": None if model.t5 is None else model.t5.tokenizer,
-    }  # fmt: skip
 
 
 def difference(model: StableDiffusion3, guidance: float, height: int = 8, width: int = 8) -> float:

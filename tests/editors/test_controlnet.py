@@ -89,7 +89,7 @@ def naive(editor: ControlNet, number: int, batch: Batch, controlled: set[str]) -
     for branch, name in enumerate(batch.branches):
         for place, frame in enumerate(batch.frames):
             with torch.no_grad():
-                down, middle = network(
+                down, middle = network.network(
                     batch.latents[branch, place][None],
                     torch.tensor(batch.t),
                     encoder_hidden_states=text_of(batch)[branch, place][None],
@@ -143,14 +143,14 @@ def test_a_network_that_pools_its_image_speaks_for_the_prompt_alone(
     backbone: Backbone, clip: Clip, models: list[str]
 ) -> None:
     editor = ready(backbone, clip, Control(models[0], Inverted()), Control(models[1], Inverted()))
-    editor.shown[0].network.register_to_config(global_pool_conditions=True)
+    editor.shown[0].network.network.register_to_config(global_pool_conditions=True)
     batch = one_pass()
     each = [
         naive(editor, 0, batch, {"prompt"}),
         naive(editor, 1, batch, {"negative", "prompt"}),
     ]
     assert_equal(editor.model_inputs(batch), [sum(s) for s in zip(*each, strict=True)])  # type: ignore[misc]
-    editor.shown[1].network.register_to_config(global_pool_conditions=True)
+    editor.shown[1].network.network.register_to_config(global_pool_conditions=True)
     assert editor.model_inputs(one_pass(branches=("source", "negative"))) == {}
 
 
@@ -205,9 +205,10 @@ class Recording(ControlNet):
         self.seen: list[dict[str, Tensor]] = []
 
         def keep(module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-            self.seen.append({"latents": args[0], "embeddings": args[2], "images": args[3]})
+            text, images = options["encoder_hidden_states"], options["controlnet_cond"]
+            self.seen.append({"latents": args[0], "embeddings": text, "images": images})
 
-        self.shown[0].network.register_forward_pre_hook(keep, with_kwargs=True)
+        self.shown[0].network.network.register_forward_pre_hook(keep, with_kwargs=True)
 
     def model_inputs(self, batch: Batch) -> dict[str, Any]:
         self.passes.append(batch)
@@ -296,7 +297,7 @@ def test_networks_are_loaded_once_and_images_for_every_clip(
     assert torch.equal(editor.shown[0].images, 1 - other.frames)
     half = Backbone.load(model_folder, device="cpu", dtype="bfloat16")
     editor.prepare(half, clip)
-    assert editor.shown[0].network.dtype == torch.bfloat16
+    assert editor.shown[0].network.network.dtype == torch.bfloat16
     assert {part.dtype for part in flat(editor.model_inputs(bfloat(one_pass())))} == {
         torch.bfloat16
     }

@@ -2,7 +2,7 @@
 
 from tokenflow.diffusion.backbone import Backbone
 from tokenflow.diffusion.conditioning import Conditioning
-from tokenflow.diffusion.controlnet import load_controlnet
+from tokenflow.diffusion.controlnet import FittedControlNet, load_controlnet
 from tokenflow.diffusion.flux import Flux
 from tokenflow.diffusion.inversion import invert, reconstruct, source_prediction
 from tokenflow.diffusion.loading import ModelError
@@ -20,6 +20,7 @@ __all__ = [
     "Backbone",
     "Conditioning",
     "Embedding",
+    "FittedControlNet",
     "Flux",
     "LoRA",
     "ModelError",

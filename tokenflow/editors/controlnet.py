@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import ControlNetModel
 from jaxtyping import Float
 from torch import Tensor
 
-from tokenflow.diffusion import Backbone, load_controlnet
+from tokenflow.diffusion import Backbone, FittedControlNet, load_controlnet
 from tokenflow.diffusion.trajectory import rows
 from tokenflow.editors.base import Batch
 from tokenflow.editors.conditions import Canny, Condition
@@ -29,7 +28,7 @@ class Control:
         model: A ControlNet's folder in diffusers' layout, the id of a hub model, or "miniature",
             the embedded one for Canny edges.
         condition: Makes the control images, by class name; Canny when not given.
-        scale: Of the residuals that it adds to the UNet's, 0 or more.
+        scale: Of the residuals that it adds to the network's layers, 0 or more.
         begin: Share of the schedule, 0 to 1, at which it sets in.
         end: Share at which it stops: it is on at step i of N while begin <= i / N < end.
     """
@@ -51,10 +50,10 @@ class Control:
 
 
 class Shown(NamedTuple):
-    """A control ready for a clip: `images`, (frames, 3, height, width), are at `positions`."""
+    """A control ready for a clip: `images`, or what the network sees of them, at `positions`."""
 
     control: Control
-    network: ControlNetModel
+    network: FittedControlNet
     images: Tensor | Frames
     positions: range
 
@@ -69,7 +68,7 @@ class ControlNet(SDEdit):
         model: A ControlNet's folder in diffusers' layout, the id of a hub model, or "miniature",
             the embedded one for Canny edges.
         condition: Makes the control images, by class name: Canny (when not given) or ControlVideo.
-        scale: Of the residuals that it adds to the UNet's, 0 or more.
+        scale: Of the residuals that it adds to the network's layers, 0 or more.
         begin: Share of the schedule, 0 to 1, at which it sets in.
         end: Share at which it stops: it is on at step i of N while begin <= i / N < end.
         further: More controls with the same five options each, in a list.
@@ -123,15 +122,18 @@ class ControlNet(SDEdit):
         for control in self.controls:
             if control.model not in loaded:
                 loaded[control.model] = load_controlnet(control.model, model)
-            images = (control.condition or Canny()).of(clip)
-            ready.append(Shown(control, loaded[control.model], images, clip.positions))
+            network, images = loaded[control.model], (control.condition or Canny()).of(clip)
+            if network.encodes:  # one by one, as the digests of batches may differ
+                each = (network.seen(images[[place]]).cpu() for place in range(len(images)))
+                images = torch.cat(list(each))
+            ready.append(Shown(control, network, images, clip.positions))
         self.backbone, self.shown = model, tuple(ready)
 
     def cache_key(self, frame: int) -> str:
         """The networks' weights, and the frame's control images."""
         for shown in self.shown:
             if shown.control.model not in self.digests:
-                self.digests[shown.control.model] = digests.of_network(shown.network)
+                self.digests[shown.control.model] = digests.of_network(shown.network.network)
         images = {
             str(number): shown.images[shown.positions.index(frame)]
             for number, shown in enumerate(self.shown)
@@ -156,19 +158,16 @@ class ControlNet(SDEdit):
         ]
         if not each:
             return {}
-        *down, middle = [sum(same[1:], start=same[0]) for same in zip(*each, strict=True)]
-        return {
-            "down_block_additional_residuals": down,
-            "mid_block_additional_residual": middle,
-        }
+        together = [sum(same[1:], start=same[0]) for same in zip(*each, strict=True)]
+        return on[0].network.inputs(together)
 
-    def controlled(self, branches: Sequence[str], network: ControlNetModel) -> list[int]:
+    def controlled(self, branches: Sequence[str], network: FittedControlNet) -> list[int]:
         """The numbers of the branches that a network controls.
 
         A network that pools its control image over all places controls the prompt's branch alone:
         in both branches, guidance would cancel its effect.
         """
-        without = {"negative"} if network.config.global_pool_conditions else set()
+        without = {"negative"} if network.pools else set()
         if not self.control_source:
             without.add("source")
         return [i for i, name in enumerate(branches) if name not in without]
@@ -186,21 +185,23 @@ def require_controls(further: Sequence[object]) -> None:
 
 def residuals(
     shown: Shown, batch: Batch, chosen: Sequence[int]
-) -> list[Float[Tensor, "batch channels h w"]]:
-    """What one ControlNet adds to the UNet's skip connections and, last, to its middle.
+) -> list[Float[Tensor, "batch ..."]]:
+    """What one ControlNet adds to the backbone's layers.
 
     The network's batch is branches × frames; branches that are not chosen get zeros.
     """
-    network, images = shown.network, shown.images[rows(shown.positions, batch.frames)]
+    images = shown.images[rows(shown.positions, batch.frames)]
     branches, frames = len(batch.branches), len(batch.frames)
-    embeddings = batch.conditioning["embeddings"].unflatten(0, (branches, frames))
-    down, middle = network(
-        batch.latents[list(chosen)].flatten(0, 1).to(network.device, network.dtype),
-        torch.full((1,), batch.t, device=network.device),  # a number would be copied
-        embeddings[list(chosen)].flatten(0, 1),
-        images.to(network.device, network.dtype).repeat(len(chosen), 1, 1, 1),
-        conditioning_scale=shown.control.scale,
-        return_dict=False,
+
+    def of_chosen(every: Tensor) -> Tensor:
+        return every.unflatten(0, (branches, frames))[list(chosen)].flatten(0, 1)
+
+    added = shown.network.residuals(
+        batch.latents[list(chosen)].flatten(0, 1),
+        batch.t,
+        batch.conditioning.map(of_chosen),
+        images.repeat(len(chosen), 1, 1, 1),
+        shown.control.scale,
     )
 
     def of_all_branches(part: Tensor) -> Tensor:
@@ -208,4 +209,4 @@ def residuals(
         every[list(chosen)] = part.unflatten(0, (len(chosen), frames))
         return every.flatten(0, 1)
 
-    return [of_all_branches(part) for part in (*down, middle)]
+    return [of_all_branches(part) for part in added]
