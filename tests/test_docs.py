@@ -143,6 +143,15 @@ def test_no_block_is_left_out() -> None:
     assert languages("```sh\nls\n```\n\n  ```\nls\n  ```\n\n~~~ c++\n~~~\n") == {"sh", "", "c++"}
 
 
+def test_the_table_of_models_is_that_of_what_is_registered() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "models.py"))
+    text = (ROOT / "docs" / "models.md").read_text()
+    assert text == made["page"](text), "python docs/models.py writes it anew"
+    assert made["table"]().count("Pipeline`") == 4
+    listed = {name for name in re.findall(r"`(models/[\w-]+)`", text)}
+    assert listed == {f"models/{file.stem}" for file in (ROOT / "configs/models").glob("*.yaml")}
+
+
 PROSE = [
     file
     for pattern in ("*.md", "docs/*.md", "examples/*.ipynb", "examples/*/*.md", "training/*.md")

@@ -13,6 +13,7 @@ from setuptools import build_meta
 from tests.conftest import ROOT
 from tokenflow.cli.configurations import INSTALLED, configs_first
 from tokenflow.cli.main import main
+from tokenflow.diffusion import Backbone, ModelError
 from tokenflow.errors import InputError
 
 
@@ -82,6 +83,23 @@ def test_the_fast_mode_goes_with_every_editor(
     assert alone["steps"] == 12
 
 
+FAMILIES = sorted((ROOT / "configs" / "models").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", FAMILIES, ids=lambda file: file.stem)
+def test_a_familys_configuration_is_whole(
+    file: Path, two: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it says is taken, and its model must be named: nothing is fetched unasked."""
+    model = printed([f"--config=models/{file.stem}"], capsys)
+    written = yaml.safe_load(file.read_text())["model"]
+    editor = written.pop("editor", {})
+    assert {name: model[name] for name in written} == written
+    assert model["editor"]["init_args"].items() >= editor.get("init_args", {}).items()
+    with pytest.raises(ModelError, match=f"'path/to/{file.stem}.*not exist"):
+        Backbone.load(model["backbone"])
+
+
 def test_where_files_are(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(two))
     assert configs_first(["--config=~/one.yaml"]) == [f"--config={two / 'one.yaml'}"]
@@ -93,7 +111,7 @@ def test_where_files_are(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_name_of_none(two: Path, name: str) -> None:
     with pytest.raises(
         InputError,
-        match=r"no configuration file .*: .*controlnet, ddcm, demo, fast, flowedit, pnp, re",
+        match=r"no configuration file .*: .*controlnet, ddcm, demo, .*, models/flux, .*pnp, re",
     ):
         configs_first(["--config", name])
 
