@@ -150,12 +150,13 @@ class PredictCLI(LightningCLI):
             job.mask = local(self.config_dump["metrics"]["mask"])
         if job.mask is not None:
             job.inputs["metrics.mask"] = job.mask
-        if self.config_dump["model"].get("mask"):
-            job.inputs["model.mask"] = local(self.config_dump["model"]["mask"])
+        model = self.config_dump["model"]
+        if edit_mask := job.edit_mask or model.get("mask"):
+            job.inputs["model.mask"] = local(edit_mask)
             # an edit that is local is measured outside of its region
             job.mask = job.mask or job.inputs["model.mask"]
-        if self.config_dump["model"].get("depth"):
-            job.inputs["model.depth"] = local(self.config_dump["model"]["depth"])
+        if depth := job.depth or model.get("depth"):
+            job.inputs["model.depth"] = local(depth)
         for name in PLUGINS:
             own = job.plugins.get(name)
             spec = self.config_dump["model"][name] if own is None else own.spec

@@ -68,6 +68,16 @@ def rgb(frame: VideoFrame, what: str) -> UInt8[Tensor, "3 height width"]:
     return (linear.clamp(0, 1).pow(1 / GAMMA) * 255).round().to(torch.uint8)
 
 
+def deep(frame: VideoFrame, what: str) -> Float[Tensor, "3 height width"]:
+    """The frame's own levels in 0..255 and between, unlike `rgb` whatever light they mean.
+
+    Raises:
+        VideoError: The matrix is one that FFmpeg does not convert; `what` names the frame.
+    """
+    coded = _planes(frame, "rgb48le", _matrix(frame, what))
+    return coded.float().div(WHITE_16 / 255).clamp(max=255)
+
+
 def compressed(light: Float[Tensor, "*pixels"]) -> Float[Tensor, "*pixels"]:
     """Linear light of reference white 1, without bound, to 0..1: as it is up to the knee.
 

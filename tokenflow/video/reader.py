@@ -60,7 +60,8 @@ def read_clip(
         image_rate: frames per second of an image folder, from 0.0001 to 1000.
         in_memory: whether all frames are to be in memory; otherwise they are `Frames`, looked at
             once, and of a longer clip decoded again when they are asked for.
-        deep: whether grey images of 16 bits are taken, with all their levels, as depth needs.
+        deep: whether images and videos of more than 8 bits keep all their levels, as depth needs;
+            grey images of 16 bits are taken only then.
 
     Raises:
         VideoError: for anything that cannot be read as asked, with the path and the frame.
@@ -147,7 +148,7 @@ class Reading:
         if self.path.is_dir() or image:
             yield image_source(self.path, self.image_rate, self.deep)
         elif self.path.is_file():
-            with video_source(self.path) as source:
+            with video_source(self.path, self.deep) as source:
                 yield source
         else:
             raise VideoError(

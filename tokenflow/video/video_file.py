@@ -1,7 +1,7 @@
 """A video file as a source of pictures, by PyAV."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
@@ -17,7 +17,7 @@ from av.packet import Packet
 from av.stream import Disposition, Stream
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from tokenflow.video import colour
@@ -26,6 +26,7 @@ from tokenflow.video.clock import continuous, restarts
 from tokenflow.video.decoder import DamagedError, clean_frames, configure
 from tokenflow.video.source import MAX_PIXELS, Picture, VideoSource
 
+Pixels = UInt8[Tensor, "3 height width"] | Float[Tensor, "3 height width"]
 # By name, since a playlist (m3u8, concat, dash) can pull in any other file or address.
 CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif,yuv4mpegpipe"
 
@@ -69,8 +70,10 @@ def timed_packets(container: InputContainer, *wanted: Stream) -> Iterator[Packet
 
 
 @contextmanager
-def video_source(path: Path) -> Iterator[VideoSource]:
+def video_source(path: Path, deep: bool = False) -> Iterator[VideoSource]:
     """The pictures of a file's first video stream, upright, with their true times, in BT.709.
+
+    If `deep`, those of more than 8 bits have all their levels, and their colours are as they are.
 
     VideoError says what is wrong with the file, and at which frame. What cannot be decoded before
     the first picture is skipped with a warning.
@@ -80,7 +83,7 @@ def video_source(path: Path) -> Iterator[VideoSource]:
         configure(stream, MAX_PIXELS)
         yield VideoSource(
             rate=_rate(path, stream),
-            pictures=_pictures(path, container, stream),
+            pictures=_pictures(path, container, stream, deep),
             end=_end(container, stream),
             has_audio=audio_stream(container) is not None,
         )
@@ -124,7 +127,9 @@ def _end(container: InputContainer, stream: VideoStream) -> Fraction | None:
     return whole if whole > end + 1 / (stream.average_rate or Fraction(25)) else end
 
 
-def _pictures(path: Path, container: InputContainer, stream: VideoStream) -> Iterator[Picture]:
+def _pictures(
+    path: Path, container: InputContainer, stream: VideoStream, deep: bool
+) -> Iterator[Picture]:
     aspect = stream.sample_aspect_ratio or Fraction(1)
     index, end = 0, None
     # Asked once, as a frame whose side data was looked at stays until Python looks for cycles.
@@ -150,7 +155,8 @@ def _pictures(path: Path, container: InputContainer, stream: VideoStream) -> Ite
         for frame in clean_frames(packets, skipped):
             if decoded and context.has_b_frames:
                 frame.pts = heappop(decoded)
-            if high := colour.dynamic_range(frame):
+            more = deep and max(component.bits for component in frame.format.components) > 8
+            if not more and (high := colour.dynamic_range(frame)):
                 warn(f"its high dynamic range ({high}) is converted; the edit is SDR, in BT.709.")
             if frame.interlaced_frame:
                 warn(
@@ -159,7 +165,8 @@ def _pictures(path: Path, container: InputContainer, stream: VideoStream) -> Ite
                 )
             if frame.rotation not in axes:
                 axes[frame.rotation] = _display_axes(frame)
-            picture = _picture(path, index, frame, aspect, axes[frame.rotation])
+            decode = colour.deep if more else colour.rgb
+            picture = _picture(path, index, frame, aspect, axes[frame.rotation], decode)
             yield picture
             index += 1
             end = picture.end or picture.time or end
@@ -207,8 +214,16 @@ def _damaged(path: Path, index: int, reason: str) -> VideoError:
     )
 
 
+Decode = Callable[[VideoFrame, str], Pixels]
+
+
 def _picture(
-    path: Path, index: int, frame: VideoFrame, aspect: Fraction, axes: tuple[int, int, int, int]
+    path: Path,
+    index: int,
+    frame: VideoFrame,
+    aspect: Fraction,
+    axes: tuple[int, int, int, int],
+    decode: Decode,
 ) -> Picture:
     time = duration = None
     if frame.pts is not None and frame.time_base is not None:
@@ -218,7 +233,7 @@ def _picture(
     transpose = abs(right_y) > abs(right_x)
     down, right = (right_y, down_x) if transpose else (down_y, right_x)
     label = f"frame {index}"
-    rgb = partial(_upright, f"{path}, {label}", frame, transpose, down < 0, right < 0)
+    rgb = partial(_upright, f"{path}, {label}", frame, transpose, down < 0, right < 0, decode)
     return Picture(label, time, duration, 1 / aspect if transpose else aspect, rgb)
 
 
@@ -235,9 +250,14 @@ def _display_axes(frame: VideoFrame) -> tuple[int, int, int, int]:
 
 
 def _upright(
-    what: str, frame: VideoFrame, transpose: bool, flip_rows: bool, flip_columns: bool
-) -> UInt8[Tensor, "3 height width"]:
-    image = colour.rgb(frame, what)
+    what: str,
+    frame: VideoFrame,
+    transpose: bool,
+    flip_rows: bool,
+    flip_columns: bool,
+    decode: Decode,
+) -> Pixels:
+    image = decode(frame, what)
     if transpose:
         image = image.transpose(1, 2)
     return image.flip([axis for axis, flip in ((1, flip_rows), (2, flip_columns)) if flip])

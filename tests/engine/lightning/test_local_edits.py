@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -125,6 +126,54 @@ def test_depth_goes_from_the_command_to_the_model_and_the_record(
     ])  # fmt: skip
     record = yaml.safe_load((tmp_path / "runs" / "in" / "run.yaml").read_text())
     assert record["model"]["depth"] == record["run"]["inputs"]["model.depth"]["path"] == str(depth)
+
+
+@pytest.mark.parametrize("codec", [("ffv1", "gray16le"), ("libx265", "yuv420p10le")])
+def test_a_video_of_depth_keeps_its_levels(tmp_path: Path, codec: tuple[str, str]) -> None:
+    """A ramp within 16 levels of 8 bits: as FFmpeg writes it, but for what H.265 loses."""
+    ramp = np.linspace(20_000, 24_000, 64 * 32).astype(np.uint16).reshape(32, 64)
+    path = tmp_path / "depth.mkv"
+    with av.open(str(path), "w") as output:
+        options = {"x265-params": "log-level=0:lossless=1"} if codec[0] == "libx265" else {}
+        stream = output.add_stream(codec[0], rate=8, options=options)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, codec[1]
+        for packet in (
+            *stream.encode(av.VideoFrame.from_ndarray(ramp, "gray16le")),
+            *stream.encode(),
+        ):
+            output.mux(packet)
+    found, plain = (read_clip(path, deep=deep).frames[0, 0] for deep in (True, False))
+    assert len(plain.unique()) <= 17
+    assert len(found.unique()) == 2048 if codec[0] == "ffv1" else len(found.unique()) > 45
+    expected = torch.from_numpy(ramp / 65535).float()
+    assert (found - expected).abs().max() < (0.002 if codec[0] == "ffv1" else 0.004)
+
+
+def test_a_row_of_a_manifest_has_its_own_mask_and_depth(
+    video: Path, image: Path, depth: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = with_channels(tmp_path / "model", 5)
+    rows = (
+        f"- {{video: {video.name}, depth: {depth.name}, edit_mask: {image.name}, mask_edge: 1}}\n"
+    )
+    rows += f"- {{video: {video.name}, name: without}}\n"
+    (tmp_path / "clips.yaml").write_text(rows)
+    with pytest.raises(SystemExit):
+        main([
+            "predict", f"--data.manifest={tmp_path / 'clips.yaml'}", "--model.prompt=a ball",
+            f"--model.backbone={model}", "--model.steps=1", "--trainer.accelerator=cpu",
+            f"--output.folder={tmp_path / 'runs'}",
+        ])  # fmt: skip
+    out = " ".join(capsys.readouterr().out.split())
+    assert "1 done, 0 skipped, 1 failed" in out
+    assert "expected the depth of the clip for this model" in out
+    run = yaml.safe_load((tmp_path / "runs" / "in" / "run.yaml").read_text())["run"]
+    assert run["model"] == {"mask": str(image), "depth": str(depth)}
+    assert {option: one["path"] for option, one in run["inputs"].items()} == {
+        "data.video": str(video), "model.mask": str(image), "model.depth": str(depth),
+    }  # fmt: skip
+    frames = read_clip(tmp_path / "runs" / "in" / "edited.mp4").frames - read_clip(video).frames
+    assert frames[..., 8:20, 10:30].abs().mean() > 3 * frames[..., 24:, :].abs().mean()
 
 
 @pytest.mark.parametrize(

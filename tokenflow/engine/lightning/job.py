@@ -90,6 +90,8 @@ class Job:
         where: Its place in a manifest; None for a run of one clip.
         plugins: Its own `editor` and `propagation`.
         mask: A video or folder of images, white where the object is that is to be edited.
+        edit_mask: That of its own local edit.
+        depth: Its own depth, for models that are given it.
 
     Raises:
         InputError: The name is none of a folder.
@@ -104,6 +106,8 @@ class Job:
         where: str | None = None,
         plugins: Mapping[str, Choice] | None = None,
         mask: Path | None = None,
+        edit_mask: Path | None = None,
+        depth: Path | None = None,
     ) -> None:
         self.source, self.name = source, source.name if name is None else name
         if Path(self.name).name != self.name or self.name in ("", ".", ".."):
@@ -117,7 +121,7 @@ class Job:
                 f"{where}: the name {self.name!r:.80} {reason}; give the row another name"
             )
         self.prompts, self.settings = dict(prompts or {}), dict(settings or {})
-        self.where, self.mask = where, mask
+        self.where, self.mask, self.edit_mask, self.depth = where, mask, edit_mask, depth
         self.plugins: dict[str, Choice] = dict(plugins or {})
         self.inputs: dict[str, Path] = {"data.video": source.path}
         """The files and folders that the edit reads, by the option that names them."""
@@ -135,7 +139,9 @@ class Job:
             }
         except OSError as error:
             raise InputError(f"an input of {self.name} cannot be read: {error}") from error
-        own = {name: choice.spec for name, choice in self.plugins.items()}
+        own: dict[str, Any] = {name: choice.spec for name, choice in self.plugins.items()}
+        for name, path in (("mask", self.edit_mask), ("depth", self.depth)):
+            own |= {} if path is None else {name: str(path.absolute())}
         mask = {"mask": str(self.mask.absolute())} if self.mask is not None else {}
         return {"inputs": inputs, **mask, **({"model": own} if own else {})}
 

@@ -31,11 +31,11 @@ def read_manifest(path: Path, root: Path | None, choice: Mapping[str, Any]) -> l
     Args:
         path: A YAML file with a list of mappings, or a CSV file with a line of names first. Each
             has `video`, and may have `prompt`, `negative_prompt`, `inversion_prompt`, `name` (of
-            the folder that its files go to), `mask`, options of the frames (as `start` or
-            `resolution`) and of the edit (as `seed` or `steps`), `editor` and `propagation` (a
-            class name, or class_path and init_args) and their options (as `editor.features`). A
-            `grid` of names and lists of values makes a clip for each combination of them. An empty
-            cell or value is not given.
+            the folder that its files go to), `mask` (of metrics), `edit_mask` and `depth` (as
+            `--model.mask` and `--model.depth`), options of the frames (as `start`) and of the edit
+            (as `seed` or `steps`), `editor` and `propagation` (a class name, or class_path and
+            init_args) and their options (as `editor.features`). A `grid` of names and lists of
+            values makes a clip for each combination of them. An empty cell or value is not given.
         root: The folder that the files are in, and relative to; the manifest's if not given.
         choice: Which frames are taken, of rows that do not say.
 
@@ -142,6 +142,8 @@ LABEL = 40
 """Characters of a value in a folder's name."""
 MOST = 10_000
 """Combinations of one grid."""
+PATHS = ("mask", "edit_mask", "depth")
+"""What a row gives beside its video."""
 FILES = {"ControlVideo": "path", "FlowFiles": "folder", "RAFT": "weights"}
 """Which option of a class names a file or folder that it reads."""
 
@@ -152,7 +154,7 @@ class Options:
     def __init__(self) -> None:
         self.settings = tuple(inspect.signature(Settings).parameters)
         hints = get_type_hints(read_clip) | get_type_hints(Settings)
-        texts = dict.fromkeys(("video", "name", "mask", *PROMPTS), str)
+        texts = dict.fromkeys(("video", "name", *PATHS, *PROMPTS), str)
         self.types = texts | {name: hints[name] for name in (*CHOICE, *self.settings)}
         # one for each, as a parser looks at all of its options for any value
         self.parsers = {name: ArgumentParser(exit_on_error=False) for name in self.types}
@@ -205,7 +207,7 @@ def job(
         if not given.get("video"):
             raise ValueError("expected video: PATH, got none")
         video = inside(root, given["video"])
-        mask = inside(root, given["mask"]) if given.get("mask") else None
+        paths = {name: inside(root, given[name]) for name in PATHS if given.get(name)}
     except ValueError as error:
         raise InputError(f"{where}: {error}") from error
     own = {key: value for key, value in given.items() if key in CHOICE}
@@ -215,7 +217,7 @@ def job(
     made = {name: Choice(spec, root) for name, spec in plugins.items() if spec}
     name = given.get("name", source.name if suffix else None)
     name = name if name is None else f"{name}{suffix}"
-    return Job(source, name, prompts, settings, where, made, mask)
+    return Job(source, name, prompts, settings, where, made, **paths)
 
 
 def chosen(row: Mapping[str, Any], name: str) -> dict[str, Any]:

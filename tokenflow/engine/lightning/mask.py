@@ -65,10 +65,10 @@ def repeated(mask: Clip, like: Clip) -> Clip:
 def require_one_clip(trainer: Any, option: str, path: str) -> None:
     """Raises `InputError` for one mask or depth and a manifest, whose clips would share it."""
     if any(job.where is not None for job in trainer.datamodule.jobs):
-        remedy = "; leave it out, and give each row of the manifest its mask"
+        own = {"model.mask": "edit_mask", "model.depth": "depth"}.get(option, "mask")
         raise InputError(
             f"expected no --{option} with --data.manifest, whose clips would share it, got "
-            f"{path}{remedy if option == 'metrics.mask' else '; edit these clips one by one'}"
+            f"{path}; leave it out, and give each row of the manifest its {own}"
         )
 
 

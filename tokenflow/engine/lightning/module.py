@@ -162,7 +162,9 @@ class TokenFlowModule(LightningModule):
                 self.model, device, self.dtype_name, self.compiled, self.vae, self.loras,
                 self.embeddings,
             )  # fmt: skip
-            require_given(self.backbone, self.mask, self.depth)
+            trainer: Any = self.trainer
+            if any(job.where is None for job in trainer.datamodule.jobs):
+                require_given(self.backbone, self.mask, self.depth)
         self.preemption.restore()  # else Lightning would put these handlers back after the run
 
     def configure_callbacks(self) -> list[Callback]:
@@ -191,7 +193,7 @@ class TokenFlowModule(LightningModule):
                 # of an editor that is not made yet, `edit_clip` asks
                 inverts="editor" in job.plugins or self.editor.inverts,
                 propagates=propagates(WAYS[settings.consistency]),
-                mask=self.mask,
+                mask=job.edit_mask or self.mask,
             )
         except InputError as error:
             raise InputError(f"{job.where}: {error}" if job.where else str(error)) from error
@@ -264,8 +266,10 @@ class TokenFlowModule(LightningModule):
             clip = job.source.read(backbone.multiple)
             mask, depth = (
                 None if path is None else cut_mask(path, job.source, backbone.multiple, clip, what)
-                for what, path in (("mask", self.mask), ("depth", self.depth))
-            )
+                for what, path in (
+                    ("mask", job.edit_mask or self.mask), ("depth", job.depth or self.depth)
+                )
+            )  # fmt: skip
             # now, as the files may change or vanish during the edit
             record = job.record() if self.group.rank == 0 else {}
             if self.group.rank == 0:  # which writes
