@@ -23,7 +23,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from tokenflow.diffusion import Backbone, StableDiffusion3, Trajectory
+from tokenflow.diffusion import Backbone, Flux, StableDiffusion3, Trajectory
 from tokenflow.editors import Editor, Prompts
 from tokenflow.engine import Settings, edit_latents
 from tokenflow.miniature.tokenizer import MAX_LENGTH, save_tokenizer
@@ -153,8 +153,14 @@ def write_index(folder: Path, pipeline: str, parts: dict[str, list[str | None]])
     return folder
 
 
-def parts(model: StableDiffusion3) -> dict[str, Any]:
+def parts(model: StableDiffusion3 | Flux) -> dict[str, Any]:
     """As diffusers' pipeline takes them."""
+    if isinstance(model, Flux):
+        return {
+            "transformer": model.transformer, "vae": model.vae, "scheduler": model.scheduler,
+            "text_encoder": model.clip.encoder, "tokenizer": model.clip.tokenizer,
+            "text_encoder_2": model.t5.encoder, "tokenizer_2": model.t5.tokenizer,
+        }  # fmt: skip
     first, second = model.clips
     return {
         "transformer": model.transformer, "vae": model.vae, "scheduler": model.scheduler,

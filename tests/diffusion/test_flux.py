@@ -10,7 +10,13 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor
 
-from tests.diffusion.making_transformers import changed, copied, sampled, write_tiny_flux
+from tests.diffusion.making_transformers import (
+    changed,
+    copied,
+    parts,
+    sampled,
+    write_tiny_flux,
+)
 from tokenflow.diffusion import Backbone, Conditioning, Flux, ModelError
 from tokenflow.diffusion.text_to_image import text_to_image
 
@@ -39,14 +45,6 @@ def schnell(tmp_path_factory: pytest.TempPathFactory) -> Flux:
     )
     assert isinstance(found, Flux)
     return found
-
-
-def parts(model: Flux) -> dict[str, Any]:
-    return {
-        "transformer": model.transformer, "vae": model.vae, "scheduler": model.scheduler,
-        "text_encoder": model.clip.encoder, "tokenizer": model.clip.tokenizer,
-        "text_encoder_2": model.t5.encoder, "tokenizer_2": model.t5.tokenizer,
-    }  # fmt: skip
 
 
 def noise() -> Tensor:

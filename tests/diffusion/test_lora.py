@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FluxPipeline, StableDiffusion3Pipeline
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.diffusion.making import pipeline_of, sampled, write_tiny_xl
+from tests.diffusion.making_transformers import parts, write_tiny_flux, write_tiny_sd3
+from tests.diffusion.making_transformers import sampled as sampled_by_transformer
 from tests.diffusion.original_layout import original_unet
 from tests.gaussian_flow import GaussianFlow
-from tokenflow.diffusion import Backbone, LoRA, ModelError
+from tokenflow.diffusion import Backbone, Flux, LoRA, ModelError, StableDiffusion3
+from tokenflow.diffusion.clip import CLIPText
 from tokenflow.diffusion.lora import FILE
 from tokenflow.diffusion.unet import UNetBackbone
 from tokenflow.errors import InputError
@@ -140,6 +144,131 @@ def test_several_are_those_of_diffusers_pipeline(
         output_type="latent",
     ).images  # fmt: skip
     torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
+
+
+TRANSFORMER = (
+    r"attn2?\.to_[qkv]|to_out\.0|add_[kqv]_proj|net\.0\.proj|norm1?\.linear|proj_(out|mlp)"
+)
+Transformer = StableDiffusion3 | Flux
+
+
+@pytest.fixture(scope="module")
+def transformers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {
+        "sd3": write_tiny_sd3(tmp_path_factory.mktemp("sd3")),
+        "flux": write_tiny_flux(tmp_path_factory.mktemp("flux")),
+    }
+
+
+def load_transformer(folder: Path, loras: Sequence[LoRA] = ()) -> Transformer:
+    model = Backbone.load(folder, "cpu", "float32", loras=loras)
+    assert isinstance(model, Transformer)
+    return model
+
+
+def in_peft(model: Transformer, seed: int) -> dict[str, Tensor]:
+    """A LoRA for the transformer and CLIP's text encoders."""
+    weights: dict[str, Tensor] = {}
+    clips = [text.encoder for text in model.texts if isinstance(text, CLIPText)]
+    every = zip(
+        ("transformer", "text_encoder", "text_encoder_2"), (model.network, *clips), strict=False
+    )
+    for kind, network in every:
+        pattern = TRANSFORMER if kind == "transformer" else TEXT
+        for name, down, up in factors(network, pattern, seed):
+            text = "" if kind == "transformer" or name.startswith("text_model") else "text_model."
+            weights[f"{kind}.{text}{name}.lora_A.weight"] = down
+            weights[f"{kind}.{text}{name}.lora_B.weight"] = up
+    return weights
+
+
+def in_kohya(model: Transformer, seed: int) -> dict[str, Tensor]:
+    """For Flux, in the names of its own code, where queries, keys and values are one layer.
+
+    Not for its text encoder, for which diffusers' pipeline does not take these names.
+    """
+    inner = model.transformer.inner_dim
+    layers = {
+        "unet_double_blocks_0_img_attn_qkv": (inner, 3 * inner),
+        "unet_double_blocks_1_txt_attn_qkv": (inner, 3 * inner),
+        "unet_double_blocks_1_img_attn_proj": (inner, inner),
+        "unet_double_blocks_0_txt_mlp_0": (inner, 4 * inner),
+        "unet_double_blocks_0_img_mod_lin": (inner, 6 * inner),
+        "unet_single_blocks_1_linear2": (5 * inner, inner),
+        "unet_single_blocks_0_modulation_lin": (inner, 3 * inner),
+    }
+    generator, weights = torch.Generator().manual_seed(seed), dict[str, Tensor]()
+    for name, (taken, made) in layers.items():
+        weights[f"lora_{name}.lora_down.weight"] = torch.randn(2, taken, generator=generator)
+        weights[f"lora_{name}.lora_up.weight"] = 0.05 * torch.randn(made, 2, generator=generator)
+        weights[f"lora_{name}.alpha"] = torch.tensor(1.5)
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("family", "form"), [("sd3", in_peft), ("flux", in_peft), ("flux", in_kohya)]
+)
+def test_several_are_those_of_the_transformers_pipelines(
+    transformers: dict[str, Path], tmp_path: Path, family: str, form: Callable[..., Any]
+) -> None:
+    pytest.importorskip("peft")
+    plain = load_transformer(transformers[family])
+    files = [tmp_path / f"{seed}.safetensors" for seed in (0, 1)]
+    for seed, file in enumerate(files):
+        save_file(form(plain, seed), file)
+    loras = [LoRA(str(file), scale) for file, scale in zip(files, (0.7, -0.4), strict=True)]
+    model = load_transformer(transformers[family], loras)
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    guidance = 3.5 if family == "flux" else 1.0
+    found = sampled_by_transformer(model, x, STEPS, PROMPT, guidance=guidance)
+    before = sampled_by_transformer(plain, x, STEPS, PROMPT, guidance=guidance)
+    assert (found - before).abs().max() > 0.01
+    pooled = model.embed([PROMPT])["pooled"] - plain.embed([PROMPT])["pooled"]
+    assert (pooled.abs().max() > 0.001) == (form is in_peft)
+    assert model.fingerprint != plain.fingerprint
+    kind = FluxPipeline if family == "flux" else StableDiffusion3Pipeline
+    oracle = kind(**parts(plain))  # which changes its networks
+    oracle.set_progress_bar_config(disable=True)
+    for number, file in enumerate(files):
+        oracle.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=f"a{number}")
+    oracle.set_adapters(["a0", "a1"], [0.7, -0.4])
+    packed = FluxPipeline._pack_latents(x, 1, 4, 8, 8) if family == "flux" else x
+    expected = oracle(
+        PROMPT, height=16, width=16, num_inference_steps=STEPS, guidance_scale=guidance,
+        latents=packed, output_type="latent",
+    ).images  # fmt: skip
+    if family == "flux":
+        expected = FluxPipeline._unpack_latents(expected, 16, 16, 2)
+    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("of", "form", "on"),
+    [
+        ("sd", "kohya", "flux"),
+        ("sd", "kohya", "sd3"),
+        ("sd", "peft", "flux"),
+        ("sd", "peft", "sd3"),
+    ],
+)
+def test_a_unets_lora_for_a_transformer(
+    folders: dict[str, Path], transformers: dict[str, Path], tmp_path: Path, of: str, form: str,
+    on: str,
+) -> None:  # fmt: skip
+    file = written(tmp_path, load(folders[of]), form, 0)
+    title = {"flux": "Flux", "sd3": "Stable Diffusion 3"}[on]
+    message = rf"the LoRA {file} does not fit the model: .*; choose a LoRA .* trained for {title}"
+    with pytest.raises(ModelError, match=message):
+        load_transformer(transformers[on], [LoRA(str(file))])
+
+
+@pytest.mark.parametrize(("of", "on"), [("sd3", "flux"), ("flux", "sd3")])
+def test_a_lora_for_the_other_transformer(
+    transformers: dict[str, Path], tmp_path: Path, of: str, on: str
+) -> None:
+    save_file(in_peft(load_transformer(transformers[of]), 0), tmp_path / "a.safetensors")
+    with pytest.raises(ModelError, match=r"does not fit the model: .* layers \(.*; choose a LoRA"):
+        load_transformer(transformers[on], [LoRA(str(tmp_path))])
 
 
 def test_a_weights_change_is_the_factors_product(folders: dict[str, Path], tmp_path: Path) -> None:

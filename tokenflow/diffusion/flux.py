@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers.loaders import FluxLoraLoaderMixin
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
@@ -48,6 +49,7 @@ class Flux(FlowTransformer):
         "tokenizer_2": T5Tokenizer,
         "scheduler": FlowMatchEulerDiscreteScheduler,
     }
+    lora_loader = FluxLoraLoaderMixin
     given = frozenset({
         "hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "img_ids",
         "txt_ids", "guidance",

@@ -25,6 +25,7 @@ from tokenflow.diffusion.loading import (
     load_pretrained,
     require_safetensors,
 )
+from tokenflow.diffusion.lora import LoRA, fuse
 from tokenflow.diffusion.t5 import T5Text
 from tokenflow.diffusion.vae import load_vae
 from tokenflow.memory import explained_shortage
@@ -53,9 +54,12 @@ class LatentDiffusion(Backbone):
     title: ClassVar[str]
     """What errors call the family."""
     components: ClassVar[Mapping[str, Any]]
-    """The parts of a folder and their classes, by the names of the constructor's arguments."""
+    """The parts of a folder and their classes, by the names of the constructor's arguments, the
+    network first."""
     given: ClassVar[frozenset[str]]
     """The network's arguments that `predict` gives itself."""
+    lora_loader: ClassVar[Any]
+    """diffusers' class that reads the family's LoRAs."""
     network: Any
 
     def __init__(
@@ -93,6 +97,13 @@ class LatentDiffusion(Backbone):
         self.vae = own.requires_grad_(False).eval()
         if self.device.type == "cpu":
             self.fit_caches()
+        self.forget_fingerprint()
+
+    def fuse(self, loras: Sequence[LoRA]) -> None:
+        clips = [text.encoder for text in self.texts if isinstance(text, CLIPText)]
+        names = next(iter(self.components)), "text_encoder", "text_encoder_2"
+        networks = dict(zip(names, (self.network, *clips), strict=False))
+        fuse(loras, networks, self.lora_loader, self.title)
         self.forget_fingerprint()
 
     def forget_fingerprint(self) -> None:

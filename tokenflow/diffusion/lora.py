@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from torch import Tensor, nn
 
 from tokenflow.diffusion.loading import ModelError, load_pretrained, weights_file
@@ -74,12 +73,13 @@ class Change:
         return (alpha / len(down) * up @ down).view_as(weight)
 
 
-def fuse(loras: Sequence[LoRA], networks: Mapping[str, nn.Module], title: str) -> None:
+def fuse(loras: Sequence[LoRA], networks: Mapping[str, nn.Module], loader: Any, title: str) -> None:
     """Adds several LoRAs to the weights of networks.
 
     Args:
         loras: Which ones.
-        networks: "unet" and "text_encoder", and in SDXL "text_encoder_2".
+        networks: "unet" or "transformer" first, then "text_encoder" and "text_encoder_2", if any.
+        loader: diffusers' class that reads files for this family.
         title: What errors call the networks' family.
 
     Raises:
@@ -88,7 +88,7 @@ def fuse(loras: Sequence[LoRA], networks: Mapping[str, nn.Module], title: str) -
     """
     sums: dict[nn.Parameter, Tensor] = {}
     for lora in loras:
-        found, wrong = changes(lora, networks["unet"]), []
+        found, wrong = changes(lora, next(iter(networks.values())), loader, title), []
         for name, change in found.items():
             weight = weight_at(networks, name)
             delta = None if weight is None else change.of(weight)
@@ -118,8 +118,8 @@ def weight_at(networks: Mapping[str, nn.Module], name: str) -> nn.Parameter | No
     return None
 
 
-def changes(lora: LoRA, unet: nn.Module) -> dict[str, Change]:
-    """A LoRA's changes by "unet.", "text_encoder." or "text_encoder_2." and the layer's name.
+def changes(lora: LoRA, network: nn.Module, loader: Any, title: str) -> dict[str, Change]:
+    """A LoRA's changes by a network's name, as "unet", a point, and the layer's name.
 
     Raises:
         ModelError: The file is missing, is none of a LoRA's, or of another kind.
@@ -132,17 +132,24 @@ def changes(lora: LoRA, unet: nn.Module) -> dict[str, Change]:
                     f"{lora.model} is {kind}, by its weight {name}; expected a LoRA, with two "
                     f"matrices for each layer: convert it, or choose another"
                 )
-    weights, alphas, metadata = load_pretrained(
-        StableDiffusionLoraLoaderMixin.lora_state_dict, str(file.parent), "the LoRA", FILE,
-        weight_name=file.name, unet_config=unet.config, use_safetensors=True,
-        local_files_only=True, return_lora_metadata=True,
-    )  # fmt: skip
+    try:
+        weights, *alphas, metadata = load_pretrained(
+            loader.lora_state_dict, str(file.parent), "the LoRA", FILE, weight_name=file.name,
+            unet_config=network.config, use_safetensors=True, local_files_only=True,
+            return_alphas=True, return_lora_metadata=True,
+        )  # fmt: skip
+    except ModelError as error:  # of another family's layers, whose names cannot be converted
+        reason = " ".join(str(error.__cause__).split())
+        raise ModelError(
+            f"the LoRA {lora.model} does not fit the model: {reason:.200}; choose a LoRA that was "
+            f"trained for {title}"
+        ) from error
     found: dict[str, Change] = defaultdict(Change)
     for name, weight in weights.items():
         side, one = WEIGHT.search(name), found[layer_of(name)]
         if side is not None:
             setattr(one, SIDES[side[1] or side[2]], weight)
-    for name, alpha in (alphas or {}).items():
+    for name, alpha in ((alphas and alphas[0]) or {}).items():
         found[layer_of(name.removesuffix(".alpha"))].alpha = float(alpha)
     for name, one in found.items():
         if metadata and one.down is not None:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers.loaders import SD3LoraLoaderMixin
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
@@ -44,6 +45,7 @@ class StableDiffusion3(FlowTransformer):
         "tokenizer_3": T5Tokenizer,
         "scheduler": FlowMatchEulerDiscreteScheduler,
     }
+    lora_loader = SD3LoraLoaderMixin
     optional = frozenset({"text_encoder_3", "tokenizer_3"})
     given = frozenset({"hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"})
 

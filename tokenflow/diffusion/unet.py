@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.resnet import ResnetBlock2D
@@ -22,7 +23,6 @@ from tokenflow.diffusion.clip import CLIPText
 from tokenflow.diffusion.conditioning import Conditioning
 from tokenflow.diffusion.latent_diffusion import PROJECTIONS, LatentDiffusion
 from tokenflow.diffusion.loading import ModelError
-from tokenflow.diffusion.lora import LoRA, fuse
 from tokenflow.diffusion.schedule import Schedule, Timestep
 from tokenflow.diffusion.scheduler import check_noise, read_scheduler
 from tokenflow.diffusion.single_file import load_parts
@@ -61,6 +61,7 @@ class UNetBackbone(LatentDiffusion):
     given = frozenset({
         "sample", "timestep", "encoder_hidden_states", "added_cond_kwargs", "timestep_cond",
     })  # fmt: skip
+    lora_loader = StableDiffusionLoraLoaderMixin
     family_defaults = Defaults()
     chunked: frozenset[str] = frozenset()
     """The transformer blocks whose feed-forward layer takes image by image, by name."""
@@ -125,13 +126,6 @@ class UNetBackbone(LatentDiffusion):
 
     def add_embeddings(self, embeddings: Sequence[Embedding]) -> None:
         add(embeddings, self.clips, self.title)
-        self.forget_fingerprint()
-
-    def fuse(self, loras: Sequence[LoRA]) -> None:
-        networks = {"unet": self.unet, "text_encoder": self.clips[0].encoder}
-        if len(self.clips) > 1:
-            networks["text_encoder_2"] = self.clips[1].encoder
-        fuse(loras, networks, self.title)
         self.forget_fingerprint()
 
     @classmethod
