@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FluxPipeline
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.diffusion.making import pipeline_of, write_tiny_xl
+from tests.diffusion.making_transformers import parts, write_tiny_flux, write_tiny_sd3
 from tests.gaussian_flow import GaussianFlow
-from tokenflow.diffusion import Backbone, Embedding, ModelError
+from tokenflow.diffusion import Backbone, Embedding, Flux, ModelError
 from tokenflow.diffusion.unet import UNetBackbone
 
 PROMPTS = ["a <cat> on sand", "a red ball", "<cat> <cat>"]
@@ -65,6 +67,31 @@ def test_it_is_diffusers_pipeline(
     assert torch.equal(found["embeddings"][1], before[1])
     assert model.fingerprint != fingerprint
     assert not any(p.requires_grad for text in model.texts for p in text.encoder.parameters())
+
+
+def test_fluxs_clip_learns_the_word_as_in_diffusers_pipeline(tmp_path: Path) -> None:
+    folder, (one,) = write_tiny_flux(tmp_path / "flux"), vectors(2, 12)
+    file = written(tmp_path / "cat.safetensors", one)
+    plain, model = (
+        Backbone.load(folder, "cpu", "float32", embeddings=given)
+        for given in ((), (Embedding(str(file), "<cat>"),))
+    )
+    assert isinstance(plain, Flux)
+    fingerprint, before = plain.fingerprint, plain.embed(PROMPTS)["pooled"]
+    pipeline = FluxPipeline(**parts(plain))
+    pipeline.load_textual_inversion({"<cat>": one}, token="<cat>")
+    expected, pooled, _ = pipeline.encode_prompt(PROMPTS, None, device="cpu")
+    found = model.embed(PROMPTS)
+    assert torch.equal(found["pooled"], pooled)
+    assert torch.equal(found["embeddings"], expected)
+    assert (found["pooled"] - before)[0].abs().max() > 0.01
+    assert model.fingerprint != fingerprint
+
+
+def test_a_family_whose_pipeline_takes_none(tmp_path: Path) -> None:
+    model = write_tiny_sd3(tmp_path)
+    with pytest.raises(ModelError, match="a StableDiffusion3 takes no embeddings; leave"):
+        Backbone.load(model, "cpu", "float32", embeddings=[Embedding("somewhere")])
 
 
 def test_words_come_from_the_file_or_its_name(folders: dict[str, Path], tmp_path: Path) -> None:

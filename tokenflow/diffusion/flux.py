@@ -21,6 +21,7 @@ from tokenflow.diffusion.flow_transformer import FlowTransformer
 from tokenflow.diffusion.schedule import Schedule, Timestep
 from tokenflow.diffusion.sites import FluxSingleSite, FluxSite
 from tokenflow.diffusion.t5 import T5Text
+from tokenflow.diffusion.textual_inversion import Embedding, add
 
 PATCH = 2
 """Sides of the patches of latents that are the network's tokens."""
@@ -77,6 +78,11 @@ class Flux(FlowTransformer):
             "pooled embeddings": (config.pooled_projection_dim, self.clip.width),
             "embeddings": (config.joint_attention_dim, self.t5.width),
         })  # fmt: skip
+
+    def add_embeddings(self, embeddings: Sequence[Embedding]) -> None:
+        """As in diffusers' pipeline CLIP, not T5, learns the words."""
+        add(embeddings, [self.clip], self.title)
+        self.forget_fingerprint()
 
     @property
     def latent_channels(self) -> int:
