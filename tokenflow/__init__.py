@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokenflow.diffusion import Backbone, StableDiffusion
-    from tokenflow.editors import DDCM, ControlNet, Editor, FlowEdit, PnP, Prompts, SDEdit
+    from tokenflow.editors import (
+        DDCM,
+        ControlNet,
+        Editor,
+        FlowEdit,
+        IPAdapter,
+        PnP,
+        Prompts,
+        SDEdit,
+    )
     from tokenflow.engine import (
         Consistency,
         Result,
@@ -29,6 +38,7 @@ __all__ = [
     "Editor",
     "FlowEdit",
     "FlowWeighted",
+    "IPAdapter",
     "NNField",
     "PnP",
     "Prompts",
@@ -55,6 +65,7 @@ HOMES = {
     "Editor": "editors",
     "FlowEdit": "editors",
     "FlowWeighted": "propagation",
+    "IPAdapter": "editors",
     "NNField": "propagation",
     "PnP": "editors",
     "Prompts": "editors",

@@ -17,7 +17,7 @@ PATHS = {
     "metrics": ("mask", "clip", "lpips"),
 }
 """The options of a configuration that are paths, besides those of classes."""
-NAMED = ("backbone", "vae", "model")
+NAMED = ("backbone", "vae", "model", "image_encoder")
 """Options that are a path only where there is such a one, else the name of a model."""
 CLASSES = {"model": ("editor", "propagation", "loras", "embeddings"), "metrics": ("flow",)}
 
@@ -60,7 +60,7 @@ def paths_of(where: str, spec: Any) -> Iterator[tuple[str, dict[str, Any], str]]
     option = FILES.get(str(spec.get("class_path", "")).split(".")[-1])
     options = spec.get("init_args", {} if "class_path" in spec else spec)
     for name, value in (options or {}).items():
-        if isinstance(value, str) and value and name in (option, "model"):
+        if isinstance(value, str) and value and name in (option, "model", "image_encoder"):
             yield f"{where}.{name}", options, name
         else:
             yield from paths_of(f"{where}.{name}", value)

@@ -5,6 +5,7 @@ from tokenflow.editors.conditions import Canny, Condition, ControlVideo
 from tokenflow.editors.controlnet import Control, ControlNet
 from tokenflow.editors.ddcm import DDCM
 from tokenflow.editors.flowedit import FlowEdit
+from tokenflow.editors.ip_adapter import IPAdapter
 from tokenflow.editors.pnp import PnP
 from tokenflow.editors.sdedit import SDEdit
 
@@ -18,6 +19,7 @@ __all__ = [
     "ControlVideo",
     "Editor",
     "FlowEdit",
+    "IPAdapter",
     "Injection",
     "PnP",
     "Processor",

@@ -144,7 +144,7 @@ MOST = 10_000
 """Combinations of one grid."""
 PATHS = ("mask", "edit_mask", "depth")
 """What a row gives beside its video."""
-FILES = {"ControlVideo": "path", "FlowFiles": "folder", "RAFT": "weights"}
+FILES = {"ControlVideo": "path", "FlowFiles": "folder", "IPAdapter": "image", "RAFT": "weights"}
 """Which option of a class names a file or folder that it reads."""
 
 
