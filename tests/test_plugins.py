@@ -576,7 +576,7 @@ def late(self: Editor, model: Backbone) -> Iterator[Injection]:
 
 RESIDUALS = {
     "mid_block_additional_residual": torch.zeros(7, 16, 1, 2),
-    "down_block_additional_residuals": [torch.zeros(1)] * 12,
+    "down_block_additional_residuals": [torch.zeros(1)] * 8,
 }
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"branches": lambda *_: {}}, "in branches: expected a dict of branches and their prompts"),

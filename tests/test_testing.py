@@ -357,7 +357,7 @@ def residual(batch: Batch, value: Tensor) -> dict[str, Any]:
     """A mid-block residual of one value per frame, in every branch."""
     size = [side // 8 for side in batch.latents.shape[-2:]]
     value = value.repeat(len(batch.branches)).view(-1, 1, 1, 1).expand(-1, 16, *size)
-    none = [value.new_zeros(1)] * 12
+    none = [value.new_zeros(1)] * 8
     return {"mid_block_additional_residual": value, "down_block_additional_residuals": none}
 
 

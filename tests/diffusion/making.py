@@ -75,17 +75,23 @@ def write_tiny_xl(folder: Path) -> Path:
     return folder
 
 
-def with_channels(
-    folder: Path, channels: int, write: Callable[[Path], Path] = write_tiny_model
+def with_unet(
+    folder: Path, write: Callable[[Path], Path] = write_tiny_model, **changes: Any
 ) -> Path:
-    """A tiny Stable Diffusion, or what else is written, whose UNet takes so many channels."""
+    """A tiny Stable Diffusion, or what else is written, whose UNet's configuration is changed."""
     write(folder)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = UNet2DConditionModel.load_config(folder / "unet")
-        unet = UNet2DConditionModel.from_config({**config, "in_channels": channels})
-        unet.save_pretrained(folder / "unet")
+        UNet2DConditionModel.from_config({**config, **changes}).save_pretrained(folder / "unet")
     return folder
+
+
+def with_channels(
+    folder: Path, channels: int, write: Callable[[Path], Path] = write_tiny_model
+) -> Path:
+    """The same, whose UNet takes so many channels."""
+    return with_unet(folder, write, in_channels=channels)
 
 
 class Plain(Editor):

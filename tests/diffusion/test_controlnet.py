@@ -122,7 +122,7 @@ def test_configuration_that_does_not_parse(
             {"block_out_channels": (8, 8, 8, 16), "attention_head_dim": 1},
             r"expected block channels \(8, 8, 16, 16\) \(found \(8, 8, 8, 16\)\)",
         ),
-        ({"layers_per_block": 1}, r"expected layers per block 2 \(found 1\)"),
+        ({"layers_per_block": 2}, r"expected layers per block 1 \(found 2\)"),
         ({"in_channels": 9}, r"expected latent channels 4 \(found 9\)"),
         (
             {"conditioning_embedding_out_channels": (4, 8, 8, 8)},
@@ -132,8 +132,8 @@ def test_configuration_that_does_not_parse(
         ({"class_embed_type": "timestep"}, r"expected class embedding None \(found timestep\)"),
         ({"conditioning_channels": 1}, r"expected channels of the control image 3 \(found 1\)"),
         (
-            {"cross_attention_dim": 32, "layers_per_block": 1},
-            r"cross-attention width 16 \(found 32\), layers per block 2 \(found 1\); choose one",
+            {"cross_attention_dim": 32, "layers_per_block": 2},
+            r"cross-attention width 16 \(found 32\), layers per block 1 \(found 2\); choose one",
         ),
     ],
 )
@@ -166,10 +166,10 @@ def test_what_is_given_for_each_block_may_be_given_once(
         parts = backbone.vae, backbone.text_encoder, backbone.tokenizer, backbone.scheduler
         return StableDiffusion(unet, *parts)
 
-    each = with_unet(cross_attention_dim=(16,) * 4, layers_per_block=[2] * 4)
+    each = with_unet(cross_attention_dim=(16,) * 4, layers_per_block=[1] * 4)
     load_controlnet(folder, each)
-    with pytest.raises(ModelError, match=r"layers per block \(2, 2, 2, 1\) \(found 2\)"):
-        load_controlnet(folder, with_unet(layers_per_block=[2, 2, 2, 1]))
+    with pytest.raises(ModelError, match=r"layers per block \(1, 1, 1, 2\) \(found 1\)"):
+        load_controlnet(folder, with_unet(layers_per_block=[1, 1, 1, 2]))
 
 
 class Inverted(Condition):

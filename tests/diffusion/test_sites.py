@@ -111,7 +111,7 @@ def test_sites_are_all_attentions_of_a_kind(
         if isinstance(module, Attention) and name.endswith(kind)
     ]
     sites = backbone.cross_attention() if cross else backbone.sites()
-    assert len(sites) == 16  # two in each of three encoder blocks, one in the middle, nine above
+    assert len(sites) == 10  # one in each of three encoder blocks, one in the middle, six above
     assert set(sites) == set(expected)
     for name, site in sites.items():
         assert site.name == name

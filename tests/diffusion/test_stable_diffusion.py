@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from tests.diffusion.making import with_unet
 from tokenflow.diffusion import Backbone, Conditioning, ModelError, StableDiffusion
 from tokenflow.diffusion.unet import decoder_layers
 from tokenflow.editors import PnP, Prompts
@@ -496,8 +497,10 @@ def test_a_prompt_that_is_cut_is_told(backbone: Backbone) -> None:
         backbone.embed(["a ball", f"{whole} on SAND"])
 
 
-def test_layers_are_the_papers(backbone: StableDiffusion) -> None:
+def test_layers_are_the_papers(tmp_path: Path) -> None:
     """From the fourth of twelve decoder layers up (Tumanyan et al.)."""
+    backbone = Backbone.load(with_unet(tmp_path / "model", layers_per_block=2), "cpu", "float32")
+    assert isinstance(backbone, StableDiffusion)
     assert len(decoder_layers(backbone.unet)) == 12
     places = [(1, 1), (1, 2), (2, 0), (2, 1), (2, 2), (3, 0), (3, 1), (3, 2)]
     assert backbone.layers("structure") == [f"up_blocks.{b}.resnets.{r}.conv2" for b, r in places]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from tests.diffusion.making import with_unet
 from tests.gaussian_flow import GaussianFlow
 from tokenflow.diffusion import Backbone, Schedule, StableDiffusion, Trajectory
 from tokenflow.editors import Injection, PnP
@@ -24,13 +25,20 @@ def schedule(backbone: Backbone) -> Schedule:
     return backbone.schedule(3)
 
 
+@pytest.fixture(scope="module")
+def full_depth(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    """A tiny model with as many layers as Stable Diffusion."""
+    folder = with_unet(tmp_path_factory.mktemp("model"), layers_per_block=2)
+    return Backbone.load(folder, "cpu", "float32")
+
+
 def of_end(injections: Any, end: float) -> list[str]:
     """The layers of injections that end there."""
     return [injection.layer for injection in injections if injection.end == end]
 
 
-def test_the_layers_are_the_papers(backbone: Backbone) -> None:
-    injections = PnP(attention=0.3, features=0.7).injections(backbone)
+def test_the_layers_are_the_papers(full_depth: Backbone) -> None:
+    injections = PnP(attention=0.3, features=0.7).injections(full_depth)
     assert of_end(injections, 0.7) == ["up_blocks.1.resnets.1.conv2"]
     attentions = [
         f"up_blocks.{block}.attentions.{i}.transformer_blocks.0.attn1"
@@ -42,8 +50,8 @@ def test_the_layers_are_the_papers(backbone: Backbone) -> None:
     assert all(one.begin == 0 and one.function is None for one in injections)
 
 
-def test_more_layers_take_features(backbone: Backbone) -> None:
-    injections = PnP(features=0.7, feature_layers=3).injections(backbone)
+def test_more_layers_take_features(full_depth: Backbone) -> None:
+    injections = PnP(features=0.7, feature_layers=3).injections(full_depth)
     places = [(1, 1), (1, 2), (2, 0)]
     assert of_end(injections, 0.7) == [f"up_blocks.{b}.resnets.{i}.conv2" for b, i in places]
 

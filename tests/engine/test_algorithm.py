@@ -135,15 +135,15 @@ def slowly_edited(
         with ExitStack() as stack:
             for name in before:
                 if name.endswith("attn1.processor"):
-                    # the decoder's self-attentions but the first
-                    late = name.startswith("up_blocks") and "up_blocks.1.attentions.0" not in name
+                    # the tiny decoder's self-attentions all lie behind its first third
+                    late = name.startswith("up_blocks")
                     sites[name] = SlowAttention(late and step < attention)
             unet.set_attn_processor({**before, **sites})
             stack.callback(unet.set_attn_processor, before.copy())
             if step < features:
                 inject = (
                     unet.up_blocks[1]
-                    .resnets[1]
+                    .resnets[0]
                     .conv2.register_forward_hook(lambda m, i, out: torch.cat([out.chunk(3)[0]] * 3))
                 )
                 stack.enter_context(inject)

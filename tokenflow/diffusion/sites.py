@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -108,18 +109,16 @@ class ProcessorSite(Site):
     def plain(self, hidden_states: Tensor, *args: Any, **given: Any) -> Any:
         return self.own(self.layer, hidden_states, *args, **given)
 
-    def processor(self, by: Replacement) -> Callable[..., Any]:
-        """What diffusers calls in place of the layer's own processor."""
-
-        def process(_: nn.Module, hidden_states: Tensor, *args: Any, **given: Any) -> Any:
-            return by.attention(self, hidden_states, *args, **given)
-
-        return process
+    def process(
+        self, by: Replacement, _: nn.Module, hidden_states: Tensor, *args: Any, **given: Any
+    ) -> Any:
+        """What diffusers calls, with the layer and its inputs, in place of its own processor."""
+        return by.attention(self, hidden_states, *args, **given)
 
     @contextmanager
     def replaced(self, by: Replacement) -> Iterator[None]:
         self.own = self.layer.processor
-        self.layer.set_processor(self.processor(by))
+        self.layer.set_processor(partial(self.process, by))
         try:
             yield
         finally:
@@ -223,22 +222,21 @@ class FluxSite(ProcessorSite):
     has_text = True
     layer: FluxAttention
 
-    def processor(self, by: Replacement) -> Callable[..., Any]:
-        def process(
-            _: nn.Module,
-            hidden_states: Tensor,
-            encoder_hidden_states: Tensor | None = None,
-            attention_mask: Tensor | None = None,
-            image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        ) -> Any:
-            return by.attention(
-                self,
-                hidden_states,
-                encoder_hidden_states=encoder_hidden_states,
-                image_rotary_emb=image_rotary_emb,
-            )
-
-        return process
+    def process(
+        self,
+        by: Replacement,
+        _: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Any:
+        return by.attention(
+            self,
+            hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+            image_rotary_emb=image_rotary_emb,
+        )
 
     def heads(self, projected: Tensor) -> Tensor:
         """Projected tokens as (batch, heads, tokens, width)."""

@@ -23,6 +23,7 @@ def write_tiny_model(folder: Path) -> Path:
         words = len(save_tokenizer(folder / "tokenizer"))
         UNet2DConditionModel(
             sample_size=8,
+            layers_per_block=1,
             block_out_channels=(8, 8, 16, 16),
             cross_attention_dim=16,
             attention_head_dim=(1, 1, 2, 2),
