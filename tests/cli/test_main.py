@@ -207,9 +207,8 @@ def test_the_output_never_lands_in_its_source(
     assert sorted(p.name for p in images.iterdir()) == ["0.png", "1.png"]
 
 
-@pytest.mark.parametrize(
-    ("sent", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)]
-)
+# SIGUSR1 is sent to launchers' ranks in test_cluster.py
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_run_and_leaves_nothing_half_written(
     sent: signal.Signals, code: int, words: list[str], tmp_path: Path
 ) -> None:
