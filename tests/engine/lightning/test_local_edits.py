@@ -128,25 +128,22 @@ def test_depth_goes_from_the_command_to_the_model_and_the_record(
     assert record["model"]["depth"] == record["run"]["inputs"]["model.depth"]["path"] == str(depth)
 
 
-@pytest.mark.parametrize("codec", [("ffv1", "gray16le"), ("libx265", "yuv420p10le")])
-def test_a_video_of_depth_keeps_its_levels(tmp_path: Path, codec: tuple[str, str]) -> None:
-    """A ramp within 16 levels of 8 bits: as FFmpeg writes it, but for what H.265 loses."""
+@pytest.mark.parametrize(("pixels", "levels"), [("gray16le", 2048), ("yuv420p10le", 50)])
+def test_a_video_of_depth_keeps_its_levels(tmp_path: Path, pixels: str, levels: int) -> None:
+    """A ramp of 2048 levels within 16 of 8 bits, as FFmpeg writes it in 16 and in 10."""
     ramp = np.linspace(20_000, 24_000, 64 * 32).astype(np.uint16).reshape(32, 64)
     path = tmp_path / "depth.mkv"
     with av.open(str(path), "w") as output:
-        options = {"x265-params": "log-level=0:lossless=1"} if codec[0] == "libx265" else {}
-        stream = output.add_stream(codec[0], rate=8, options=options)
-        stream.width, stream.height, stream.pix_fmt = 64, 32, codec[1]
-        for packet in (
-            *stream.encode(av.VideoFrame.from_ndarray(ramp, "gray16le")),
-            *stream.encode(),
-        ):
+        stream = output.add_stream("ffv1", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, pixels
+        frame = av.VideoFrame.from_ndarray(ramp, "gray16le")
+        for packet in (*stream.encode(frame), *stream.encode()):
             output.mux(packet)
     found, plain = (read_clip(path, deep=deep).frames[0, 0] for deep in (True, False))
     assert len(plain.unique()) <= 17
-    assert len(found.unique()) == 2048 if codec[0] == "ffv1" else len(found.unique()) > 45
-    expected = torch.from_numpy(ramp / 65535).float()
-    assert (found - expected).abs().max() < (0.002 if codec[0] == "ffv1" else 0.004)
+    assert len(found.unique()) >= levels
+    # swscale's white in 16 bits is 65280, and 10 bits of video range are steps of 0.0011
+    assert (found - torch.from_numpy(ramp / 65535).float()).abs().max() < 0.002
 
 
 def test_a_row_of_a_manifest_has_its_own_mask_and_depth(
