@@ -22,6 +22,7 @@ Edits videos by text with a frozen image model, consistently over time.
 
 commands:
   predict   edit a video: tokenflow predict --data.video in.mp4 --model.prompt "a blue ball"
+  app       open a page to edit in, on this machine: tokenflow app
   evaluate  measure runs, or a video beside its source: tokenflow evaluate runs/in
   report    make a run's page again, or compare runs: tokenflow report RUN… --output page.html
   cache     list what is kept between runs; tokenflow cache prune --leave 5 makes it less
@@ -116,7 +117,7 @@ def evaluate(words: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "predict": predict,
     "evaluate": evaluate,
-    **{name: partial(call, name) for name in ("report", "cache", "plugins", "doctor")},
+    **{name: partial(call, name) for name in ("app", "report", "cache", "plugins", "doctor")},
 }
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from tokenflow.engine.lightning.data import Video
 from tokenflow.engine.lightning.job import Job
 from tokenflow.engine.lightning.loggers import Logged
 from tokenflow.engine.lightning.metrics import Measuring
-from tokenflow.engine.lightning.module import TokenFlowModule
+from tokenflow.engine.lightning.module import TRAINER, TokenFlowModule
 from tokenflow.engine.lightning.progress import StageProgress
 from tokenflow.engine.lightning.run_writer import RunWriter, writer_of
 from tokenflow.engine.ranks.group import FrameGroup
@@ -48,16 +48,6 @@ from tokenflow.private_names import dump_config, forks
 from tokenflow.runs.files import finished
 from tokenflow.storage.paths import local
 from tokenflow.text import printable, printable_lines
-
-TRAINER = {
-    "devices": 1,
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "inference_mode": False,
-    "use_distributed_sampler": False,
-}
 
 
 class Parser(LightningArgumentParser):
@@ -269,11 +259,8 @@ def require_values(given: Namespace, kind: type, group: str) -> None:
             raise InputError(f"--{group}.{name} is empty; give it a value, or leave it out")
 
 
-def run(words: list[str], callbacks: Sequence[Callback] = ()) -> None:
-    """Parses the words after `tokenflow predict` and edits, with `callbacks` besides its own."""
-    words, allowed = split_allowed(words)
-    words = configs_first(words)
-    restrict(allowed)
+def quiet() -> None:
+    """Leaves out what libraries say of harmless things."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
     diffusers_logging.disable_progress_bar()
@@ -288,6 +275,14 @@ def run(words: list[str], callbacks: Sequence[Callback] = ()) -> None:
         ".*Total length of .DataLoader. across ranks is zero.*",  # Video.setup prints its own line
     ):
         warnings.filterwarnings("ignore", message=harmless)
+
+
+def run(words: list[str], callbacks: Sequence[Callback] = ()) -> None:
+    """Parses the words after `tokenflow predict` and edits, with `callbacks` besides its own."""
+    words, allowed = split_allowed(words)
+    words = configs_first(words)
+    restrict(allowed)
+    quiet()
     try:
         PredictCLI(
             TokenFlowModule,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -42,6 +43,10 @@ from tokenflow.propagation import DIS, ClipFlow, Propagation
 from tokenflow.storage import digests
 from tokenflow.video import Clip, FrameBuffer, Frames
 
+OnPrediction = Callable[[int, Float[Tensor, "frames c h w"]], None]
+"""Called after a step of sampling with the steps done and the clean latents that it predicts, in
+host memory."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -79,6 +84,7 @@ def edit_clip(
     depth: Clip | None = None,
     consistency: type[Consistency] | None = None,
     on_step: OnStep = ignore,
+    on_prediction: OnPrediction | None = None,
     look: Look | None = None,
     store: ResumeStore | None = None,
     source_cache: SourceCache | None = None,
@@ -103,6 +109,7 @@ def edit_clip(
             frame, or of as many as the clip, in its size.
         consistency: A way of consistency in place of the one that the settings name.
         on_step: Called after every step; may ask to stop.
+        on_prediction: Is shown the clean latents that each step of sampling predicts.
         look: Is shown every correspondence that the kernel finds, as `Probe` is.
         store: Where inversions, checkpoints and the source's features are cached; nowhere when not
             given.
@@ -172,7 +179,8 @@ def edit_clip(
             quality = inversion_quality(sampling, clip, on_step)
     with timed(seconds, "edit"):
         x, first = first_latents(sampling, checkpoint)
-        after_step = EditSteps(ranks, checkpoint, len(schedule), on_step)
+        shown = None if on_prediction is None else Predictions(sampling, x, on_prediction)
+        after_step = EditSteps(ranks, checkpoint, len(schedule), on_step, shown)
         edited = sample(sampling, way, x, first, after_step)
     with timed(seconds, "decode"), ranks.together(), ranks.preemption.interruptible():
         done = decoded(model, edited, clip, settings.batch, on_step, region)
@@ -296,6 +304,30 @@ def first_latents(
     return begin.latents.clone(), begin.step
 
 
+class Predictions:
+    """Shows the clean latents on whose way each step of sampling led.
+
+    Args:
+        sampling: Of this rank's frames.
+        x: Their latents before the first step.
+        shown: Is called with the number of steps done and the clean latents.
+    """
+
+    def __init__(
+        self, sampling: Sampling, x: Float[Tensor, "frames c h w"], shown: OnPrediction
+    ) -> None:
+        self.sampling, self.before, self.shown = sampling, x, shown
+
+    def show(self, done: int, x: Float[Tensor, "frames c h w"]) -> None:
+        """After a step; x are the latents that it led to."""
+        step, schedule = self.sampling.step(done - 1), self.sampling.schedule
+        if self.sampling.network.editor.clean_after(step):
+            self.shown(done, x)
+        elif schedule.leads(step.index):
+            self.shown(done, schedule.clean(self.before, x, step.index))
+        self.before = x
+
+
 @dataclass(frozen=True)
 class EditSteps:
     """What happens after a sampling step: report it, agree on stopping, write a checkpoint."""
@@ -304,9 +336,12 @@ class EditSteps:
     checkpoint: SamplingCheckpoint | None
     steps: int
     on_step: OnStep
+    predictions: Predictions | None = None
 
     def __call__(self, done: int, x: Float[Tensor, "frames c h w"]) -> bool:
         """Whether to stop, which all ranks do after the same step."""
+        if self.predictions is not None:
+            self.predictions.show(done, x)
         (stop,) = self.ranks.any(self.on_step("edit", done, self.steps) == "stop")
         due = self.checkpoint and (done % self.checkpoint.every == 0 or done == self.steps)
         if self.checkpoint is not None and (due or stop):

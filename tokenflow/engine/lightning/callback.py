@@ -35,6 +35,14 @@ class EditCallback(Callback):
         """Called after every step of a stage; "stop" ends the run where it can be resumed."""
         return None
 
+    def on_prediction(
+        self, trainer: Trainer, module: LightningModule, done: int, clean: Tensor
+    ) -> None:
+        """Called after a step of sampling with the clean latents that it predicts.
+
+        They are of this rank's frames (frames, channels, height, width), in host memory.
+        """
+
     def on_correspondence(self, source: Tensor, window: Window, found: Correspondence) -> None:
         """Called with every correspondence of a step that it wants, and the window's tokens."""
 

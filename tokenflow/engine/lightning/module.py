@@ -33,6 +33,17 @@ from tokenflow.storage.cache import Cache
 from tokenflow.storage.paths import FOLDER
 from tokenflow.video import Clip, FrameBuffer, both_sides, levels, require_writable
 
+TRAINER: dict[str, Any] = {
+    "devices": 1,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "inference_mode": False,
+    "use_distributed_sampler": False,
+}
+"""The options of Lightning's Trainer that edits need."""
+
 
 def forget_frames(error: BaseException | None) -> None:
     """Frees the memory of a failed clip: the variables of the traceback's functions."""
@@ -158,7 +169,8 @@ class TokenFlowModule(LightningModule):
         with self.everyone.together(), self.preemption.interruptible():
             if self.cache is not None:
                 self.cache.require_writable()
-            self.backbone = Backbone.load(
+            # whoever edits again and again has given it already
+            self.backbone = self.backbone or Backbone.load(
                 self.model, device, self.dtype_name, self.compiled, self.vae, self.loras,
                 self.embeddings,
             )  # fmt: skip
@@ -253,6 +265,11 @@ class TokenFlowModule(LightningModule):
         ]
         return "stop" if self.preemption.requested or "stop" in answers else None
 
+    def on_prediction(self, done: int, clean: Tensor) -> None:
+        """What `edit_clip` calls after every step of sampling."""
+        for one in edit_callbacks(self.trainer):
+            one.on_prediction(self.trainer, self, done, clean)
+
     def edited(self, job: Job) -> Prediction:
         """A job's result, on rank 0 for the whole clip."""
         assert self.backbone is not None, "setup comes before predict_step"
@@ -289,6 +306,7 @@ class TokenFlowModule(LightningModule):
             mask=mask,
             depth=depth,
             on_step=self.on_step,
+            on_prediction=self.on_prediction,
             look=Watching(edit_callbacks(self.trainer)),
             store=store,
             ranks=self.group,

@@ -1,0 +1,1 @@
+"""`tokenflow app`: a page in the browser to edit in, on Gradio."""

@@ -1,0 +1,449 @@
+"""The page: its fields, and what happens when they are used."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from hashlib import sha256
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.processing_utils import save_file_to_cache
+from markupsafe import Markup
+from PIL import Image
+
+from tokenflow.app.edits import ENDS, Device, Edit, News
+from tokenflow.app.options import Option
+from tokenflow.app.request import (
+    FRAMES,
+    SETTINGS,
+    Requests,
+    command_of,
+    plugin_options,
+    plugins,
+    yaml_of,
+)
+from tokenflow.app.results import Runs, details, strip
+from tokenflow.diffusion.backbone import EMBEDDED, Defaults
+from tokenflow.errors import InputError, explained
+from tokenflow.report import Run, read_run
+from tokenflow.runs.files import COMPARE, EDITED
+from tokenflow.storage.paths import local
+from tokenflow.text import printable, printable_lines
+from tokenflow.video import read_clip
+
+DEMO = Path(__file__).parents[1] / "miniature" / "demo" / "blue_ball.mp4"
+DEMO_PROMPTS = ("a plain blue ball on grass", "a plain purple ball on sand")
+PLAIN = {
+    "strength": "How much changes (strength)",
+    "features": "How much layout is kept (features)",
+    "attention": "How much layout is kept (attention)",
+    "guidance": "How strongly the prompt counts (guidance)",
+    "steps": "Steps",
+    "seed": "Seed",
+}
+"""Options that are shown before all others, by what they do."""
+STAGES = {
+    "waiting": "Waiting",
+    "loading": "Loading the model",
+    "encode": "Encoding the frames",
+    "cached": "Taking inverted frames from the cache",
+    "invert": "Inverting the source",
+    "reconstruct": "Reconstructing the source",
+    "edit": "Editing",
+    "decode": "Decoding the frames",
+}
+"""What the stages of an edit are called."""
+
+
+class Page:
+    """The page over one device and one folder of runs.
+
+    Args:
+        requests: Checks what the page sends.
+    """
+
+    def __init__(self, requests: Requests) -> None:
+        self.requests, self.device = requests, Device(requests)
+        self.runs, self.serving = Runs(requests.folder), requests.serving
+        self.fields: dict[str, Any] = {}
+        self.groups: dict[tuple[str, str], list[Any]] = {}
+        self.editing: dict[str, Edit] = {}
+
+    def build(self) -> gr.Blocks:
+        """The page's components and events."""
+        with gr.Blocks(title="tokenflow", analytics_enabled=False) as blocks:
+            gr.Markdown("# tokenflow\nEdits a video by text, consistently over time.")
+            with gr.Tabs() as tabs:
+                with gr.Tab("Edit", id="edit"), gr.Row():
+                    with gr.Column(min_width=320):
+                        self.source()
+                        self.choices()
+                        with gr.Row():
+                            start = gr.Button("Edit", variant="primary", elem_id="edit")
+                            stop = gr.Button("Stop", elem_id="stop")
+                    with gr.Column(min_width=320):
+                        state = gr.HTML(elem_id="state")
+                        result = Result(self, "result")
+                with gr.Tab("Runs", id="runs") as gallery:
+                    with gr.Row():
+                        one = gr.Dropdown([], label="Run", elem_id="run", min_width=140)
+                        other = gr.Dropdown([], label="Beside it", elem_id="other", min_width=140)
+                    with gr.Row():
+                        again = gr.Button("Again with another prompt", elem_id="again")
+                        measure = gr.Button("Measure", elem_id="measure")
+                    compared = gr.HTML(elem_id="compared")
+                    single = Result(self, "single")
+                    cards = gr.HTML(elem_id="cards")
+            inputs, names = list(self.fields.values()), list(self.fields)
+            private = {"api_visibility": "private", "show_progress": "hidden"}
+
+            def edit(request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
+                given = dict(zip(names, values, strict=True))
+                yield from self.edit(given, request.session_hash or "", state, result)
+
+            start.click(edit, inputs, [state, *result.outputs], concurrency_limit=None, **private)
+            stop.click(self.stop, None, None, concurrency_limit=None, **private)
+            pair, shown = [one, other], [compared, *single.outputs]
+            choose = functools.partial(self.choose, compared, single)
+            gallery.select(self.gallery, pair, [cards, *pair], **private)
+            gr.on([one.change, other.change], choose, pair, shown, **private)
+            measure.click(self.measure, pair, None, **private).then(choose, pair, shown, **private)
+            again.click(functools.partial(self.again, tabs), one, [tabs, *inputs], **private)
+        return blocks
+
+    def source(self) -> None:
+        """The fields of the source: a video, its frames, what it shows."""
+        most = self.serving.max_frames
+        video = gr.Video(label="Source video", sources=["upload"], height=260, elem_id="video")
+        bundled = gr.Button("Take the bundled clip", size="sm", elem_id="bundled")
+        thumbnails = gr.HTML(elem_id="strip")
+        start, count, _ = FRAMES
+        with gr.Row():
+            first = gr.Slider(0, 1, 0, step=1, label="First frame", min_width=140)
+            frames = gr.Slider(1, most, min(16, most), step=1, label="Frames", min_width=140)
+        before = gr.Textbox(
+            label="What the source shows", placeholder="a woman running", elem_id="source-prompt"
+        )
+        after = gr.Textbox(
+            label="What the edit shows", placeholder="a robot running", elem_id="prompt"
+        )
+        self.fields |= {
+            "video": video, start.name: first, count.name: frames,
+            "inversion_prompt": before, "prompt": after,
+        }  # fmt: skip
+        private = {"api_visibility": "private", "show_progress": "hidden"}
+        bundled.click(
+            lambda: (self.served(DEMO), *DEMO_PROMPTS), None, [video, before, after], **private
+        )
+        gr.on(
+            [video.change, first.release, frames.release], self.look, [video, first, frames],
+            [thumbnails, first, frames], **private,
+        )  # fmt: skip
+
+    def choices(self) -> None:
+        """The fields of model, editor, kernel and settings; the plain ones first."""
+        editors, kernels = plugins("editor"), plugins("propagation")
+        with gr.Row():
+            models = list(self.serving.models)
+            self.fields["model"] = gr.Dropdown(
+                models, value=models[0], label="Model", min_width=140
+            )
+            self.fields["editor"] = gr.Dropdown(
+                list(editors), value="PnP", label="Editor", min_width=140, elem_id="editor"
+            )
+        with gr.Group():
+            self.plugin_fields("editor", plain=True)
+            self.add("steps", SETTINGS["steps"])
+            with gr.Row():
+                for name in ("guidance", "seed"):
+                    self.add(name, SETTINGS[name])
+        with gr.Accordion("More", open=False, elem_id="more"):
+            self.fields["negative_prompt"] = gr.Textbox(label="What the edit does not show")
+            self.plugin_fields("editor", plain=False)
+            self.fields["propagation"] = gr.Dropdown(
+                list(kernels), value="NNField", label="Propagation kernel"
+            )
+            self.plugin_fields("propagation", plain=False)
+            with gr.Accordion("A part of the picture only", open=False):
+                self.mask()
+            self.fields["control"] = gr.Video(
+                label="Control video, for ControlVideo", sources=["upload"], height=160
+            )
+            with gr.Accordion("Settings", open=False):
+                self.add("resolution", FRAMES[2])
+                for name, option in SETTINGS.items():
+                    if name not in PLAIN:
+                        self.add(name, option)
+            self.fields["measure"] = gr.Checkbox(label="Measure the edit when it is done")
+        for name in ("editor", "propagation"):
+            field, shown = self.fields[name], [k for k in self.groups if k[0] == name]
+            field.change(
+                functools.partial(self.switch, shown), field,
+                [one for key in shown for one in self.groups[key]],
+                api_visibility="private", show_progress="hidden",
+            )  # fmt: skip
+
+    def mask(self) -> None:
+        """The field for a mask: drawn on the first frame, or a video."""
+        drawn = gr.ImageEditor(
+            label="White where the edit may be", type="pil", sources=(), transforms=(),
+            layers=False, brush=gr.Brush(colors=["#ffffff"], color_mode="fixed"), height=320,
+            elem_id="mask",
+        )  # fmt: skip
+        take = gr.Button("Draw on the first frame", size="sm")
+        video = gr.Video(label="Or a mask as a video", sources=["upload"], height=160)
+        take.click(
+            self.canvas, [self.fields["video"], self.fields["start"]], drawn,
+            api_visibility="private", show_progress="hidden",
+        )  # fmt: skip
+        self.fields |= {"drawn": drawn, "mask": video}
+
+    def add(self, name: str, option: Option) -> Any:
+        """A field for an option, under its label and its docstring's words."""
+        label = PLAIN.get(option.name, option.name.replace("_", " "))
+        about = {"label": label, "info": option.about, "min_width": 140, "elem_id": name}
+        if option.name in PLAIN:
+            about["info"] = None
+        if option.kind == "flag":
+            field: Any = gr.Checkbox(value=option.default, **about)
+        elif option.kind in ("choice", "class"):
+            words = [(word, word) for word in option.choices]
+            words = [("the default", ""), *words] if option.optional else words
+            field = gr.Dropdown(words, value=option.default or "", **about)
+        elif name == "steps":
+            field = gr.Slider(1, self.serving.max_steps, option.default, step=1, **about)
+        elif option.optional:  # a number's field has no empty value
+            own = self.own_default(option.name)
+            field = gr.Textbox(placeholder=f"the default{own}", **about)
+        elif option.share:
+            field = gr.Slider(0, 1, option.default, step=0.05, **about)
+        else:
+            precision = 0 if option.kind == "whole" else None
+            field = gr.Number(option.default, precision=precision, **about)
+        self.fields[name] = field
+        return field
+
+    def own_default(self, name: str) -> str:
+        """What the first model's own value of an option is, where a file of it says so."""
+        first = self.serving.models[0]
+        file = (EMBEDDED if first == "miniature" else local(first)) / "tokenflow.json"
+        known = Defaults.read(file) if file.is_file() else None
+        return f": {getattr(known, name)}" if hasattr(known, name) else ""
+
+    def plugin_fields(self, name: str, plain: bool) -> None:
+        """The fields of every editor's or kernel's options; those of the chosen one are shown."""
+        for plugin in plugins(name).values():
+            options = plugin_options(plugin, self.serving.models)
+            options = [one for one in options if (one.name in PLAIN) == plain]
+            if not options:
+                continue
+            first = self.fields[name].value if name in self.fields else "NNField"
+            with gr.Row(visible=plugin.name == first) as group:
+                for one in options:
+                    self.add(f"{name}.{plugin.name}.{one.name}", one)
+            self.groups.setdefault((name, plugin.name), []).append(group)
+
+    def switch(self, shown: list[tuple[str, str]], chosen: str) -> Any:
+        """Shows the options of the chosen plugin alone."""
+        visible = [key[1] == chosen for key in shown for _ in self.groups[key]]
+        updates = [gr.update(visible=one) for one in visible]
+        return updates if len(updates) > 1 else updates[0]
+
+    def served(self, file: Path) -> str:
+        """A copy of a file among the uploads, which alone are served."""
+        return save_file_to_cache(file, cache_dir=str(self.requests.uploads))
+
+    def look(self, video: str | None, start: int, count: int) -> Any:
+        """The thumbnails of the chosen frames, and how far the sliders go."""
+        if not video:
+            return "", gr.update(maximum=1, value=0), gr.update()
+        try:
+            path, most = self.requests.uploaded({"video": video}, "video"), self.serving.max_frames
+            total = len(read_clip(path, in_memory=False))
+            first, last = min(int(start or 0), total - 1), max(min(most, total), 2)
+            shown = strip(str(path), first, max(1, min(int(count), most)))
+        except Exception as error:  # whatever was uploaded
+            return failed(explained(error)), gr.update(), gr.update()
+        return (
+            shown,
+            gr.update(maximum=max(total - 1, 1), value=first),
+            gr.update(maximum=last, value=min(int(count), last)),
+        )
+
+    def canvas(self, video: str | None, start: int) -> Any:
+        """The frame to draw a mask on."""
+        try:
+            path = self.requests.uploaded({"video": video}, "video")
+            frame = read_clip(path, start=int(start), max_frames=1).frames[0]
+        except InputError as error:
+            raise gr.Error(str(error)) from error
+        image = Image.fromarray((frame.permute(1, 2, 0) * 255).round().byte().numpy())
+        return {"background": image, "layers": [], "composite": image}
+
+    def drawn(self, value: Any) -> str | None:
+        """The file of a mask that was drawn: black and white, of the frame's size."""
+        layers = [one for one in (value or {}).get("layers", []) if one.getbbox() is not None]
+        if not layers:
+            return None
+        size = layers[0].size
+        white = Image.new("L", size)
+        for layer in layers:
+            white.paste(255, mask=layer.getchannel("A").point(lambda a: 255 * (a > 127)))
+        file = BytesIO()
+        white.save(file, "PNG")
+        place = self.requests.uploads / sha256(file.getvalue()).hexdigest()
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "mask.png").write_bytes(file.getvalue())
+        return str(place / "mask.png")
+
+    def edit(
+        self, given: dict[str, Any], session: str, state: Any, result: Result
+    ) -> Iterator[dict[Any, Any]]:
+        """Runs an edit; yields what the page shows of it."""
+        try:
+            given["mask"] = self.drawn(given.pop("drawn")) or given.get("mask")
+            if session in self.editing:
+                raise InputError("this page's edit still runs; wait, or stop it")
+            configuration = self.requests.configuration(given)
+            self.requests.complete(configuration)
+            edit = self.editing[session] = Edit(configuration)
+        except Exception as error:  # whatever the page sent
+            yield {state: failed(explained(error))}
+            return
+        try:
+            yield {state: progress(News("waiting")), **result.hidden()}
+            for news in self.device.run(edit):
+                shown = {state: progress(news)}
+                if news.stage == "done" and edit.folder is not None:
+                    shown |= result.of(read_run(edit.folder), configuration)
+                yield shown
+        except InputError as error:
+            yield {state: failed(str(error))}
+        finally:
+            del self.editing[session]
+
+    def stop(self, request: gr.Request) -> None:
+        """Stops this page's edit where it can be resumed."""
+        if edit := self.editing.get(request.session_hash or ""):
+            edit.stop.set()
+
+    def gallery(self, one: str | None, other: str | None) -> tuple[Any, ...]:
+        """The runs of the folder; the newest is chosen first."""
+        names = self.runs.names
+        chosen = one if one in names else next(iter(names), None)
+        others = [("nothing", ""), *((name, name) for name in names)]
+        return (
+            self.runs.cards(),
+            gr.update(choices=names, value=chosen),
+            gr.update(choices=others, value=other if other in names else ""),
+        )
+
+    def choose(
+        self, compared: Any, single: Result, one: str | None, other: str | None
+    ) -> dict[Any, Any]:
+        """Shows one run, or two beside each other."""
+        try:
+            if one and other and one != other:
+                return {compared: self.runs.comparison([one, other]), **single.hidden()}
+            return {compared: "", **(single.of(self.runs.run(one)) if one else single.hidden())}
+        except Exception as error:  # whatever somebody has written into a run's files
+            return {compared: failed(explained(error)), **single.hidden()}
+
+    def measure(self, *names: str | None) -> None:
+        """Measures the chosen runs."""
+        try:
+            for name in filter(None, names):
+                self.runs.measure(name)
+        except Exception as error:  # as above
+            raise gr.Error(explained(error)) from error
+
+    def again(self, tabs: Any, name: str | None) -> dict[Any, Any]:
+        """Fills in the fields as they were for a run."""
+        try:
+            values = self.runs.values(name, self.requests)
+        except InputError as error:
+            raise gr.Error(str(error)) from error
+        updates = {
+            field: gr.update(value=values[name])
+            for name, field in self.fields.items()
+            if name in values
+        }
+        return {tabs: gr.Tabs(selected="edit"), **updates}
+
+
+class Result:
+    """The components that show one run.
+
+    Args:
+        page: Which they are on.
+        name: What their elements' ids begin with.
+    """
+
+    def __init__(self, page: Page, name: str) -> None:
+        self.page = page
+        with gr.Column(visible=False, elem_id=name) as self.whole:
+            self.video = gr.Video(
+                label="Source and edit", loop=True, autoplay=True, interactive=False, height=360,
+                elem_id=f"{name}-video",
+            )  # fmt: skip
+            self.file = gr.DownloadButton("Download edited.mp4", elem_id=f"{name}-download")
+            self.details = gr.HTML(elem_id=f"{name}-details")
+            with gr.Accordion("The same edit by hand", open=False):
+                self.command = gr.Textbox(
+                    label="Command line", lines=3, max_lines=12, buttons=["copy"],
+                    interactive=False, elem_id=f"{name}-command",
+                )  # fmt: skip
+                self.yaml = gr.Code(
+                    language="yaml", label="For tokenflow predict --config", wrap_lines=True,
+                    elem_id=f"{name}-yaml",
+                )  # fmt: skip
+        self.outputs = [
+            self.whole, self.video, self.file, self.details, self.command, self.yaml
+        ]  # fmt: skip
+
+    def hidden(self) -> dict[Any, Any]:
+        """Shows nothing."""
+        return {self.whole: gr.update(visible=False)}
+
+    def of(self, run: Run, configuration: Mapping[str, Any] | None = None) -> dict[Any, Any]:
+        """Shows a run, and the configuration that made it, which by default is its record."""
+        served: Callable[[Path], str] = self.page.served
+        command = run.repeat if configuration is None else command_of(configuration)
+        record = {k: v for k, v in run.record.items() if k != "run"}
+        return {
+            self.whole: gr.update(visible=True),
+            self.video: served(run.folder / COMPARE),
+            self.file: served(run.folder / EDITED),
+            self.details: details(run),
+            self.command: command,
+            self.yaml: yaml_of(record if configuration is None else configuration),
+        }
+
+
+def progress(news: News) -> Markup:
+    """How far an edit is, with its preview."""
+    if news.stage == "failed":
+        return failed(news.reason)
+    if news.stage in ENDS:
+        said = f"{news.stage.capitalize()}. {news.reason}"
+        return Markup('<div class="tf-state"><p>{}</p></div>').format(printable(said))
+    said = STAGES[news.stage]
+    if news.stage == "waiting" and news.steps:
+        said = f"Waiting: number {news.steps} in the queue"
+    elif news.steps:
+        said = f"{said}: step {news.step} of {news.steps}"
+    said = ", ".join(filter(None, (said, news.pace)))
+    bar = Markup(
+        '<div class="tf-bar" role="progressbar" aria-valuenow="{0}">'
+        '<div style="width: {0}%"></div></div>'
+    ).format(100 * news.step // max(news.steps, 1))
+    image = Markup('<img src="{}" alt="Preview">').format(news.preview) if news.preview else ""
+    return Markup('<div class="tf-state"><p>{}</p>{}{}</div>').format(said, bar, image)
+
+
+def failed(reason: str) -> Markup:
+    """Why something did not work."""
+    return Markup('<div class="tf-failed" role="alert">{}</div>').format(printable_lines(reason))
