@@ -70,11 +70,11 @@ class Page:
         self.runs, self.serving = Runs(requests.folder), requests.serving
         self.fields: dict[str, Any] = {}
         self.groups: dict[tuple[str, str], list[Any]] = {}
-        self.editing: dict[str, Edit] = {}
 
     def build(self) -> gr.Blocks:
         """The page's components and events."""
         with gr.Blocks(title="tokenflow", analytics_enabled=False) as blocks:
+            session = gr.State([])  # the edit that this page runs
             gr.Markdown("# tokenflow\nEdits a video by text, consistently over time.")
             with gr.Tabs() as tabs:
                 with gr.Tab("Edit", id="edit"), gr.Row():
@@ -100,17 +100,23 @@ class Page:
             inputs, names = list(self.fields.values()), list(self.fields)
             private = {"api_visibility": "private", "show_progress": "hidden"}
 
-            def edit(request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
-                given = dict(zip(names, values, strict=True))
-                yield from self.edit(given, request.session_hash or "", state, result)
-
-            start.click(edit, inputs, [state, *result.outputs], concurrency_limit=None, **private)
-            stop.click(self.stop, None, None, concurrency_limit=None, **private)
+            # Gradio streams what generator functions yield, which a function whose types are
+            # checked in tests is not
+            start.click(
+                lambda session, *values: (
+                    yield from self.edit(
+                        dict(zip(names, values, strict=True)), session, state, result
+                    )
+                ),
+                [session, *inputs], [state, *result.outputs], concurrency_limit=None, **private,
+            )  # fmt: skip
+            stop.click(self.stop, session, None, concurrency_limit=None, **private)
             pair, shown = [one, other], [compared, *single.outputs]
             choose = functools.partial(self.choose, compared, single)
-            gallery.select(self.gallery, pair, [cards, *pair], **private)
-            gr.on([one.change, other.change], choose, pair, shown, **private)
-            measure.click(self.measure, pair, None, **private).then(choose, pair, shown, **private)
+            listed = gallery.select(self.gallery, pair, [cards, *pair], **private)
+            measured = measure.click(self.measure, pair, None, **private)
+            for event in (listed.then, measured.then, one.input, other.input):
+                event(choose, pair, shown, **private)
             again.click(functools.partial(self.again, tabs), one, [tabs, *inputs], **private)
         return blocks
 
@@ -214,7 +220,8 @@ class Page:
             words = [("the default", ""), *words] if option.optional else words
             field = gr.Dropdown(words, value=option.default or "", **about)
         elif name == "steps":
-            field = gr.Slider(1, self.serving.max_steps, option.default, step=1, **about)
+            most = self.serving.max_steps
+            field = gr.Slider(1, most, min(option.default, most), step=1, **about)
         elif option.optional:  # a number's field has no empty value
             own = self.own_default(option.name)
             field = gr.Textbox(placeholder=f"the default{own}", **about)
@@ -300,16 +307,17 @@ class Page:
         return str(place / "mask.png")
 
     def edit(
-        self, given: dict[str, Any], session: str, state: Any, result: Result
+        self, given: dict[str, Any], session: list[Edit], state: Any, result: Result
     ) -> Iterator[dict[Any, Any]]:
         """Runs an edit; yields what the page shows of it."""
         try:
             given["mask"] = self.drawn(given.pop("drawn")) or given.get("mask")
-            if session in self.editing:
+            if session:
                 raise InputError("this page's edit still runs; wait, or stop it")
             configuration = self.requests.configuration(given)
             self.requests.complete(configuration)
-            edit = self.editing[session] = Edit(configuration)
+            edit = Edit(configuration)
+            session.append(edit)
         except Exception as error:  # whatever the page sent
             yield {state: failed(explained(error))}
             return
@@ -323,11 +331,11 @@ class Page:
         except InputError as error:
             yield {state: failed(str(error))}
         finally:
-            del self.editing[session]
+            session.remove(edit)
 
-    def stop(self, request: gr.Request) -> None:
+    def stop(self, session: list[Edit]) -> None:
         """Stops this page's edit where it can be resumed."""
-        if edit := self.editing.get(request.session_hash or ""):
+        for edit in session:
             edit.stop.set()
 
     def gallery(self, one: str | None, other: str | None) -> tuple[Any, ...]:

@@ -155,7 +155,7 @@ class Requests:
     def plugin(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
         """An editor or kernel with the options that differ from its defaults."""
         known, wanted = plugins(name), values.get(name)
-        if wanted not in known:
+        if not isinstance(wanted, str) or wanted not in known:
             mine = [one for one in installed_plugins() if one.group == GROUP_OF[name]]
             raise InputError(f"there is no {name} {wanted!r:.200}; {describe(mine)}")
         plugin = known[wanted]

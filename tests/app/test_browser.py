@@ -1,0 +1,216 @@
+"""The page in a real browser: an edit from the upload to the video and what repeats it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from selenium.webdriver import Chrome
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.wait import WebDriverWait
+
+from tests.app.conftest import Served
+from tests.report.conftest import chromium, look
+from tokenflow.cli.main import main
+from tokenflow.runs.files import EDITED, FEATURES, RECORD, REPORT
+
+__all__ = ["chromium"]  # a fixture
+
+SOURCE, EDIT = "a plain blue ball on grass", "a plain purple ball on sand"
+SCRIPT = "<img src=x onerror=alert(1)>${alert(2)}"
+WATCH = """
+window.seen = {states: [], previews: []};
+new MutationObserver(() => {
+  const state = document.querySelector("#state");
+  const image = state.querySelector("img");
+  if (image && !seen.previews.includes(image.src)) seen.previews.push(image.src);
+  if (!seen.states.includes(state.innerText)) seen.states.push(state.innerText);
+}).observe(document.querySelector("#state"), {childList: true, subtree: true, attributes: true});
+"""
+LOADED = "return performance.getEntriesByType('resource').map(one => one.name)"
+WIDTH = "return [document.documentElement.scrollWidth, innerWidth]"
+
+
+class Page:
+    """The page as a person uses it."""
+
+    def __init__(self, browser: Chrome, served: Served) -> None:
+        self.browser, self.wait = browser, WebDriverWait(browser, 20, poll_frequency=0.05)
+        browser.get(served.url)
+        self.wait.until(lambda _: self.all("#steps input"))
+
+    def all(self, place: str) -> list[Any]:
+        return self.browser.find_elements(By.CSS_SELECTOR, place)
+
+    def until(self, found: Callable[[], Any]) -> Any:
+        return self.wait.until(
+            lambda _: found(), self.browser.find_element(By.TAG_NAME, "body").text
+        )
+
+    def write(self, place: str, text: str) -> None:
+        (field,) = self.all(place)
+        field.clear()
+        field.send_keys(text + "\t")
+
+    def click(self, place: str) -> None:
+        """By a script, as a page of this height scrolls while it is used."""
+        self.browser.execute_script("arguments[0].click()", self.all(place)[0])
+
+    def text(self, place: str) -> str:
+        return str(self.all(place)[0].text)
+
+    def prepare(self, video: Path, steps: int = 6, prompt: str = EDIT) -> None:
+        """Uploads a clip and fills in what an edit needs."""
+        self.all("#video input[type=file]")[0].send_keys(str(video))
+        self.until(lambda: self.all("#strip img"))
+        self.write("#source-prompt textarea", SOURCE)
+        self.write("#prompt textarea", prompt)
+        self.write("#steps input[type=number]", str(steps))
+        self.browser.execute_script(WATCH)
+
+    def edit(self, ends: str = "Done") -> None:
+        """Edits, and waits for how it ends."""
+        self.click("#edit")
+        self.until(lambda: ends in self.text("#state"))
+
+    @property
+    def seen(self) -> dict[str, list[str]]:
+        """The states and previews that the page has shown."""
+        return self.browser.execute_script("return window.seen")  # type: ignore[no-any-return]
+
+
+def said(browser: Chrome) -> list[Any]:
+    """What is on the console, without what Gradio says at the end of every upload."""
+    log = browser.get_log("browser")  # type: ignore[no-untyped-call]
+    return [one for one in log if "Method not implemented." not in one["message"]]
+
+
+@pytest.fixture
+def page(chromium: Chrome, served: Served) -> Iterator[Page]:
+    """The page, opened anew; afterwards nothing is on the console."""
+    look(chromium)
+    yield Page(chromium, served)
+    assert said(chromium) == []
+
+
+@pytest.fixture(scope="module")
+def done(chromium: Chrome, served: Served, video: Path) -> tuple[Page, dict[str, list[str]]]:
+    """An edit that has ended; what the page has shown, and the page."""
+    look(chromium)
+    page = Page(chromium, served)
+    page.prepare(video)
+    page.edit()
+    page.until(lambda: page.all("#result video"))
+    return page, page.seen
+
+
+def test_an_edit(done: tuple[Page, dict[str, list[str]]], served: Served) -> None:
+    page, seen = done
+    assert len(seen["previews"]) > 1, "the preview changes"
+    assert any("Inverting the source: step" in state for state in seen["states"])
+    assert any("Editing: step" in state and "ETA" in state for state in seen["states"])
+    playing = "return document.querySelector('#result video').readyState >= 2"
+    page.until(lambda: page.browser.execute_script(playing))
+    assert page.all("#result-details .tf-links img"), "the correspondence"
+    assert all((served.folder / "clip" / name).exists() for name in (EDITED, RECORD, REPORT))
+    assert (served.folder / "clip" / FEATURES).exists()
+    loaded = page.browser.execute_script(LOADED)
+    assert [one for one in loaded if not one.startswith((served.url, "data:", "blob:"))] == []
+    assert served.asked == [], "no request leaves the machine"
+    assert said(page.browser) == []
+
+
+def test_its_download_is_the_runs(done: tuple[Page, Any], served: Served, tmp_path: Path) -> None:
+    page, _ = done
+    allowed = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    page.browser.execute_cdp_cmd("Browser.setDownloadBehavior", allowed)
+    page.click("#result-download")
+    page.until((tmp_path / EDITED).exists)
+    assert (tmp_path / EDITED).read_bytes() == (served.folder / "clip" / EDITED).read_bytes()
+
+
+def test_its_yaml_and_command_repeat_it(
+    done: tuple[Page, Any], served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page, _ = done
+    edited = (served.folder / "clip" / EDITED).read_bytes()
+    page.click("#result .label-wrap")
+    lines = page.until(lambda: page.all("#result-yaml .cm-line"))
+    file = tmp_path / "edit.yaml"
+    file.write_text("\n".join(line.get_property("textContent") for line in lines))
+    (command,) = page.all("#result-command textarea")
+    words = command.get_attribute("value").split()[:2]
+    assert words == ["tokenflow", "predict"]
+    assert yaml.safe_load(file.read_text())["model"]["prompt"] == EDIT
+    monkeypatch.delenv("TOKENFLOW_PREDICT__MODEL__CACHE")
+    main(["predict", "--config", str(file), "--output.folder", str(tmp_path / "again")])
+    assert (tmp_path / "again" / "clip" / EDITED).read_bytes() == edited
+
+
+def test_another_prompt_takes_inversion_and_source_from_the_cache(
+    page: Page, done: Any, served: Served, video: Path
+) -> None:
+    page.prepare(video, prompt="a plain red ball on sand")
+    page.edit()
+    assert not any("Inverting" in state for state in page.seen["states"])
+    record = yaml.safe_load((served.folder / "clip-2" / RECORD).read_text())["run"]
+    assert "invert" not in record["seconds"]
+
+
+def test_the_gallery_compares_and_begins_again(page: Page, done: Any, served: Served) -> None:
+    page.click("button[role=tab]:nth-of-type(2)")
+    page.until(lambda: page.all("#cards figure"))
+    assert EDIT in page.text("#cards")
+    page.until(lambda: page.all("#single video"))
+    for name in ("#other", "[role=option][aria-label=clip]"):
+        (page.all(f"{name} input") or page.all(name))[0].click()
+    page.until(lambda: page.all("#compared iframe"))
+    page.browser.switch_to.frame(page.all("#compared iframe")[0])
+    page.until(lambda: "Settings that differ" in page.text("body"))
+    page.browser.switch_to.default_content()
+    page.click("#again")
+    page.until(lambda: page.all("#prompt textarea")[0].get_attribute("value"))
+    page.until(lambda: page.all("#strip img"))
+    assert page.all("#steps input[type=number]")[0].get_attribute("value") == "6"
+    assert page.all("#prompt textarea")[0].get_attribute("value") == "a plain red ball on sand"
+
+
+def test_stop(page: Page, video: Path) -> None:
+    page.prepare(video, steps=40, prompt=SCRIPT)
+    page.click("#edit")
+    page.until(lambda: "Editing" in page.text("#state"))
+    page.click("#stop")
+    page.until(lambda: "Stopped" in page.text("#state"))
+    assert "goes on from there" in page.text("#state")
+
+
+def test_an_edit_that_fails_says_why(page: Page, video: Path) -> None:
+    page.edit(ends="there is no video; upload one")
+    page.prepare(video, prompt="")
+    page.edit(ends="the prompt is empty; say what the edited video shows")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_phone(page: Page, done: Any, scheme: str) -> None:
+    look(page.browser, 390, scheme)
+    for number, shown in ((1, "#video"), (2, "#single video")):
+        page.click(f"button[role=tab]:nth-of-type({number})")
+        page.until(lambda shown=shown: page.all(shown))
+        width, window = page.browser.execute_script(WIDTH)
+        assert width <= window
+
+
+def test_names_and_prompts_are_text(page: Page, served: Served, done: Any) -> None:
+    record = served.folder / "clip" / RECORD
+    whole = record.read_text()
+    try:
+        record.write_text(whole.replace(EDIT, json.dumps(SCRIPT)))
+        page.click("button[role=tab]:nth-of-type(2)")
+        page.until(lambda: SCRIPT in page.text("#cards") and page.all("#single video"))
+        assert not page.all("#cards img[src='x']")
+    finally:
+        record.write_text(whole)

@@ -1,0 +1,253 @@
+"""What the page's address refuses, and what a page cannot name."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from pathlib import Path
+from threading import Thread
+from typing import Any
+from urllib.parse import quote, urlsplit
+from uuid import uuid4
+
+import pytest
+
+from tests.app.conftest import FRAMES, Served
+from tokenflow.app.edits import Device, Edit, News
+from tokenflow.app.request import Requests
+from tokenflow.app.server import serve
+from tokenflow.app.serving import Serving
+from tokenflow.errors import InputError
+
+EDIT = {
+    "prompt": "a plain red ball on sand", "inversion_prompt": "a plain blue ball on grass",
+    "model": "miniature", "editor": "SDEdit", "propagation": "NNField", "steps": 2,
+    "max_frames": FRAMES,
+}  # fmt: skip
+
+
+class Answer:
+    """What a server says to one request."""
+
+    def __init__(self, served: Served, method: str, path: str, body: Any = None, **headers: str):
+        where = urlsplit(served.url)
+        connection = http.client.HTTPConnection(where.hostname or "", where.port, timeout=30)
+        connection.request(method, path, body, headers)
+        answer = connection.getresponse()
+        self.status, self.headers, self.text = answer.status, answer.headers, answer.read()
+        connection.close()
+
+
+def upload(served: Served, name: str, data: bytes) -> Answer:
+    """Uploads a file as the page does."""
+    head = f'--b\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'
+    body = head.encode() + data + b"\r\n--b--\r\n"
+    return Answer(
+        served, "POST", "/gradio_api/upload", body,
+        **{"Content-Type": "multipart/form-data; boundary=b"},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/gradio_api/file=/etc/passwd",
+        "/gradio_api/file={folder}/secret/run.yaml",
+        "/gradio_api/file={folder}/.uploads/../secret/run.yaml",
+        "/gradio_api/file={folder}/.uploads/%2e%2e/secret/run.yaml",
+        "/gradio_api/file={folder}/.uploads/link",
+        "/gradio_api/file=http://127.0.0.1:1/a",
+        "/gradio_api/proxy=http://127.0.0.1:1/a",
+        "/gradio_api/info",
+        "/gradio_api/openapi.json",
+        "/gradio_api/run/edit",
+        "/gradio_api/call/edit",
+        "/gradio_api/vibe-code",
+        "/gradio_api/deep_link",
+        "/monitoring/summary",
+        "/docs",
+        "/..%2f..%2fetc/passwd",
+    ],
+)
+def test_what_is_not_served(served: Served, path: str) -> None:
+    secret = served.folder / "secret" / "run.yaml"
+    secret.parent.mkdir(exist_ok=True)
+    secret.write_text("hidden words")
+    link = served.folder / ".uploads" / "link"
+    if not link.is_symlink():
+        link.symlink_to(secret)
+    try:
+        answer = Answer(served, "GET", path.format(folder=served.folder))
+    finally:
+        secret.unlink()
+        secret.parent.rmdir()
+    assert answer.status in (403, 404)
+    assert b"hidden words" not in answer.text
+
+
+def test_the_page_loads_nothing_from_elsewhere(served: Served) -> None:
+    answer = Answer(served, "GET", "/")
+    assert answer.status == 200
+    assert "default-src 'self'" in answer.headers["content-security-policy"]
+    assert "http" not in answer.headers["content-security-policy"]
+
+
+def test_another_sites_name_for_this_machine_is_refused(served: Served) -> None:
+    """So that a site cannot have its own name resolved to this machine (DNS rebinding)."""
+    assert Answer(served, "GET", "/config", Host="evil.example:80").status == 404
+
+
+def test_uploads_are_limited_and_stay_in_their_folder(served: Served) -> None:
+    assert upload(served, "big.mp4", bytes(1_100_000)).status == 413
+    for name in ("../../out.mp4", "/tmp/out.mp4", "..\\out.mp4", "a/../../../out.mp4"):
+        (path,) = json.loads(upload(served, name, b"small").text)
+        assert Path(path).resolve().is_relative_to(served.folder.resolve() / ".uploads")
+
+
+@pytest.mark.parametrize("path", ["http://127.0.0.1:1/a.mp4", "/etc/passwd", "../../../etc/passwd"])
+def test_an_event_takes_only_uploads(served: Served, path: str) -> None:
+    """Nothing is fetched or read for a field of a file that names something else."""
+    config = json.loads(Answer(served, "GET", "/config").text)
+    named = {one["id"]: one["props"].get("elem_id") for one in config["components"]}
+    look = next(
+        one for one in config["dependencies"] if [named[i] for i in one["inputs"]][:1] == ["video"]
+    )
+    session = uuid4().hex[:10]
+    file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    body = {"data": [file, 0, 1], "fn_index": look["id"], "session_hash": session}
+    joined = Answer(
+        served, "POST", "/gradio_api/queue/join", json.dumps(body),
+        **{"Content-Type": "application/json"},
+    )  # fmt: skip
+    assert joined.status == 200
+    heard = Answer(served, "GET", f"/gradio_api/queue/data?session_hash={session}").text.decode()
+    events = [json.loads(line[5:]) for line in heard.splitlines() if line.startswith("data:")]
+    (ended,) = [one for one in events if one["msg"] == "process_completed"]
+    assert not ended["success"]
+    assert "root:" not in heard
+
+
+def test_a_password_is_asked_for(tmp_path: Path) -> None:
+    serving = Serving(str(tmp_path), host="127.0.0.1", password="a long one")
+    blocks = serve(serving, block=False)
+    try:
+        where = Served(blocks.local_url, serving, [], blocks)
+        assert Answer(where, "GET", "/config").status == 401
+        form = {"Content-Type": "application/x-www-form-urlencoded"}
+        for password, status in (("another", 400), ("a long one", 200)):
+            words = f"username=tokenflow&password={quote(password)}"
+            assert Answer(where, "POST", "/login", words, **form).status == status
+    finally:
+        blocks.close(verbose=False)
+
+
+@pytest.mark.parametrize("options", [{"share": True}, {"host": "0.0.0.0"}])
+def test_others_reach_it_only_with_a_password(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="expected a --password"):
+        Serving(**options)
+    assert Serving(**options, password="a long one").admits("tokenflow", "a long one")
+
+
+@pytest.fixture
+def requests(tmp_path: Path, video: Path) -> Requests:
+    """What checks the requests of a page, with a clip among its uploads."""
+    made = Requests(
+        Serving(
+            str(tmp_path / "runs"), cache=str(tmp_path / "cache"), dtype="float32", device="cpu",
+            max_frames=8, max_resolution=64, max_steps=10,
+        )
+    )  # fmt: skip
+    made.uploads.mkdir(parents=True)
+    (made.uploads / "clip.mp4").write_bytes(video.read_bytes())
+    return made
+
+
+def given(requests: Requests, **other: Any) -> dict[str, Any]:
+    """What a page sends for an edit."""
+    return EDIT | {"video": str(requests.uploads / "clip.mp4")} | other
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"model": "/etc"}, "model: expected one of miniature, got '/etc'"),
+        ({"editor": "os.system"}, "there is no editor 'os.system'"),
+        ({"editor": "tokenflow.editors.PnP"}, "there is no editor"),
+        ({"propagation": {"class_path": "os.system"}}, "there is no propagation"),
+        ({"video": "/etc/passwd"}, "video: expected a file that was uploaded"),
+        ({"video": "{uploads}/../../secret.mp4"}, "video: expected a file that was uploaded"),
+        ({"video": "{uploads}/link.mp4"}, "video: expected a file that was uploaded"),
+        ({"mask": "/etc/passwd"}, "mask: expected a file that was uploaded"),
+        ({"max_frames": 9}, "frames: expected 1 to 8, got 9"),
+        ({"max_frames": 10**400}, "max_frames: expected a whole number"),
+        ({"resolution": 65}, "65 pixels at their shorter side, expected at most 64"),
+        ({"steps": 11}, "steps: expected at most 10"),
+        ({"inversion_steps": "1e9"}, "inversion_steps: expected at most 10"),
+        ({"steps": "__import__('os')"}, "steps: expected a whole number"),
+        ({"prompt": "a " * 1001 + "b"}, "prompt: expected at most 2000 characters"),
+        ({"blend": "!!python/object"}, "blend: expected one of sigmoid, linear"),
+        ({"editor.SDEdit.strength": float("nan")}, "strength: expected a finite number"),
+        (
+            {"editor": "ControlNet", "editor.ControlNet.model": "/etc"},
+            "model: expected one of miniature",
+        ),
+        (
+            {"editor": "ControlNet", "editor.ControlNet.condition": "os.system"},
+            "condition: expected one of Canny, ControlVideo",
+        ),
+        (
+            {"propagation": "FlowWeighted", "propagation.FlowWeighted.flow": "FlowFiles"},
+            "flow: expected one of DIS, got 'FlowFiles'",
+        ),
+    ],
+)
+def test_what_a_page_cannot_ask_for(requests: Requests, other: dict[str, Any], said: str) -> None:
+    (requests.folder.parent / "secret.mp4").write_bytes(
+        (requests.uploads / "clip.mp4").read_bytes()
+    )
+    (requests.uploads / "link.mp4").symlink_to(requests.folder.parent / "secret.mp4")
+    other = {
+        name: value.format(uploads=requests.uploads) if isinstance(value, str) else value
+        for name, value in other.items()
+    }
+    with pytest.raises(InputError) as error:
+        requests.configuration(given(requests, **other))
+    assert said in str(error.value)
+
+
+def test_what_is_not_an_option_is_not_taken(requests: Requests) -> None:
+    """A plugin's files, a class that is no plugin, Lightning's trainer: none is in the result."""
+    named = {
+        "cache": "/", "backbone": "/", "output.folder": "/", "trainer": {}, "vae": "/",
+        "editor.SDEdit.class_path": "os.system", "editor.PnP.attention": 0.1,
+    }  # fmt: skip
+    found = requests.configuration(given(requests, **named))
+    assert found == requests.configuration(given(requests))
+    assert found["model"]["editor"] == {"class_path": "SDEdit"}
+
+
+def test_two_clients_at_once(requests: Requests) -> None:
+    """One edit waits for the other, and each has a run of its own."""
+    device, heard = Device(requests), dict[str, list[News]]()
+
+    def client(prompt: str) -> None:
+        edit = Edit(requests.configuration(given(requests, prompt=prompt)))
+        heard[prompt] = list(device.run(edit))
+
+    prompts = ("a plain red ball on sand", "a plain green ball on sand")
+    threads = [Thread(target=client, args=(prompt,)) for prompt in prompts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [news[-1].stage for news in heard.values()] == ["done", "done"]
+    assert any(news.stage == "waiting" for news in heard[prompts[0]] + heard[prompts[1]])
+    assert {one.name for one in requests.folder.glob("[!.]*")} == {"clip", "clip-2"}
+
+
+def test_too_many_do_not_wait(requests: Requests) -> None:
+    device = Device(requests)
+    edit = Edit(requests.configuration(given(requests)))
+    device.waiting.extend([edit] * 9)
+    with pytest.raises(InputError, match="9 edits wait already"):
+        next(device.run(edit))
