@@ -62,6 +62,9 @@ def test_a_readmes_command_is_known(command: str, monkeypatch: pytest.MonkeyPatc
         case ["tokenflow", "predict", *_]:
             with pytest.raises(SystemExit, match=r"^0$"):
                 main(sys.argv[1:])
+        case ["tokenflow", "app"]:
+            with pytest.raises(SystemExit, match=r"^0$"):
+                main(["app", "--help"])
         case ["python", "-m", module, *_]:
             del sys.argv[:2]
             with pytest.raises(SystemExit, match=r"^0$"):

@@ -50,6 +50,6 @@ def test_constraints_pin_what_setup_requires() -> None:
     setup.read(ROOT / "setup.cfg")
     extras = setup["options.extras_require"].values()
     for line in chain(setup["options"]["install_requires"].splitlines(), *map(str.split, extras)):
-        if line and line != "tokenflow[docs]":
+        if line and not line.startswith("tokenflow["):
             required = Requirement(line)
             assert pins[canonicalize_name(required.name)] in required.specifier, line

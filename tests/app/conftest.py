@@ -10,10 +10,16 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.video.making import make_video, noise
+from tokenflow.app.request import Requests
 from tokenflow.app.server import serve
 from tokenflow.app.serving import Serving
 
 FRAMES, SIDE = 5, 32
+EDIT = {
+    "prompt": "a plain red ball on sand", "inversion_prompt": "a plain blue ball on grass",
+    "model": "miniature", "editor": "SDEdit", "propagation": "NNField", "steps": 2,
+    "max_frames": FRAMES,
+}  # fmt: skip
 
 
 class Served(NamedTuple):
@@ -61,3 +67,22 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small clip."""
     return make_video(tmp_path_factory.mktemp("video") / "clip.mp4", noise(FRAMES, SIDE, SIDE))
+
+
+@pytest.fixture
+def requests(tmp_path: Path, video: Path) -> Requests:
+    """What checks the requests of a page, with a clip among its uploads."""
+    made = Requests(
+        Serving(
+            str(tmp_path / "runs"), cache=str(tmp_path / "cache"), dtype="float32", device="cpu",
+            max_frames=8, max_resolution=64, max_steps=10,
+        )
+    )  # fmt: skip
+    made.uploads.mkdir(parents=True)
+    (made.uploads / "clip.mp4").write_bytes(video.read_bytes())
+    return made
+
+
+def given(requests: Requests, **other: Any) -> dict[str, Any]:
+    """What a page sends for an edit."""
+    return EDIT | {"video": str(requests.uploads / "clip.mp4")} | other

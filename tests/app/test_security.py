@@ -12,18 +12,12 @@ from uuid import uuid4
 
 import pytest
 
-from tests.app.conftest import FRAMES, Served
+from tests.app.conftest import Served, given
 from tokenflow.app.edits import Device, Edit, News
 from tokenflow.app.request import Requests
 from tokenflow.app.server import serve
 from tokenflow.app.serving import Serving
 from tokenflow.errors import InputError
-
-EDIT = {
-    "prompt": "a plain red ball on sand", "inversion_prompt": "a plain blue ball on grass",
-    "model": "miniature", "editor": "SDEdit", "propagation": "NNField", "steps": 2,
-    "max_frames": FRAMES,
-}  # fmt: skip
 
 
 class Answer:
@@ -146,25 +140,6 @@ def test_others_reach_it_only_with_a_password(options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="expected a --password"):
         Serving(**options)
     assert Serving(**options, password="a long one").admits("tokenflow", "a long one")
-
-
-@pytest.fixture
-def requests(tmp_path: Path, video: Path) -> Requests:
-    """What checks the requests of a page, with a clip among its uploads."""
-    made = Requests(
-        Serving(
-            str(tmp_path / "runs"), cache=str(tmp_path / "cache"), dtype="float32", device="cpu",
-            max_frames=8, max_resolution=64, max_steps=10,
-        )
-    )  # fmt: skip
-    made.uploads.mkdir(parents=True)
-    (made.uploads / "clip.mp4").write_bytes(video.read_bytes())
-    return made
-
-
-def given(requests: Requests, **other: Any) -> dict[str, Any]:
-    """What a page sends for an edit."""
-    return EDIT | {"video": str(requests.uploads / "clip.mp4")} | other
 
 
 @pytest.mark.parametrize(

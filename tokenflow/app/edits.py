@@ -10,11 +10,11 @@ from queue import Empty, Queue
 from threading import Event, Thread
 from typing import Any, Literal
 
+import torch
 import yaml
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from tokenflow.app.preview import LinearDecoder
 from tokenflow.app.request import Requests
 from tokenflow.diffusion import Backbone
 from tokenflow.engine.lightning.callback import EditCallback
@@ -27,9 +27,12 @@ from tokenflow.memory import explained_shortage
 from tokenflow.plugins import origin
 from tokenflow.report.pictures import picture
 from tokenflow.runs.files import finished
+from tokenflow.video import contact_sheet, resized
 
 EVERY = 2
 """Steps of sampling from one preview to the next."""
+SHOWN, HEIGHT = 3, 200
+"""Frames of a preview, and pixels of their height."""
 PATIENCE = 0.25
 """Seconds between two looks for news of an edit."""
 GRACE = 30.0
@@ -72,7 +75,6 @@ class Edit(EditCallback):
         self.stop, self.over = Event(), Event()
         self.preview = ""
         self.reporter, self.share = Reporter(), 0.0
-        self.decoder: LinearDecoder | None = None
         self.folder: Path | None = None
 
     def say(self, stage: str, **news: Any) -> None:
@@ -94,11 +96,15 @@ class Edit(EditCallback):
         )  # fmt: skip
         return "stop" if self.stop.is_set() else None
 
-    def on_prediction(
-        self, trainer: Trainer, module: LightningModule, done: int, clean: Tensor
+    def on_prediction(  # type: ignore[override]
+        self, trainer: Trainer, module: TokenFlowModule, done: int, clean: Tensor
     ) -> None:
-        if self.decoder is not None and done % EVERY == 1:
-            self.preview = picture(self.decoder.preview(clean))
+        if done % EVERY == 1 and module.backbone is not None:
+            some = torch.linspace(0, len(clean) - 1, min(len(clean), SHOWN)).round().long()
+            frames = [module.backbone.decode(one[None])[0].cpu().clamp(0, 1) for one in clean[some]]
+            height, width = frames[0].shape[1:]
+            small = [resized(one, (HEIGHT, max(1, HEIGHT * width // height))) for one in frames]
+            self.preview = picture(contact_sheet([torch.stack(small)]))
 
 
 class Device:
@@ -113,7 +119,7 @@ class Device:
         self.edits: Queue[Edit] = Queue()
         self.waiting: list[Edit] = []
         self.running: Edit | None = None
-        self.loaded: tuple[str, Backbone, LinearDecoder] | None = None
+        self.loaded: tuple[str, Backbone] | None = None
         Thread(target=self.work, daemon=True).start()
 
     def run(self, edit: Edit) -> Iterator[News]:
@@ -185,7 +191,7 @@ class Device:
         )
         with explained_shortage("for the edit", REMEDY):
             device = str(trainer.strategy.root_device)
-            module.backbone, edit.decoder = self.model(module, device)
+            module.backbone = self.model(module, device)
             editor, kernel = (
                 f"{origin(type(getattr(module, name)))}\n{yaml.safe_dump(whole['model'][name])}"
                 for name in ("editor", "propagation")
@@ -198,13 +204,12 @@ class Device:
             writer.configuration = whole
             trainer.predict(module, datamodule=data, return_predictions=False)
 
-    def model(self, module: TokenFlowModule, device: str) -> tuple[Backbone, LinearDecoder]:
+    def model(self, module: TokenFlowModule, device: str) -> Backbone:
         """The module's model, loaded unless it is the last one."""
         if self.loaded is None or self.loaded[0] != module.model:
             self.loaded = None  # first, so that two are not in memory at once
-            model = Backbone.load(module.model, device, module.dtype_name)
-            self.loaded = module.model, model, LinearDecoder(model)
-        return self.loaded[1:]
+            self.loaded = module.model, Backbone.load(module.model, device, module.dtype_name)
+        return self.loaded[1]
 
     def complete(self, job: Job, model: Mapping[str, Any]) -> None:
         """Lists the files that a job reads, for its record."""

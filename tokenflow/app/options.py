@@ -102,7 +102,7 @@ def option(name: str, hint: Any, argument: Parameter, about: str) -> Option | No
     if not words and len(parts) == 1:
         if parts[0] in KINDS:
             kind = KINDS[parts[0]]
-        elif isinstance(parts[0], type) and default is None:
+        elif default is None and getattr(parts[0], "__module__", "").startswith("tokenflow."):
             kind, words = "class", tuple(one.__name__ for one in makeable(parts[0]))
     if kind in ("choice", "class") and not words:
         return None

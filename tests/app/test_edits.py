@@ -1,0 +1,123 @@
+"""Edits as the page runs them, without the page."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from tests.app.conftest import given
+from tokenflow.app.edits import Device, Edit
+from tokenflow.app.page import Page
+from tokenflow.app.request import Requests, command_of, yaml_of
+from tokenflow.cli.main import main
+from tokenflow.cli.predict import run
+from tokenflow.engine.lightning.callback import EditCallback
+from tokenflow.errors import InputError
+from tokenflow.metrics import psnr
+from tokenflow.report import read_run
+from tokenflow.runs.files import EDITED, METRICS
+from tokenflow.video import read_clip
+
+
+class Stopped(Edit):
+    """Asks to stop after two steps of sampling."""
+
+    def on_prediction(self, trainer: Any, module: Any, done: int, clean: torch.Tensor) -> None:
+        if done == 2:
+            self.stop.set()
+
+
+class Steps(EditCallback):
+    """Keeps the steps of sampling."""
+
+    def __init__(self) -> None:
+        self.done: list[int] = []
+
+    def on_edit_step(
+        self, trainer: Any, module: Any, stage: str, step: int, steps: int
+    ) -> Literal["stop"] | None:
+        if stage == "edit":
+            self.done.append(step)
+        return None
+
+
+def test_predict_goes_on_from_an_edit_that_was_stopped(requests: Requests, tmp_path: Path) -> None:
+    """So the configuration is the same to both, with every default."""
+    options = {"editor": "PnP", "editor.PnP.features": "0.5", "steps": 4}
+    configuration = requests.configuration(given(requests, **options))
+    assert [*Device(requests).run(Stopped(configuration))][-1].stage == "stopped"
+    file, steps = tmp_path / "edit.yaml", Steps()
+    file.write_text(yaml_of(configuration))
+    run(["--config", str(file), "--trainer.accelerator", "cpu"], [steps])
+    assert steps.done == [3, 4]
+
+
+def test_the_command_makes_the_same_edit(requests: Requests) -> None:
+    options = {"propagation": "FlowWeighted", "propagation.FlowWeighted.flow": "DIS", "fusion": 0.2}
+    configuration = requests.configuration(given(requests, **options))
+    assert [*Device(requests).run(Edit(configuration))][-1].stage == "done"
+    command = command_of(configuration)
+    assert "--model.propagation.flow DIS" in command
+    program, *words = shlex.split(command)
+    assert program == "tokenflow"
+    main([*words, "--trainer.accelerator", "cpu"])
+    again = requests.folder.with_name("runs-again") / "clip" / EDITED
+    assert again.read_bytes() == (requests.folder / "clip" / EDITED).read_bytes()
+
+
+def test_control_and_mask_are_in_the_record(requests: Requests) -> None:
+    control, mask = requests.uploads / "control.mp4", requests.uploads / "mask.png"
+    control.write_bytes((requests.uploads / "clip.mp4").read_bytes())
+    white = Image.new("L", (32, 32))
+    white.paste(255, (0, 0, 16, 32))
+    white.save(mask)
+    options = {
+        "editor": "ControlNet", "editor.ControlNet.condition": "ControlVideo", "mask": str(mask),
+        "control": str(control), "measure": True,
+    }  # fmt: skip
+    configuration = requests.configuration(given(requests, **options))
+    last = [*Device(requests).run(Edit(configuration))][-1]
+    assert last.stage == "done", last.reason
+    record = read_run(requests.folder / "clip").record
+    names = {"data.video", "model.mask", "model.editor.condition.path"}
+    assert set(record["run"]["inputs"]) == names
+    assert (requests.folder / "clip" / METRICS).exists()
+    paths = requests.uploads / "clip.mp4", requests.folder / "clip" / EDITED
+    source, edited = (read_clip(path).frames for path in paths)
+    inside, outside = (psnr(source[..., w], edited[..., w]) for w in (slice(12), slice(20, None)))
+    assert outside > inside + 10, "outside of the mask the source stays"
+
+
+def test_an_edit_that_cannot_be_made_says_why(requests: Requests) -> None:
+    configuration = requests.configuration(given(requests, **{"editor.SDEdit.strength": 2.0}))
+    with pytest.raises(InputError, match="strength is the share"):
+        requests.complete(configuration)
+    last = [*Device(requests).run(Edit(configuration))][-1]
+    assert (last.stage, "strength is the share" in last.reason) == ("failed", True)
+
+
+def test_a_mask_that_was_drawn(requests: Requests) -> None:
+    page = Page(requests)
+    empty, layer = Image.new("RGBA", (8, 6)), Image.new("RGBA", (8, 6))
+    layer.paste((255, 255, 255, 255), (2, 0, 4, 6))
+    assert page.drawn(None) is None
+    assert page.drawn({"layers": [empty]}) is None
+    path = page.drawn({"layers": [empty, layer]})
+    assert path is not None
+    assert requests.uploaded({"mask": path}, "mask") == Path(path)
+    drawn = Image.open(path)
+    assert (drawn.size, drawn.mode, drawn.getbbox()) == ((8, 6), "L", (2, 0, 4, 6))
+    assert drawn.getextrema() == (0, 255)
+
+
+def test_the_yaml_has_what_differs_from_the_defaults(requests: Requests) -> None:
+    configuration = requests.configuration(given(requests, seed=3, guidance=""))
+    model = yaml.safe_load(yaml_of(configuration))["model"]
+    assert model["seed"] == 3
+    assert not {"guidance", "blend", "negative_prompt"} & set(model)
