@@ -188,6 +188,18 @@ def test_stop(page: Page, video: Path) -> None:
     assert "goes on from there" in page.text("#state")
 
 
+def test_the_options_are_those_of_the_chosen_editor(page: Page) -> None:
+    layout, change = "editor.PnP.features", "editor.SDEdit.strength"
+
+    def shown(name: str) -> bool:
+        return any(one.is_displayed() for one in page.browser.find_elements(By.ID, name))
+
+    assert (shown(layout), shown(change)) == (True, False)
+    page.all("#editor input")[0].click()
+    page.all("[role=option][aria-label=SDEdit]")[0].click()
+    page.until(lambda: shown(change) and not shown(layout))
+
+
 def test_an_edit_that_fails_says_why(page: Page, video: Path) -> None:
     page.edit(ends="there is no video; upload one")
     page.prepare(video, prompt="")

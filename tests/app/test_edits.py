@@ -54,19 +54,25 @@ def test_predict_goes_on_from_an_edit_that_was_stopped(requests: Requests, tmp_p
     assert [*Device(requests).run(Stopped(configuration))][-1].stage == "stopped"
     file, steps = tmp_path / "edit.yaml", Steps()
     file.write_text(yaml_of(configuration))
-    run(["--config", str(file), "--trainer.accelerator", "cpu"], [steps])
+    run(["--config", str(file)], [steps])
     assert steps.done == [3, 4]
 
 
 def test_the_command_makes_the_same_edit(requests: Requests) -> None:
-    options = {"propagation": "FlowWeighted", "propagation.FlowWeighted.flow": "DIS", "fusion": 0.2}
+    options = {
+        "propagation": "FlowWeighted",
+        "propagation.FlowWeighted.flow": "DIS",
+        "fusion": 0.2,
+        "report_reconstruction": True,
+        "batch": 1,
+    }
     configuration = requests.configuration(given(requests, **options))
     assert [*Device(requests).run(Edit(configuration))][-1].stage == "done"
     command = command_of(configuration)
     assert "--model.propagation.flow DIS" in command
     program, *words = shlex.split(command)
     assert program == "tokenflow"
-    main([*words, "--trainer.accelerator", "cpu"])
+    main(words)
     again = requests.folder.with_name("runs-again") / "clip" / EDITED
     assert again.read_bytes() == (requests.folder / "clip" / EDITED).read_bytes()
 

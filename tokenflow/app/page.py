@@ -56,6 +56,8 @@ STAGES = {
     "decode": "Decoding the frames",
 }
 """What the stages of an edit are called."""
+PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+"""Of every event: the page alone calls it, and shows its progress itself."""
 
 
 class Page:
@@ -69,7 +71,10 @@ class Page:
         self.requests, self.device = requests, Device(requests)
         self.runs, self.serving = Runs(requests.folder), requests.serving
         self.fields: dict[str, Any] = {}
-        self.groups: dict[tuple[str, str], list[Any]] = {}
+        self.groups: dict[str, list[tuple[str, Any]]] = {"editor": [], "propagation": []}
+        """Of editors and kernels, by name, the groups of fields of their options."""
+        self.own: list[tuple[str, Any]] = []
+        """The names and fields of options that a model may have its own default of."""
 
     def build(self) -> gr.Blocks:
         """The page's components and events."""
@@ -98,7 +103,6 @@ class Page:
                     single = Result(self, "single")
                     cards = gr.HTML(elem_id="cards")
             inputs, names = list(self.fields.values()), list(self.fields)
-            private = {"api_visibility": "private", "show_progress": "hidden"}
 
             # Gradio streams what generator functions yield, which a function whose types are
             # checked in tests is not
@@ -108,16 +112,16 @@ class Page:
                         dict(zip(names, values, strict=True)), session, state, result
                     )
                 ),
-                [session, *inputs], [state, *result.outputs], concurrency_limit=None, **private,
+                [session, *inputs], [state, *result.outputs], concurrency_limit=None, **PRIVATE,
             )  # fmt: skip
-            stop.click(self.stop, session, None, concurrency_limit=None, **private)
+            stop.click(self.stop, session, None, concurrency_limit=None, **PRIVATE)
             pair, shown = [one, other], [compared, *single.outputs]
             choose = functools.partial(self.choose, compared, single)
-            listed = gallery.select(self.gallery, pair, [cards, *pair], **private)
-            measured = measure.click(self.measure, pair, None, **private)
+            listed = gallery.select(self.gallery, pair, [cards, *pair], **PRIVATE)
+            measured = measure.click(self.measure, pair, None, **PRIVATE)
             for event in (listed.then, measured.then, one.input, other.input):
-                event(choose, pair, shown, **private)
-            again.click(functools.partial(self.again, tabs), one, [tabs, *inputs], **private)
+                event(choose, pair, shown, **PRIVATE)
+            again.click(functools.partial(self.again, tabs), one, [tabs, *inputs], **PRIVATE)
         return blocks
 
     def source(self) -> None:
@@ -140,13 +144,12 @@ class Page:
             "video": video, start.name: first, count.name: frames,
             "inversion_prompt": before, "prompt": after,
         }  # fmt: skip
-        private = {"api_visibility": "private", "show_progress": "hidden"}
         bundled.click(
-            lambda: (self.served(DEMO), *DEMO_PROMPTS), None, [video, before, after], **private
+            lambda: (self.served(DEMO), *DEMO_PROMPTS), None, [video, before, after], **PRIVATE
         )
         gr.on(
             [video.change, first.release, frames.release], self.look, [video, first, frames],
-            [thumbnails, first, frames], **private,
+            [thumbnails, first, frames], **PRIVATE,
         )  # fmt: skip
 
     def choices(self) -> None:
@@ -184,18 +187,18 @@ class Page:
                     if name not in PLAIN:
                         self.add(name, option)
             self.fields["measure"] = gr.Checkbox(label="Measure the edit when it is done")
-        for name in ("editor", "propagation"):
-            field, shown = self.fields[name], [k for k in self.groups if k[0] == name]
-            field.change(
-                functools.partial(self.switch, shown), field,
-                [one for key in shown for one in self.groups[key]],
-                api_visibility="private", show_progress="hidden",
-            )  # fmt: skip
+        for name, groups in self.groups.items():
+            shown = [group for _, group in groups]
+            self.fields[name].change(
+                functools.partial(switch, groups), self.fields[name], shown, **PRIVATE
+            )
+        own = [field for _, field in self.own]
+        self.fields["model"].change(self.own_defaults, self.fields["model"], own, **PRIVATE)
 
     def mask(self) -> None:
         """The field for a mask: drawn on the first frame, or a video."""
         drawn = gr.ImageEditor(
-            label="White where the edit may be", type="pil", sources=(), transforms=(),
+            label="White where every frame may change", type="pil", sources=(), transforms=(),
             layers=False, brush=gr.Brush(colors=["#ffffff"], color_mode="fixed"), height=320,
             elem_id="mask",
         )  # fmt: skip
@@ -203,7 +206,7 @@ class Page:
         video = gr.Video(label="Or a mask as a video", sources=["upload"], height=160)
         take.click(
             self.canvas, [self.fields["video"], self.fields["start"]], drawn,
-            api_visibility="private", show_progress="hidden",
+            **PRIVATE,
         )  # fmt: skip
         self.fields |= {"drawn": drawn, "mask": video}
 
@@ -223,8 +226,10 @@ class Page:
             most = self.serving.max_steps
             field = gr.Slider(1, most, min(option.default, most), step=1, **about)
         elif option.optional:  # a number's field has no empty value
-            own = self.own_default(option.name)
-            field = gr.Textbox(placeholder=f"the default{own}", **about)
+            field = gr.Textbox(
+                placeholder=own_default(self.serving.models[0], option.name), **about
+            )
+            self.own.append((option.name, field))
         elif option.share:
             field = gr.Slider(0, 1, option.default, step=0.05, **about)
         else:
@@ -233,12 +238,10 @@ class Page:
         self.fields[name] = field
         return field
 
-    def own_default(self, name: str) -> str:
-        """What the first model's own value of an option is, where a file of it says so."""
-        first = self.serving.models[0]
-        file = (EMBEDDED if first == "miniature" else local(first)) / "tokenflow.json"
-        known = Defaults.read(file) if file.is_file() else None
-        return f": {getattr(known, name)}" if hasattr(known, name) else ""
+    def own_defaults(self, model: str) -> dict[Any, Any]:
+        """What stands in the fields of options that the chosen model has its own default of."""
+        known = model if model in self.serving.models else ""
+        return {field: gr.update(placeholder=own_default(known, name)) for name, field in self.own}
 
     def plugin_fields(self, name: str, plain: bool) -> None:
         """The fields of every editor's or kernel's options; those of the chosen one are shown."""
@@ -247,17 +250,10 @@ class Page:
             options = [one for one in options if (one.name in PLAIN) == plain]
             if not options:
                 continue
-            first = self.fields[name].value if name in self.fields else "NNField"
-            with gr.Row(visible=plugin.name == first) as group:
+            with gr.Row(visible=plugin.name == self.fields[name].value) as group:
                 for one in options:
                     self.add(f"{name}.{plugin.name}.{one.name}", one)
-            self.groups.setdefault((name, plugin.name), []).append(group)
-
-    def switch(self, shown: list[tuple[str, str]], chosen: str) -> Any:
-        """Shows the options of the chosen plugin alone."""
-        visible = [key[1] == chosen for key in shown for _ in self.groups[key]]
-        updates = [gr.update(visible=one) for one in visible]
-        return updates if len(updates) > 1 else updates[0]
+            self.groups[name].append((plugin.name, group))
 
     def served(self, file: Path) -> str:
         """A copy of a file among the uploads, which alone are served."""
@@ -429,6 +425,18 @@ class Result:
             self.command: command,
             self.yaml: yaml_of(record if configuration is None else configuration),
         }
+
+
+def own_default(model: str, name: str) -> str:
+    """What stands in the field of an option; its default, where a file of the model says so."""
+    file = (EMBEDDED if model == "miniature" else local(model)) / "tokenflow.json"
+    known = Defaults.read(file) if model and file.is_file() else None
+    return f"the default: {getattr(known, name)}" if hasattr(known, name) else "the default"
+
+
+def switch(groups: list[tuple[str, Any]], chosen: str) -> dict[Any, Any]:
+    """Shows the options of the chosen plugin alone."""
+    return {group: gr.update(visible=name == chosen) for name, group in groups}
 
 
 def progress(news: News) -> Markup:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -112,12 +113,12 @@ class Requests:
                 model[name] = getattr(serving, name)
         if values.get("mask"):
             model["mask"] = str(self.uploaded(values, "mask"))
-        return {
-            "data": data,
-            "model": model,
-            "output": {"folder": str(self.folder)},
-            **({"metrics": {"measure": True}} if values.get("measure") is True else {}),
-        }
+        found = {"data": data, "model": model, "output": {"folder": str(self.folder)}}
+        if values.get("measure") is True:
+            found["metrics"] = {"measure": True}
+        if serving.device != "auto":
+            found["trainer"] = {"accelerator": serving.device}
+        return found
 
     def uploaded(self, values: Mapping[str, Any], name: str) -> Path:
         """The path of an uploaded file.
@@ -178,9 +179,11 @@ class Requests:
             InputError: An option is out of its range.
         """
         try:
-            given = self.parser.parse_object(configuration)
+            trainer = configuration.get("trainer", {})
+            own = {group: one for group, one in configuration.items() if group != "trainer"}
+            given = self.parser.parse_object(own)
             whole = yaml.safe_load(self.parser.dump(given, skip_unset=False))
-            return whole, self.parser.instantiate(given)
+            return whole | {"trainer": trainer}, self.parser.instantiate(given)
         except InputError:
             raise
         except (ArgumentError, TypeError, ValueError, ImportError) as error:
@@ -207,7 +210,7 @@ def chosen(
 
 def again(configuration: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration for another folder of runs: a finished run is not replaced."""
-    folder = Path(configuration["output"]["folder"])
+    folder = Path((configuration.get("output") or {}).get("folder") or "runs")
     return {**configuration, "output": {"folder": str(folder.with_name(f"{folder.name}-again"))}}
 
 
@@ -229,9 +232,5 @@ def flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str
         if isinstance(value, Mapping):
             yield from flat(value, name)
         else:
-            yield name, "null" if value is None else yaml_word(value)
-
-
-def yaml_word(value: Any) -> str:
-    """A value as a word of the command line."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
+            word = value is None or isinstance(value, bool)
+            yield name, json.dumps(value) if word else str(value)

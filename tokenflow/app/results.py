@@ -95,15 +95,17 @@ class Runs:
         """What the page's fields were for a run, as `Requests.configuration` takes them."""
         run = self.run(name)
         data, model = run.record.get("data") or {}, run.record.get("model") or {}
-        values = {"model": model.get("backbone"), **data, **model}
+        measured = bool((run.record.get("metrics") or {}).get("measure"))
+        values = {**data, **model, "model": model.get("backbone")}
+        values |= {"drawn": None, "measure": measured}
         values |= {name: run.settings.get(name, "") for name in PROMPTS}
         for one in PLUGINS:
             spec = model.get(one) or {}
             plugin = values[one] = str(spec.get("class_path", "")).rsplit(".", 1)[-1]
             for option, value in (spec.get("init_args") or {}).items():
-                kind = value.get("class_path", "") if isinstance(value, dict) else value
-                kind = kind.rsplit(".", 1)[-1] if isinstance(value, dict) else kind
-                values[f"{one}.{plugin}.{option}"] = kind
+                if isinstance(value, dict):  # a class is shown by its name
+                    value = str(value.get("class_path", "")).rsplit(".", 1)[-1]
+                values[f"{one}.{plugin}.{option}"] = value
         for file in ("video", "mask"):
             path = Path(str(values.get(file) or ""))
             mine = path.is_file() and path.resolve().is_relative_to(requests.uploads.resolve())
