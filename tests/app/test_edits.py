@@ -58,11 +58,27 @@ def test_predict_goes_on_from_an_edit_that_was_stopped(requests: Requests, tmp_p
     assert steps.done == [3, 4]
 
 
+def test_who_leaves_stops_an_edit_and_the_end_of_the_server_waits(requests: Requests) -> None:
+    device = Device(requests)
+    first, second = (Edit(requests.configuration(given(requests, steps=10))) for _ in range(2))
+    news = device.run(first)
+    while next(news).stage != "edit":
+        pass
+    news.close()  # as Gradio does when a page is gone
+    device.edits.put(second)
+    device.waiting.append(second)
+    device.close()
+    assert first.over.wait(20)
+    assert second.over.wait(20)
+    ends = [list(one.news.queue)[-1] for one in (first, second)]
+    assert [one.stage for one in ends] == ["stopped", "stopped"]
+    assert not (requests.folder / "clip").exists()
+
+
 def test_the_command_makes_the_same_edit(requests: Requests) -> None:
     options = {
         "propagation": "FlowWeighted",
         "propagation.FlowWeighted.flow": "DIS",
-        "fusion": 0.2,
         "report_reconstruction": True,
         "batch": 1,
     }

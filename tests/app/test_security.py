@@ -11,6 +11,7 @@ from urllib.parse import quote, urlsplit
 from uuid import uuid4
 
 import pytest
+from PIL import EpsImagePlugin
 
 from tests.app.conftest import Served, given
 from tokenflow.app.edits import Device, Edit, News
@@ -96,6 +97,10 @@ def test_uploads_are_limited_and_stay_in_their_folder(served: Served) -> None:
     for name in ("../../out.mp4", "/tmp/out.mp4", "..\\out.mp4", "a/../../../out.mp4"):
         (path,) = json.loads(upload(served, name, b"small").text)
         assert Path(path).resolve().is_relative_to(served.folder.resolve() / ".uploads")
+
+
+def test_no_picture_starts_ghostscript(served: Served) -> None:
+    assert not EpsImagePlugin.has_ghostscript()
 
 
 @pytest.mark.parametrize("path", ["http://127.0.0.1:1/a.mp4", "/etc/passwd", "../../../etc/passwd"])

@@ -91,10 +91,12 @@ def serve(serving: Serving, block: bool = True) -> Any:
         raise InputError(
             f"tokenflow app needs Gradio ({error}); install it by pip install 'tokenflow[app]'"
         ) from error
+    from PIL import EpsImagePlugin
     from starlette.middleware import Middleware  # comes with Gradio
 
     from tokenflow.app.page import Page
 
+    EpsImagePlugin.gs_binary = False  # else a picture that is uploaded could start Ghostscript
     for name in FETCHING:
         setattr(gr.processing_utils, name, refused)
     page = Page(Requests(serving))
