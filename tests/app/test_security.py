@@ -153,6 +153,7 @@ def test_others_reach_it_only_with_a_password(options: dict[str, Any]) -> None:
         ({"model": "/etc"}, "model: expected one of miniature, got '/etc'"),
         ({"editor": "os.system"}, "there is no editor 'os.system'"),
         ({"editor": "tokenflow.editors.PnP"}, "there is no editor"),
+        ({"editor": "IPAdapter"}, "there is no editor 'IPAdapter'"),
         ({"propagation": {"class_path": "os.system"}}, "there is no propagation"),
         ({"video": "/etc/passwd"}, "video: expected a file that was uploaded"),
         ({"video": "{uploads}/../../secret.mp4"}, "video: expected a file that was uploaded"),

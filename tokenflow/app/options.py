@@ -113,9 +113,14 @@ def makeable(base: type[Any]) -> Iterator[type[Any]]:
     """The subclasses that need no argument, or only a file that the page uploads."""
     for kind in base.__subclasses__():
         yield from makeable(kind)
-        needed = {
-            name for name, a in signature(kind).parameters.items() if a.default is Parameter.empty
-        }
         uploaded = {FILES[UPLOADED]} if kind.__name__ == UPLOADED else set()
-        if not isabstract(kind) and kind.__module__.startswith("tokenflow.") and needed == uploaded:
+        ours = kind.__module__.startswith("tokenflow.") and not isabstract(kind)
+        if ours and needed_by(kind) == uploaded:
             yield kind
+
+
+def needed_by(kind: type[Any]) -> set[str]:
+    """The arguments of a constructor that have no default."""
+    given = (Parameter.VAR_KEYWORD, Parameter.VAR_POSITIONAL)
+    arguments = signature(kind).parameters.items()
+    return {k for k, a in arguments if a.default is Parameter.empty and a.kind not in given}

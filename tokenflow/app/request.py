@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from tokenflow.app.options import UPLOADED, Option, options_of
+from tokenflow.app.options import UPLOADED, Option, needed_by, options_of
 from tokenflow.app.serving import Serving
 from tokenflow.engine.edit import check_prompt
 from tokenflow.engine.lightning.data import Video
@@ -23,7 +23,7 @@ from tokenflow.engine.lightning.module import TokenFlowModule
 from tokenflow.engine.lightning.run_writer import RunWriter
 from tokenflow.engine.settings import Settings
 from tokenflow.errors import InputError
-from tokenflow.plugins import GROUPS, Plugin, describe, installed_plugins
+from tokenflow.plugins import GROUPS, Plugin, installed_plugins
 from tokenflow.storage.paths import local
 from tokenflow.video import read_clip
 
@@ -48,9 +48,12 @@ class Parser(ArgumentParser):
 
 
 def plugins(name: str) -> dict[str, Plugin]:
-    """The usable editors, or kernels ("propagation"), by their names."""
-    group = GROUP_OF[name]
-    return {one.name: one for one in installed_plugins() if one.group == group and one.usable}
+    """The editors, or kernels ("propagation"), by their names, that need no argument."""
+    return {
+        one.name: one
+        for one in installed_plugins()
+        if one.group == GROUP_OF[name] and one.kind is not None and not needed_by(one.kind)
+    }
 
 
 class Requests:
@@ -157,8 +160,10 @@ class Requests:
         """An editor or kernel with the options that differ from its defaults."""
         known, wanted = plugins(name), values.get(name)
         if not isinstance(wanted, str) or wanted not in known:
-            mine = [one for one in installed_plugins() if one.group == GROUP_OF[name]]
-            raise InputError(f"there is no {name} {wanted!r:.200}; {describe(mine)}")
+            expected = ", ".join(known)
+            raise InputError(
+                f"there is no {name} {wanted!r:.200} on this page; expected one of {expected}"
+            )
         plugin = known[wanted]
         options = {one.name: one for one in plugin_options(plugin, self.serving.models)}
         own = {one: values.get(f"{name}.{wanted}.{one}") for one in options}
