@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,15 @@ class Served(NamedTuple):
     @property
     def folder(self) -> Path:
         return Path(self.serving.folder)
+
+
+@pytest.fixture(autouse=True)
+def upload_folder() -> Iterator[None]:
+    """Gradio's folder is the environment's: a test's own server leaves it as it was."""
+    before = os.environ.get("GRADIO_TEMP_DIR")
+    yield
+    if before is not None:
+        os.environ["GRADIO_TEMP_DIR"] = before
 
 
 @pytest.fixture(scope="session")
