@@ -99,6 +99,15 @@ def test_uploads_are_limited_and_stay_in_their_folder(served: Served) -> None:
         assert Path(path).resolve().is_relative_to(served.folder.resolve() / ".uploads")
 
 
+@pytest.mark.parametrize("name", ["page.html", "picture.svg", "script.js"])
+def test_what_is_uploaded_does_not_run_as_the_page(served: Served, name: str) -> None:
+    (path,) = json.loads(upload(served, name, b"<script>alert(1)</script>").text)
+    answer = Answer(served, "GET", f"/gradio_api/file={quote(path)}")
+    assert answer.status == 200
+    assert answer.headers["content-disposition"].startswith("attachment")
+    assert answer.headers["x-content-type-options"] == "nosniff"
+
+
 def test_no_picture_starts_ghostscript(served: Served) -> None:
     assert not EpsImagePlugin.has_ghostscript()
 

@@ -210,7 +210,7 @@ class Page:
         )  # fmt: skip
         self.fields |= {"drawn": drawn, "mask": video}
 
-    def add(self, name: str, option: Option) -> Any:
+    def add(self, name: str, option: Option) -> None:
         """A field for an option, under its label and its docstring's words."""
         label = PLAIN.get(option.name, option.name.replace("_", " "))
         about = {"label": label, "info": option.about, "min_width": 140, "elem_id": name}
@@ -236,7 +236,6 @@ class Page:
             precision = 0 if option.kind == "whole" else None
             field = gr.Number(option.default, precision=precision, **about)
         self.fields[name] = field
-        return field
 
     def own_defaults(self, model: str) -> dict[Any, Any]:
         """What stands in the fields of options that the chosen model has its own default of."""
