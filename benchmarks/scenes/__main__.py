@@ -25,7 +25,7 @@ from benchmarks.scenes.rows import (
     Workbench,
 )
 from benchmarks.scenes.sheet import write_rows, write_sheet
-from benchmarks.scenes.suite import Case, cases
+from benchmarks.scenes.suite import FILE, Case, cases
 from benchmarks.scenes.tables import complete, page_of, tables
 from tokenflow.diffusion import Backbone
 from tokenflow.errors import InputError
@@ -44,6 +44,7 @@ def main(
     plan: Plan = Plan(),  # noqa: B008 (it is frozen)
     rows: tuple[str, ...] = ROWS,
     clips: tuple[int, ...] = (),
+    suite: Path = FILE,
     choices: bool = False,
     quick: bool = False,
     page: Path | None = None,
@@ -56,6 +57,7 @@ def main(
         plan: What all rows have in common.
         rows: Which rows.
         clips: Which clips, numbers from 0 in the suite; all when not given.
+        suite: Clips to edit: `suite.csv`, or `more.csv`, by which nothing was chosen.
         choices: Compare settings of TokenFlow instead, on one clip of each motion if none is given.
         quick: Two clips of 4 frames, 4 rows and 2 steps instead, to see that it works.
         page: A Markdown page that gets the tables, between its two marks for them.
@@ -71,7 +73,8 @@ def main(
         plan, rows, clips = QUICK, QUICK_ROWS, (0, 22)
     elif choices:
         rows, clips = CHOSEN_AMONG, clips or SOME
-    chosen = [cases()[i] for i in clips] if clips else cases()
+    every = cases(suite)
+    chosen = [every[i] for i in clips] if clips else every
     if sheet is not None:
         if clips:
             write_rows(sheet, chosen, rows, folder, plan.frames)
@@ -101,7 +104,7 @@ def measure(
     total = sum(EFFORT.get(row, 1.0) for _, missing in work for row in missing)
     if not total:
         return
-    backbone, judge = Backbone.load("miniature", "cpu", "float32"), Judge.load()
+    backbone, judge = Backbone.load("miniature", "cpu", plan.dtype), Judge.load()
     columns = BarColumn(), TaskProgressColumn(), TextColumn("left"), TimeRemainingColumn()
     with Progress(*columns, console=console, speed_estimate_period=3600) as progress:
         task = progress.add_task("", total=total)
@@ -132,7 +135,7 @@ def write_up(records: list[Record], rows: tuple[str, ...], plan: Plan, console: 
         return "No clip has all rows yet."
     commits = ", ".join(sorted({r["commit"] for r in records}))
     about = (
-        f"{len(seeds)} of the suite's {len(cases())} clips, {plan.frames} frames, {plan.steps} "
+        f"{len(seeds)} clips of {plan.frames} frames, {plan.steps} "
         f"steps ({plan.reference_inversion} of inversion in “{REFERENCE}”), guidance "
         f"{plan.guidance:g}, windows of {plan.keyframe_every}. Commit {commits}; seeds "
         f"{', '.join(map(str, seeds))}."

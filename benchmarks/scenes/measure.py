@@ -6,7 +6,7 @@ import math
 from functools import cache
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from benchmarks.scenes.suite import true_edit
@@ -37,6 +37,7 @@ class Truth:
         # whatever neither of the two objects touches
         self.outside = (masks == 0) & (before == 0)
         self.flow = shared_flow(edit, scene)
+        self.detail = detail(self.frames, self.inside)
 
     def measure(
         self, frames: Float[Tensor, "frames 3 height width"], judge: Judge
@@ -54,11 +55,25 @@ class Truth:
             psnr(frames, self.source.frames[:], ~self.outside) if of_object else None
         )
         found["psnr"] = psnr(frames, self.frames)
+        found["sharpness"] = detail(frames, self.inside) / self.detail
         # JSON has no infinity, and no NaN, which an error of nothing visible is
         return {
             k: None if v is None or math.isnan(v) else min(v, MOST_DECIBELS)
             for k, v in found.items()
         }
+
+
+def detail(
+    frames: Float[Tensor, "frames 3 height width"], inside: Bool[Tensor, "frames height width"]
+) -> float:
+    """The mean absolute difference of neighbouring pixels, both inside: how sharp frames are."""
+    steps, pairs = 0.0, 0
+    for dim in (-1, -2):
+        length = inside.shape[dim] - 1
+        both = inside.narrow(dim, 0, length) & inside.narrow(dim, 1, length)
+        steps += float((frames.diff(dim=dim).abs() * both[:, None]).sum())
+        pairs += 3 * int(both.sum())
+    return steps / pairs
 
 
 def shared_flow(edit: SceneEdit, truth: Scene) -> VisibleFlow:

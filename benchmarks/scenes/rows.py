@@ -17,7 +17,7 @@ from tokenflow.diffusion import Backbone, Trajectory, invert
 from tokenflow.editors import ControlNet, Editor, PnP, SDEdit
 from tokenflow.engine import Settings, edit_latents
 from tokenflow.miniature.edits import EDITOR
-from tokenflow.propagation import ClipFlow, FlowWeighted, NNField, Propagation
+from tokenflow.propagation import DIS, ClipFlow, FlowWeighted, NNField, Propagation
 
 Frames = Float[Tensor, "frames 3 height width"]
 TRUTH, FLOOR, SOURCE = "true edit", "round trip of the true edit", "round trip of the source"
@@ -34,13 +34,15 @@ class Plan:
         reference_inversion: Inversion steps of the reference; 500 in the published code.
         guidance: Scale of classifier-free guidance.
         keyframe_every: Frames in a window.
+        dtype: Of the networks.
     """
 
     frames: int = 16
-    steps: int = 7
-    reference_inversion: int = 28
+    steps: int = 15
+    reference_inversion: int = 60
     guidance: float = 4.0
     keyframe_every: int = 8
+    dtype: str = "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ WAYS = {
         settings={"neighbours": "previous", "keyframe_attention": "full"},
     ),
     "TokenFlow": Way(),
+    "TokenFlow, fused": Way(settings={"fusion": 0.5}),
     "flow-weighted": Way(kernel=FlowWeighted),
     "SDEdit": Way(SDEdit),
     "ControlNet": Way(ControlNet),
@@ -142,11 +145,12 @@ class Workbench:
         editor, kernel = way.editor(), way.kernel()
         settings = Settings(
             steps=plan.steps, guidance=plan.guidance,
-            **{"keyframe_every": plan.keyframe_every, **way.settings},
+            **{"keyframe_every": plan.keyframe_every, "fusion": 0.0, **way.settings},
         )  # fmt: skip
         with counted(self.backbone) as cost:
             editor.prepare(self.backbone, self.truth.source)
-            source, provider = self.truth.source, kernel.flow
+            source = self.truth.source
+            provider = kernel.flow or (DIS() if settings.fusion else None)
             flow = provider and ClipFlow(source, provider, self.backbone.latent_scale)
             latents = edit_latents(
                 self.backbone, trajectory, self.schedule, edit.prompts, editor, kernel, settings,

@@ -40,10 +40,10 @@ def true_edit(edit: SceneEdit) -> Scene:
     return edit.scene.with_attributes(**{name: getattr(edit.target, name) for name in edit.changed})
 
 
-def cases() -> list[Case]:
-    """All of the suite, in the file's order."""
-    with FILE.open(newline="") as file:
-        _, *lines = csv.reader(file)
+def cases(file: Path = FILE) -> list[Case]:
+    """All of a suite, in the file's order."""
+    with file.open(newline="") as text:
+        _, *lines = csv.reader(text)
     return [Case(motion, edit, int(seed), *texts) for motion, edit, seed, *texts in lines]
 
 
