@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from tokenflow.propagation import Motion, Window
-from tokenflow.propagation.fusion import fuse
+from tokenflow.propagation.fusion import chain, fuse
 
 HEIGHT, WIDTH = 6, 8
 
 
-def window(x: float = 0.0, y: float = 0.0, inconsistency: float = 0.0) -> Window:
+def window(x: float = 0.0, y: float = 0.0) -> Window:
     """Frame 1 between the keyframes 0 and 3, whose pixels lie at (x, y) from the frame's."""
     return Window(
         frames=(1,),
@@ -23,7 +23,7 @@ def window(x: float = 0.0, y: float = 0.0, inconsistency: float = 0.0) -> Window
         width=WIDTH,
         motion=Motion(
             torch.tensor([float(x), float(y)]).expand(1, 2, HEIGHT * WIDTH, 2),
-            torch.full((1, 2, HEIGHT * WIDTH), inconsistency),
+            torch.zeros(1, 2, HEIGHT * WIDTH),
         ),
     )
 
@@ -32,15 +32,20 @@ def latents(frames: int) -> Tensor:
     return torch.rand(frames, 4, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(frames))
 
 
+def fused(clean: Tensor, keys: Tensor, by: Window, strength: float) -> Tensor:
+    """With a source that is the same everywhere."""
+    return fuse(clean, keys, torch.zeros_like(clean), torch.zeros_like(keys), by, strength)
+
+
 def test_a_strength_of_0_changes_nothing() -> None:
     clean = latents(1)
-    assert torch.equal(fuse(clean, latents(2), window(0.3, 1.2), 0.0), clean)
+    assert torch.equal(fused(clean, latents(2), window(0.3, 1.2), 0.0), clean)
 
 
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 def test_a_frame_takes_its_share_of_both_keyframes_along_the_motion(strength: float) -> None:
     clean, keys = latents(1), latents(2)
-    found = fuse(clean, keys, window(x=2, y=-1), strength)
+    found = fused(clean, keys, window(x=2, y=-1), strength)
     both = 0.75 * keys[0] + 0.25 * keys[1]
     moved = (1 - strength) * clean[0, :, 1:, :-2] + strength * both[:, :-1, 2:]
     torch.testing.assert_close(found[0, :, 1:, :-2], moved)
@@ -51,21 +56,51 @@ def test_a_frame_takes_its_share_of_both_keyframes_along_the_motion(strength: fl
 
 def test_between_pixels_values_are_bilinear() -> None:
     ramp = torch.arange(WIDTH, dtype=torch.float32).expand(2, 1, HEIGHT, WIDTH)
-    found = fuse(torch.zeros(1, 1, HEIGHT, WIDTH), ramp, window(x=0.25), 1.0)
+    found = fused(torch.zeros(1, 1, HEIGHT, WIDTH), ramp, window(x=0.25), 1.0)
     torch.testing.assert_close(found[0, 0, :, :-1], ramp[0, 0, :, :-1] + 0.25)
 
 
-def test_where_flow_cannot_be_trusted_the_frame_keeps_its_own() -> None:
-    clean, keys = latents(1), latents(2)
-    torch.testing.assert_close(fuse(clean, keys, window(inconsistency=2.0), 1.0), clean)
-    halfway = fuse(clean, keys, window(inconsistency=0.5), 1.0)
-    share = torch.exp(torch.tensor(-1.0))
+def test_where_the_source_differs_the_frame_keeps_its_own() -> None:
+    clean, keys, source = latents(1), latents(2), torch.zeros(1, 4, HEIGHT, WIDTH)
+    keyframe = source.clone()
+    keyframe[..., WIDTH // 2 :] = 0.5**0.5  # whose square is the trust's scale
+    keyframe[..., WIDTH - 1 :] = 3.0
+    found = fuse(clean, keys, source, torch.cat([source, keyframe]), window(), 1.0)
+    share = 0.25 * torch.exp(torch.tensor(-1.0))
+    torch.testing.assert_close(found[0, ..., 0], 0.75 * keys[0, ..., 0] + 0.25 * keys[1, ..., 0])
+    beside = WIDTH // 2 + 1  # the difference is a mean over 3 × 3 pixels
     torch.testing.assert_close(
-        halfway[0], (1 - share) * clean[0] + share * (0.75 * keys[0] + 0.25 * keys[1])
+        found[0, ..., beside],
+        0.75 * keys[0, ..., beside]
+        + share * keys[1, ..., beside]
+        + (0.25 - share) * clean[0, ..., beside],
     )
+    alone = 0.75 * keys[0, ..., -1] + 0.25 * clean[0, ..., -1]
+    torch.testing.assert_close(found[0, ..., -1], alone)
+
+
+def test_keyframes_are_drawn_together() -> None:
+    """With two neighbours all three count alike, with one both do."""
+    keys, nothing = latents(3), torch.zeros(3, 4, HEIGHT, WIDTH)
+    by = Window(
+        frames=(0, 3, 9),
+        keyframes=(0, 3, 9),
+        neighbours=torch.tensor([[0, 1], [0, 2], [1, 2]]),
+        blend=torch.tensor([[0.0, 1.0], [1.0, 1.0], [1.0, 0.0]]),
+        motion=Motion(torch.zeros(3, 2, HEIGHT * WIDTH, 2), torch.zeros(3, 2, HEIGHT * WIDTH)),
+    )
+    found = chain(keys, keys, nothing, nothing, by)
+    expected = torch.stack([keys[:2].mean(0), keys.mean(0), keys[1:].mean(0)])
+    torch.testing.assert_close(found, expected)
+    # where the source of the first differs, each keeps to those that are like it
+    other = nothing.clone()
+    other[0] = 3.0
+    apart = chain(keys, keys, other, other, by)
+    torch.testing.assert_close(apart[0], keys[0])
+    torch.testing.assert_close(apart[1], keys[1:].mean(0))
 
 
 def test_a_window_without_motion() -> None:
     bare = Window((1,), (0,), torch.tensor([[0, 0]]), torch.tensor([[1.0, 0.0]]))
     with pytest.raises(ValueError, match="fusion needs a window with motion"):
-        fuse(latents(1), latents(1), bare, 0.5)
+        fused(latents(1), latents(1), bare, 0.5)

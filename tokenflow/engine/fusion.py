@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from tokenflow.diffusion.trajectory import rows
 from tokenflow.editors import Step
-from tokenflow.engine.keyframes import neighbourhood
+from tokenflow.engine.keyframes import keyframes_beside, neighbourhood
 from tokenflow.engine.sampling import Latents, Outputs, Sampling
-from tokenflow.propagation.fusion import fuse
+from tokenflow.propagation.fusion import chain, fuse
 
 
 def fused_latents(
@@ -44,17 +46,29 @@ def fused_latents(
     keys = s.advanced(before, own, outputs, step)
     if not already:
         keys = schedule.clean(before, keys, step.index)
-    held = slice(s.shard.halo.start, s.shard.halo.stop)
-    keys = s.ranks.exchange_halo(keys.to(s.network.model.device), s.shard.counts).to(x.device)
+    held = keyframes[s.shard.halo.start : s.shard.halo.stop]
+    windows = s.shard.windows[s.shard.halo.start : s.shard.halo.stop]
+    sources = exchanged(s, s.trajectory.source(own).clean)
+    # keyframes with each other, so that frames of all windows are drawn to the same
+    beside = s.flow.moved(keyframes_beside(own, held))
+    keys = chain(keys, exchanged(s, keys), s.trajectory.source(own).clean, sources, beside)
+    keys = exchanged(s, keys)
     result = torch.empty_like(x)
     for part in s.parts(here):
-        window, used = neighbourhood(
-            part, s.shard.windows[held], keyframes[held], s.settings.neighbours, s.settings.blend
-        )
+        window, used = neighbourhood(part, windows, held, s.settings.neighbours, s.settings.blend)
         some = rows(here, part)
         clean = following[some]
         if not already:
             clean = schedule.clean(x[some], clean, step.index)
-        clean = fuse(clean, keys[used], s.flow.moved(window), s.settings.fusion)
+        clean = fuse(
+            clean, keys[used], s.trajectory.source(part).clean, sources[used],
+            s.flow.moved(window), s.settings.fusion,
+        )  # fmt: skip
         result[some] = clean if already else schedule.towards(clean, x[some], step.index)
     return result
+
+
+def exchanged(sampling: Sampling, own: Float[Tensor, "own c h w"]) -> Float[Tensor, "held c h w"]:
+    """Latents of this rank's keyframes, and of one more at each side."""
+    s = sampling
+    return s.ranks.exchange_halo(own.to(s.network.model.device), s.shard.counts).to(own.device)

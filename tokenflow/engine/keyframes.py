@@ -91,6 +91,22 @@ def neighbourhood(
     return window, used
 
 
+def keyframes_beside(own: Sequence[int], keyframes: Sequence[int]) -> Window:
+    """For keyframes those before and after them, with weights 1, and 0 at the ends.
+
+    `own` are consecutive ones of the `keyframes`.
+    """
+    last, pairs, blends = len(keyframes) - 1, [], []
+    for number, at in enumerate(keyframes):
+        if at in own:
+            pairs.append((max(number - 1, 0), min(number + 1, last)))
+            blends.append((float(number > 0), float(number < last)))
+    return Window(
+        frames=tuple(own), keyframes=tuple(keyframes), neighbours=torch.tensor(pairs),
+        blend=torch.tensor(blends),
+    )  # fmt: skip
+
+
 def center(window: range) -> int:
     """Frame `n // 2` of a window of n frames."""
     return window[len(window) // 2]

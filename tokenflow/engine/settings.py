@@ -36,8 +36,7 @@ class Settings:
             "previous" (published code).
         blend: Their weights over time: "sigmoid" (paper) or "linear".
         fusion: Share of its keyframes' predicted clean latents, moved by optical flow, in a
-            frame's own, 0 (paper) to 1. The kernel's flow is taken, or `DIS`.
-        fusion_end: Share of the schedule after which fusion is off, as details would blur.
+            frame's own, 0 (paper) to 1; 0.8 is good. The kernel's flow is taken, or `DIS`.
         consistency: "tokenflow"; "joint" lets all frames attend to each other and propagates
             nothing; "none" edits every frame on its own.
         keyframe_attention: Which keyframes attend to each other: "full" (paper) lets all of a
@@ -66,7 +65,6 @@ class Settings:
     neighbours: Neighbours = "bracketing"
     blend: Blend = "sigmoid"
     fusion: float = 0.0
-    fusion_end: float = 0.7
     consistency: ConsistencyName = "tokenflow"
     keyframe_attention: KeyframeAttention = "windowed"
     span: int = 8
@@ -105,9 +103,8 @@ class Settings:
                 f"guidance_begin and guidance_end must be shares of the schedule from 0 to 1, the "
                 f"first not the larger, got {self.guidance_begin} and {self.guidance_end}"
             )
-        for name in ("fusion", "fusion_end"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name} must be a share from 0 to 1, got {getattr(self, name)}")
+        if not 0 <= self.fusion <= 1:
+            raise InputError(f"fusion must be a share from 0 to 1, got {self.fusion}")
         if self.inversion_steps is not None and self.inversion_steps < self.steps:
             raise InputError(
                 f"inversion needs at least as many steps as sampling: got inversion_steps "
@@ -119,10 +116,6 @@ class Settings:
         assert self.guidance is not None, "Settings.for_model comes before"
         on = int(steps * self.guidance_begin) <= step < int(steps * self.guidance_end)
         return self.guidance if on else 1.0
-
-    def fuses(self, step: int, steps: int) -> bool:
-        """Whether predictions are fused at step i of N: while i < int(N · fusion_end)."""
-        return self.fusion > 0 and step < int(steps * self.fusion_end)
 
     def require_used(self, *, inverts: bool, propagates: bool, mask: object) -> None:
         """Raises `InputError` for an option that would change nothing.

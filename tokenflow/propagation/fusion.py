@@ -2,6 +2,7 @@
 
 Propagation ties the outputs of self-attention to the source's motion; what convolutions and
 cross-attention add differs from frame to frame. Fusion ties the predicted clean latents themselves.
+The source tells where flow can be trusted: where its own latents, moved alike, are the frame's.
 """
 
 from __future__ import annotations
@@ -9,39 +10,84 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from tokenflow.propagation.base import Window
 from tokenflow.propagation.flow.base import inside, warp
 
-TRUST = 0.5
-"""Inconsistency of flow, in latent pixels, at which a keyframe's weight has fallen to 1/e."""
+DIFFERENCE = 0.5
+"""Mean squared difference of the source's latents at which a keyframe's weight has fallen to 1/e;
+two places that have nothing in common differ by about 2."""
 
 
 def fuse(
     clean: Float[Tensor, "frames c h w"],
     keys: Float[Tensor, "keyframes c h w"],
+    source: Float[Tensor, "frames c h w"],
+    source_keys: Float[Tensor, "keyframes c h w"],
     window: Window,
     strength: float,
 ) -> Float[Tensor, "frames c h w"]:
     """Frames' predicted clean latents, with a share of their neighbouring keyframes'.
 
-    A frame's pixel takes strength · b · exp(-(e / `TRUST`)⁴) of either neighbour, where flow finds
-    it there; b is the neighbour's blend weight and e the flow's forward-backward inconsistency. It
-    keeps the rest of its own.
+    A frame's pixel takes strength · b · trust of either neighbour, b the neighbour's blend weight,
+    and keeps the rest of its own. The trust is exp(-(d / `DIFFERENCE`)²) with d the difference of
+    the source's latents, and 0 where flow leads out of the frame.
 
     Args:
         clean: Of the window's frames.
         keys: Of the window's keyframes.
+        source: The source's clean latents of the frames.
+        source_keys: And of the keyframes.
         window: Positions, neighbours, blend weights, and motion at the latents' size.
         strength: From 0, which changes nothing, to 1.
     """
+    moved, weights = trusted(keys, source, source_keys, window)
+    return mixed(clean, moved, strength * weights)
+
+
+def chain(
+    clean: Float[Tensor, "frames c h w"],
+    keys: Float[Tensor, "keyframes c h w"],
+    source: Float[Tensor, "frames c h w"],
+    source_keys: Float[Tensor, "keyframes c h w"],
+    window: Window,
+) -> Float[Tensor, "frames c h w"]:
+    """Keyframes' predicted clean latents, drawn together: means with the neighbouring ones'.
+
+    The weight is 1 for its own and b · trust for a neighbour's, as in `fuse`; the window's frames
+    are keyframes.
+    """
+    moved, weights = trusted(keys, source, source_keys, window)
+    return mixed(clean, moved, weights / (1 + weights.sum(dim=1, keepdim=True)))
+
+
+def trusted(
+    keys: Float[Tensor, "keyframes c h w"],
+    source: Float[Tensor, "frames c h w"],
+    source_keys: Float[Tensor, "keyframes c h w"],
+    window: Window,
+) -> tuple[Float[Tensor, "frames 2 c h w"], Float[Tensor, "frames 2 h w"]]:
+    """Both neighbours' latents, moved to where each frame has them, and b · trust."""
     if window.motion is None:
         raise ValueError("fusion needs a window with motion, got one without")
-    size = clean.shape[-2:]
-    flow = window.motion.displacement.unflatten(2, size).movedim(-1, 2)
+    flow = window.motion.displacement.unflatten(2, source.shape[-2:]).movedim(-1, 2)
+    both = torch.cat([keys, source_keys], dim=1)
     pairs = zip(window.neighbours.flatten().tolist(), flow.flatten(0, 1), strict=True)
-    moved = torch.stack([warp(keys[k], there) for k, there in pairs])
-    trust = torch.exp(-((window.motion.inconsistency.unflatten(2, size) / TRUST) ** 4))
-    share = strength * window.blend[..., None, None] * trust * inside(flow)
-    own = 1 - share.sum(dim=1, keepdim=True)
-    return own * clean + (share[:, :, None] * moved.view(-1, 2, *clean.shape[1:])).sum(dim=1)
+    arrived = torch.stack([warp(both[k], there) for k, there in pairs]).unflatten(0, (-1, 2))
+    moved, source_moved = arrived.tensor_split(2, dim=2)
+    difference = (source_moved - source[:, None]).square().mean(dim=2)
+    # a pixel's neighbours are likely to have moved alike
+    difference = avg_pool2d(difference, 3, stride=1, padding=1, count_include_pad=False)
+    trust = torch.exp(-((difference / DIFFERENCE) ** 2)) * inside(flow)
+    return moved, window.blend[..., None, None] * trust
+
+
+def mixed(
+    clean: Float[Tensor, "frames c h w"],
+    moved: Float[Tensor, "frames 2 c h w"],
+    weights: Float[Tensor, "frames 2 h w"],
+) -> Float[Tensor, "frames c h w"]:
+    """With these weights of both neighbours', and the rest of its own."""
+    own = 1 - weights.sum(dim=1, keepdim=True)
+    return own * clean + (weights[:, :, None] * moved).sum(dim=1)
