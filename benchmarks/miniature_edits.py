@@ -34,8 +34,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "per-frame PnP": ("NNField", {"consistency": "none"}),
     "joint attention only": ("NNField", {"consistency": "joint"}),
     **{kernel: (kernel, {}) for kernel in KERNELS},
-    "NNField, fused": ("NNField", {"fusion": 0.5}),
-    "NNField, fused to the end": ("NNField", {"fusion": 0.5, "fusion_end": 1.0}),
+    "NNField, fused": ("NNField", {"fusion": 0.8}),
     **{f"{kernel}, previous": (kernel, {"neighbours": "previous"}) for kernel in KERNELS},
     **{f"{kernel}, linear": (kernel, {"blend": "linear"}) for kernel in KERNELS},
 }

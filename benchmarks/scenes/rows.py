@@ -62,7 +62,7 @@ WAYS = {
         settings={"neighbours": "previous", "keyframe_attention": "full"},
     ),
     "TokenFlow": Way(),
-    "TokenFlow, fused": Way(settings={"fusion": 0.5}),
+    "TokenFlow, fused": Way(settings={"fusion": 0.8}),
     "flow-weighted": Way(kernel=FlowWeighted),
     "SDEdit": Way(SDEdit),
     "ControlNet": Way(ControlNet),

@@ -46,6 +46,7 @@ def tables(records: list[Record], rows: tuple[str, ...]) -> list[Text]:
         "PSNR inside, dB": lambda r: number(average(r, "psnr_inside"), 1, 1),
         "outside": lambda r: number(average(r, "psnr_outside"), 1, 1),
         "whole": lambda r: number(average(r, "psnr"), 1, 1),
+        "sharpness": lambda r: number(average(r, "sharpness"), 1),
         "s/frame": lambda r: number(per_frame(r, "seconds"), 1),
         "UNet evaluations/frame": lambda r: number(per_frame(r, "evaluations"), 1, 1),
     }
@@ -72,7 +73,7 @@ def complete(records: list[Record], rows: tuple[str, ...]) -> list[Record]:
 
 def average(records: Iterable[Record], name: str) -> float | None:
     """The mean over clips of a metric, where it applies."""
-    values = [r[name] for r in records if r[name] is not None]
+    values = [r[name] for r in records if r.get(name) is not None]
     return mean(values) if values else None
 
 

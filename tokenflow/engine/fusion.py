@@ -10,9 +10,9 @@ from torch import Tensor
 
 from tokenflow.diffusion.trajectory import rows
 from tokenflow.editors import Step
-from tokenflow.engine.keyframes import keyframes_beside, neighbourhood
+from tokenflow.engine.keyframes import leading, neighbourhood
 from tokenflow.engine.sampling import Latents, Outputs, Sampling
-from tokenflow.propagation.fusion import chain, fuse
+from tokenflow.propagation.fusion import fuse
 
 
 def fused_latents(
@@ -46,22 +46,24 @@ def fused_latents(
     keys = s.advanced(before, own, outputs, step)
     if not already:
         keys = schedule.clean(before, keys, step.index)
-    held = keyframes[s.shard.halo.start : s.shard.halo.stop]
-    windows = s.shard.windows[s.shard.halo.start : s.shard.halo.stop]
-    sources = exchanged(s, s.trajectory.source(own).clean)
-    # keyframes with each other, so that frames of all windows are drawn to the same
-    beside = s.flow.moved(keyframes_beside(own, held))
-    keys = chain(keys, exchanged(s, keys), s.trajectory.source(own).clean, sources, beside)
-    keys = exchanged(s, keys)
+    held = slice(s.shard.halo.start, s.shard.halo.stop)
+    windows, positions = s.shard.windows[held], keyframes[held]
+    source = s.trajectory.source(own).clean
+    source_keys = exchanged(s, source)
+    # first every other keyframe takes what one beside it predicts, so that all come to agree
+    pairs = s.flow.moved(leading(keyframes, s.shard.own, s.shard.halo, step.index))
+    keys = exchanged(s, fuse(keys, exchanged(s, keys), source, source_keys, pairs, 1.0))
     result = torch.empty_like(x)
     for part in s.parts(here):
-        window, used = neighbourhood(part, windows, held, s.settings.neighbours, s.settings.blend)
+        window, used = neighbourhood(
+            part, windows, positions, s.settings.neighbours, s.settings.blend
+        )
         some = rows(here, part)
         clean = following[some]
         if not already:
             clean = schedule.clean(x[some], clean, step.index)
         clean = fuse(
-            clean, keys[used], s.trajectory.source(part).clean, sources[used],
+            clean, keys[used], s.trajectory.source(part).clean, source_keys[used],
             s.flow.moved(window), s.settings.fusion,
         )  # fmt: skip
         result[some] = clean if already else schedule.towards(clean, x[some], step.index)

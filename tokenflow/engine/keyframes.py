@@ -91,20 +91,34 @@ def neighbourhood(
     return window, used
 
 
-def keyframes_beside(own: Sequence[int], keyframes: Sequence[int]) -> Window:
-    """For keyframes those before and after them, with weights 1, and 0 at the ends.
+def leading(keyframes: Sequence[int], own: range, held: range, step: int) -> Window:
+    """For some of all keyframes the one beside it that leads it, with weight 1.
 
-    `own` are consecutive ones of the `keyframes`.
+    Every other keyframe leads and has none: odd numbers and even ones in turn, by step. The rest
+    follow the one before them, and in every other pair of steps the one after, so that each
+    comes to agree with all; a mean of some that disagree would be a blur.
+
+    Args:
+        keyframes: All of the clip's, by position.
+        own: Numbers of those that are asked for.
+        held: And of these and one more at each side, where the clip has them.
+        step: Of sampling.
     """
-    last, pairs, blends = len(keyframes) - 1, [], []
-    for number, at in enumerate(keyframes):
-        if at in own:
-            pairs.append((max(number - 1, 0), min(number + 1, last)))
-            blends.append((float(number > 0), float(number < last)))
+    pairs, blends = [], []
+    for number in own:
+        beside = (number - 1, number + 1)
+        first, second = beside if step // 2 % 2 == 0 else beside[::-1]
+        leader = first if first in held else second
+        follows = (number + step) % 2 == 1 and leader in held
+        pairs.append((held.index(leader if follows else number),) * 2)
+        blends.append((float(follows), 0.0))
     return Window(
-        frames=tuple(own), keyframes=tuple(keyframes), neighbours=torch.tensor(pairs),
+        frames=tuple(keyframes[number] for number in own),
+        keyframes=tuple(keyframes[number] for number in held),
+        neighbours=torch.tensor(pairs),
         blend=torch.tensor(blends),
-    )  # fmt: skip
+        step=step,
+    )
 
 
 def center(window: range) -> int:

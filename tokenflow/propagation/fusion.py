@@ -42,52 +42,18 @@ def fuse(
         window: Positions, neighbours, blend weights, and motion at the latents' size.
         strength: From 0, which changes nothing, to 1.
     """
-    moved, weights = trusted(keys, source, source_keys, window)
-    return mixed(clean, moved, strength * weights)
-
-
-def chain(
-    clean: Float[Tensor, "frames c h w"],
-    keys: Float[Tensor, "keyframes c h w"],
-    source: Float[Tensor, "frames c h w"],
-    source_keys: Float[Tensor, "keyframes c h w"],
-    window: Window,
-) -> Float[Tensor, "frames c h w"]:
-    """Keyframes' predicted clean latents, drawn together: means with the neighbouring ones'.
-
-    The weight is 1 for its own and b · trust for a neighbour's, as in `fuse`; the window's frames
-    are keyframes.
-    """
-    moved, weights = trusted(keys, source, source_keys, window)
-    return mixed(clean, moved, weights / (1 + weights.sum(dim=1, keepdim=True)))
-
-
-def trusted(
-    keys: Float[Tensor, "keyframes c h w"],
-    source: Float[Tensor, "frames c h w"],
-    source_keys: Float[Tensor, "keyframes c h w"],
-    window: Window,
-) -> tuple[Float[Tensor, "frames 2 c h w"], Float[Tensor, "frames 2 h w"]]:
-    """Both neighbours' latents, moved to where each frame has them, and b · trust."""
     if window.motion is None:
         raise ValueError("fusion needs a window with motion, got one without")
-    flow = window.motion.displacement.unflatten(2, source.shape[-2:]).movedim(-1, 2)
+    flow = window.motion.displacement.unflatten(2, clean.shape[-2:]).movedim(-1, 2)
     both = torch.cat([keys, source_keys], dim=1)
     pairs = zip(window.neighbours.flatten().tolist(), flow.flatten(0, 1), strict=True)
-    arrived = torch.stack([warp(both[k], there) for k, there in pairs]).unflatten(0, (-1, 2))
-    moved, source_moved = arrived.tensor_split(2, dim=2)
+    # bilinear sampling, step after step, would blur
+    arrived = torch.stack([warp(both[k], there, "bicubic") for k, there in pairs])
+    moved, source_moved = arrived.unflatten(0, (-1, 2)).tensor_split(2, dim=2)
     difference = (source_moved - source[:, None]).square().mean(dim=2)
     # a pixel's neighbours are likely to have moved alike
     difference = avg_pool2d(difference, 3, stride=1, padding=1, count_include_pad=False)
     trust = torch.exp(-((difference / DIFFERENCE) ** 2)) * inside(flow)
-    return moved, window.blend[..., None, None] * trust
-
-
-def mixed(
-    clean: Float[Tensor, "frames c h w"],
-    moved: Float[Tensor, "frames 2 c h w"],
-    weights: Float[Tensor, "frames 2 h w"],
-) -> Float[Tensor, "frames c h w"]:
-    """With these weights of both neighbours', and the rest of its own."""
-    own = 1 - weights.sum(dim=1, keepdim=True)
-    return own * clean + (weights[:, :, None] * moved).sum(dim=1)
+    share = strength * window.blend[..., None, None] * trust
+    own = 1 - share.sum(dim=1, keepdim=True)
+    return own * clean + (share[:, :, None] * moved).sum(dim=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -46,14 +46,16 @@ class OpticalFlow(ABC):
 
 
 def warp(
-    values: Float[Tensor, "channels height width"], flow: Float[Tensor, "2 height width"]
+    values: Float[Tensor, "channels height width"],
+    flow: Float[Tensor, "2 height width"],
+    mode: Literal["bilinear", "bicubic"] = "bilinear",
 ) -> Float[Tensor, "channels height width"]:
-    """`values` sampled bilinearly at p + flow(p); outside, the border's repeat."""
+    """`values` sampled at p + flow(p); outside, the border's repeat."""
     height, width = flow.shape[-2:]
     there = targets(flow)
     size = torch.tensor([max(width - 1, 1), max(height - 1, 1)]).to(flow)
     grid = 2 * there.movedim(0, -1)[None] / size - 1
-    return grid_sample(values[None], grid, padding_mode="border", align_corners=True)[0]
+    return grid_sample(values[None], grid, mode, padding_mode="border", align_corners=True)[0]
 
 
 def inside(flow: Float[Tensor, "*flows 2 height width"]) -> Float[Tensor, "*flows height width"]:
