@@ -19,9 +19,9 @@ WAYS = {"consistency": "none"}, {}, {"fusion": 0.8}
 
 
 @torch.no_grad()
-def main(number: int = 1, frames: int = 24, steps: int = 15) -> None:
+def main(number: int = 1, frames: int = 16, steps: int = 15) -> None:
     """Edits one of the judged clips in three ways, and writes them side by side."""
-    model, edit = Backbone.load("miniature", "cpu"), suite(frames)[number]
+    model, edit = Backbone.load("miniature", "cpu", "bfloat16"), suite(frames)[number]
     schedule, flow = model.schedule(steps), ClipFlow(edit.clip, DIS(), model.latent_scale)
     codes = torch.cat([model.encode(x).cpu() for x in edit.clip.frames.split(8)])
     trajectory = invert(model, codes, edit.prompts.inversion_prompt, schedule, steps)

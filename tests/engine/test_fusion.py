@@ -62,10 +62,11 @@ def test_frames_that_are_equal_stay_equal(backbone: Backbone) -> None:
     assert torch.allclose(found, expected, rtol=0, atol=1e-4)
 
 
-def test_frames_of_a_still_source_become_alike(backbone: Backbone) -> None:
-    """Their noise differs, and one keyframe's prediction is taken by all."""
+@pytest.mark.parametrize("keyframe_every", [4, 2])
+def test_frames_of_a_still_source_become_alike(backbone: Backbone, keyframe_every: int) -> None:
+    """Their noise differs, and one keyframe's prediction is taken by all, of two windows, too."""
     still = Clip.from_frames(torch.rand(1, 3, 16, 32).expand(4, -1, -1, -1))
-    settings = Settings(steps=2, keyframe_every=4, fusion=1.0)
+    settings = Settings(steps=2, keyframe_every=keyframe_every, fusion=1.0)
 
     def spread(**options: float) -> float:
         editor = SDEdit(1.0, noise="independent")

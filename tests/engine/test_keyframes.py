@@ -11,6 +11,7 @@ from tokenflow.engine.keyframes import (
     Keyframes,
     Neighbours,
     draw_keyframes,
+    leading,
     neighbourhood,
     seams,
     spans,
@@ -244,3 +245,41 @@ def test_a_window_knows_its_step_and_site() -> None:
     here = window.at_site("up", tokens=8, size=(8, 16))
     assert (here.site, here.height, here.width) == ("up", 2, 4)
     assert here.frames == window.frames
+
+
+FIVE = [1, 4, 9, 12, 17]
+
+
+@pytest.mark.parametrize(
+    ("step", "leaders"),
+    [
+        (0, {1: 0, 3: 2}),
+        (1, {0: 1, 2: 1, 4: 3}),  # the first has none before it
+        (2, {1: 2, 3: 4}),
+        (3, {0: 1, 2: 3, 4: 3}),
+        (4, {1: 0, 3: 2}),
+    ],
+)
+def test_every_other_keyframe_leads_one_beside_it(step: int, leaders: dict[int, int]) -> None:
+    window = leading(FIVE, range(5), range(5), step)
+    assert window.frames == window.keyframes == tuple(FIVE)
+    found = dict(enumerate(window.neighbours[:, 0].tolist()))
+    assert found == {number: number for number in range(5)} | leaders
+    assert window.blend.tolist() == [[float(number in leaders), 0.0] for number in range(5)]
+
+
+@pytest.mark.parametrize("step", range(4))
+def test_leaders_do_not_depend_on_ranks(step: int) -> None:
+    def led(own: range, held: range) -> dict[int, tuple[int, float]]:
+        window = leading(FIVE, own, held, step)
+        pairs = zip(window.neighbours[:, 0].tolist(), window.blend[:, 0].tolist(), strict=True)
+        at = dict(zip(window.frames, pairs, strict=True))
+        return {frame: (window.keyframes[k], share) for frame, (k, share) in at.items()}
+
+    parts = led(range(2), range(3)) | led(range(2, 5), range(1, 5))
+    assert parts == led(range(5), range(5))
+
+
+def test_a_clips_only_keyframe_has_no_leader() -> None:
+    for step in range(4):
+        assert leading([3], range(1), range(1), step).blend.tolist() == [[0.0, 0.0]]
