@@ -1,4 +1,4 @@
-"""Makes `docs/fusion.webp`, docs/method.md's looping picture: source, PnP, the paper, and ours."""
+"""Makes `docs/fusion.webp`, docs/method.md's looping picture: source, PnP, the paper, and fusion."""
 
 from __future__ import annotations
 
