@@ -1,4 +1,4 @@
-"""Makes `docs/fusion.webp`, docs/method.md's looping picture: source, PnP, the paper, and fusion."""
+"""Makes `docs/fusion.webp`, docs/method.md's looping picture: three ways to edit, side by side."""
 
 from __future__ import annotations
 
