@@ -61,3 +61,10 @@ def edit_callbacks(trainer: Trainer) -> list[EditCallback]:
     """A trainer's callbacks that have the hooks of an edit."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, EditCallback)]
+
+
+def wants_predictions(trainer: Trainer) -> bool:
+    """Whether any of a trainer's callbacks looks at predicted clean latents."""
+    return any(
+        type(one).on_prediction is not EditCallback.on_prediction for one in edit_callbacks(trainer)
+    )

@@ -18,7 +18,7 @@ from tokenflow.engine.algorithm import WAYS
 from tokenflow.engine.edit import Result, check_prompt, edit_clip, propagates
 from tokenflow.engine.further_channels import require_given
 from tokenflow.engine.keyframes import split_windows
-from tokenflow.engine.lightning.callback import EditCallback, edit_callbacks
+from tokenflow.engine.lightning.callback import EditCallback, edit_callbacks, wants_predictions
 from tokenflow.engine.lightning.job import PLUGINS, Job, Outcome
 from tokenflow.engine.lightning.mask import cut_mask, require_one_clip
 from tokenflow.engine.lightning.stopping import Stopping
@@ -70,8 +70,8 @@ class TokenFlowModule(LightningModule):
         editor: The image editing method, by class name.
         propagation: The kernel that finds correspondences, by class name.
         backbone: A folder with a Stable Diffusion, SDXL, SD 3 or Flux model in diffusers' layout,
-            the id of a hub model, a checkpoint of the first two in one *.safetensors file, or
-            "miniature", the embedded one.
+            the id of a hub model, a checkpoint of the first two in one *.safetensors file,
+            "miniature", the embedded one, or "miniature-lcm", its few-step form.
         dtype: Of the networks: "float32", "float16", "bfloat16", or "auto", which is float16 on
             an accelerator, and on a CPU bfloat16 where the processor computes in it, else float32.
         compile: Whether parts of the network are compiled, which takes seconds to minutes; needs a
@@ -306,7 +306,7 @@ class TokenFlowModule(LightningModule):
             mask=mask,
             depth=depth,
             on_step=self.on_step,
-            on_prediction=self.on_prediction,
+            on_prediction=self.on_prediction if wants_predictions(self.trainer) else None,
             look=Watching(edit_callbacks(self.trainer)),
             store=store,
             ranks=self.group,
