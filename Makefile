@@ -1,4 +1,4 @@
-# Two commands: `make demo` edits a video, `make test` runs everything that CI runs.
+# `make demo` edits a video, `make test` runs everything that CI runs, `make app` opens a page.
 PYTHON ?= python3
 BIN := .venv/bin
 EXAMPLE := examples/tokenflow-local
@@ -10,11 +10,14 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) \
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(($$(nproc) + 1)) --dist worksteal \
   --durations 40
 
-.PHONY: demo test test-full suite checks docs setup constraints
+.PHONY: demo app test test-full suite checks docs setup constraints
 .DELETE_ON_ERROR:
 
 demo: .venv/demo
 	$(BIN)/tokenflow predict --config configs/demo.yaml --output.overwrite true
+
+app: .venv/app
+	$(BIN)/tokenflow app --open true
 
 # What a style checker finds at once comes first; the rest runs side by side.
 test: setup
@@ -55,6 +58,10 @@ constraints:
 
 .venv/demo: setup.cfg pyproject.toml $(CONSTRAINTS) | .venv/bin/python
 	$(INSTALL) .
+	touch $@
+
+.venv/app: .venv/demo
+	$(INSTALL) '.[app]'
 	touch $@
 
 .venv/docs: .venv/demo

@@ -14,6 +14,7 @@ from tests.conftest import ROOT
 NOTEBOOK = ROOT / "examples/first_edit.ipynb"
 
 
+@pytest.mark.full
 def test_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     notebook = nbformat.read(NOTEBOOK, as_version=4)

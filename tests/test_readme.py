@@ -31,5 +31,5 @@ def test_five_lines_from_file_to_file(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_it_names_every_command() -> None:
-    assert re.findall(r"^make (\w+)", README, re.MULTILINE) == ["demo", "test"]
+    assert re.findall(r"^make (\w+)", README, re.MULTILINE) == ["demo", "test", "app"]
     assert set(re.findall(r"(?:^|`)tokenflow (\w+)", README, re.MULTILINE)) == set(COMMANDS)

@@ -48,11 +48,12 @@ def test_the_autoencoder_keeps_held_out_scenes(miniature: Backbone) -> None:
     assert round_trip_psnr(miniature, images) >= 28
 
 
-def test_samples_show_what_the_prompt_says(miniature: Backbone, judge: Judge) -> None:
+def test_samples_show_what_the_prompt_says(judge: Judge) -> None:
+    miniature = Backbone.load("miniature", "cpu", "auto")
     shown = [random_scene(HELD_OUT + 9000 + i).attributes for i in range(32)]
     images = text_to_image(miniature, [str(a) for a in shown], steps=10, guidance=3.0, seed=1)
     right = accuracy(judge, images, shown)
-    # of these very samples; the judge's closest call is 0.8 between logits, far from rounding
+    # of these very samples, in float32 as in bfloat16
     measured = {"pattern": 22, "color": 32, "shape": 26, "background": 32}
     for name, count in measured.items():
         assert round(32 * right[name]) >= max(32 * BAR[name], count - 1), right

@@ -428,7 +428,7 @@ class Result:
 
 def own_default(model: str, name: str) -> str:
     """What stands in the field of an option; its default, where a file of the model says so."""
-    file = (EMBEDDED if model == "miniature" else local(model)) / "tokenflow.json"
+    file = EMBEDDED.get(model, local(model)) / "tokenflow.json"
     known = Defaults.read(file) if model and file.is_file() else None
     return f"the default: {getattr(known, name)}" if hasattr(known, name) else "the default"
 

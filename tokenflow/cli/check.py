@@ -63,7 +63,7 @@ def backbone_verdict(plugin: Plugin, options: list[str]) -> int:
     parser.add_argument("--model", type=str, required=True, help=about)
     disable_progress_bar()
     named, kind = parser.parse_args(options).model, plugin.kind
-    model = folder_or_id(str(EMBEDDED) if named == "miniature" else named, INDEX)
+    model = folder_or_id(str(EMBEDDED.get(named, named)), INDEX)
     assert kind is not None, "it is usable"
     try:
         checks = backbone_checks(kind.from_model(model, "cpu", torch.float32))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from tokenflow.diffusion.backbone import EMBEDDED
 from tokenflow.engine.lightning.job import Job
 from tokenflow.engine.lightning.manifest import FILES
 from tokenflow.storage.paths import local
@@ -31,7 +32,7 @@ def make_absolute(configuration: dict[str, Any]) -> dict[str, str]:
     for where, options, name in list(paths_in(configuration)):
         path = options[name]
         folder = local(path)
-        if path.startswith("~") or (name in NAMED and (path == "miniature" or not folder.exists())):
+        if path.startswith("~") or (name in NAMED and (path in EMBEDDED or not folder.exists())):
             continue
         if (whole := str(folder.absolute())) != path:
             typed[where], options[name] = path, whole

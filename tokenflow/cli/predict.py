@@ -30,6 +30,7 @@ from tokenflow.cli.corrections import corrected
 from tokenflow.cli.inputs import NAMED, make_absolute, paths_of, require_readable
 from tokenflow.cli.options import CLASSES, DEFAULTS, PLUGINS, meant
 from tokenflow.cli.stop import stop
+from tokenflow.diffusion.backbone import EMBEDDED
 from tokenflow.engine.checked import blamed
 from tokenflow.engine.lightning.data import Video
 from tokenflow.engine.lightning.job import Job
@@ -127,9 +128,9 @@ class PredictCLI(LightningCLI):
             self.complete_inputs(job)
         self.require_readable()
         model = self.model.model
-        if model != "miniature" and not local(model).exists() and self.trainer.is_global_zero:
+        if model not in EMBEDDED and not local(model).exists() and self.trainer.is_global_zero:
             print(f"fetching {printable(model)} from the hub, unless it is cached", file=sys.stderr)
-        if model == "miniature" and self.trainer.is_global_zero:
+        if model in EMBEDDED and self.trainer.is_global_zero:
             warn_of_unknown_words(
                 text for job in self.datamodule.jobs for text in astuple(self.model.options(job)[0])
             )

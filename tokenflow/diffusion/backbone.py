@@ -24,7 +24,9 @@ from tokenflow.diffusion.single_file import Checkpoint
 from tokenflow.diffusion.sites import Site
 from tokenflow.diffusion.textual_inversion import Embedding
 
-EMBEDDED = Path(__file__).parents[1] / "miniature" / "weights"
+MINIATURE = Path(__file__).parents[1] / "miniature"
+EMBEDDED = {"miniature": MINIATURE / "weights", "miniature-lcm": MINIATURE / "lcm"}
+"""Folders of the embedded models by name; the second one is distilled from the first."""
 INDEX = "model_index.json"
 GROUP = "tokenflow.backbones"
 VARIANTS = {"text_encoder_2": "StableDiffusionXLPipeline", "unet": "StableDiffusionPipeline"}
@@ -107,8 +109,8 @@ class Backbone(ABC):
 
         Args:
             model: A folder in diffusers' layout, the id of a hub model ("owner/name"), a checkpoint
-                in one file (Stable Diffusion's or SDXL's own layout, *.safetensors), or
-                "miniature", the embedded one.
+                in one file (Stable Diffusion's or SDXL's own layout, *.safetensors),
+                "miniature", the embedded one, or "miniature-lcm", its few-step form.
             device: "auto" takes an accelerator if there is one, else the CPU.
             dtype: "float32", "float16", "bfloat16"; "auto" is float16 on an accelerator (of Flux
                 bfloat16), and on a CPU bfloat16 where the processor computes in it, else float32.
@@ -125,7 +127,7 @@ class Backbone(ABC):
         """
         if dtype not in ("auto", *DTYPES):
             raise ModelError(f"dtype must be one of {('auto', *DTYPES)}, got {dtype!r}")
-        found = folder_or_id(str(EMBEDDED if model == "miniature" else model), INDEX, file=True)
+        found = folder_or_id(str(EMBEDDED.get(str(model), model)), INDEX, file=True)
         where = device if device != "auto" else default_device()
         kind = family(found)
         number = default_dtype(where, kind.half) if dtype == "auto" else DTYPES[dtype]

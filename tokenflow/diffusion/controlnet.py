@@ -250,7 +250,7 @@ def load_controlnet(model: str | Path, backbone: Backbone) -> FittedControlNet:
             f"{type(backbone).__name__}; choose such a model, or another editor, as SDEdit"
         )
     if model == "miniature":
-        model = EMBEDDED / "controlnet"
+        model = EMBEDDED["miniature"] / "controlnet"
     model = folder_or_id(str(model), CONFIG)
     if Path(model).is_dir():
         require_safetensors(Path(model))
