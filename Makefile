@@ -25,9 +25,9 @@ test: setup
 	$(BIN)/ruff format --check
 	$(MAKE) --jobs 2 --keep-going suite checks
 
-# The long forms of tests, minutes each, which `make test` leaves out.
+# The long forms of tests, and those that start programs anew, which `make test` leaves out.
 test-full: setup
-	$(PYTEST) --dist loadfile -m full tests
+	$(PYTEST) -m full tests
 
 suite: setup
 	$(PYTEST) tests $(EXAMPLE)

@@ -81,6 +81,7 @@ def kinds(folder: Path) -> set[str]:
     return {entry.kind for entry in Cache(folder / "cache").entries()}
 
 
+@pytest.mark.full
 def test_lightnings_launcher_stops_and_resumes(edit: list[str], tmp_path: Path) -> None:
     with sampling([*LIGHTNING, *edit], tmp_path) as job:
         job.send_signal(signal.SIGUSR1)
@@ -100,6 +101,7 @@ def test_lightnings_launcher_stops_and_resumes(edit: list[str], tmp_path: Path) 
     assert float((both.frames - alone.frames).abs().max()) <= 2.5 / 255
 
 
+@pytest.mark.full
 def test_ranks_end_when_lightnings_launcher_is_killed(edit: list[str], tmp_path: Path) -> None:
     with sampling([*LIGHTNING, *edit], tmp_path) as job:
         [child] = [one for one in children(job.pid) if running(one)]
@@ -111,6 +113,7 @@ def test_ranks_end_when_lightnings_launcher_is_killed(edit: list[str], tmp_path:
     assert not list(tmp_path.glob("runs/*/run.yaml"))
 
 
+@pytest.mark.full
 def test_torchrun_passes_a_signal_on(edit: list[str], tmp_path: Path) -> None:
     with sampling([*TORCHRUN, *edit], tmp_path) as job:
         job.send_signal(signal.SIGUSR1)

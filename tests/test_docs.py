@@ -84,6 +84,7 @@ def author(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         sys.modules.pop(file.stem, None)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_is_followed_to_its_end(
     page: str, author: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -65,8 +65,9 @@ def test_who_leaves_stops_an_edit_and_the_end_of_the_server_waits(requests: Requ
     while next(news).stage != "edit":
         pass
     news.close()  # as Gradio does when a page is gone
-    device.edits.put(second)
-    device.waiting.append(second)
+    with device.changed:
+        device.waiting.append(second)
+        device.changed.notify()
     device.close()
     assert first.over.wait(20)
     assert second.over.wait(20)

@@ -16,8 +16,8 @@ from PIL import EpsImagePlugin
 from tests.app.conftest import Served, given
 from tokenflow.app.edits import Device, Edit, News
 from tokenflow.app.request import Requests
-from tokenflow.app.server import serve
-from tokenflow.app.serving import Serving
+from tokenflow.app.server import Only, serve
+from tokenflow.app.serving import LOCAL, Serving
 from tokenflow.errors import InputError
 
 
@@ -159,7 +159,7 @@ def test_others_reach_it_only_with_a_password(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("other", "said"),
     [
-        ({"model": "/etc"}, "model: expected one of miniature, got '/etc'"),
+        ({"model": "/etc"}, "model: expected one of miniature, miniature-lcm, got '/etc'"),
         ({"editor": "os.system"}, "there is no editor 'os.system'"),
         ({"editor": "tokenflow.editors.PnP"}, "there is no editor"),
         ({"editor": "IPAdapter"}, "there is no editor 'IPAdapter'"),
@@ -238,6 +238,47 @@ def test_two_clients_at_once(requests: Requests) -> None:
 def test_too_many_do_not_wait(requests: Requests) -> None:
     device = Device(requests)
     edit = Edit(requests.configuration(given(requests)))
-    device.waiting.extend([edit] * 9)
-    with pytest.raises(InputError, match="9 edits wait already"):
+    device.running = edit
+    device.waiting.extend([edit] * 7)  # the device is not notified of them
+    assert not device.full
+    device.waiting.append(edit)
+    with pytest.raises(InputError, match="8 edits wait already"):
         next(device.run(edit))
+
+
+def test_who_waits_and_leaves_gives_up_the_place(requests: Requests) -> None:
+    device = Device(requests)
+    first, second = (Edit(requests.configuration(given(requests, steps=10))) for _ in range(2))
+    running = device.run(first)
+    while next(running).stage != "edit":
+        pass
+    waiting = device.run(second)
+    assert next(waiting).stage == "waiting"
+    second.stop.set()
+    assert next(waiting).stage == "stopped"
+    waiting.close()
+    assert device.waiting == []
+    assert second.over.is_set()
+    running.close()
+    assert first.over.wait(20)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"origin": "http://example.org"},
+        {"origin": "http://127.0.0.1:1"},
+        {"sec-fetch-site": "cross-site"},
+    ],
+)
+def test_other_sites_pages_write_nothing(headers: dict[str, str]) -> None:
+    page = Only(None, LOCAL)
+    own = {"host": "127.0.0.1:7860"}
+
+    def admitted(method: str, more: dict[str, str]) -> bool:
+        sent = [(name.encode(), value.encode()) for name, value in (own | more).items()]
+        return page.admits({"method": method, "path": "/gradio_api/upload", "headers": sent})
+
+    assert admitted("POST", {"origin": "http://127.0.0.1:7860"})
+    assert not admitted("POST", headers)
+    assert admitted("GET", headers)

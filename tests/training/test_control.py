@@ -54,6 +54,7 @@ def test_edges_alone_give_shape_and_place(each: int, steps: int) -> None:
     assert free.overlap < OVERLAP_BAR, free
 
 
+@pytest.mark.full
 def test_edges_alone_give_shape_and_place_in_a_moving_scene() -> None:
     """Under a prompt that says neither, which without a control gives neither."""
     backbone, judge = Backbone.load("miniature", "cpu", "auto"), Judge.load()

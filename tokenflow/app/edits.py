@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from queue import Empty, Queue
-from threading import Event, Thread
+from threading import Condition, Event, Thread
 from typing import Any, Literal
 
 import torch
@@ -116,9 +116,10 @@ class Device:
 
     def __init__(self, requests: Requests) -> None:
         self.requests = requests
-        self.edits: Queue[Edit] = Queue()
         self.waiting: list[Edit] = []
         self.running: Edit | None = None
+        self.changed = Condition()
+        """Held where the two are read or changed; notified of an edit that waits."""
         self.loaded: tuple[str, Backbone] | None = None
         Thread(target=self.work, daemon=True).start()
 
@@ -128,10 +129,11 @@ class Device:
         Raises:
             InputError: Too many others wait.
         """
-        if len(self.waiting) > self.requests.serving.max_waiting:
-            raise InputError(f"{len(self.waiting)} edits wait already; try again later")
-        self.waiting.append(edit)
-        self.edits.put(edit)
+        with self.changed:
+            if self.full:
+                raise InputError(f"{len(self.waiting)} edits wait already; try again later")
+            self.waiting.append(edit)
+            self.changed.notify()
         try:
             while True:
                 try:
@@ -139,30 +141,54 @@ class Device:
                     while not edit.news.empty():  # a page need not see every step
                         news = edit.news.get()
                 except Empty:
-                    if edit in self.waiting:
-                        yield News("waiting", steps=self.waiting.index(edit) + 1)
-                    continue
+                    place = self.place(edit)
+                    if place and edit.stop.is_set():
+                        news = News("stopped", reason="It had not begun.")
+                    elif place:
+                        news = News("waiting", steps=place)
+                    else:
+                        continue
                 yield news
                 if news.stage in ENDS:
                     return
         finally:
             edit.stop.set()
+            with self.changed:
+                if edit in self.waiting:
+                    self.waiting.remove(edit)
+                    edit.over.set()
+
+    @property
+    def full(self) -> bool:
+        """Whether as many edits wait for the one that runs as may."""
+        first = self.running is None  # it waits for nothing
+        return len(self.waiting) - first >= self.requests.serving.max_waiting
+
+    def place(self, edit: Edit) -> int:
+        """Which of those that wait an edit is, from 1; 0 if it does not."""
+        with self.changed:
+            return self.waiting.index(edit) + 1 if edit in self.waiting else 0
 
     def work(self) -> None:
         """Runs one edit after the other, for ever."""
         while True:
-            self.running = self.edits.get()
-            self.waiting.remove(self.running)
-            self.attempt(self.running)
-            self.running.over.set()
+            with self.changed:
+                self.changed.wait_for(lambda: bool(self.waiting))
+                edit = self.running = self.waiting.pop(0)
+            self.attempt(edit)
+            with self.changed:
+                self.running = None
+            edit.over.set()
 
     def close(self) -> None:
         """Stops the edit that runs where it can be resumed."""
-        for edit in [*self.waiting, self.running]:
-            if edit is not None:
+        with self.changed:
+            running = self.running
+            for edit in self.waiting:
                 edit.stop.set()
-        if self.running is not None:
-            self.running.over.wait(GRACE)
+        if running is not None:
+            running.stop.set()
+            running.over.wait(GRACE)
 
     def attempt(self, edit: Edit) -> None:
         """Runs an edit; whatever goes wrong is news of it."""

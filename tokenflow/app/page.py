@@ -323,8 +323,8 @@ class Page:
                 if news.stage == "done" and edit.folder is not None:
                     shown |= result.of(read_run(edit.folder), configuration)
                 yield shown
-        except InputError as error:
-            yield {state: failed(str(error))}
+        except Exception as error:  # too many wait, or its files cannot be shown
+            yield {state: failed(explained(error))}
         finally:
             session.remove(edit)
 
@@ -367,8 +367,8 @@ class Page:
         """Fills in the fields as they were for a run."""
         try:
             values = self.runs.values(name, self.requests)
-        except InputError as error:
-            raise gr.Error(str(error)) from error
+        except Exception as error:  # as above
+            raise gr.Error(explained(error)) from error
         updates = {
             field: gr.update(value=values[name])
             for name, field in self.fields.items()

@@ -169,6 +169,11 @@ class Requests:
         own = {one: values.get(f"{name}.{wanted}.{one}") for one in options}
         given = chosen(options, own)
         for option, value in given.items():
+            if options[option].kind == "whole" and value > self.serving.max_steps:
+                raise InputError(
+                    f"{option}: expected at most {self.serving.max_steps}, got {value}; "
+                    f"--max_steps of tokenflow app allows more"
+                )
             if options[option].kind == "class":
                 given[option] = {"class_path": value}
                 if value == UPLOADED:
@@ -226,8 +231,10 @@ def yaml_of(configuration: Mapping[str, Any]) -> str:
 
 def command_of(configuration: Mapping[str, Any]) -> str:
     """The command line that makes the same edit, in another folder of runs."""
-    words = [word for name, value in flat(again(configuration)) for word in (f"--{name}", value)]
-    return shlex.join(["tokenflow", "predict", *words])
+    words = ["tokenflow", "predict"]
+    for name, value in flat(again(configuration)):
+        words += [f"--{name}={value}"] if value.startswith("-") else [f"--{name}", value]
+    return shlex.join(words)
 
 
 def flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:

@@ -14,7 +14,7 @@ from tokenflow.app.request import Requests
 from tokenflow.engine.lightning.finished_run import FinishedRun
 from tokenflow.engine.lightning.job import PLUGINS, PROMPTS
 from tokenflow.engine.lightning.metrics import Sources, measure_run
-from tokenflow.errors import InputError
+from tokenflow.errors import InputError, explained
 from tokenflow.metrics import Measures
 from tokenflow.report import Features, Run, read_run, write_comparison
 from tokenflow.report.columns import column
@@ -44,9 +44,8 @@ class Runs:
     @property
     def names(self) -> list[str]:
         """The finished runs, the newest first."""
-        records = list(self.folder.glob(f"[!.]*/{RECORD}"))
-        records.sort(key=lambda record: record.stat().st_mtime, reverse=True)
-        return [record.parent.name for record in records[:MOST]]
+        records = [(written(one), one) for one in self.folder.glob(f"[!.]*/{RECORD}")]
+        return [one.parent.name for _, one in sorted(records, reverse=True)[:MOST]]
 
     def run(self, name: Any) -> Run:
         """The run of a name.
@@ -74,8 +73,8 @@ class Runs:
             about = Markup("<p>{}</p><small>{}</small>").format(
                 printable(came.get("prompt", "")), " · ".join(map(str, facts))
             )
-        except (InputError, OSError) as error:
-            image, about = "", Markup("<small>{}</small>").format(printable(error))
+        except Exception as error:  # whatever somebody has written into a run's files
+            image, about = "", Markup("<small>{}</small>").format(printable(explained(error)))
         shown = '<figure><img src="{}" alt=""><figcaption><b>{}</b>{}</figcaption></figure>'
         return Markup(shown).format(image, printable(name), about)
 
@@ -172,3 +171,11 @@ def framed(page: str) -> Markup:
     return Markup('<iframe class="tf-page" sandbox="allow-scripts" srcdoc="{}"></iframe>').format(
         page
     )
+
+
+def written(file: Path) -> float:
+    """When a file was written; 0 where it is just being replaced."""
+    try:
+        return file.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0

@@ -56,11 +56,15 @@ class Only:
         await self.app(scope, receive, with_policy)
 
     def admits(self, scope: Any) -> bool:
-        """Whether a request is for the page."""
-        host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+        """Whether a request is for the page, and not sent by another site's page."""
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        host, origin = headers.get(b"host", ""), headers.get(b"origin", "")
         named = re.sub(r":\d+$", "", host).strip("[]")
         known = not self.hosts or named in self.hosts
-        return known and ROUTES.fullmatch(scope["path"]) is not None
+        own = not (origin and self.hosts) or origin.partition("://")[2] == host
+        reading = scope["method"] in ("GET", "HEAD")
+        ours = reading or (own and headers.get(b"sec-fetch-site") != "cross-site")
+        return known and ours and ROUTES.fullmatch(scope["path"]) is not None
 
 
 def refused(url: str, *_: Any, **__: Any) -> NoReturn:
