@@ -15,6 +15,7 @@ from tests.app.conftest import given
 from tokenflow.app.edits import Device, Edit
 from tokenflow.app.page import Page
 from tokenflow.app.request import Requests, command_of, yaml_of
+from tokenflow.app.results import Runs
 from tokenflow.cli.main import main
 from tokenflow.cli.predict import run
 from tokenflow.engine.lightning.callback import EditCallback
@@ -110,6 +111,8 @@ def test_control_and_mask_are_in_the_record(requests: Requests) -> None:
     record = read_run(requests.folder / "clip").record
     names = {"data.video", "model.mask", "model.editor.condition.path"}
     assert set(record["run"]["inputs"]) == names
+    values = Runs(requests.folder).values("clip", requests)  # what "again" fills in
+    assert [values[name] for name in ("control", "mask")] == [str(control), str(mask)]
     assert (requests.folder / "clip" / METRICS).exists()
     paths = requests.uploads / "clip.mp4", requests.folder / "clip" / EDITED
     source, edited = (read_clip(path).frames for path in paths)

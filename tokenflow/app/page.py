@@ -374,6 +374,9 @@ class Page:
             for name, field in self.fields.items()
             if name in values
         }
+        start = int(values.get("start") or 0)
+        # the slider does not know the clip yet
+        updates[self.fields["start"]] = gr.update(value=start, maximum=max(start, 1))
         return {tabs: gr.Tabs(selected="edit"), **updates}
 
 

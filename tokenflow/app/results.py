@@ -10,9 +10,11 @@ from typing import Any
 
 from markupsafe import Markup
 
+from tokenflow.app.options import UPLOADED
 from tokenflow.app.request import Requests
 from tokenflow.engine.lightning.finished_run import FinishedRun
 from tokenflow.engine.lightning.job import PLUGINS, PROMPTS
+from tokenflow.engine.lightning.manifest import FILES
 from tokenflow.engine.lightning.metrics import Sources, measure_run
 from tokenflow.errors import InputError, explained
 from tokenflow.metrics import Measures
@@ -102,10 +104,12 @@ class Runs:
             spec = model.get(one) or {}
             plugin = values[one] = str(spec.get("class_path", "")).rsplit(".", 1)[-1]
             for option, value in (spec.get("init_args") or {}).items():
-                if isinstance(value, dict):  # a class is shown by its name
+                if isinstance(value, dict):  # a class is shown by its name, and a file in its field
+                    files = value.get("init_args") or {}
+                    values["control"] = files.get(FILES[UPLOADED], values.get("control"))
                     value = str(value.get("class_path", "")).rsplit(".", 1)[-1]
                 values[f"{one}.{plugin}.{option}"] = value
-        for file in ("video", "mask"):
+        for file in ("video", "mask", "control"):
             path = Path(str(values.get(file) or ""))
             mine = path.is_file() and path.resolve().is_relative_to(requests.uploads.resolve())
             values[file] = str(path) if mine else None
