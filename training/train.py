@@ -209,6 +209,7 @@ def save_transformer(stage: FlowTraining, folder: Path) -> None:
         text_encoder_3=None,
         tokenizer_3=None,
     ).save_pretrained(folder)
+    forget_origins(folder)
     save_defaults(Defaults(guidance=3.0, features=0.0), folder)
 
 
@@ -243,7 +244,16 @@ def save_lcm(stage: ConsistencyDistillation, folder: Path) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder)
+    forget_origins(folder)
     save_defaults(Defaults.read(WEIGHTS / DEFAULTS), folder)
+
+
+def forget_origins(folder: Path) -> None:
+    """Removes from configurations the folder that weights were read from, which diffusers notes."""
+    for file in folder.glob("*/config.json"):
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)
+        file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def save_defaults(defaults: Defaults, folder: Path) -> None:

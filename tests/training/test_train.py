@@ -19,6 +19,8 @@ def test_the_weights_are_small_and_of_a_safe_kind() -> None:
     assert {file.suffix for file in files} == {".safetensors", ".json", ".txt"}
     assert max(file.stat().st_size for file in files) < 16 * MIB
     assert sum(file.stat().st_size for file in files) < 64 * MIB
+    configurations = [file for file in files if file.name == "config.json"]
+    assert not [file for file in configurations if "_name_or_path" in file.read_text()]
 
 
 class Line(TrainingModule):

@@ -73,8 +73,8 @@ class FittedControlNet(ABC):
         """What else is expected, and what was found, by its name in errors."""
 
     def seen(self, images: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n c h w"]:
-        """The latents of control images in 0..1 that the network is given, where it `encodes`."""
-        raise NotImplementedError
+        """What the network sees of control images in 0..1: these, or latents where it `encodes`."""
+        return images
 
     @property
     def pools(self) -> bool:
