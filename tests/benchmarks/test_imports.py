@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 CODE = """
 import runpy, sys
@@ -14,6 +16,7 @@ for script in sys.argv[1:]:
 """
 
 
+@pytest.mark.full
 def test_every_script_imports() -> None:
     scripts = sorted(map(str, FOLDER.glob("*.py")))
     assert scripts

@@ -143,6 +143,7 @@ def test_what_nothing_is_outside_of_has_no_metric() -> None:
     assert truth.measure(truth.frames, Judge.load())["psnr_outside"] is None
 
 
+@pytest.mark.full
 def test_every_row_can_be_made() -> None:
     plan = Plan(frames=2, steps=1, reference_inversion=2, keyframe_every=1)
     bench = Workbench(Backbone.load("miniature", "cpu", "float32"), Truth(cases()[20].of(2)), plan)

@@ -190,6 +190,7 @@ class Matcher:
     ) -> None:
         require_interface(kernel)
         self.kernel, self.size, self.flow, self.look = kernel, size, flow, look
+        self.name = named(kernel)
         self.first: int | None = None
 
     def wanted(self, step: int) -> bool:
@@ -209,8 +210,7 @@ class Matcher:
         """Checks an answer, where that need not wait for the accelerator again and again."""
         self.first = window.step if self.first is None else self.first
         if window.step == self.first:
-            who = f"{named(self.kernel)} at {window.site}"
-            check_correspondence(found, source, keys, who)
+            check_correspondence(found, source, keys, f"{self.name} at {window.site}")
         if self.look is not None and self.wanted(window.step):
             self.look(source, window, found)
 

@@ -76,13 +76,13 @@ class CheckedEditor(Editor):
 
     def __init__(self, editor: Editor, model: Backbone) -> None:
         require_interface(editor)
-        self.editor, self.model = editor, model
+        self.editor, self.model, self.name = editor, model, named(editor)
         self.inverts = editor.inverts  # type: ignore[misc]
         self.joint_source = editor.joint_source  # type: ignore[misc]
 
     def require(self, broken: Iterator[Violation], function: str) -> None:
         """Raises `PluginError` with the first rule that an answer breaks."""
-        require_none(broken, f"{named(self.editor)} in {function}")
+        require_none(broken, f"{self.name} in {function}")
 
     @property
     def guided(self) -> Sequence[str]:
