@@ -98,8 +98,24 @@ class Site(ABC):
         """A block in which the layer calls `by.attention(site, hidden_states, ...)`."""
 
 
+class SiteProcessor:
+    """What diffusers calls, with the layer and its inputs, in place of a site's own processor.
+
+    A class, since diffusers inspects its processor's signature at each call, and that of a partial
+    function takes ten times as long to find.
+    """
+
+    def __init__(self, site: Site, by: Replacement) -> None:
+        self.site, self.by = site, by
+
+    def __call__(self, _: nn.Module, hidden_states: Tensor, *args: Any, **given: Any) -> Any:
+        return self.by.attention(self.site, hidden_states, *args, **given)
+
+
 class ProcessorSite(Site):
     """An attention layer of diffusers, by its public attention processors."""
+
+    processor: ClassVar[type[SiteProcessor]] = SiteProcessor
 
     def __init__(self, name: str, layer: Any) -> None:
         super().__init__(name)
@@ -108,34 +124,14 @@ class ProcessorSite(Site):
     def plain(self, hidden_states: Tensor, *args: Any, **given: Any) -> Any:
         return self.own(self.layer, hidden_states, *args, **given)
 
-    def process(
-        self, by: Replacement, _: nn.Module, hidden_states: Tensor, *args: Any, **given: Any
-    ) -> Any:
-        """What diffusers calls, with the layer and its inputs, in place of its own processor."""
-        return by.attention(self, hidden_states, *args, **given)
-
     @contextmanager
     def replaced(self, by: Replacement) -> Iterator[None]:
         self.own = self.layer.processor
-        self.layer.set_processor(ReplacedProcessor(self, by))
+        self.layer.set_processor(self.processor(self, by))
         try:
             yield
         finally:
             self.layer.set_processor(self.own)
-
-
-class ReplacedProcessor:
-    """`ProcessorSite.process` with its replacement.
-
-    A class, since diffusers inspects its processor's signature at each call, and that of a partial
-    function takes ten times as long to find.
-    """
-
-    def __init__(self, site: ProcessorSite, by: Replacement) -> None:
-        self.site, self.by = site, by
-
-    def __call__(self, *args: Any, **given: Any) -> Any:
-        return self.site.process(self.by, *args, **given)
 
 
 class DiffusersSite(ProcessorSite):
@@ -226,6 +222,25 @@ class StableDiffusion3Site(DiffusersSite):
         return output, beside if self.layer.context_pre_only else self.layer.to_add_out(beside)
 
 
+class FluxProcessor(SiteProcessor):
+    """Flux's blocks give all inputs by position."""
+
+    def __call__(
+        self,
+        _: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Any:
+        return self.by.attention(
+            self.site,
+            hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+            image_rotary_emb=image_rotary_emb,
+        )
+
+
 class FluxSite(ProcessorSite):
     """Joint attention of Flux's double blocks, with rotary positions of text tokens, then image.
 
@@ -234,22 +249,7 @@ class FluxSite(ProcessorSite):
 
     has_text = True
     layer: FluxAttention
-
-    def process(
-        self,
-        by: Replacement,
-        _: nn.Module,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Any:
-        return by.attention(
-            self,
-            hidden_states,
-            encoder_hidden_states=encoder_hidden_states,
-            image_rotary_emb=image_rotary_emb,
-        )
+    processor = FluxProcessor
 
     def heads(self, projected: Tensor) -> Tensor:
         """Projected tokens as (batch, heads, tokens, width)."""
