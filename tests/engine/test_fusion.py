@@ -24,7 +24,9 @@ from tokenflow.propagation import (
     NNField,
     OpticalFlow,
     Propagation,
+    Window,
 )
+from tokenflow.propagation.fusion import as_detailed
 from tokenflow.storage.cache import Cache
 from tokenflow.testing.threads import on_ranks
 from tokenflow.testing.tiny_edit import PROMPTS, TinyEdit
@@ -186,6 +188,9 @@ def test_clean_latents_are_fused_as_they_are(editor: Editor) -> None:
         ).latents
 
     alone = edited(replace(settings, fusion=0.0))
-    expected = 0.5 * alone + 0.5 * alone[0]  # all of a frame's keyframes are the first
+    # all of a frame's keyframes are the first
+    first = torch.zeros(3, 2, dtype=torch.long)
+    window = Window((0, 1, 2), (0,), first, torch.tensor([[1.0, 0.0]]).expand(3, 2))
+    expected = as_detailed(0.5 * alone + 0.5 * alone[0], alone[:1], window)
     assert torch.allclose(edited(settings), expected, rtol=0, atol=1e-5)
     assert (expected - alone).abs().max() > 0.01

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tokenflow.propagation import Motion, Window
-from tokenflow.propagation.fusion import fuse
+from tokenflow.propagation.fusion import STRONGEST, as_detailed, fuse, power, smooth
 
 HEIGHT, WIDTH = 6, 8
 
@@ -86,3 +86,20 @@ def test_a_window_without_motion() -> None:
     bare = Window((1,), (0,), torch.tensor([[0, 0]]), torch.tensor([[1.0, 0.0]]))
     with pytest.raises(ValueError, match="fusion needs a window with motion"):
         fused(latents(1), latents(1), bare, 0.5)
+
+
+def test_details_become_as_strong_as_those_of_the_keyframes() -> None:
+    strong = latents(2) - 0.5
+    weak = 0.8 * (0.75 * strong[:1] + 0.25 * strong[1:])
+    found = as_detailed(weak, strong, window())
+    wanted = 0.75 * power(strong[:1]) + 0.25 * power(strong[1:])
+    gain = (wanted / power(weak)).sqrt().clamp(1, STRONGEST)
+    assert gain.min() > 1
+    torch.testing.assert_close(found - smooth(weak), gain * (weak - smooth(weak)))
+    # nor weaker where a frame's own are stronger
+    torch.testing.assert_close(as_detailed(2 * strong[:1], strong, window()), 2 * strong[:1])
+
+
+def test_where_there_are_no_details_none_are_made() -> None:
+    flat = torch.full((1, 4, HEIGHT, WIDTH), 0.3)
+    torch.testing.assert_close(as_detailed(flat, latents(2), window()), flat)

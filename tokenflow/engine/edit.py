@@ -148,7 +148,9 @@ def edit_clip(
             network, clip, schedule, inversion, settings.inversion_solver, store, channels.digests
         )
         near, flow = seen.part(shard.positions(shard.halo)), None
-        provider = propagation.flow or (DIS() if settings.fusion else None)
+        provider = propagation.flow
+        if provider is None and settings.fusion:  # at the precision that latents need
+            provider = DIS(downscale=max(1, model.latent_scale // 4))
         if propagates(way) and provider is not None:
             flow = ClipFlow(near, provider, model.latent_scale)
         trajectory = invert_clip(

@@ -18,6 +18,8 @@ from tokenflow.propagation.flow.base import inside, warp
 DIFFERENCE = 0.5
 """Mean squared difference of the source's latents at which a keyframe's weight has fallen to 1/e;
 two places that have nothing in common differ by about 2."""
+STRONGEST = 1.5
+"""Gain of details at most: of frames that have nothing in common little more than noise is left."""
 
 
 def fuse(
@@ -52,8 +54,30 @@ def fuse(
     moved, source_moved = arrived.unflatten(0, (-1, 2)).tensor_split(2, dim=2)
     difference = (source_moved - source[:, None]).square().mean(dim=2)
     # a pixel's neighbours are likely to have moved alike
-    difference = avg_pool2d(difference, 3, stride=1, padding=1, count_include_pad=False)
-    trust = torch.exp(-((difference / DIFFERENCE) ** 2)) * inside(flow)
+    trust = torch.exp(-((smooth(difference) / DIFFERENCE) ** 2)) * inside(flow)
     share = strength * window.blend[..., None, None] * trust
     own = 1 - share.sum(dim=1, keepdim=True)
     return own * clean + (share[:, :, None] * moved).sum(dim=1)
+
+
+def as_detailed(
+    fused: Float[Tensor, "frames c h w"], keys: Float[Tensor, "keyframes c h w"], window: Window
+) -> Float[Tensor, "frames c h w"]:
+    """Fused latents with details as strong, in each channel, as those of their keyframes.
+
+    Means of what does not quite fit have less contrast, and every step would take more of it.
+    """
+    base = smooth(fused)
+    details, (own, wanted) = fused - base, map(power, (fused, keys))
+    wanted = (window.blend[..., None, None, None] * wanted[window.neighbours]).sum(dim=1)
+    return base + (wanted / own.clamp_min(1e-12)).sqrt().clamp(1, STRONGEST) * details
+
+
+def power(values: Float[Tensor, "frames c h w"]) -> Float[Tensor, "frames c 1 1"]:
+    """The mean square of details, which a mean over 3×3 pixels takes away."""
+    return (values - smooth(values)).square().mean(dim=(2, 3), keepdim=True)
+
+
+def smooth(values: Float[Tensor, "frames c h w"]) -> Float[Tensor, "frames c h w"]:
+    """Means over 3×3 pixels."""
+    return avg_pool2d(values, 3, stride=1, padding=1, count_include_pad=False)
