@@ -51,6 +51,7 @@ STAGES = {
     "encode": "Encoding the frames",
     "cached": "Taking inverted frames from the cache",
     "invert": "Inverting the source",
+    "mask": "Finding where the prompts differ",
     "reconstruct": "Reconstructing the source",
     "edit": "Editing",
     "decode": "Decoding the frames",

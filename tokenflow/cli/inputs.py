@@ -8,6 +8,7 @@ from typing import Any
 from tokenflow.diffusion.backbone import EMBEDDED
 from tokenflow.engine.lightning.job import Job
 from tokenflow.engine.lightning.manifest import FILES
+from tokenflow.engine.region import AUTO
 from tokenflow.storage.paths import local
 from tokenflow.video import VideoError, read_clip
 
@@ -26,13 +27,15 @@ CLASSES = {"model": ("editor", "propagation", "loras", "embeddings"), "metrics":
 def make_absolute(configuration: dict[str, Any]) -> dict[str, str]:
     """Makes the paths in a configuration absolute; returns what was typed where that differs.
 
-    A path that begins with ~ stays as it is.
+    A path that begins with ~ stays as it is, and so does an automatic mask.
     """
     typed: dict[str, str] = {}
     for where, options, name in list(paths_in(configuration)):
         path = options[name]
         folder = local(path)
-        if path.startswith("~") or (name in NAMED and (path in EMBEDDED or not folder.exists())):
+        if (where, path) == ("model.mask", AUTO) or path.startswith("~"):
+            continue
+        if name in NAMED and (path in EMBEDDED or not folder.exists()):
             continue
         if (whole := str(folder.absolute())) != path:
             typed[where], options[name] = path, whole

@@ -40,6 +40,7 @@ from tokenflow.engine.lightning.module import TRAINER, TokenFlowModule
 from tokenflow.engine.lightning.progress import StageProgress
 from tokenflow.engine.lightning.run_writer import RunWriter, writer_of
 from tokenflow.engine.ranks.group import FrameGroup
+from tokenflow.engine.region import AUTO
 from tokenflow.engine.settings import Settings
 from tokenflow.errors import InputError, Interrupted, Preempted
 from tokenflow.memory import explained_shortage
@@ -142,7 +143,8 @@ class PredictCLI(LightningCLI):
         if job.mask is not None:
             job.inputs["metrics.mask"] = job.mask
         model = self.config_dump["model"]
-        if edit_mask := job.edit_mask or model.get("mask"):
+        edit_mask = job.edit_mask or model.get("mask")
+        if edit_mask not in (None, AUTO):
             job.inputs["model.mask"] = local(edit_mask)
             # an edit that is local is measured outside of its region
             job.mask = job.mask or job.inputs["model.mask"]

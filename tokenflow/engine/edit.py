@@ -18,6 +18,7 @@ from tokenflow.diffusion.schedule import require_finite
 from tokenflow.editors import Editor, Prompts
 from tokenflow.engine.algorithm import WAYS, Consistency, Joint, PerFrame, sample
 from tokenflow.engine.attention import Look, Matcher
+from tokenflow.engine.automatic_mask import automatic_mask, require_comparable
 from tokenflow.engine.further_channels import further_channels, require_given
 from tokenflow.engine.invert import (
     OnStep,
@@ -32,7 +33,7 @@ from tokenflow.engine.keyframes import split_windows
 from tokenflow.engine.network import EditedNetwork
 from tokenflow.engine.ranks.group import FrameGroup
 from tokenflow.engine.ranks.shard import WindowShard
-from tokenflow.engine.region import Region
+from tokenflow.engine.region import AUTO, Automatic, Region
 from tokenflow.engine.resume import ResumeStore, SamplingCheckpoint, sampling_key
 from tokenflow.engine.sampling import Sampling
 from tokenflow.engine.settings import Settings
@@ -54,7 +55,8 @@ class Result:
 
     If `Settings.report_reconstruction` is on, `round_trip_psnr` is the VAE's alone and
     `reconstruction_psnr` that of inverting and sampling back, both in dB against the source frames.
-    The `checkpoint` of the sampling is to be removed when the result has been written.
+    The `checkpoint` of the sampling is to be removed when the result has been written. The `mask`
+    is that of the whole clip where it was an automatic one.
     """
 
     source: Clip
@@ -65,6 +67,7 @@ class Result:
     reconstruction_psnr: float | None = None
     round_trip_psnr: float | None = None
     checkpoint: SamplingCheckpoint | None = None
+    mask: Clip | None = None
 
 
 def ignore(stage: str, step: int, steps: int) -> None:
@@ -80,7 +83,7 @@ def edit_clip(
     propagation: Propagation,
     settings: Settings | None = None,
     *,
-    mask: Clip | None = None,
+    mask: Clip | Automatic | None = None,
     depth: Clip | None = None,
     consistency: type[Consistency] | None = None,
     on_step: OnStep = ignore,
@@ -104,7 +107,8 @@ def edit_clip(
         propagation: The kernel that finds correspondences.
         settings: Everything else; the paper's when not given.
         mask: White where the edit may be, black where the source stays: of one frame, or of as many
-            as the clip, in its size. Everywhere when not given. Models for inpainting need it.
+            as the clip, in its size; "auto" is where the model's predictions for the source's
+            prompt and the edit's differ. Everywhere when not given. Models for inpainting need it.
         depth: Of the clip's frames, as bright as near, for models that are given depth; of one
             frame, or of as many as the clip, in its size.
         consistency: A way of consistency in place of the one that the settings name.
@@ -130,11 +134,15 @@ def edit_clip(
     way = consistency or WAYS[settings.consistency]
     settings.require_used(inverts=editor.inverts, propagates=propagates(way), mask=mask)
     require_given(model, mask, depth)
+    if automatic := isinstance(mask, str):
+        require_comparable(mask, prompts)
     seconds: dict[str, float] = {}
     quality: dict[str, float] = {}
     shard = ranks.shard(split_windows(clip.total, settings.keyframe_every))
     seen, clip = clip.part(frames_needed(shard, settings, editor, way)), clip.part(shard.frames)
-    region = None if mask is None else region_of(mask, clip, model, settings, ranks)
+    region, found = None, None
+    if isinstance(mask, Clip):
+        region = region_of(mask, clip, model, settings, ranks)
     with ranks.together(), ranks.preemption.interruptible():
         check(model, clip, prompts)
     with timed(seconds, "encode"):
@@ -149,9 +157,10 @@ def edit_clip(
         )
         near, flow = seen.part(shard.positions(shard.halo)), None
         provider = propagation.flow
-        if provider is None and settings.fusion:  # at the precision that latents need
+        if provider is None and (settings.fusion or automatic):
+            # at the precision that latents need
             provider = DIS(downscale=max(1, model.latent_scale // 4))
-        if propagates(way) and provider is not None:
+        if (propagates(way) or automatic) and provider is not None:
             flow = ClipFlow(near, provider, model.latent_scale)
         trajectory = invert_clip(
             network, clip, schedule, inversion, settings, cached, seconds, on_step
@@ -164,7 +173,9 @@ def edit_clip(
         key = sampling_key(model, store, settings, *dataclasses.astuple(prompts), *named)
         counts, frames = shard.frame_counts, cached.frames
         if region is not None:
-            frames = list(map(digests.of_values, frames, region.digests))
+            # an automatic one is found again, which rounding may change at its border
+            drawn = [AUTO] * len(frames) if automatic else region.digests
+            frames = list(map(digests.of_values, frames, drawn))
         checkpoint = SamplingCheckpoint(store, clip, frames, counts, ranks, key)
     if store is not None and store.source:
         source_cache = SourceCache(store.cache)
@@ -172,6 +183,11 @@ def edit_clip(
         network, trajectory, schedule, matcher, settings, clip.name, shard, ranks, near, flow,
         region=region,
     )  # fmt: skip
+    if automatic:
+        with timed(seconds, "mask"):
+            found = automatic_mask(sampling, prompts, on_step)
+            region = region_of(found, clip, model, settings, ranks)
+            sampling = dataclasses.replace(sampling, region=region)
     if source_cache is not None:
         kernel = described(propagation) if store is None else store.propagation
         writer = "" if checkpoint is None else checkpoint.key
@@ -186,7 +202,9 @@ def edit_clip(
         edited = sample(sampling, way, x, first, after_step)
     with timed(seconds, "decode"), ranks.together(), ranks.preemption.interruptible():
         done = decoded(model, edited, clip, settings.batch, on_step, region)
-    return Result(clip, done, edited, settings.seed, seconds, **quality, checkpoint=checkpoint)
+    return Result(
+        clip, done, edited, settings.seed, seconds, **quality, checkpoint=checkpoint, mask=found
+    )
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from tokenflow.diffusion import Backbone
 from tokenflow.diffusion.schedule import require_finite
 from tokenflow.engine.ranks.group import FrameGroup
 from tokenflow.engine.ranks.shard import WindowShard
-from tokenflow.engine.region import Region
+from tokenflow.engine.region import AUTO, Region
 from tokenflow.errors import InputError
 from tokenflow.storage import digests
 from tokenflow.video import Clip
@@ -52,6 +52,11 @@ def require_given(model: Backbone, mask: object, depth: object) -> None:
             "expected a mask for this model, which is for inpainting, got none; give a video, "
             "folder of images or image by --model.mask (in Python mask=), white where the edit is "
             "to be"
+        )
+    if taken == "mask" and mask == AUTO:
+        raise InputError(
+            "expected a mask of a file for this model, which sees it in every pass, got an "
+            "automatic one; find one with another model, which leaves it in the run's folder"
         )
     if taken != "depth" and depth is not None:
         raise InputError(

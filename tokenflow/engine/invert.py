@@ -22,7 +22,7 @@ from tokenflow.video import Clip
 
 OnStep = Callable[[str, int, int], Literal["stop"] | None]
 """Called after every step as (stage, steps done, steps), with the stages encode, cached, invert,
-reconstruct, edit and decode; "stop" ends the edit where it can be resumed, with `Preempted`."""
+mask, reconstruct, edit and decode; "stop" ends the edit where it can be resumed: `Preempted`."""
 
 
 def reported(on_step: OnStep, stage: str, step: int, steps: int) -> None:

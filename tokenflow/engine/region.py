@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import cv2
 import torch
@@ -14,6 +15,10 @@ from tokenflow.diffusion.trajectory import rows
 from tokenflow.errors import InputError
 from tokenflow.storage import digests
 from tokenflow.video import Clip, Frames
+
+Automatic = Literal["auto"]
+AUTO: Automatic = "auto"
+"""In place of a mask: one is found from the prompts."""
 
 
 def white(frames: Tensor | Frames) -> Bool[Tensor, "frames height width"]:

@@ -25,8 +25,8 @@ STRONGEST = 1.5
 def fuse(
     clean: Float[Tensor, "frames c h w"],
     keys: Float[Tensor, "keyframes c h w"],
-    source: Float[Tensor, "frames c h w"],
-    source_keys: Float[Tensor, "keyframes c h w"],
+    source: Float[Tensor, "frames d h w"],
+    source_keys: Float[Tensor, "keyframes d h w"],
     window: Window,
     strength: float,
 ) -> Float[Tensor, "frames c h w"]:
@@ -51,7 +51,7 @@ def fuse(
     pairs = zip(window.neighbours.flatten().tolist(), flow.flatten(0, 1), strict=True)
     # bilinear sampling, step after step, would blur
     arrived = torch.stack([warp(both[k], there, "bicubic") for k, there in pairs])
-    moved, source_moved = arrived.unflatten(0, (-1, 2)).tensor_split(2, dim=2)
+    moved, source_moved = arrived.unflatten(0, (-1, 2)).tensor_split([keys.shape[1]], dim=2)
     difference = (source_moved - source[:, None]).square().mean(dim=2)
     # a pixel's neighbours are likely to have moved alike
     trust = torch.exp(-((smooth(difference) / DIFFERENCE) ** 2)) * inside(flow)

@@ -20,7 +20,9 @@ RECORD = "run.yaml"
 FAILED = "failed.yaml"
 METRICS = "metrics.json"
 FEATURES = "features.json"
-FILES = (EDITED, COMPARE, SHEET, METRICS, FEATURES, REPORT, RECORD)
+MASK = "mask.mp4"
+"""The automatic mask of a local edit."""
+FILES = (EDITED, COMPARE, SHEET, MASK, METRICS, FEATURES, REPORT, RECORD)
 NEEDED = (EDITED, COMPARE, SHEET, RECORD)
 LOCK = ".lock"
 UNFINISHED = ".unfinished-"

@@ -154,15 +154,17 @@ def test_a_row_of_a_manifest_has_its_own_mask_and_depth(
         f"- {{video: {video.name}, depth: {depth.name}, edit_mask: {image.name}, mask_edge: 1}}\n"
     )
     rows += f"- {{video: {video.name}, name: without}}\n"
+    rows += f"- {{video: {video.name}, name: auto, depth: {depth.name}, edit_mask: auto}}\n"
     (tmp_path / "clips.yaml").write_text(rows)
     with pytest.raises(SystemExit):
         main([
             "predict", f"--data.manifest={tmp_path / 'clips.yaml'}", "--model.prompt=a ball",
             f"--model.backbone={model}", "--model.steps=1", "--trainer.accelerator=cpu",
-            f"--output.folder={tmp_path / 'runs'}",
+            f"--output.folder={tmp_path / 'runs'}", "--model.inversion_prompt=a box",
+            "--metrics.measure=true", "--metrics.distances=1",
         ])  # fmt: skip
     out = " ".join(capsys.readouterr().out.split())
-    assert "1 done, 0 skipped, 1 failed" in out
+    assert "2 done, 0 skipped, 1 failed" in out
     assert "expected the depth of the clip for this model" in out
     run = yaml.safe_load((tmp_path / "runs" / "in" / "run.yaml").read_text())["run"]
     assert run["model"] == {"mask": str(image), "depth": str(depth)}
@@ -171,6 +173,18 @@ def test_a_row_of_a_manifest_has_its_own_mask_and_depth(
     }  # fmt: skip
     frames = read_clip(tmp_path / "runs" / "in" / "edited.mp4").frames - read_clip(video).frames
     assert frames[..., 8:20, 10:30].abs().mean() > 3 * frames[..., 24:, :].abs().mean()
+    # an automatic one is in the run's folder, exactly as it was, and is what it is measured by
+    folder = tmp_path / "runs" / "auto"
+    found = read_clip(folder / "mask.mp4").frames
+    assert found.shape == (FRAMES, 3, 32, 48)
+    assert torch.equal(found, (found > 0.5).float())
+    assert 0 < found.mean() < 1
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["options"]["mask"] == "auto"
+    assert metrics["metrics"]["psnr_outside"] > metrics["metrics"]["psnr"]
+    run = yaml.safe_load((folder / "run.yaml").read_text())["run"]
+    assert run["model"]["mask"] == "auto"
+    assert "model.mask" not in run["inputs"]
 
 
 @pytest.mark.parametrize(
@@ -179,6 +193,12 @@ def test_a_row_of_a_manifest_has_its_own_mask_and_depth(
         (5, [], "give a video, folder of images or image by --model.depth"),
         (9, [], "give a video, folder of images or image by --model.mask"),
         (4, ["--model.depth={depth}"], "expected no depth for this model"),
+        (4, ["--model.mask=auto"], "expected two prompts, that of the source is empty"),
+        (
+            9,
+            ["--model.mask=auto", "--model.inversion_prompt=a box"],
+            "expected a mask of a file for this model",
+        ),
     ],
 )
 def test_what_the_model_needs_is_asked_for_before_any_work(

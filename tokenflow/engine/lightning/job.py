@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tokenflow.engine.region import AUTO, Automatic
 from tokenflow.errors import InputError
 from tokenflow.storage.digests import of_path
 from tokenflow.video import Clip, clip_name, read_clip
@@ -90,7 +91,7 @@ class Job:
         where: Its place in a manifest; None for a run of one clip.
         plugins: Its own `editor` and `propagation`.
         mask: A video or folder of images, white where the object is that is to be edited.
-        edit_mask: That of its own local edit.
+        edit_mask: That of its own local edit, "auto" for one that is found.
         depth: Its own depth, for models that are given it.
 
     Raises:
@@ -106,7 +107,7 @@ class Job:
         where: str | None = None,
         plugins: Mapping[str, Choice] | None = None,
         mask: Path | None = None,
-        edit_mask: Path | None = None,
+        edit_mask: Path | Automatic | None = None,
         depth: Path | None = None,
     ) -> None:
         self.source, self.name = source, source.name if name is None else name
@@ -141,7 +142,7 @@ class Job:
             raise InputError(f"an input of {self.name} cannot be read: {error}") from error
         own: dict[str, Any] = {name: choice.spec for name, choice in self.plugins.items()}
         for name, path in (("mask", self.edit_mask), ("depth", self.depth)):
-            own |= {} if path is None else {name: str(path.absolute())}
+            own |= {} if path is None else {name: path if path == AUTO else str(path.absolute())}
         mask = {"mask": str(self.mask.absolute())} if self.mask is not None else {}
         return {"inputs": inputs, **mask, **({"model": own} if own else {})}
 

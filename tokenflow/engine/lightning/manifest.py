@@ -17,6 +17,7 @@ from typing import Any, get_type_hints
 from jsonargparse import ArgumentError, ArgumentParser
 
 from tokenflow.engine.lightning.job import CHOICE, PLUGINS, PROMPTS, Choice, ClipSource, Job
+from tokenflow.engine.region import AUTO
 from tokenflow.engine.settings import Settings
 from tokenflow.errors import InputError
 from tokenflow.plugins import did_you_mean
@@ -207,7 +208,9 @@ def job(
         if not given.get("video"):
             raise ValueError("expected video: PATH, got none")
         video = inside(root, given["video"])
-        paths = {name: inside(root, given[name]) for name in PATHS if given.get(name)}
+        paths: dict[str, Any] = {n: inside(root, given[n]) for n in PATHS if given.get(n)}
+        if given.get("edit_mask") == AUTO:
+            paths["edit_mask"] = AUTO
     except ValueError as error:
         raise InputError(f"{where}: {error}") from error
     own = {key: value for key, value in given.items() if key in CHOICE}

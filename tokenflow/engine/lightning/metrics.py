@@ -21,12 +21,12 @@ from tokenflow.engine.lightning.job import ClipSource
 from tokenflow.engine.lightning.mask import cut_mask, require_one_clip
 from tokenflow.engine.lightning.module import TokenFlowModule
 from tokenflow.engine.lightning.run_writer import shown
-from tokenflow.engine.region import white
+from tokenflow.engine.region import AUTO, white
 from tokenflow.errors import InputError
 from tokenflow.metrics import Measures
 from tokenflow.propagation import ClipFlow
 from tokenflow.report import Run
-from tokenflow.runs.files import METRICS
+from tokenflow.runs.files import MASK, METRICS
 from tokenflow.storage.atomic import atomic
 from tokenflow.storage.scratch import empty_or_memmap
 from tokenflow.text import printable_lines
@@ -65,7 +65,7 @@ class Sources:
         measures: What is measured.
         backbone: A model whose VAE's round trip of each source is measured, too.
         mask: A video or folder of images, white where the object is that was to be edited; each
-            run's own, where its record names one, if not given.
+            run's own, where its record names one or its folder has one, if not given.
     """
 
     def __init__(
@@ -76,15 +76,19 @@ class Sources:
         self.last: tuple[Any, ClipFlow, Values | None, Mask | None] | None = None
 
     def mask_of(self, run: FinishedRun) -> str | None:
-        """The path of a run's mask."""
+        """The path of a run's mask, "auto" for the one in its folder."""
+        if self.mask is not None:
+            return self.mask
         own = run.record.get("mask")
-        return self.mask if self.mask is not None or not isinstance(own, str) else own
+        found = AUTO if (run.place / MASK).exists() else None
+        return own if isinstance(own, str) else found
 
     def of(self, run: FinishedRun, clip: Clip) -> tuple[ClipFlow, Values | None, Mask | None]:
         """A run's source with its flow, the metrics of its round trip if there is a model, and its
         mask.
         """
         prompt, mask = run.record["inversion_prompt"], self.mask_of(run)
+        mask = str(run.place / MASK) if mask == AUTO else mask
         key = run.source.path.resolve(), run.source.choice, clip.frames.shape, prompt, mask
         if self.last is None or self.last[0] != key:
             motions, floor = self.measures.motions(clip), None

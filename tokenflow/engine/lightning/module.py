@@ -15,6 +15,7 @@ from torch import Tensor
 from tokenflow.diffusion import Backbone, Embedding, LoRA
 from tokenflow.editors import Editor, Prompts
 from tokenflow.engine.algorithm import WAYS
+from tokenflow.engine.automatic_mask import require_comparable
 from tokenflow.engine.edit import Result, check_prompt, edit_clip, propagates
 from tokenflow.engine.further_channels import require_given
 from tokenflow.engine.keyframes import split_windows
@@ -24,6 +25,7 @@ from tokenflow.engine.lightning.mask import cut_mask, require_one_clip
 from tokenflow.engine.lightning.stopping import Stopping
 from tokenflow.engine.ranks.group import FrameGroup, require_divisor
 from tokenflow.engine.ranks.preemption import Preemption
+from tokenflow.engine.region import AUTO, Automatic
 from tokenflow.engine.resume import ResumeStore
 from tokenflow.engine.settings import Settings
 from tokenflow.errors import InputError
@@ -89,8 +91,9 @@ class TokenFlowModule(LightningModule):
         ranks_per_clip: How many processes share a clip; all of the job's if not given. Others
             edit other clips of a manifest at the same time.
         mask: A video, folder of images or one image, white where the edit may be and black where
-            the source stays exactly, of the source's length and size or the edit's; null for an
-            edit everywhere. Models for inpainting need it.
+            the source stays exactly, of the source's length and size or the edit's; "auto" finds
+            where the prompt and the inversion prompt make the model see different things; null for
+            an edit everywhere. Models for inpainting need a file.
         depth: A video, folder of images or one image of the source's length and size or the edit's,
             as bright as near, for models that are given depth.
         vae: A VAE in place of the model's own: its folder in diffusers' layout, the id of a hub
@@ -154,7 +157,7 @@ class TokenFlowModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         for name, path in (("mask", self.mask), ("depth", self.depth)):
-            if path is not None:
+            if path not in (None, AUTO):
                 require_one_clip(self.trainer, f"model.{name}", path)
         require_divisor(self.ranks_per_clip)  # before a collective, which a rank could miss
         device = str(self.trainer.strategy.root_device)
@@ -198,14 +201,17 @@ class TokenFlowModule(LightningModule):
             InputError: No clip could be edited with them.
         """
         prompts = Prompts(**self.prompts | job.prompts)
+        mask = job.edit_mask or self.mask
         try:
             check_prompt(prompts.prompt)
+            if mask == AUTO:
+                require_comparable(AUTO, prompts)
             settings = dataclasses.replace(self.settings, **job.settings)
             settings.require_used(
                 # of an editor that is not made yet, `edit_clip` asks
                 inverts="editor" in job.plugins or self.editor.inverts,
                 propagates=propagates(WAYS[settings.consistency]),
-                mask=job.edit_mask or self.mask,
+                mask=mask,
             )
         except InputError as error:
             raise InputError(f"{job.where}: {error}" if job.where else str(error)) from error
@@ -281,17 +287,18 @@ class TokenFlowModule(LightningModule):
             store = ResumeStore(self.cache, one, other, self.save_every, self.cache_source)
         with self.group.together(), self.preemption.interruptible():
             clip = job.source.read(backbone.multiple)
-            mask, depth = (
-                None if path is None else cut_mask(path, job.source, backbone.multiple, clip, what)
-                for what, path in (
-                    ("mask", job.edit_mask or self.mask), ("depth", job.depth or self.depth)
-                )
-            )  # fmt: skip
+            multiple, wanted = backbone.multiple, job.edit_mask or self.mask
+            mask: Clip | Automatic | None = AUTO if wanted == AUTO else None
+            depth = None
+            if wanted not in (None, AUTO):
+                mask = cut_mask(wanted, job.source, multiple, clip)
+            if path := job.depth or self.depth:
+                depth = cut_mask(path, job.source, multiple, clip, "depth")
             # now, as the files may change or vanish during the edit
             record = job.record() if self.group.rank == 0 else {}
             if self.group.rank == 0:  # which writes
                 if job.mask is not None:  # before the edit, as it is used only afterwards
-                    cut_mask(job.mask, job.source, backbone.multiple, clip)
+                    cut_mask(job.mask, job.source, multiple, clip)
                 clip = require_writable(clip, both_sides(clip.display_size))
             shard = self.group.shard(split_windows(clip.total, settings.keyframe_every))
             for callback in edit_callbacks(self.trainer):
@@ -319,7 +326,7 @@ class TokenFlowModule(LightningModule):
             "source": job.source.record,
             # what stands in a configuration as a default, a name or for many clips
             "device": str(backbone.device),
-            "multiple": backbone.multiple,
+            "multiple": multiple,
             "dtype": str(backbone.dtype).removeprefix("torch."),
             **dataclasses.asdict(prompts),
             **dataclasses.asdict(settings.for_model(backbone)),

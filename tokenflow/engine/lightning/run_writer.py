@@ -30,6 +30,7 @@ from tokenflow.runs.files import (
     EDITED,
     FAILED,
     FEATURES,
+    MASK,
     RECORD,
     REPORT,
     SHEET,
@@ -59,6 +60,8 @@ PACKAGES = ("tokenflow", "torch", "lightning", "diffusers", "transformers", "av"
 
 class RunWriter(BasePredictionWriter, EditCallback):
     """Writes `edited.mp4`, `compare.mp4`, `contact_sheet.png`, `report.html` and `run.yaml`.
+
+    Of an edit with an automatic mask also `mask.mp4`.
 
     Args:
         folder: The run's files go to a folder of the clip's name in this one.
@@ -231,6 +234,11 @@ class RunWriter(BasePredictionWriter, EditCallback):
                 write_video(
                     place / COMPARE, both, source.times, source.rate, end=source.end, crf=self.crf
                 )
+                if result.mask is not None:
+                    write_video(
+                        place / MASK, shown(result.mask), source.times, source.rate,
+                        end=source.end, size=edited.display_size, crf=0,
+                    )  # fmt: skip
                 rows = source.frames, edited.frames
                 write_image(place / SHEET, contact_sheet(rows, size=source.display_size))
                 run = Run(folder, self.summary(prediction), place)
