@@ -44,10 +44,19 @@ class Somewhere(GaussianFlow):
     where = torch.zeros(HEIGHT, WIDTH)
     where[:, 4:6] = 1
 
+    def of(self, latents: Tensor) -> Tensor:
+        return self.where
+
     def predict(self, latents: Tensor, t: float, conditioning: Conditioning, **_: Any) -> Tensor:
         mean = conditioning["mean"]
+        self.asked = t
         plain = super().predict(latents, t, Conditioning(mean=torch.zeros_like(mean)))
-        return plain - mean.view(-1, 1, 1, 1) * self.where
+        return plain - mean.view(-1, 1, 1, 1) * self.of(latents)
+
+
+class WhereNoiseIs(Somewhere):
+    def of(self, latents: Tensor) -> Tensor:
+        return latents
 
 
 class NoiseSomewhere(Somewhere, GaussianNoise):
@@ -64,8 +73,8 @@ def clip(speed: int = 0) -> Clip:
 def edited(model: Backbone, editor: Editor | None = None, speed: int = 0, **given: Any) -> Any:
     kernel = NNField()
     kernel.flow = Drift(speed)
-    options = {"steps": 4, "keyframe_every": 2, "batch": 2, "consistency": "none"}
-    options |= {name: given.pop(name) for name in ("batch", "consistency") if name in given}
+    options: dict[str, Any] = {"steps": 4, "keyframe_every": 2, "batch": 2, "consistency": "none"}
+    options |= {name: given.pop(name) for name in ("seed", "consistency") if name in given}
     prompts, mask = given.pop("prompts", PROMPTS), given.pop("mask", "auto")
     return edit_clip(
         model, clip(speed), prompts, editor or PnP(), kernel, Settings(**options), mask=mask,
@@ -98,6 +107,14 @@ def test_the_edit_stays_where_the_prompts_differ(
     assert again.mask is None
 
 
+def test_a_frame_is_beside_two_or_at_the_end_itself() -> None:
+    inner, whole = (automatic_mask.beside(range(*ends), range(1, 6)) for ends in ((3, 5), (1, 6)))
+    assert inner.keyframes == (2, 3, 4, 5)
+    assert inner.neighbours.tolist() == [[0, 2], [1, 3]]
+    assert whole.keyframes == (1, 2, 3, 4, 5)
+    assert whole.neighbours.tolist() == [[0, 1], [0, 2], [1, 3], [2, 4], [3, 4]]
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])  # of four ranks one has no window
 def test_the_mask_holds_still_along_the_motion(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     maps = torch.zeros(FRAMES, 1, HEIGHT, WIDTH)
@@ -118,6 +135,29 @@ def test_the_mask_holds_still_along_the_motion(ranks: int, monkeypatch: pytest.M
         assert torch.equal(found, expected.expand_as(found))
     monkeypatch.setattr(automatic_mask, "ROUNDS", 0)
     assert mask(FrameGroup())[2, 0, 0, 8] == 1
+
+
+def test_all_frames_have_the_noise_of_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+
+    def parting(values: Tensor) -> float:
+        seen.append(values)
+        return 0.5
+
+    monkeypatch.setattr(automatic_mask, "ROUNDS", 0)
+    monkeypatch.setattr(automatic_mask, "parting", parting)
+    model = WhereNoiseIs()
+    times = list[float]()
+
+    def on_step(stage: str, *_: int) -> None:
+        times.extend([model.asked] if stage == "mask" else [])
+
+    for seed in (0, 1):
+        edited(model, seed=seed, on_step=on_step)
+    assert set(times) == {0.5}  # where it is as strong as the signal
+    one, other = seen
+    assert torch.equal(one, one[:1].expand_as(one))  # as the frames are
+    assert (one - other).abs().max() > 0.1
 
 
 def test_an_edit_is_resumed_though_its_mask_may_round_otherwise(tmp_path: Path) -> None:

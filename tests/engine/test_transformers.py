@@ -22,7 +22,7 @@ from tokenflow.diffusion import (
     Trajectory,
     invert,
 )
-from tokenflow.editors import Batch, Editor, PnP, Prompts, SDEdit, Step
+from tokenflow.editors import Batch, Editor, FlowEdit, PnP, Prompts, SDEdit, Step
 from tokenflow.engine import Settings, SourceCache, edit_clip, edit_latents, find_correspondences
 from tokenflow.engine.network import EditedNetwork
 from tokenflow.engine.ranks.group import FrameGroup
@@ -109,6 +109,19 @@ def test_other_frames_and_their_keyframes_have_an_effect(model: Backbone) -> Non
 def test_the_batch_does_not_matter(model: Backbone) -> None:
     one, many = (edited(model, random_latents(), batch=batch) for batch in (1, FRAMES))
     assert float((one - many).abs().max()) < ROUNDING
+
+
+def test_an_automatic_mask_needs_no_inversion(model: Backbone) -> None:
+    clip, settings = tiny_clip(2, 32, 64), Settings(steps=2, keyframe_every=2)
+    before = backbone_state(model)
+    found = edit_clip(model, clip, PROMPTS, FlowEdit(2), NNField(), settings, mask="auto")
+    assert found.mask is not None
+    inside = found.mask.frames[:].bool()
+    change = found.clip.frames - clip.frames
+    assert change[inside].abs().mean() > 0.01
+    assert (~inside).any()
+    assert not change[~inside].any()
+    assert backbone_state(model) == before
 
 
 def test_an_edit_leaves_the_network_as_it_was(model: Backbone) -> None:
