@@ -172,6 +172,8 @@ def test_an_edit_is_resumed_though_its_mask_may_round_otherwise(tmp_path: Path) 
     with pytest.raises(Preempted):
         edited(model, store=store, on_step=on_step)
     assert steps["mask"] == [1, 2, 3]  # two of five frames at once
+    whole = edited(model, mask=None, store=store)  # another edit
+    whole.checkpoint.remove()
     model.where = torch.zeros(HEIGHT, WIDTH)
     model.where[:, 4:7] = 1
     found = edited(model, store=store, on_step=on_step)

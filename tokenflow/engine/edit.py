@@ -173,9 +173,9 @@ def edit_clip(
         key = sampling_key(model, store, settings, *dataclasses.astuple(prompts), *named)
         counts, frames = shard.frame_counts, cached.frames
         if region is not None:
-            # an automatic one is found again, which rounding may change at its border
-            drawn = [AUTO] * len(frames) if automatic else region.digests
-            frames = list(map(digests.of_values, frames, drawn))
+            frames = list(map(digests.of_values, frames, region.digests))
+        if automatic:  # its border is found again, and rounding may change that
+            frames = [digests.of_values(frame, AUTO) for frame in frames]
         checkpoint = SamplingCheckpoint(store, clip, frames, counts, ranks, key)
     if store is not None and store.source:
         source_cache = SourceCache(store.cache)
