@@ -143,6 +143,9 @@ def test_a_controlnet_of_another_backbone(
     folder = make_controlnet(tmp_path / "other", backbone.unet, **changes)
     with pytest.raises(ModelError, match=r"other was made for another model: .*" + message):
         load_controlnet(folder, backbone)
+    if not changes.keys() & {"conditioning_embedding_out_channels", "conditioning_channels"}:
+        with pytest.raises(ModelError, match=message):  # which the networks alone can tell
+            ControlNet(str(folder)).check_model(backbone.traits)
 
 
 def test_a_unets_folder_is_no_controlnet(model_folder: Path, backbone: StableDiffusion) -> None:
@@ -156,6 +159,7 @@ def test_lists_and_tuples_in_a_configuration_are_the_same(
     config = json.loads((folder / "config.json").read_text())
     assert isinstance(config["block_out_channels"], list)
     load_controlnet(folder, backbone)
+    ControlNet(str(folder)).check_model(backbone.traits)
 
 
 def test_what_is_given_for_each_block_may_be_given_once(

@@ -47,6 +47,12 @@ def schnell(tmp_path_factory: pytest.TempPathFactory) -> Flux:
     return found
 
 
+def test_its_files_say_what_it_is(folder: Path, dev: Flux) -> None:
+    assert dev.defaults.guidance == 3.5
+    found = Backbone.describe(folder)
+    assert (found.family, found.defaults, found.few_steps) == (Flux, dev.defaults, False)
+
+
 def noise() -> Tensor:
     return torch.randn(2, 4, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0))
 

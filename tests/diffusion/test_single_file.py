@@ -171,8 +171,10 @@ def test_a_file_whose_network_takes_more_than_latents(
     name, file = "model.diffusion_model.input_blocks.0.0.weight", made[family][1]
     own = load_file(file)[name]
     more = torch.zeros(len(own), channels - own.shape[1], *own.shape[2:])
-    model = load(changed(file, tmp_path / "more", **{name: torch.cat([own, more], dim=1)}))
+    file = changed(file, tmp_path / "more", **{name: torch.cat([own, more], dim=1)})
+    model, found = load(file), Backbone.describe(file)
     assert (model.further_channels, model.latent_channels) == (taken, 4)
+    assert (found.family, found.further_channels) == (type(model), taken)
 
 
 def test_a_network_that_predicts_noise_is_known_by_what_it_puts_out() -> None:

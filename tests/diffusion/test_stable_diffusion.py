@@ -558,4 +558,8 @@ def test_defaults_come_from_a_file_beside_the_index(folder: Path) -> None:
     (folder / "tokenflow.json").write_text('{"guidance": 3.5}')
     own = Backbone.load(folder, "cpu", "float32")
     assert own.defaults == dataclasses.replace(plain.defaults, guidance=3.5)
+    described, found = Backbone.describe(folder), own.traits
+    assert dataclasses.replace(described, config={}) == dataclasses.replace(found, config={})
+    options = {k: v for k, v in found.config.items() if not k.startswith("_")}
+    assert {k: described.config[k] for k in options} == options
     assert own.fingerprint != plain.fingerprint  # they change the edit

@@ -190,6 +190,8 @@ def test_its_defaults_may_stand_beside_the_index(folder: Path, tmp_path: Path) -
     spoilt = copied(folder, tmp_path / "model")
     (spoilt / "tokenflow.json").write_text('{"guidance": 3.0, "features": 0.0}')
     assert Backbone.load(spoilt, "cpu", "float32").defaults.guidance == 3.0
+    found, own = Backbone.describe(folder), Backbone.describe(spoilt)
+    assert (found.defaults.guidance, own.defaults.guidance) == (7.0, 3.0)
 
 
 def test_a_prompt_that_is_cut_gives_a_warning(sd3: StableDiffusion3) -> None:

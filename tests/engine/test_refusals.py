@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from tests.gaussian_flow import GaussianFlow
-from tokenflow.diffusion import Backbone, Conditioning, ModelError, Source
+from tokenflow.diffusion import Backbone, Conditioning, ModelError, Source, Traits
 from tokenflow.diffusion.backbone import Defaults
 from tokenflow.editors import Batch, Editor, Injection, SDEdit, Step
 from tokenflow.engine import PerFrame, Settings, edit_clip, edit_latents
+from tokenflow.engine.checked import CheckedEditor
 from tokenflow.engine.resume import ResumeStore
 from tokenflow.errors import InputError, PluginError
 from tokenflow.propagation import NNField
@@ -75,6 +76,21 @@ def test_wrong_answers_name_the_editor(editor: Editor, words: str) -> None:
     with pytest.raises(PluginError, match=words) as caught:
         edited(editor)
     assert type(editor).__name__ in str(caught.value)
+
+
+class Transformers(SDEdit):
+    def check_model(self, model: Traits) -> None:
+        if model.family is GaussianFlow:
+            raise InputError("no Gaussians")
+        raise RuntimeError("midway")
+
+
+def test_an_editor_refuses_a_model_by_what_it_is() -> None:
+    with pytest.raises(InputError, match=r"^no Gaussians$"):
+        edited(Transformers())
+    message = r"Transformers .* failed in check_model: RuntimeError: midway"
+    with pytest.raises(PluginError, match=message):
+        CheckedEditor(Transformers(), GaussianFlow()).check_model(Traits(Backbone))
 
 
 class Noisy(SDEdit):

@@ -1,6 +1,6 @@
 """The frozen models and their mathematics."""
 
-from tokenflow.diffusion.backbone import Backbone
+from tokenflow.diffusion.backbone import Backbone, Traits
 from tokenflow.diffusion.conditioning import Conditioning
 from tokenflow.diffusion.controlnet import FittedControlNet, load_controlnet
 from tokenflow.diffusion.flux import Flux
@@ -30,6 +30,7 @@ __all__ = [
     "StableDiffusion",
     "StableDiffusion3",
     "StableDiffusionXL",
+    "Traits",
     "Trajectory",
     "frame_noise",
     "guide",

@@ -6,7 +6,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -81,6 +81,25 @@ class Defaults:
             raise ModelError(f"{file} holds something else than {names}: {error}") from error
 
 
+@dataclass(frozen=True)
+class Traits:
+    """What a model is, as its files say without its weights.
+
+    Attributes:
+        family: Its class.
+        config: Of its denoising network, as diffusers has it; empty where the family has none.
+        defaults: The options of an edit that suit it.
+        further_channels: As `Backbone.further_channels`.
+        few_steps: Whether it was distilled to 4 to 8 steps, where its scheduler says so.
+    """
+
+    family: type[Backbone]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Defaults = Defaults()
+    further_channels: FurtherChannels | None = None
+    few_steps: bool = False
+
+
 class Backbone(ABC):
     """A frozen text-to-image model on one device.
 
@@ -127,7 +146,7 @@ class Backbone(ABC):
         """
         if dtype not in ("auto", *DTYPES):
             raise ModelError(f"dtype must be one of {('auto', *DTYPES)}, got {dtype!r}")
-        found = folder_or_id(str(EMBEDDED.get(str(model), model)), INDEX, file=True)
+        found = place_of(model)
         where = device if device != "auto" else default_device()
         kind = family(found)
         number = default_dtype(where, kind.half) if dtype == "auto" else DTYPES[dtype]
@@ -141,6 +160,32 @@ class Backbone(ABC):
         if compile:
             backbone.compile()
         return backbone
+
+    @classmethod
+    def describe(cls, model: str | Path) -> Traits:
+        """What a model is, whichever family it belongs to; `model` is as in `load`.
+
+        No weights are loaded or fetched.
+
+        Raises:
+            ModelError: The model's family is not known, or a file that says what it is is missing.
+        """
+        found = place_of(model)
+        return family(found).traits_of(found)
+
+    @classmethod
+    def traits_of(cls, model: str) -> Traits:
+        """What a model of this family is, from a folder, a hub id, or a checkpoint in one file.
+
+        By default its family alone.
+        """
+        return Traits(cls)
+
+    @property
+    def traits(self) -> Traits:
+        """What this model is."""
+        config = getattr(self.network, "config", {})
+        return Traits(type(self), config, self.defaults, self.further_channels)
 
     @classmethod
     @abstractmethod
@@ -314,6 +359,15 @@ class Backbone(ABC):
     def defaults(self) -> Defaults:
         """The options of an edit that suit this model; the paper's by default."""
         return Defaults()
+
+
+def place_of(model: str | Path) -> str:
+    """The folder or file of a model that is named as in `Backbone.load`, or its hub id.
+
+    Raises:
+        ModelError: It can be none of these.
+    """
+    return folder_or_id(str(EMBEDDED.get(str(model), model)), INDEX, file=True)
 
 
 def family(model: str) -> type[Backbone]:

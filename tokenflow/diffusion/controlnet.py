@@ -13,7 +13,7 @@ from diffusers import ControlNetModel, SD3ControlNetModel
 from jaxtyping import Float
 from torch import Tensor
 
-from tokenflow.diffusion.backbone import EMBEDDED, Backbone
+from tokenflow.diffusion.backbone import EMBEDDED, Backbone, Traits
 from tokenflow.diffusion.conditioning import Conditioning
 from tokenflow.diffusion.loading import (
     ModelError,
@@ -21,6 +21,7 @@ from tokenflow.diffusion.loading import (
     load_network,
     load_pretrained,
     require_safetensors,
+    whole,
 )
 from tokenflow.diffusion.schedule import Timestep
 from tokenflow.diffusion.stable_diffusion_3 import StableDiffusion3
@@ -52,14 +53,25 @@ class FittedControlNet(ABC):
 
     def check(self, name: str) -> None:
         """Raises `ModelError` with all that network and backbone do not have in common."""
-        own = self.backbone.network.config
+        own, config = self.backbone.network.config, self.network.config
+        self.require_alike(name, own, config, self.further())
+
+    @classmethod
+    def require_alike(
+        cls,
+        name: str,
+        own: Mapping[str, Any],
+        config: Mapping[str, Any],
+        further: Mapping[str, tuple[Any, Any]],
+    ) -> None:
+        """Raises `ModelError` for configurations of a model and a ControlNet that do not fit."""
         pairs = {
-            word: (found_in(own, option), found_in(self.network.config, option))
-            for option, word in self.shared.items()
+            word: (found_in(own, option), found_in(config, option))
+            for option, word in cls.shared.items()
         }
         wrong = [
             f"{word} {expected} (found {found})"
-            for word, (expected, found) in {**pairs, **self.further()}.items()
+            for word, (expected, found) in {**pairs, **further}.items()
             if expected != found
         ]
         if wrong:
@@ -243,11 +255,36 @@ def load_controlnet(model: str | Path, backbone: Backbone) -> FittedControlNet:
         ModelError: It is missing, has no safetensors, cannot be fetched, or was made for another
             kind of model than the backbone.
     """
-    fitted = next((kind for base, kind in FITTED.items() if isinstance(backbone, base)), None)
+    where, fitted, _ = described(model, type(backbone))
+    network = load_network(fitted.kind, where, "the ControlNet", CONFIG, torch_dtype=backbone.dtype)
+    network.requires_grad_(False).eval().to(backbone.device)
+    found = fitted(network, backbone)
+    found.check(where)
+    return found
+
+
+def check_controlnet(model: str | Path, traits: Traits) -> None:
+    """Raises `ModelError` for a ControlNet that was made for another model, by configurations.
+
+    Nothing is loaded; `load_controlnet` compares what only the other networks tell as well.
+    """
+    where, fitted, config = described(model, traits.family)
+    fitted.require_alike(where, traits.config, whole(fitted.kind, config), {})
+
+
+def described(
+    model: str | Path, family: type[Backbone]
+) -> tuple[str, type[FittedControlNet], Mapping[str, Any]]:
+    """A ControlNet's folder or hub id, the class that fits it to a family, its configuration.
+
+    Raises:
+        ModelError: It is missing, has no safetensors, or is for another family.
+    """
+    fitted = next((kind for base, kind in FITTED.items() if issubclass(family, base)), None)
     if fitted is None:
         raise ModelError(
             f"ControlNets are for Stable Diffusion 1.x, 2.x, 3 and SDXL, got a "
-            f"{type(backbone).__name__}; choose such a model, or another editor, as SDEdit"
+            f"{family.__name__}; choose such a model, or another editor, as SDEdit"
         )
     if model == "miniature":
         model = EMBEDDED["miniature"] / "controlnet"
@@ -259,14 +296,9 @@ def load_controlnet(model: str | Path, backbone: Backbone) -> FittedControlNet:
     if "ControlNet" in (name := str(config.get("_class_name"))) and name != kind.__name__:
         raise ModelError(
             f"the ControlNet {model} is a {name}, which is for another family: expected a "
-            f"{kind.__name__}, as a {type(backbone).__name__} takes; choose one that was trained "
-            f"for it"
+            f"{kind.__name__}, as a {family.__name__} takes; choose one that was trained for it"
         )
-    network = load_network(kind, model, "the ControlNet", CONFIG, torch_dtype=backbone.dtype)
-    network.requires_grad_(False).eval().to(backbone.device)
-    found = fitted(network, backbone)
-    found.check(model)
-    return found
+    return model, fitted, config
 
 
 def found_in(config: Any, field: str) -> Any:

@@ -14,7 +14,7 @@ from diffusers import (
     ModelMixin,
 )
 
-from tokenflow.diffusion.backbone import INDEX, Defaults, Role
+from tokenflow.diffusion.backbone import INDEX, Role
 from tokenflow.diffusion.clip import CLIPText
 from tokenflow.diffusion.latent_diffusion import PROJECTIONS, LatentDiffusion
 from tokenflow.diffusion.loading import ModelError, load_pretrained
@@ -46,10 +46,9 @@ class FlowTransformer(LatentDiffusion):
         vae: AutoencoderKL,
         texts: Sequence[CLIPText | T5Text],
         scheduler: FlowMatchEulerDiscreteScheduler,
-        own_defaults: Defaults,
     ) -> None:
         self.transformer = transformer
-        super().__init__(transformer, vae, texts, scheduler, own_defaults)
+        super().__init__(transformer, vae, texts, scheduler)
         if self.latent_channels != self.vae.config.latent_channels:
             raise ModelError(
                 f"the transformer takes {self.latent_channels} channels and the VAE's latents have "

@@ -70,14 +70,16 @@ class Flux(FlowTransformer):
         self.t5 = T5Text(text_encoder_2, tokenizer_2, T5_TOKENS)
         self.embeds_guidance = bool(transformer.config.guidance_embeds)
         self.text_tokens = T5_TOKENS
-        guidance = 3.5 if self.embeds_guidance else 1.0
-        own = Defaults(guidance=guidance, features=0.0)
-        super().__init__(transformer, vae, [self.clip, self.t5], scheduler, own)
+        super().__init__(transformer, vae, [self.clip, self.t5], scheduler)
         config = transformer.config
         self.check_widths(**{
             "pooled embeddings": (config.pooled_projection_dim, self.clip.width),
             "embeddings": (config.joint_attention_dim, self.t5.width),
         })  # fmt: skip
+
+    @classmethod
+    def defaults_of(cls, config: Mapping[str, Any]) -> Defaults:
+        return Defaults(guidance=3.5 if config["guidance_embeds"] else 1.0, features=0.0)
 
     def add_embeddings(self, embeddings: Sequence[Embedding]) -> None:
         """As in diffusers' pipeline CLIP, not T5, learns the words."""

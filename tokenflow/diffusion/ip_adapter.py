@@ -62,11 +62,8 @@ def image_prompt(
     Raises:
         ModelError: A part is missing, or was made for another model.
     """
-    if not isinstance(backbone, UNetBackbone):
-        raise ModelError(
-            f"IP-Adapters are for Stable Diffusion 1.x, 2.x and SDXL, got a "
-            f"{type(backbone).__name__}; choose such a model, or another editor"
-        )
+    check_family(type(backbone))
+    assert isinstance(backbone, UNetBackbone)
     file = weights_file(model, "the IP-Adapter", FILE)
     Checkpoint.read(file)  # refuses what is no safetensors file
     weights = load_file(file)
@@ -95,6 +92,15 @@ def image_prompt(
         for side in (0, 1)
     )
     return ImagePrompt(keys, values)
+
+
+def check_family(family: type[Backbone]) -> None:
+    """Raises `ModelError` for models without a UNet, whose cross-attention IP-Adapters extend."""
+    if not issubclass(family, UNetBackbone):
+        raise ModelError(
+            f"IP-Adapters are for Stable Diffusion 1.x, 2.x and SDXL, got a {family.__name__}; "
+            f"choose such a model, or another editor"
+        )
 
 
 def embedded(

@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DDIMScheduler
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tokenflow.diffusion.backbone import INDEX, Backbone, Defaults
+from tokenflow.diffusion.backbone import INDEX, Backbone, Defaults, FurtherChannels, Traits
 from tokenflow.diffusion.clip import CLIPText
 from tokenflow.diffusion.loading import (
     ModelError,
     load_network,
     load_pretrained,
     require_safetensors,
+    whole,
 )
 from tokenflow.diffusion.lora import LoRA, fuse
 from tokenflow.diffusion.t5 import T5Text
@@ -45,7 +46,6 @@ class LatentDiffusion(Backbone):
         vae: Between frames and latents.
         texts: The text encoders.
         scheduler: Of the noise that the network was trained on.
-        own_defaults: Of the family.
 
     Raises:
         ModelError: The VAE has no usable scale.
@@ -68,10 +68,9 @@ class LatentDiffusion(Backbone):
         vae: AutoencoderKL,
         texts: Sequence[CLIPText | T5Text],
         scheduler: Any,
-        own_defaults: Defaults,
     ) -> None:
         self.network, self.texts, self.scheduler = network, tuple(texts), scheduler
-        self.own_defaults = own_defaults
+        self.own_defaults = self.defaults_of(network.config)
         self.vae = self.checked_vae(vae)
         for one in self.networks:
             one.requires_grad_(False).eval()
@@ -129,6 +128,37 @@ class LatentDiffusion(Backbone):
         if (Path(model) / DEFAULTS).is_file():
             backbone.own_defaults = Defaults.read(Path(model) / DEFAULTS)
         return backbone
+
+    @classmethod
+    def traits_of(cls, model: str) -> Traits:
+        config, file = cls.read_config(model), Path(model) / DEFAULTS
+        defaults = Defaults.read(file) if file.is_file() else cls.defaults_of(config)
+        few = False
+        if not Path(model).is_file():
+            load, where = DDIMScheduler.load_config, {"subfolder": "scheduler"}  # of any class
+            scheduler = load_pretrained(load, model, "scheduler", INDEX, **where)
+            few = scheduler.get("_class_name") == "LCMScheduler"
+        return Traits(cls, config, defaults, cls.channels_of(config), few)
+
+    @classmethod
+    def read_config(cls, model: str) -> Mapping[str, Any]:
+        """The configuration of a model's denoising network, with what is not stated filled in.
+
+        Raises:
+            ModelError: There is none.
+        """
+        name, kind = next(iter(cls.components.items()))
+        return whole(kind, load_pretrained(kind.load_config, model, name, INDEX, subfolder=name))
+
+    @classmethod
+    def defaults_of(cls, config: Mapping[str, Any]) -> Defaults:
+        """The options of an edit that suit the family, by a network's configuration."""
+        return Defaults()
+
+    @classmethod
+    def channels_of(cls, config: Mapping[str, Any]) -> FurtherChannels | None:
+        """What a network of this configuration takes beside the latents; nothing by default."""
+        return None
 
     @classmethod
     @abstractmethod

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,12 @@ def load_pretrained(
             f"in place of the id. The hub said: {error}"
         ) from error
     return part
+
+
+def whole(kind: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration that was read, with the defaults of a class of diffusers filled in."""
+    arguments = signature(kind.__init__).parameters.items()
+    return {k: a.default for k, a in arguments if a.default is not Parameter.empty} | dict(config)
 
 
 def load_network(kind: Any, model: str, what: str, holds: str, **options: Any) -> Any:

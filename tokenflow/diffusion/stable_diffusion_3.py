@@ -66,7 +66,7 @@ class StableDiffusion3(FlowTransformer):
         if text_encoder_3 is not None and tokenizer_3 is not None:
             self.t5 = T5Text(text_encoder_3, tokenizer_3, T5_TOKENS)
         texts = self.clips if self.t5 is None else (*self.clips, self.t5)
-        super().__init__(transformer, vae, texts, scheduler, Defaults(guidance=7.0, features=0.0))
+        super().__init__(transformer, vae, texts, scheduler)
         config = transformer.config
         pooled = sum(text.encoder.config.projection_dim for text in self.clips)
         width = config.joint_attention_dim
@@ -76,6 +76,10 @@ class StableDiffusion3(FlowTransformer):
         })  # fmt: skip
         if (clip := sum(text.width for text in self.clips)) > width:
             self.check_widths(embeddings=(width, clip))
+
+    @classmethod
+    def defaults_of(cls, config: Mapping[str, Any]) -> Defaults:
+        return Defaults(guidance=7.0, features=0.0)
 
     @property
     def latent_channels(self) -> int:

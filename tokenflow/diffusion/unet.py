@@ -22,10 +22,10 @@ from tokenflow.diffusion.backbone import Defaults, FurtherChannels, Role
 from tokenflow.diffusion.clip import CLIPText
 from tokenflow.diffusion.conditioning import Conditioning
 from tokenflow.diffusion.latent_diffusion import PROJECTIONS, LatentDiffusion
-from tokenflow.diffusion.loading import ModelError
+from tokenflow.diffusion.loading import ModelError, whole
 from tokenflow.diffusion.schedule import Schedule, Timestep
 from tokenflow.diffusion.scheduler import check_noise, read_scheduler
-from tokenflow.diffusion.single_file import load_parts
+from tokenflow.diffusion.single_file import Checkpoint, load_parts
 from tokenflow.diffusion.sites import DiffusersSite
 from tokenflow.diffusion.textual_inversion import Embedding, add
 
@@ -82,10 +82,7 @@ class UNetBackbone(LatentDiffusion):
             )
         self.check_unet(unet, vae, sum(text.width for text in texts))
         check_noise(scheduler)
-        own = self.family_defaults
-        if unet.config.time_cond_proj_dim is not None:
-            own = replace(own, guidance=EMBEDDED_GUIDANCE)
-        super().__init__(unet, vae, texts, scheduler, own)
+        super().__init__(unet, vae, texts, scheduler)
         self.unet, self.clips = unet, tuple(texts)
 
     @classmethod
@@ -197,10 +194,26 @@ class UNetBackbone(LatentDiffusion):
 
     @property
     def further_channels(self) -> FurtherChannels | None:
-        more = self.unet.config.in_channels - self.latent_channels
+        return self.channels_of(self.unet.config)
+
+    @classmethod
+    def channels_of(cls, config: Mapping[str, Any]) -> FurtherChannels | None:
+        more = config["in_channels"] - config["out_channels"]
         if more == 0:
             return None
         return "depth" if more == 1 else "mask"
+
+    @classmethod
+    def defaults_of(cls, config: Mapping[str, Any]) -> Defaults:
+        if config["time_cond_proj_dim"] is None:
+            return cls.family_defaults
+        return replace(cls.family_defaults, guidance=EMBEDDED_GUIDANCE)
+
+    @classmethod
+    def read_config(cls, model: str) -> Mapping[str, Any]:
+        if Path(model).is_file():
+            return whole(cls.components["unet"], Checkpoint.read(Path(model)).unet())
+        return super().read_config(model)
 
     def schedule(self, steps: int, size: tuple[int, int] | None = None) -> Schedule:
         return Schedule.from_ddim(self.scheduler, steps)

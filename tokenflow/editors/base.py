@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from tokenflow.diffusion import Backbone, Conditioning, Schedule, Source, guide
+from tokenflow.diffusion import Backbone, Conditioning, Schedule, Source, Traits, guide
 from tokenflow.diffusion.schedule import Timestep
 from tokenflow.video import Clip
 
@@ -210,6 +210,15 @@ class Editor(ABC):  # noqa: B024 (every method has a default)
             "negative": prompts.negative_prompt,
             "prompt": prompts.prompt,
         }
+
+    def check_model(self, model: Traits) -> None:  # noqa: B027 (need not be overridden)
+        """Called before `prepare`, and before a model is loaded to offer what fits it.
+
+        By default every model fits.
+
+        Raises:
+            InputError: The model is none that can be edited so.
+        """
 
     def prepare(self, model: Backbone, clip: Clip) -> None:  # noqa: B027 (need not be overridden)
         """Called once for every clip, before any pass: load and check what the edit needs.

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tokenflow.diffusion import Backbone, FittedControlNet, load_controlnet
+from tokenflow.diffusion import Backbone, FittedControlNet, Traits, load_controlnet
+from tokenflow.diffusion.controlnet import check_controlnet
 from tokenflow.diffusion.trajectory import rows
 from tokenflow.editors.base import Batch
 from tokenflow.editors.conditions import Canny, Condition
@@ -105,6 +106,13 @@ class ControlNet(SDEdit):
     @property
     def needs_source(self) -> bool:
         return self.control_source
+
+    def check_model(self, model: Traits) -> None:
+        """Raises `ModelError` where a ControlNet that is not loaded was made for another model."""
+        loaded = {shown.control.model for shown in self.shown}
+        for name in {control.model: None for control in self.controls}:
+            if name not in loaded:
+                check_controlnet(name, model)
 
     def prepare(self, model: Backbone, clip: Clip) -> None:
         """Loads what is not loaded yet, and makes the clip's control images.

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from tokenflow.diffusion import Backbone, Site
-from tokenflow.diffusion.ip_adapter import ImagePrompt, image_prompt
+from tokenflow.diffusion import Backbone, Site, Traits
+from tokenflow.diffusion.ip_adapter import ImagePrompt, check_family, image_prompt
 from tokenflow.editors.base import Batch, Processor
 from tokenflow.editors.sdedit import SDEdit
 from tokenflow.errors import InputError
@@ -58,6 +58,10 @@ class IPAdapter(SDEdit):
     @property
     def sees_other_frames(self) -> bool:
         return False
+
+    def check_model(self, model: Traits) -> None:
+        """Raises `ModelError` for models without a UNet."""
+        check_family(model.family)
 
     def prepare(self, model: Backbone, clip: Clip) -> None:
         """Loads the adapter, once for a model.

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import OutOfMemoryError, Tensor
 
-from tokenflow.diffusion import Backbone, Conditioning, Schedule, Site, Source
+from tokenflow.diffusion import Backbone, Conditioning, Schedule, Site, Source, Traits
 from tokenflow.editors import (
     Batch,
     Editor,
@@ -112,7 +112,12 @@ class CheckedEditor(Editor):
         self.require(editor_contract.of_branches(found), "branches")
         return found
 
+    def check_model(self, model: Traits) -> None:
+        with blamed(self.editor, "check_model"):
+            self.editor.check_model(model)
+
     def prepare(self, model: Backbone, clip: Clip) -> None:
+        self.check_model(model.traits)
         with blamed(self.editor, "prepare"):
             self.editor.prepare(model, clip)
 

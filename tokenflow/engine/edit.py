@@ -133,7 +133,7 @@ def edit_clip(
     prompts = Prompts(prompts) if isinstance(prompts, str) else prompts
     way = consistency or WAYS[settings.consistency]
     settings.require_used(inverts=editor.inverts, propagates=propagates(way), mask=mask)
-    require_given(model, mask, depth)
+    require_given(model.further_channels, mask, depth)
     if automatic := isinstance(mask, str):
         require_comparable(mask, prompts)
     seconds: dict[str, float] = {}

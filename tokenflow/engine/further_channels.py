@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from tokenflow.diffusion import Backbone
+from tokenflow.diffusion.backbone import FurtherChannels
 from tokenflow.diffusion.schedule import require_finite
 from tokenflow.engine.ranks.group import FrameGroup
 from tokenflow.engine.ranks.shard import WindowShard
@@ -39,9 +40,8 @@ class FrameChannels:
     digests: Sequence[str] = ()
 
 
-def require_given(model: Backbone, mask: object, depth: object) -> None:
+def require_given(taken: FurtherChannels | None, mask: object, depth: object) -> None:
     """Raises `InputError` unless a model is given what it takes beside latents, and no more."""
-    taken = model.further_channels
     if taken == "depth" and depth is None:
         raise InputError(
             "expected the depth of the clip for this model, which is given it beside the latents, "

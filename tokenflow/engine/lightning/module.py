@@ -179,7 +179,7 @@ class TokenFlowModule(LightningModule):
             )  # fmt: skip
             trainer: Any = self.trainer
             if any(job.where is None for job in trainer.datamodule.jobs):
-                require_given(self.backbone, self.mask, self.depth)
+                require_given(self.backbone.further_channels, self.mask, self.depth)
         self.preemption.restore()  # else Lightning would put these handlers back after the run
 
     def configure_callbacks(self) -> list[Callback]:
