@@ -84,8 +84,8 @@ def requests(tmp_path: Path, video: Path) -> Requests:
     """What checks the requests of a page, with a clip among its uploads."""
     made = Requests(
         Serving(
-            str(tmp_path / "runs"), cache=str(tmp_path / "cache"), dtype="float32", device="cpu",
-            max_frames=8, max_resolution=64, max_steps=10,
+            str(tmp_path / "runs"), ["miniature", "miniature-lcm"], cache=str(tmp_path / "cache"),
+            dtype="float32", device="cpu", max_frames=8, max_resolution=64, max_steps=10,
         )
     )  # fmt: skip
     made.uploads.mkdir(parents=True)

@@ -12,12 +12,14 @@ import yaml
 from PIL import Image
 
 from tests.app.conftest import given
+from tests.video.making import make_video, noise
 from tokenflow.app.edits import Device, Edit
-from tokenflow.app.page import Page
+from tokenflow.app.page import Page, progress
 from tokenflow.app.request import Requests, command_of, yaml_of
 from tokenflow.app.results import Runs
 from tokenflow.cli.main import main
 from tokenflow.cli.predict import run
+from tokenflow.editors import SDEdit, Step
 from tokenflow.engine.lightning.callback import EditCallback
 from tokenflow.errors import InputError
 from tokenflow.metrics import psnr
@@ -126,6 +128,41 @@ def test_an_edit_that_cannot_be_made_says_why(requests: Requests) -> None:
         requests.complete(configuration)
     last = [*Device(requests).run(Edit(configuration))][-1]
     assert (last.stage, "strength is the share" in last.reason) == ("failed", True)
+
+
+def test_an_edit_that_fails_midway_says_why_and_the_next_one_runs(
+    requests: Requests, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, advance = Device(requests), SDEdit.advance
+
+    def once(self: SDEdit, x: Any, outputs: Any, step: Step, source: Any) -> Any:
+        if step.index == 1:
+            monkeypatch.setattr(SDEdit, "advance", advance)
+            raise RuntimeError("<midway>")
+        return advance(self, x, outputs, step, source)
+
+    monkeypatch.setattr(SDEdit, "advance", once)
+    first, second = (Edit(requests.configuration(given(requests))) for _ in range(2))
+    running = device.run(first)
+    next(running)
+    waiting = device.run(second)
+    next(waiting)
+    *_, failed = running
+    assert failed.stage == "failed"
+    assert "SDEdit of tokenflow" in failed.reason
+    assert "failed in advance: RuntimeError: &lt;midway&gt;" in progress(failed)
+    assert [*waiting][-1].stage == "done"
+    assert [one.name for one in requests.folder.glob("[!.]*")] == ["clip"]
+
+
+def test_a_long_upload_is_not_decoded_to_be_looked_at(requests: Requests) -> None:
+    def spoilt(index: int, data: bytes) -> bytes:
+        return data[:8] + bytes(len(data) - 8) if index == 8 else data
+
+    path = make_video(requests.uploads / "long.mkv", noise(12, 32, 32), damage=spoilt)
+    shown, first, count = Page(requests).look(str(path), 1, 3)
+    assert shown.count("<img") == 3
+    assert (first["maximum"], count["maximum"]) == (11, 8)
 
 
 def test_a_mask_that_was_drawn(requests: Requests) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pytest
 
 from tokenflow.app.options import Option, options_of
-from tokenflow.editors import ControlNet, Editor, PnP
+from tokenflow.editors import ControlNet, Editor, PnP, SDEdit
 from tokenflow.engine import Settings
 from tokenflow.errors import InputError
 from tokenflow.propagation import FlowWeighted
@@ -59,6 +59,23 @@ def test_free_text_paths_and_functions_are_not_offered() -> None:
     assert found["count"] == Option("count", "whole", None, "How many, or None.", (), True)
 
 
+@pytest.mark.parametrize(
+    ("about", "share"),
+    [
+        ("A share, 0 to 1.", True),
+        ("Above 0 and up to 1: of N steps", False),
+        ("Strength, above 0 and up to 1: of N", True),
+        ("How many, 0 to 10.", False),
+        ("From 0 to 1.5.", False),
+        ("From -10 to 1.", False),
+        ("From 10 to 1.", False),
+        ("From 0.0 to 1.", False),
+    ],
+)
+def test_a_share_is_from_0_to_1_exactly(about: str, share: bool) -> None:
+    assert Option("n", "number", 0.5, about).share is share
+
+
 def test_classes_that_need_files_of_the_servers_are_not_offered() -> None:
     (flow,) = [one for one in options_of(FlowWeighted) if one.kind == "class"]
     assert flow.choices == ("DIS",)
@@ -73,6 +90,7 @@ def test_settings_and_editors_are_offered_whole() -> None:
         "attention", "features", "feature_layers", "start_from",
     ]  # fmt: skip
     assert all(one.about for one in options_of(Settings))
+    assert next(one for one in options_of(SDEdit) if one.name == "strength").share
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 from PIL import EpsImagePlugin
 
 from tests.app.conftest import Served, given
+from tests.video.making import make_video, noise
 from tokenflow.app.edits import Device, Edit, News
 from tokenflow.app.request import Requests
 from tokenflow.app.server import Only, serve
@@ -170,7 +171,12 @@ def test_others_reach_it_only_with_a_password(options: dict[str, Any]) -> None:
         ({"mask": "/etc/passwd"}, "mask: expected a file that was uploaded"),
         ({"max_frames": 9}, "frames: expected 1 to 8, got 9"),
         ({"max_frames": 10**400}, "max_frames: expected a whole number"),
-        ({"resolution": 65}, "65 pixels at their shorter side, expected at most 64"),
+        (
+            {"resolution": 65},
+            "65 pixels at their shorter side and 65 at their longer one",
+        ),
+        ({"start": 801}, "start: expected 0 to 800, got 801; cut the clip out"),
+        ({"start": -1}, "start: expected 0 to 800"),
         ({"steps": 11}, "steps: expected at most 10"),
         ({"inversion_steps": "1e9"}, "inversion_steps: expected at most 10"),
         ({"steps": "__import__('os')"}, "steps: expected a whole number"),
@@ -203,6 +209,14 @@ def test_what_a_page_cannot_ask_for(requests: Requests, other: dict[str, Any], s
     with pytest.raises(InputError) as error:
         requests.configuration(given(requests, **other))
     assert said in str(error.value)
+
+
+def test_a_strip_is_limited_by_its_pixels(requests: Requests) -> None:
+    """Not by its shorter side alone: 64 x 128 are the most."""
+    strip = make_video(requests.uploads / "strip.mp4", noise(1, 16, 200))
+    requests.configuration(given(requests, video=str(strip), resolution=24))
+    with pytest.raises(InputError, match=r"26 pixels at their shorter side and 325 at .* 8192"):
+        requests.configuration(given(requests, video=str(strip), resolution=26))
 
 
 def test_what_is_not_an_option_is_not_taken(requests: Requests) -> None:

@@ -12,7 +12,7 @@ import torch
 from av.video.reformatter import Colorspace
 from PIL import Image
 
-from tokenflow.video import VideoError, read_clip, video_file
+from tokenflow.video import VideoError, count_frames, read_clip, video_file
 from tokenflow.video.decoder import clean_frames, configure
 
 from .making import as_frames, beeps, make_video, noise
@@ -187,6 +187,22 @@ def test_a_video_stream_without_frames(tmp_path):
     )
     with pytest.raises(VideoError, match="expected frames, found none"):
         read_clip(path)
+
+
+def test_frames_are_counted_without_being_decoded(tmp_path):
+    path = make_video(tmp_path / "a.mp4", noise(12), options={"bf": "2"})
+    assert count_frames(path) == len(read_clip(path)) == 12
+
+    def spoilt(index, data):
+        return data[:8] + bytes(len(data) - 8) if index == 8 else data
+
+    path = make_video(tmp_path / "b.mkv", noise(12), damage=spoilt)
+    assert count_frames(path) == 12
+    with pytest.raises(VideoError, match="frame 8 cannot be decoded"):
+        read_clip(path)
+    (tmp_path / "c.mp4").write_bytes(b"no video")
+    with pytest.raises(VideoError, match="is not a video that can be read"):
+        count_frames(tmp_path / "c.mp4")
 
 
 def test_a_truncated_file_says_where_and_the_frames_before_can_be_read(tmp_path):

@@ -241,6 +241,8 @@ class Device:
         """Lists the files that a job reads, for its record."""
         if model.get("mask"):
             job.mask = job.inputs["model.mask"] = Path(model["mask"])
+        if model.get("depth"):
+            job.inputs["model.depth"] = Path(model["depth"])
         control = (model["editor"].get("init_args") or {}).get("condition") or {}
         if path := (control.get("init_args") or {}).get("path"):
             job.inputs["model.editor.condition.path"] = Path(path)

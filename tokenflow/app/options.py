@@ -20,6 +20,8 @@ from tokenflow.engine.lightning.manifest import FILES
 from tokenflow.errors import InputError
 
 KINDS = {bool: "flag", int: "whole", float: "number"}
+SHARE = re.compile(r"(?<![\d.-])(0 to|above 0 and up to) 1(?!\.?\d)")
+"""How a docstring states the range of a share; "0 to 10" and "10 to 1" are others."""
 UPLOADED = "ControlVideo"
 """The class of a file that the page uploads for it."""
 
@@ -40,8 +42,8 @@ class Option:
 
     @property
     def share(self) -> bool:
-        """Whether it is a number from 0 to 1."""
-        return self.kind == "number" and "0 to 1" in self.about
+        """Whether it is a number from 0 to 1, as its docstring says."""
+        return self.kind == "number" and SHARE.search(self.about) is not None
 
     def checked(self, value: Any) -> Any:
         """A value that came from the page, as the constructor takes it.

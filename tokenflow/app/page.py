@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.data_classes import FileData
 from gradio.processing_utils import save_file_to_cache
 from markupsafe import Markup
 from PIL import Image
@@ -18,21 +19,25 @@ from tokenflow.app.edits import ENDS, Device, Edit, News
 from tokenflow.app.options import Option
 from tokenflow.app.request import (
     FRAMES,
+    REACH,
     SETTINGS,
     Requests,
     command_of,
+    examined,
+    misfit,
     plugin_options,
     plugins,
     yaml_of,
 )
-from tokenflow.app.results import Runs, details, strip
-from tokenflow.diffusion.backbone import EMBEDDED, Defaults
+from tokenflow.app.results import FILE_FIELDS, Runs, details, strip
+from tokenflow.diffusion.backbone import Defaults
+from tokenflow.engine.lightning.job import PLUGINS
 from tokenflow.errors import InputError, explained
+from tokenflow.plugins import Plugin
 from tokenflow.report import Run, read_run
 from tokenflow.runs.files import COMPARE, EDITED
-from tokenflow.storage.paths import local
 from tokenflow.text import printable, printable_lines
-from tokenflow.video import read_clip
+from tokenflow.video import count_frames, read_clip
 
 DEMO = Path(__file__).parents[1] / "miniature" / "demo" / "blue_ball.mp4"
 DEMO_PROMPTS = ("a plain blue ball on grass", "a plain purple ball on sand")
@@ -57,6 +62,13 @@ STAGES = {
     "decode": "Decoding the frames",
 }
 """What the stages of an edit are called."""
+DRAWN = "mask.png"
+"""The name of a mask that was drawn."""
+EDITOR = "PnP"
+"""The editor that is chosen at first."""
+FEW = 8
+"""Steps of a model that was made for few, as in the configuration `ddcm`."""
+NEEDED = {"mask": "a mask", "depth": "the depth of the frames"}
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 """Of every event: the page alone calls it, and shows its progress itself."""
 
@@ -74,8 +86,8 @@ class Page:
         self.fields: dict[str, Any] = {}
         self.groups: dict[str, list[tuple[str, Any]]] = {"editor": [], "propagation": []}
         """Of editors and kernels, by name, the groups of fields of their options."""
-        self.own: list[tuple[str, Any]] = []
-        """The names and fields of options that a model may have its own default of."""
+        self.own: dict[str, str] = {}
+        """The fields of options that a model has its own default of, and how it calls them."""
 
     def build(self) -> gr.Blocks:
         """The page's components and events."""
@@ -122,7 +134,11 @@ class Page:
             measured = measure.click(self.measure, pair, None, **PRIVATE)
             for event in (listed.then, measured.then, one.input, other.input):
                 event(choose, pair, shown, **PRIVATE)
-            again.click(functools.partial(self.again, tabs), one, [tabs, *inputs], **PRIVATE)
+            refill = functools.partial(self.again, tabs)
+            filled = again.click(refill, one, [tabs, *inputs], **PRIVATE)
+            # as they are: Gradio would make another file of what a browser cannot play
+            files = [self.fields[name] for name in FILE_FIELDS]
+            filled.then(self.files, one, files, postprocess=False, **PRIVATE)
         return blocks
 
     def source(self) -> None:
@@ -155,15 +171,14 @@ class Page:
 
     def choices(self) -> None:
         """The fields of model, editor, kernel and settings; the plain ones first."""
-        editors, kernels = plugins("editor"), plugins("propagation")
+        models = list(self.serving.models)
         with gr.Row():
-            models = list(self.serving.models)
-            self.fields["model"] = gr.Dropdown(
-                models, value=models[0], label="Model", min_width=140
-            )
-            self.fields["editor"] = gr.Dropdown(
-                list(editors), value="PnP", label="Editor", min_width=140, elem_id="editor"
-            )
+            model = gr.Dropdown(models, label="Model", min_width=140, elem_id="model")
+            editor = gr.Dropdown(
+                list(plugins("editor")), value=EDITOR, label="Editor", min_width=140,
+                elem_id="editor",
+            )  # fmt: skip
+            self.fields |= {"model": model, "editor": editor}
         with gr.Group():
             self.plugin_fields("editor", plain=True)
             self.add("steps", SETTINGS["steps"])
@@ -174,14 +189,17 @@ class Page:
             self.fields["negative_prompt"] = gr.Textbox(label="What the edit does not show")
             self.plugin_fields("editor", plain=False)
             self.fields["propagation"] = gr.Dropdown(
-                list(kernels), value="NNField", label="Propagation kernel"
-            )
+                list(plugins("propagation")), value="NNField", label="Propagation kernel",
+                info=" ".join(map(left_out, examined("propagation"))),
+            )  # fmt: skip
             self.plugin_fields("propagation", plain=False)
             with gr.Accordion("A part of the picture only", open=False):
                 self.mask()
-            self.fields["control"] = gr.Video(
-                label="Control video, for ControlVideo", sources=["upload"], height=160
-            )
+            for name, label in (
+                ("control", "Control video, for ControlVideo"),
+                ("depth", "Depth as a video, bright where near, for models that take it"),
+            ):
+                self.fields[name] = gr.Video(label=label, sources=["upload"], height=160)
             with gr.Accordion("Settings", open=False):
                 self.add("resolution", FRAMES[2])
                 for name, option in SETTINGS.items():
@@ -193,8 +211,10 @@ class Page:
             self.fields[name].change(
                 functools.partial(switch, groups), self.fields[name], shown, **PRIVATE
             )
-        own = [field for _, field in self.own]
-        self.fields["model"].change(self.own_defaults, self.fields["model"], own, **PRIVATE)
+        first = self.fitted(models[0], EDITOR)
+        for field, changes in first.items():
+            vars(field).update(changes)
+        model.input(self.fitted, [model, editor], list(first), **PRIVATE)
 
     def mask(self) -> None:
         """The field for a mask: drawn on the first frame, or a video."""
@@ -211,8 +231,9 @@ class Page:
         )  # fmt: skip
         self.fields |= {"drawn": drawn, "mask": video}
 
-    def add(self, name: str, option: Option) -> None:
+    def add(self, name: str, option: Option, ours: bool = True) -> None:
         """A field for an option, under its label and its docstring's words."""
+        own = ours and option.optional and option.name in Defaults.__dataclass_fields__
         label = PLAIN.get(option.name, option.name.replace("_", " "))
         about = {"label": label, "info": option.about, "min_width": 140, "elem_id": name}
         if option.name in PLAIN:
@@ -220,40 +241,74 @@ class Page:
         if option.kind == "flag":
             field: Any = gr.Checkbox(value=option.default, **about)
         elif option.kind in ("choice", "class"):
-            words = [(word, word) for word in option.choices]
+            words = pairs(option.choices)
             words = [("the default", ""), *words] if option.optional else words
             field = gr.Dropdown(words, value=option.default or "", **about)
         elif name == "steps":
             most = self.serving.max_steps
             field = gr.Slider(1, most, min(option.default, most), step=1, **about)
-        elif option.optional:  # a number's field has no empty value
-            field = gr.Textbox(
-                placeholder=own_default(self.serving.models[0], option.name), **about
-            )
-            self.own.append((option.name, field))
+        elif option.optional and not own:  # a number's field has no empty value
+            field = gr.Textbox(placeholder="the default", **about)
         elif option.share:
             field = gr.Slider(0, 1, option.default, step=0.05, **about)
         else:
             precision = 0 if option.kind == "whole" else None
             field = gr.Number(option.default, precision=precision, **about)
         self.fields[name] = field
+        if own:
+            self.own[name] = option.name
 
-    def own_defaults(self, model: str) -> dict[Any, Any]:
-        """What stands in the fields of options that the chosen model has its own default of."""
-        known = model if model in self.serving.models else ""
-        return {field: gr.update(placeholder=own_default(known, name)) for name, field in self.own}
+    def fitted(self, model: str, editor: str) -> dict[Any, Any]:
+        """The fields as they suit a model: the editors that fit it, and its own defaults."""
+        note, editors, why = "", dict[str, list[str]](), list[str]()
+        traits, few, defaults = None, False, Defaults()
+        try:
+            traits = self.requests.traits(model)
+            few, defaults = traits.few_steps, traits.defaults
+        except InputError as error:  # the edit will say it again
+            note = str(error)
+        for plugin in examined("editor"):
+            options = {one.name: one for one in self.options(plugin)}
+            named = options["model"].choices if "model" in options else ()
+            each = {one: misfit(plugin, traits, model=one) for one in named} or {
+                "": misfit(plugin, traits)
+            }
+            fits = [one for one, reason in each.items() if not reason]
+            if plugin.usable and fits:
+                editors[plugin.name] = fits
+            else:
+                why.append(left_out(plugin) or f"{plugin.name}: {next(iter(each.values()))}.")
+        if few:
+            note = f"Made for few steps, such as {FEW}; DDCM suits it."
+        if traits is not None and traits.further_channels is not None:
+            note = f"It needs {NEEDED[traits.further_channels]}: give it under More."
+        chosen = next(one for one in (editor, EDITOR, *editors) if one in editors)
+        steps = min(FEW if few else SETTINGS["steps"].default, self.serving.max_steps)
+        found = {
+            "model": gr.update(info=note),
+            "editor": gr.update(choices=pairs(editors), value=chosen, info=" ".join(why)),
+            "steps": gr.update(value=steps),
+        }
+        found |= {k: gr.update(value=getattr(defaults, v)) for k, v in self.own.items()}
+        for name, fits in editors.items():
+            if (option := f"editor.{name}.model") in self.fields:
+                found[option] = gr.update(choices=pairs(fits), value=fits[0])
+        return {self.fields[name]: update for name, update in found.items()}
 
     def plugin_fields(self, name: str, plain: bool) -> None:
         """The fields of every editor's or kernel's options; those of the chosen one are shown."""
         for plugin in plugins(name).values():
-            options = plugin_options(plugin, self.serving.models)
-            options = [one for one in options if (one.name in PLAIN) == plain]
+            options = [one for one in self.options(plugin) if (one.name in PLAIN) == plain]
             if not options:
                 continue
             with gr.Row(visible=plugin.name == self.fields[name].value) as group:
                 for one in options:
-                    self.add(f"{name}.{plugin.name}.{one.name}", one)
+                    self.add(f"{name}.{plugin.name}.{one.name}", one, plugin.ours)
             self.groups[name].append((plugin.name, group))
+
+    def options(self, plugin: Plugin) -> list[Option]:
+        """A plugin's options; none of one that is left out."""
+        return plugin_options(plugin, self.serving.models) if plugin.usable else []
 
     def served(self, file: Path) -> str:
         """A copy of a file among the uploads, which alone are served."""
@@ -265,7 +320,7 @@ class Page:
             return "", gr.update(maximum=1, value=0), gr.update()
         try:
             path, most = self.requests.uploaded({"video": video}, "video"), self.serving.max_frames
-            total = len(read_clip(path, in_memory=False))
+            total = min(count_frames(path), REACH * most)
             first, last = min(int(start or 0), total - 1), max(min(most, total), 2)
             shown = strip(str(path), first, max(1, min(int(count), most)))
         except Exception as error:  # whatever was uploaded
@@ -276,15 +331,21 @@ class Page:
             gr.update(maximum=last, value=min(int(count), last)),
         )
 
-    def canvas(self, video: str | None, start: int) -> Any:
-        """The frame to draw a mask on."""
+    def canvas(self, video: str | None, start: int, drawn: str | None = None) -> Any:
+        """The frame to draw a mask on, with one that was drawn before."""
         try:
             path = self.requests.uploaded({"video": video}, "video")
+            self.requests.check_start(int(start))
             frame = read_clip(path, start=int(start), max_frames=1).frames[0]
         except InputError as error:
             raise gr.Error(str(error)) from error
         image = Image.fromarray((frame.permute(1, 2, 0) * 255).round().byte().numpy())
-        return {"background": image, "layers": [], "composite": image}
+        if drawn is None:
+            return {"background": image, "layers": [], "composite": image}
+        layer = Image.new("RGBA", image.size, "white")
+        layer.putalpha(Image.open(drawn).convert("L"))
+        whole = Image.alpha_composite(image.convert("RGBA"), layer)
+        return {"background": image, "layers": [layer], "composite": whole}
 
     def drawn(self, value: Any) -> str | None:
         """The file of a mask that was drawn: black and white, of the frame's size."""
@@ -299,8 +360,8 @@ class Page:
         white.save(file, "PNG")
         place = self.requests.uploads / sha256(file.getvalue()).hexdigest()
         place.mkdir(parents=True, exist_ok=True)
-        (place / "mask.png").write_bytes(file.getvalue())
-        return str(place / "mask.png")
+        (place / DRAWN).write_bytes(file.getvalue())
+        return str(place / DRAWN)
 
     def edit(
         self, given: dict[str, Any], session: list[Edit], state: Any, result: Result
@@ -365,20 +426,37 @@ class Page:
             raise gr.Error(explained(error)) from error
 
     def again(self, tabs: Any, name: str | None) -> dict[Any, Any]:
-        """Fills in the fields as they were for a run."""
+        """Fills in the fields as they were for a run, but for its files."""
         try:
             values = self.runs.values(name, self.requests)
+            start, mask = int(values.get("start") or 0), values["mask"]
+            if mask is not None and is_drawn(mask):
+                values["drawn"] = self.canvas(values["video"], start, mask)
         except Exception as error:  # as above
             raise gr.Error(explained(error)) from error
-        updates = {
-            field: gr.update(value=values[name])
-            for name, field in self.fields.items()
-            if name in values
-        }
-        start = int(values.get("start") or 0)
+        for what, known in (("model", self.serving.models), *((p, plugins(p)) for p in PLUGINS)):
+            if values[what] not in known:
+                gr.Warning(f"The run's {what}, {values[what]!r:.100}, is not on this page.")
+                values[what] = next(iter(known))
+        updates = self.fitted(values["model"], values["editor"])
+        for name, field in self.fields.items():
+            own = name in self.own and values.get(name) is None  # the model's default stays
+            if name in values and name not in FILE_FIELDS and not own:
+                updates[field] = {**updates.get(field, {}), **gr.update(value=values[name])}
         # the slider does not know the clip yet
         updates[self.fields["start"]] = gr.update(value=start, maximum=max(start, 1))
         return {tabs: gr.Tabs(selected="edit"), **updates}
+
+    def files(self, name: str | None) -> list[Any]:
+        """The files of a run, those of `FILE_FIELDS`, as a browser asks for them."""
+        try:
+            found = self.runs.values(name, self.requests)
+        except Exception as error:  # as above
+            raise gr.Error(explained(error)) from error
+        if found["mask"] is not None and is_drawn(found["mask"]):
+            found["mask"] = None
+        paths = [found[file] for file in FILE_FIELDS]
+        return [None if path is None else FileData(path=path).model_dump() for path in paths]
 
 
 class Result:
@@ -430,11 +508,19 @@ class Result:
         }
 
 
-def own_default(model: str, name: str) -> str:
-    """What stands in the field of an option; its default, where a file of the model says so."""
-    file = EMBEDDED.get(model, local(model)) / "tokenflow.json"
-    known = Defaults.read(file) if model and file.is_file() else None
-    return f"the default: {getattr(known, name)}" if hasattr(known, name) else "the default"
+def is_drawn(mask: str) -> bool:
+    """Whether a mask is what `Page.drawn` has written."""
+    return Path(mask).name == DRAWN
+
+
+def pairs(words: Iterable[str]) -> list[tuple[str, str]]:
+    """Choices as Gradio has them."""
+    return [(word, word) for word in words]
+
+
+def left_out(plugin: Plugin) -> str:
+    """Why a plugin is not on the page; nothing of one that is."""
+    return "" if plugin.usable else f"{plugin.name} of {plugin.distribution}: {plugin.reason}."
 
 
 def switch(groups: list[tuple[str, Any]], chosen: str) -> dict[Any, Any]:

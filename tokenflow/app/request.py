@@ -7,6 +7,7 @@ import json
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import yaml
@@ -14,7 +15,10 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from tokenflow.app.options import UPLOADED, Option, needed_by, options_of
 from tokenflow.app.serving import Serving
+from tokenflow.diffusion import Backbone, Traits
+from tokenflow.diffusion.backbone import EMBEDDED
 from tokenflow.engine.edit import check_prompt
+from tokenflow.engine.further_channels import require_given
 from tokenflow.engine.lightning.data import Video
 from tokenflow.engine.lightning.job import PLUGINS, PROMPTS
 from tokenflow.engine.lightning.manifest import FILES
@@ -22,7 +26,7 @@ from tokenflow.engine.lightning.metrics import Measuring
 from tokenflow.engine.lightning.module import TokenFlowModule
 from tokenflow.engine.lightning.run_writer import RunWriter
 from tokenflow.engine.settings import Settings
-from tokenflow.errors import InputError
+from tokenflow.errors import InputError, explained
 from tokenflow.plugins import GROUPS, Plugin, installed_plugins
 from tokenflow.storage.paths import local
 from tokenflow.video import read_clip
@@ -31,6 +35,8 @@ UPLOADS = ".uploads"
 """The folder in that of the runs which the page's uploads lie in."""
 LONGEST = 2000
 """Characters of a prompt."""
+REACH = 100
+"""How many times the most frames of an edit may lie before its first one: they are decoded."""
 FRAMES = (
     Option("start", "whole", 0, "The first frame, from 0."),
     Option("max_frames", "whole", 16, "How many frames are edited."),
@@ -49,11 +55,26 @@ class Parser(ArgumentParser):
 
 def plugins(name: str) -> dict[str, Plugin]:
     """The editors, or kernels ("propagation"), by their names, that need no argument."""
-    return {
-        one.name: one
-        for one in installed_plugins()
-        if one.group == GROUP_OF[name] and one.kind is not None and not needed_by(one.kind)
-    }
+    return {one.name: one for one in examined(name) if one.usable}
+
+
+def examined(name: str) -> list[Plugin]:
+    """All editors or kernels, those that the page cannot offer with the reason."""
+    return [offered(one) for one in installed_plugins() if one.group == GROUP_OF[name]]
+
+
+def offered(plugin: Plugin) -> Plugin:
+    """A plugin, with the reason if the page cannot offer it."""
+    if plugin.kind is None or plugin.reason:
+        return plugin
+    try:
+        needed = ", ".join(sorted(needed_by(plugin.kind)))
+        options_of(plugin.kind)
+    except Exception as error:  # of a third party's types
+        reason = f"the types of its options are not known: {type(error).__name__}: {error}"
+    else:
+        reason = needed and f"it needs {needed}, which only a command line names"
+    return dataclasses.replace(plugin, reason=reason)
 
 
 class Requests:
@@ -67,6 +88,7 @@ class Requests:
         self.serving = serving
         self.folder = local(serving.folder).absolute()
         self.uploads = self.folder / UPLOADS
+        self.described: dict[str, Traits] = {}
         self.parser = Parser(exit_on_error=False)
         for group, kind in (
             ("data", Video), ("model", TokenFlowModule), ("output", RunWriter),
@@ -78,14 +100,16 @@ class Requests:
         """What differs from the defaults, in the form of a YAML file for `predict --config`.
 
         Args:
-            values: By name: `video`, `mask`, `control` (files that were uploaded), the prompts,
-                `model`, `editor`, `propagation`, `measure`, those of `FRAMES`, those of `Settings`,
-                and those of plugins as `editor.PnP.features`.
+            values: By name: `video`, `mask`, `depth`, `control` (files that were uploaded), the
+                prompts, `model`, `editor`, `propagation`, `measure`, those of `FRAMES`, those of
+                `Settings`, and those of plugins as `editor.PnP.features`.
 
         Raises:
             InputError: A value is none that the page could send, or beyond a limit.
         """
         serving, model = self.serving, dict[str, Any]()
+        traits = self.traits(values.get("model"))
+        own = dataclasses.asdict(traits.defaults)
         data = {"video": str(self.uploaded(values, "video"))}
         data |= chosen({one.name: one for one in FRAMES}, values, always=("max_frames",))
         self.check_frames(data)
@@ -96,15 +120,10 @@ class Requests:
             if text:
                 model[name] = text
         check_prompt(model.get("prompt", ""))
-        model["backbone"] = values.get("model")
-        if model["backbone"] not in serving.models:
-            raise InputError(
-                f"model: expected one of {', '.join(serving.models)}, got "
-                f"{values.get('model')!r:.200}; others are named by --models of tokenflow app"
-            )
+        model["backbone"] = values["model"]
         for name in PLUGINS:
-            model[name] = self.plugin(name, values)
-        model |= chosen(SETTINGS, values)
+            model[name] = self.plugin(name, values, own)
+        model |= chosen(SETTINGS, values, own=own)
         for name in ("steps", "inversion_steps"):
             if (model.get(name) or 0) > serving.max_steps:
                 raise InputError(
@@ -116,12 +135,29 @@ class Requests:
                 model[name] = getattr(serving, name)
         if values.get("mask"):
             model["mask"] = str(self.uploaded(values, "mask"))
+        if values.get("depth") and traits.further_channels == "depth":
+            model["depth"] = str(self.uploaded(values, "depth"))
         found = {"data": data, "model": model, "output": {"folder": str(self.folder)}}
         if values.get("measure") is True:
             found["metrics"] = {"measure": True}
         if serving.device != "auto":
             found["trainer"] = {"accelerator": serving.device}
         return found
+
+    def traits(self, model: Any) -> Traits:
+        """What a model is, by its files.
+
+        Raises:
+            InputError: The command line does not name it, or its files do not say.
+        """
+        if model not in self.serving.models:
+            raise InputError(
+                f"model: expected one of {', '.join(self.serving.models)}, got {model!r:.200}; "
+                f"others are named by --models of tokenflow app"
+            )
+        if model not in self.described:
+            self.described[model] = Backbone.describe(model)
+        return self.described[model]
 
     def uploaded(self, values: Mapping[str, Any], name: str) -> Path:
         """The path of an uploaded file.
@@ -147,17 +183,30 @@ class Requests:
                 f"frames: expected 1 to {serving.max_frames}, got {data['max_frames']}; "
                 f"--max_frames of tokenflow app allows more"
             )
+        self.check_start(data.get("start", 0))
         one = read_clip(data["video"], max_frames=1, in_memory=False)
-        side = data.get("resolution") or min(one.frames.shape[-2:])
-        if side > serving.max_resolution:
+        short, long = sorted(one.frames.shape[-2:])
+        side, most = data.get("resolution") or short, serving.max_resolution
+        long = round(long * side / short)
+        if side > most or side * long > 2 * most**2:
             raise InputError(
-                f"the frames would have {side} pixels at their shorter side, expected at most "
-                f"{serving.max_resolution}; give a lower resolution (--max_resolution of tokenflow "
-                f"app allows more)"
+                f"the frames would have {side} pixels at their shorter side and {long} at their "
+                f"longer one, expected at most {most} and {2 * most**2} in all; give a lower "
+                f"resolution (--max_resolution of tokenflow app allows more)"
             )
 
-    def plugin(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-        """An editor or kernel with the options that differ from its defaults."""
+    def check_start(self, start: int) -> None:
+        """Raises `InputError` for a first frame before which too many would be decoded."""
+        most = REACH * self.serving.max_frames
+        if not 0 <= start <= most:
+            raise InputError(
+                f"start: expected 0 to {most}, got {start}; cut the clip out of the video"
+            )
+
+    def plugin(
+        self, name: str, values: Mapping[str, Any], defaults: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """An editor or kernel with the options that differ from its, or the model's, defaults."""
         known, wanted = plugins(name), values.get(name)
         if not isinstance(wanted, str) or wanted not in known:
             expected = ", ".join(known)
@@ -167,7 +216,7 @@ class Requests:
         plugin = known[wanted]
         options = {one.name: one for one in plugin_options(plugin, self.serving.models)}
         own = {one: values.get(f"{name}.{wanted}.{one}") for one in options}
-        given = chosen(options, own)
+        given = chosen(options, own, own=defaults if plugin.ours else {})
         for option, value in given.items():
             if options[option].kind == "whole" and value > self.serving.max_steps:
                 raise InputError(
@@ -186,14 +235,18 @@ class Requests:
         """The configuration with every default, and what it makes: data, model, output, metrics.
 
         Raises:
-            InputError: An option is out of its range.
+            InputError: An option is out of its range, or something does not fit the model.
         """
         try:
             trainer = configuration.get("trainer", {})
             own = {group: one for group, one in configuration.items() if group != "trainer"}
             given = self.parser.parse_object(own)
             whole = yaml.safe_load(self.parser.dump(given, skip_unset=False))
-            return whole | {"trainer": trainer}, self.parser.instantiate(given)
+            made = self.parser.instantiate(given)
+            traits = self.traits(made.model.model)
+            made.model.editor.check_model(traits)
+            require_given(traits.further_channels, made.model.mask, made.model.depth)
+            return whole | {"trainer": trainer}, made
         except InputError:
             raise
         except (ArgumentError, TypeError, ValueError, ImportError) as error:
@@ -202,8 +255,9 @@ class Requests:
 
 def plugin_options(plugin: Plugin, models: Any = ()) -> list[Option]:
     """A plugin's options; one that names a model may also name those of the command line."""
+    more = [model for model in models if model not in EMBEDDED]
     return [
-        dataclasses.replace(one, choices=tuple(dict.fromkeys((*one.choices, *models))))
+        dataclasses.replace(one, choices=tuple(dict.fromkeys((*one.choices, *more))))
         if one.name == "model" and one.kind == "choice"
         else one
         for one in options_of(plugin.kind)  # type: ignore[arg-type]
@@ -211,11 +265,30 @@ def plugin_options(plugin: Plugin, models: Any = ()) -> list[Option]:
 
 
 def chosen(
-    options: Mapping[str, Option], values: Mapping[str, Any], always: tuple[str, ...] = ()
+    options: Mapping[str, Option],
+    values: Mapping[str, Any],
+    always: tuple[str, ...] = (),
+    own: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """The values that differ from the options' defaults, checked."""
+    """The values that differ from the options' defaults and from a model's own, checked."""
     checked = {name: one.checked(values.get(name)) for name, one in options.items()}
-    return {k: v for k, v in checked.items() if k in always or v != options[k].default}
+    defaults = {k: (one.default, own.get(k, one.default)) for k, one in options.items()}
+    return {k: v for k, v in checked.items() if k in always or v not in defaults[k]}
+
+
+def misfit(plugin: Plugin, traits: Traits | None, **options: Any) -> str:
+    """Why an editor, made with these options, cannot edit with a model; nothing if it can.
+
+    Nothing as well where the model is not known, or an option names what is on the hub.
+    """
+    remote = any(not local(one).exists() and one not in EMBEDDED for one in options.values())
+    if traits is None or remote:
+        return ""
+    try:
+        plugin.kind(**options).check_model(traits)  # type: ignore[misc]
+    except Exception as error:  # a third party's may raise anything
+        return explained(error)
+    return ""
 
 
 def again(configuration: Mapping[str, Any]) -> dict[str, Any]:

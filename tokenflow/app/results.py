@@ -25,6 +25,8 @@ from tokenflow.runs.files import EDITED, FEATURES, RECORD
 from tokenflow.text import printable
 from tokenflow.video import read_clip, resized
 
+FILE_FIELDS = ("video", "mask", "depth", "control")
+"""The fields of files that are uploaded."""
 MOST = 60
 """Runs that the gallery shows, the newest."""
 THUMBNAIL = 120
@@ -109,7 +111,7 @@ class Runs:
                     values["control"] = files.get(FILES[UPLOADED], values.get("control"))
                     value = str(value.get("class_path", "")).rsplit(".", 1)[-1]
                 values[f"{one}.{plugin}.{option}"] = value
-        for file in ("video", "mask", "control"):
+        for file in FILE_FIELDS:
             path = Path(str(values.get(file) or ""))
             mine = path.is_file() and path.resolve().is_relative_to(requests.uploads.resolve())
             values[file] = str(path) if mine else None

@@ -7,6 +7,7 @@ from tokenflow.video.image_folder import image_paths
 from tokenflow.video.layout import both_sides, contact_sheet, halves, side_by_side
 from tokenflow.video.reader import clip_name, read_clip
 from tokenflow.video.sizing import resized
+from tokenflow.video.video_file import count_frames
 from tokenflow.video.writer import require_writable, write_clip, write_image, write_video
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "both_sides",
     "clip_name",
     "contact_sheet",
+    "count_frames",
     "described",
     "halves",
     "image_paths",

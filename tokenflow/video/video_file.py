@@ -89,6 +89,20 @@ def video_source(path: Path, deep: bool = False) -> Iterator[VideoSource]:
         )
 
 
+def count_frames(path: Path) -> int:
+    """How many pictures a video file has, by its packets: none is decoded.
+
+    Raises:
+        VideoError: It is no video file that can be read.
+    """
+    with open_container(path) as container:
+        stream = _require_picture(path, container)
+        try:
+            return sum(bool(p.size) and not p.is_discard for p in container.demux(stream))
+        except av.FFmpegError as error:
+            raise VideoError(f"{path} cannot be read to its end ({error.strerror})") from error
+
+
 def _require_picture(path: Path, container: InputContainer) -> VideoStream:
     stream = picture_stream(container)
     if stream is None:

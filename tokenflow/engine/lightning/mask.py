@@ -33,7 +33,8 @@ def cut_mask(
             another size.
     """
     deep = what == "depth"
-    whole = read_clip(local(path), in_memory=False, deep=deep)
+    # one more than the edit's tells a longer one, of whose frames the source's are read later
+    whole = read_clip(local(path), max_frames=len(like) + 1, in_memory=False, deep=deep)
     if (name := transparent(local(path))) is not None:
         raise InputError(
             f"the {what} {path} has an alpha channel (in {name}), and what lies under it is not "
@@ -48,7 +49,8 @@ def cut_mask(
     if len(cut) not in length or cut.display_size != like.display_size:
         raise InputError(
             f"expected a {what} of {described(like)} like the edit, or of its source's length and "
-            f"size, got {path}, of {described(whole)}, which would be cut to {described(cut)}"
+            f"size, got {path}, of {'at least ' if len(whole) > len(like) else ''}"
+            f"{described(whole)}, which would be cut to {described(cut)}"
         )
     return repeated(cut, like)
 

@@ -1,0 +1,145 @@
+"""What the page offers for a model, which is told without its weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.app.conftest import given
+from tokenflow.app import request
+from tokenflow.app.page import Page
+from tokenflow.app.request import Requests, examined, plugins
+from tokenflow.app.serving import Serving
+from tokenflow.editors import SDEdit
+from tokenflow.errors import InputError
+from tokenflow.plugins import Plugin, installed_plugins
+
+DDIM = {"_class_name": "DDIMScheduler"}
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+UNET = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "sd": {"model_index": UNET, "unet/config": {}, "scheduler/scheduler_config": DDIM},
+    "inpainting": {
+        "model_index": UNET, "unet/config": {"in_channels": 9},
+        "scheduler/scheduler_config": DDIM,
+    },
+    "depth": {
+        "model_index": UNET, "unet/config": {"in_channels": 5},
+        "scheduler/scheduler_config": DDIM,
+    },
+    "flux": {
+        "model_index": {"_class_name": "FluxPipeline"},
+        "transformer/config": {"guidance_embeds": True}, "scheduler/scheduler_config": FLOW,
+    },
+    "nothing": {},
+    # for "sd", which has the defaults of the class as well
+    "canny": {"config": {"_class_name": "ControlNetModel"}},
+}  # fmt: skip
+EVERY = ["ControlNet", "DDCM", "FlowEdit", "PnP", "SDEdit"]
+
+
+class Broken(SDEdit):
+    """An editor of somebody else's, whose types are not there."""
+
+    def __init__(self, strength: Missing = 0.5) -> None:  # type: ignore[name-defined]
+        super().__init__(strength)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of models without weights."""
+    made = tmp_path_factory.mktemp("models")
+    for model, files in CONFIGURATIONS.items():
+        (made / model).mkdir()
+        for name, config in files.items():
+            file = made / model / f"{name}.json"
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(json.dumps(config))
+    (made / "canny" / "diffusion_pytorch_model.safetensors").touch()
+    return made
+
+
+@pytest.fixture(scope="module")
+def page(folder: Path) -> Iterator[Page]:
+    """A page with these models, and with an editor whose types are not there."""
+    broken = Plugin("Broken", "tokenflow.editors", "theirs 1.0", "theirs.Broken", Broken)
+    # others' plugins may be installed where tests run
+    found = (*(plugin for plugin in installed_plugins() if plugin.ours), broken)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(request, "installed_plugins", lambda: found)
+        names = ["miniature", "miniature-lcm", *(str(folder / name) for name in CONFIGURATIONS)]
+        made = Page(Requests(Serving(str(folder / "runs"), names)))
+        made.build()
+        yield made
+
+
+def fitted(page: Page, model: str, editor: str = "PnP") -> dict[str, dict[str, Any]]:
+    """How the fields change for a model, by their names."""
+    names = {field: name for name, field in page.fields.items()}
+    return {names[field]: change for field, change in page.fitted(model, editor).items()}
+
+
+@pytest.mark.parametrize(
+    ("model", "editors", "steps", "guidance", "features", "note"),
+    [
+        ("miniature", EVERY, 50, 3.0, 0.8, ""),
+        ("miniature-lcm", EVERY, 8, 3.0, 0.8, "Made for few steps, such as 8"),
+        ("sd", EVERY, 50, 7.5, 0.8, ""),
+        ("inpainting", EVERY[1:], 50, 7.5, 0.8, "It needs a mask"),
+        ("depth", EVERY[1:], 50, 7.5, 0.8, "It needs the depth of the frames"),
+        ("flux", EVERY[1:], 50, 3.5, 0.0, ""),
+        ("nothing", EVERY, 50, 7.5, 0.8, "nothing"),
+    ],
+)
+def test_what_fits_a_model(
+    page: Page, folder: Path, model: str, editors: list[str], steps: int, guidance: float,
+    features: float, note: str,
+) -> None:  # fmt: skip
+    changes = fitted(page, str(folder / model) if model in CONFIGURATIONS else model, "ControlNet")
+    assert [name for name, _ in changes["editor"]["choices"]] == editors
+    assert changes["editor"]["value"] == ("ControlNet" if "ControlNet" in editors else "PnP")
+    values = [changes[name]["value"] for name in ("steps", "guidance", "editor.PnP.features")]
+    assert values == [steps, guidance, features]
+    assert note in changes["model"]["info"]
+    assert bool(note) == bool(changes["model"]["info"])
+    reason = changes["editor"]["info"]
+    assert ("ControlNet: " in reason) == ("ControlNet" not in editors)
+    assert "IPAdapter of tokenflow" in reason
+
+
+def test_the_controlnets_that_fit(page: Page, folder: Path) -> None:
+    for model, controlnet in ((str(folder / "sd"), str(folder / "canny")), ("miniature",) * 2):
+        changes = fitted(page, model)["editor.ControlNet.model"]
+        assert changes["choices"] == [(controlnet, controlnet)]
+        assert changes["value"] == controlnet
+
+
+def test_a_plugin_whose_types_are_not_known_is_left_out(page: Page) -> None:
+    assert "Broken" not in plugins("editor")
+    (line,) = [one.reason for one in examined("editor") if one.name == "Broken"]
+    assert line.startswith("the types of its options are not known: NameError: name 'Missing'")
+    assert f"Broken of theirs 1.0: {line}." in fitted(page, "miniature")["editor"]["info"]
+
+
+def test_what_does_not_fit_is_refused_before_it_waits(requests: Requests, folder: Path) -> None:
+    requests.serving.models.extend(str(folder / name) for name in ("flux", "inpainting"))  # type: ignore[attr-defined]
+    flux, inpainting = requests.serving.models[2:]
+    configuration = requests.configuration(given(requests, model=flux, editor="ControlNet"))
+    with pytest.raises(InputError, match=r"ControlNets are for Stable Diffusion .* got a Flux"):
+        requests.complete(configuration)
+    with pytest.raises(InputError, match="expected a mask for this model"):
+        requests.complete(requests.configuration(given(requests, model=inpainting)))
+
+
+def test_a_models_own_defaults_are_not_said_again(requests: Requests) -> None:
+    options = {"editor": "PnP", "editor.PnP.features": 0.8, "guidance": 3.0}
+    model = requests.configuration(given(requests, **options))["model"]
+    assert model["editor"] == {"class_path": "PnP"}
+    assert "guidance" not in model
+    changed = options | {"editor.PnP.features": 0.5}
+    model = requests.configuration(given(requests, **changed))["model"]
+    assert model["editor"]["init_args"] == {"features": 0.5}
