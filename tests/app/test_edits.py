@@ -98,7 +98,7 @@ def test_the_command_makes_the_same_edit(requests: Requests) -> None:
 
 
 def test_control_and_mask_are_in_the_record(requests: Requests) -> None:
-    control, mask = requests.uploads / "control.mp4", requests.uploads / "mask.png"
+    control, mask = requests.uploads / "control.mp4", requests.uploads / "white.png"
     control.write_bytes((requests.uploads / "clip.mp4").read_bytes())
     white = Image.new("L", (32, 32))
     white.paste(255, (0, 0, 16, 32))

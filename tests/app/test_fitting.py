@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from markupsafe import escape
 
 from tests.app.conftest import given
-from tokenflow.app import request
+from tokenflow.app import fitting
+from tokenflow.app.fitting import examined, plugins
 from tokenflow.app.page import Page
-from tokenflow.app.request import Requests, examined, plugins
+from tokenflow.app.request import Requests
 from tokenflow.app.serving import Serving
 from tokenflow.editors import SDEdit
 from tokenflow.errors import InputError
@@ -70,7 +72,7 @@ def page(folder: Path) -> Iterator[Page]:
     # others' plugins may be installed where tests run
     found = (*(plugin for plugin in installed_plugins() if plugin.ours), broken)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(request, "installed_plugins", lambda: found)
+        patch.setattr(fitting, "installed_plugins", lambda: found)
         names = ["miniature", "miniature-lcm", *(str(folder / name) for name in CONFIGURATIONS)]
         made = Page(Requests(Serving(str(folder / "runs"), names)))
         made.build()
@@ -79,7 +81,7 @@ def page(folder: Path) -> Iterator[Page]:
 
 def fitted(page: Page, model: str, editor: str = "PnP") -> dict[str, dict[str, Any]]:
     """How the fields change for a model, by their names."""
-    names = {field: name for name, field in page.fields.items()}
+    names = {field: name for name, field in page.fields.items()} | {page.notes: "notes"}
     return {names[field]: change for field, change in page.fitted(model, editor).items()}
 
 
@@ -87,12 +89,12 @@ def fitted(page: Page, model: str, editor: str = "PnP") -> dict[str, dict[str, A
     ("model", "editors", "steps", "guidance", "features", "note"),
     [
         ("miniature", EVERY, 50, 3.0, 0.8, ""),
-        ("miniature-lcm", EVERY, 8, 3.0, 0.8, "Made for few steps, such as 8"),
+        ("miniature-lcm", EVERY, 8, 3.0, 0.8, "Made for few steps, such as 8;"),
         ("sd", EVERY, 50, 7.5, 0.8, ""),
-        ("inpainting", EVERY[1:], 50, 7.5, 0.8, "It needs a mask"),
-        ("depth", EVERY[1:], 50, 7.5, 0.8, "It needs the depth of the frames"),
+        ("inpainting", EVERY[1:], 50, 7.5, 0.8, "This model needs a mask"),
+        ("depth", EVERY[1:], 50, 7.5, 0.8, "This model needs the depth of the frames"),
         ("flux", EVERY[1:], 50, 3.5, 0.0, ""),
-        ("nothing", EVERY, 50, 7.5, 0.8, "nothing"),
+        ("nothing", EVERY, 50, 7.5, 0.8, "unet of the model folder"),
     ],
 )
 def test_what_fits_a_model(
@@ -104,11 +106,10 @@ def test_what_fits_a_model(
     assert changes["editor"]["value"] == ("ControlNet" if "ControlNet" in editors else "PnP")
     values = [changes[name]["value"] for name in ("steps", "guidance", "editor.PnP.features")]
     assert values == [steps, guidance, features]
-    assert note in changes["model"]["info"]
-    assert bool(note) == bool(changes["model"]["info"])
-    reason = changes["editor"]["info"]
-    assert ("ControlNet: " in reason) == ("ControlNet" not in editors)
-    assert "IPAdapter of tokenflow" in reason
+    said, _, left_out = changes["notes"]["value"].partition("</p>")
+    assert (f"<p>{note}" if note else "<p></p>").removesuffix("</p>") in said
+    assert ("<li>ControlNet: " in left_out) == ("ControlNet" not in editors)
+    assert "<li>IPAdapter of tokenflow" in left_out
 
 
 def test_the_controlnets_that_fit(page: Page, folder: Path) -> None:
@@ -122,7 +123,8 @@ def test_a_plugin_whose_types_are_not_known_is_left_out(page: Page) -> None:
     assert "Broken" not in plugins("editor")
     (line,) = [one.reason for one in examined("editor") if one.name == "Broken"]
     assert line.startswith("the types of its options are not known: NameError: name 'Missing'")
-    assert f"Broken of theirs 1.0: {line}." in fitted(page, "miniature")["editor"]["info"]
+    shown = escape(f"Broken of theirs 1.0: {line}")
+    assert f"<li>{shown}</li>" in fitted(page, "miniature")["notes"]["value"]
 
 
 def test_what_does_not_fit_is_refused_before_it_waits(requests: Requests, folder: Path) -> None:

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from tokenflow.app.edits import ENDS, Device, Edit, News
+from tokenflow.app.fitting import fitting, plugin_options, plugins
 from tokenflow.app.options import Option
 from tokenflow.app.request import (
     FRAMES,
@@ -23,17 +24,12 @@ from tokenflow.app.request import (
     SETTINGS,
     Requests,
     command_of,
-    examined,
-    misfit,
-    plugin_options,
-    plugins,
     yaml_of,
 )
-from tokenflow.app.results import FILE_FIELDS, Runs, details, strip
+from tokenflow.app.results import DRAWN, FILE_FIELDS, Runs, details, strip
 from tokenflow.diffusion.backbone import Defaults
 from tokenflow.engine.lightning.job import PLUGINS
 from tokenflow.errors import InputError, explained
-from tokenflow.plugins import Plugin
 from tokenflow.report import Run, read_run
 from tokenflow.runs.files import COMPARE, EDITED
 from tokenflow.text import printable, printable_lines
@@ -62,8 +58,6 @@ STAGES = {
     "decode": "Decoding the frames",
 }
 """What the stages of an edit are called."""
-DRAWN = "mask.png"
-"""The name of a mask that was drawn."""
 EDITOR = "PnP"
 """The editor that is chosen at first."""
 FEW = 8
@@ -179,6 +173,7 @@ class Page:
                 elem_id="editor",
             )  # fmt: skip
             self.fields |= {"model": model, "editor": editor}
+        self.notes = gr.HTML(elem_id="notes")
         with gr.Group():
             self.plugin_fields("editor", plain=True)
             self.add("steps", SETTINGS["steps"])
@@ -189,9 +184,8 @@ class Page:
             self.fields["negative_prompt"] = gr.Textbox(label="What the edit does not show")
             self.plugin_fields("editor", plain=False)
             self.fields["propagation"] = gr.Dropdown(
-                list(plugins("propagation")), value="NNField", label="Propagation kernel",
-                info=" ".join(map(left_out, examined("propagation"))),
-            )  # fmt: skip
+                list(plugins("propagation")), value="NNField", label="Propagation kernel"
+            )
             self.plugin_fields("propagation", plain=False)
             with gr.Accordion("A part of the picture only", open=False):
                 self.mask()
@@ -260,55 +254,40 @@ class Page:
 
     def fitted(self, model: str, editor: str) -> dict[Any, Any]:
         """The fields as they suit a model: the editors that fit it, and its own defaults."""
-        note, editors, why = "", dict[str, list[str]](), list[str]()
-        traits, few, defaults = None, False, Defaults()
+        note, traits, defaults, steps = "", None, Defaults(), SETTINGS["steps"].default
         try:
             traits = self.requests.traits(model)
-            few, defaults = traits.few_steps, traits.defaults
+            defaults = traits.defaults
         except InputError as error:  # the edit will say it again
             note = str(error)
-        for plugin in examined("editor"):
-            options = {one.name: one for one in self.options(plugin)}
-            named = options["model"].choices if "model" in options else ()
-            each = {one: misfit(plugin, traits, model=one) for one in named} or {
-                "": misfit(plugin, traits)
-            }
-            fits = [one for one, reason in each.items() if not reason]
-            if plugin.usable and fits:
-                editors[plugin.name] = fits
-            else:
-                why.append(left_out(plugin) or f"{plugin.name}: {next(iter(each.values()))}.")
-        if few:
-            note = f"Made for few steps, such as {FEW}; DDCM suits it."
+        if traits is not None and traits.few_steps:
+            note, steps = f"Made for few steps, such as {FEW}; the editor DDCM suits it.", FEW
         if traits is not None and traits.further_channels is not None:
-            note = f"It needs {NEEDED[traits.further_channels]}: give it under More."
+            note = f"This model needs {NEEDED[traits.further_channels]}: give it under More."
+        editors, left_out = fitting(traits, self.serving.models)
         chosen = next(one for one in (editor, EDITOR, *editors) if one in editors)
-        steps = min(FEW if few else SETTINGS["steps"].default, self.serving.max_steps)
         found = {
-            "model": gr.update(info=note),
-            "editor": gr.update(choices=pairs(editors), value=chosen, info=" ".join(why)),
-            "steps": gr.update(value=steps),
+            "editor": gr.update(choices=pairs(editors), value=chosen),
+            "steps": gr.update(value=min(steps, self.serving.max_steps)),
         }
         found |= {k: gr.update(value=getattr(defaults, v)) for k, v in self.own.items()}
-        for name, fits in editors.items():
-            if (option := f"editor.{name}.model") in self.fields:
-                found[option] = gr.update(choices=pairs(fits), value=fits[0])
-        return {self.fields[name]: update for name, update in found.items()}
+        for name, models in editors.items():
+            if models != [""]:
+                found[f"editor.{name}.model"] = gr.update(choices=pairs(models), value=models[0])
+        updates = {self.fields[name]: update for name, update in found.items()}
+        return {self.notes: gr.update(value=notes(note, left_out)), **updates}
 
     def plugin_fields(self, name: str, plain: bool) -> None:
         """The fields of every editor's or kernel's options; those of the chosen one are shown."""
         for plugin in plugins(name).values():
-            options = [one for one in self.options(plugin) if (one.name in PLAIN) == plain]
+            options = plugin_options(plugin, self.serving.models)
+            options = [one for one in options if (one.name in PLAIN) == plain]
             if not options:
                 continue
             with gr.Row(visible=plugin.name == self.fields[name].value) as group:
                 for one in options:
                     self.add(f"{name}.{plugin.name}.{one.name}", one, plugin.ours)
             self.groups[name].append((plugin.name, group))
-
-    def options(self, plugin: Plugin) -> list[Option]:
-        """A plugin's options; none of one that is left out."""
-        return plugin_options(plugin, self.serving.models) if plugin.usable else []
 
     def served(self, file: Path) -> str:
         """A copy of a file among the uploads, which alone are served."""
@@ -429,9 +408,9 @@ class Page:
         """Fills in the fields as they were for a run, but for its files."""
         try:
             values = self.runs.values(name, self.requests)
-            start, mask = int(values.get("start") or 0), values["mask"]
-            if mask is not None and is_drawn(mask):
-                values["drawn"] = self.canvas(values["video"], start, mask)
+            start = int(values.get("start") or 0)
+            if values["drawn"] is not None:
+                values["drawn"] = self.canvas(values["video"], start, values["drawn"])
         except Exception as error:  # as above
             raise gr.Error(explained(error)) from error
         for what, known in (("model", self.serving.models), *((p, plugins(p)) for p in PLUGINS)):
@@ -453,8 +432,6 @@ class Page:
             found = self.runs.values(name, self.requests)
         except Exception as error:  # as above
             raise gr.Error(explained(error)) from error
-        if found["mask"] is not None and is_drawn(found["mask"]):
-            found["mask"] = None
         paths = [found[file] for file in FILE_FIELDS]
         return [None if path is None else FileData(path=path).model_dump() for path in paths]
 
@@ -508,19 +485,22 @@ class Result:
         }
 
 
-def is_drawn(mask: str) -> bool:
-    """Whether a mask is what `Page.drawn` has written."""
-    return Path(mask).name == DRAWN
-
-
 def pairs(words: Iterable[str]) -> list[tuple[str, str]]:
     """Choices as Gradio has them."""
     return [(word, word) for word in words]
 
 
-def left_out(plugin: Plugin) -> str:
-    """Why a plugin is not on the page; nothing of one that is."""
-    return "" if plugin.usable else f"{plugin.name} of {plugin.distribution}: {plugin.reason}."
+def notes(said: str, left_out: Mapping[str, str]) -> Markup:
+    """What there is to say of a model, and which plugins are left out for what reason."""
+    lines = Markup("").join(
+        Markup("<li>{}: {}</li>").format(name, printable(reason))
+        for name, reason in left_out.items()
+    )
+    shown = Markup('<div class="tf-notes"><p>{}</p>').format(said)
+    if left_out:
+        summary = "<details><summary>Left out: {}</summary><ul>{}</ul></details>"
+        shown += Markup(summary).format(", ".join(left_out), lines)
+    return shown + Markup("</div>")
 
 
 def switch(groups: list[tuple[str, Any]], chosen: str) -> dict[Any, Any]:

@@ -13,10 +13,10 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from tokenflow.app.options import UPLOADED, Option, needed_by, options_of
+from tokenflow.app.fitting import plugin_options, plugins
+from tokenflow.app.options import UPLOADED, Option, options_of
 from tokenflow.app.serving import Serving
 from tokenflow.diffusion import Backbone, Traits
-from tokenflow.diffusion.backbone import EMBEDDED
 from tokenflow.engine.edit import check_prompt
 from tokenflow.engine.further_channels import require_given
 from tokenflow.engine.lightning.data import Video
@@ -26,8 +26,7 @@ from tokenflow.engine.lightning.metrics import Measuring
 from tokenflow.engine.lightning.module import TokenFlowModule
 from tokenflow.engine.lightning.run_writer import RunWriter
 from tokenflow.engine.settings import Settings
-from tokenflow.errors import InputError, explained
-from tokenflow.plugins import GROUPS, Plugin, installed_plugins
+from tokenflow.errors import InputError
 from tokenflow.storage.paths import local
 from tokenflow.video import read_clip
 
@@ -42,7 +41,6 @@ FRAMES = (
     Option("max_frames", "whole", 16, "How many frames are edited."),
     Option("resolution", "whole", None, "Pixels of the shorter side; the source's.", (), True),
 )
-GROUP_OF = dict(zip(PLUGINS, GROUPS, strict=True))
 SETTINGS = {one.name: one for one in options_of(Settings)}
 
 
@@ -51,30 +49,6 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise InputError(message) from ex
-
-
-def plugins(name: str) -> dict[str, Plugin]:
-    """The editors, or kernels ("propagation"), by their names, that need no argument."""
-    return {one.name: one for one in examined(name) if one.usable}
-
-
-def examined(name: str) -> list[Plugin]:
-    """All editors or kernels, those that the page cannot offer with the reason."""
-    return [offered(one) for one in installed_plugins() if one.group == GROUP_OF[name]]
-
-
-def offered(plugin: Plugin) -> Plugin:
-    """A plugin, with the reason if the page cannot offer it."""
-    if plugin.kind is None or plugin.reason:
-        return plugin
-    try:
-        needed = ", ".join(sorted(needed_by(plugin.kind)))
-        options_of(plugin.kind)
-    except Exception as error:  # of a third party's types
-        reason = f"the types of its options are not known: {type(error).__name__}: {error}"
-    else:
-        reason = needed and f"it needs {needed}, which only a command line names"
-    return dataclasses.replace(plugin, reason=reason)
 
 
 class Requests:
@@ -253,17 +227,6 @@ class Requests:
             raise InputError(f"the edit cannot be made so: {error}") from error
 
 
-def plugin_options(plugin: Plugin, models: Any = ()) -> list[Option]:
-    """A plugin's options; one that names a model may also name those of the command line."""
-    more = [model for model in models if model not in EMBEDDED]
-    return [
-        dataclasses.replace(one, choices=tuple(dict.fromkeys((*one.choices, *more))))
-        if one.name == "model" and one.kind == "choice"
-        else one
-        for one in options_of(plugin.kind)  # type: ignore[arg-type]
-    ]
-
-
 def chosen(
     options: Mapping[str, Option],
     values: Mapping[str, Any],
@@ -274,21 +237,6 @@ def chosen(
     checked = {name: one.checked(values.get(name)) for name, one in options.items()}
     defaults = {k: (one.default, own.get(k, one.default)) for k, one in options.items()}
     return {k: v for k, v in checked.items() if k in always or v not in defaults[k]}
-
-
-def misfit(plugin: Plugin, traits: Traits | None, **options: Any) -> str:
-    """Why an editor, made with these options, cannot edit with a model; nothing if it can.
-
-    Nothing as well where the model is not known, or an option names what is on the hub.
-    """
-    remote = any(not local(one).exists() and one not in EMBEDDED for one in options.values())
-    if traits is None or remote:
-        return ""
-    try:
-        plugin.kind(**options).check_model(traits)  # type: ignore[misc]
-    except Exception as error:  # a third party's may raise anything
-        return explained(error)
-    return ""
 
 
 def again(configuration: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,8 @@ from tokenflow.video import read_clip, resized
 
 FILE_FIELDS = ("video", "mask", "depth", "control")
 """The fields of files that are uploaded."""
+DRAWN = "mask.png"
+"""The name of a mask that was drawn."""
 MOST = 60
 """Runs that the gallery shows, the newest."""
 THUMBNAIL = 120
@@ -100,7 +102,7 @@ class Runs:
         data, model = run.record.get("data") or {}, run.record.get("model") or {}
         measured = bool((run.record.get("metrics") or {}).get("measure"))
         values = {**data, **model, "model": model.get("backbone")}
-        values |= {"drawn": None, "measure": measured}
+        values |= {"measure": measured}
         values |= {name: run.settings.get(name, "") for name in PROMPTS}
         for one in PLUGINS:
             spec = model.get(one) or {}
@@ -115,6 +117,10 @@ class Runs:
             path = Path(str(values.get(file) or ""))
             mine = path.is_file() and path.resolve().is_relative_to(requests.uploads.resolve())
             values[file] = str(path) if mine else None
+        drawn = Path(values["mask"] or "").name == DRAWN
+        values["drawn"], values["mask"] = (
+            (values["mask"], None) if drawn else (None, values["mask"])
+        )
         return values
 
 
