@@ -78,6 +78,11 @@ class Page:
         self.until(lambda: ends in self.text("#state"))
 
     @property
+    def steps(self) -> Any:
+        """What the field of the steps says."""
+        return self.all("#steps input[type=number]")[0].get_attribute("value")
+
+    @property
     def seen(self) -> dict[str, list[str]]:
         """The states and previews that the page has shown."""
         return self.browser.execute_script("return window.seen")  # type: ignore[no-any-return]
@@ -175,7 +180,7 @@ def test_the_gallery_compares_and_begins_again(page: Page, done: Any, served: Se
     page.click("#again")
     page.until(lambda: page.all("#prompt textarea")[0].get_attribute("value"))
     page.until(lambda: page.all("#strip img"))
-    assert page.all("#steps input[type=number]")[0].get_attribute("value") == "6"
+    assert page.steps == "6"
     assert page.all("#prompt textarea")[0].get_attribute("value") == "a plain red ball on sand"
 
 
@@ -198,6 +203,10 @@ def test_the_options_are_those_of_the_chosen_editor(page: Page) -> None:
     page.all("#editor input")[0].click()
     page.all("[role=option][aria-label=SDEdit]")[0].click()
     page.until(lambda: shown(change) and not shown(layout))
+    assert page.steps == "40", "the most"
+    page.all("#model input")[0].click()
+    page.all("[role=option][aria-label=miniature-lcm]")[0].click()
+    page.until(lambda: page.steps == "8" and "Made for few steps" in page.text("#notes"))
 
 
 def test_an_edit_that_fails_says_why(page: Page, video: Path) -> None:

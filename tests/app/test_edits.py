@@ -16,7 +16,6 @@ from tests.video.making import make_video, noise
 from tokenflow.app.edits import Device, Edit
 from tokenflow.app.page import Page, progress
 from tokenflow.app.request import Requests, command_of, yaml_of
-from tokenflow.app.results import Runs
 from tokenflow.cli.main import main
 from tokenflow.cli.predict import run
 from tokenflow.editors import SDEdit, Step
@@ -97,14 +96,17 @@ def test_the_command_makes_the_same_edit(requests: Requests) -> None:
     assert again.read_bytes() == (requests.folder / "clip" / EDITED).read_bytes()
 
 
-def test_control_and_mask_are_in_the_record(requests: Requests) -> None:
-    control, mask = requests.uploads / "control.mp4", requests.uploads / "white.png"
+def test_control_and_mask_are_in_the_record_and_come_back_as_they_were(
+    requests: Requests, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(requests.uploads))
+    page, layer = Page(requests), Image.new("RGBA", (32, 32))
+    layer.paste("white", (0, 0, 16, 32))
+    mask = page.drawn({"layers": [layer]})
+    control = requests.uploads / "control.mkv"  # which browsers do not play
     control.write_bytes((requests.uploads / "clip.mp4").read_bytes())
-    white = Image.new("L", (32, 32))
-    white.paste(255, (0, 0, 16, 32))
-    white.save(mask)
     options = {
-        "editor": "ControlNet", "editor.ControlNet.condition": "ControlVideo", "mask": str(mask),
+        "editor": "ControlNet", "editor.ControlNet.condition": "ControlVideo", "mask": mask,
         "control": str(control), "measure": True,
     }  # fmt: skip
     configuration = requests.configuration(given(requests, **options))
@@ -113,8 +115,13 @@ def test_control_and_mask_are_in_the_record(requests: Requests) -> None:
     record = read_run(requests.folder / "clip").record
     names = {"data.video", "model.mask", "model.editor.condition.path"}
     assert set(record["run"]["inputs"]) == names
-    values = Runs(requests.folder).values("clip", requests)  # what "again" fills in
-    assert [values[name] for name in ("control", "mask")] == [str(control), str(mask)]
+    page.build()
+    filled = page.again(None, "clip")
+    sent = {name: filled[field]["value"] for name, field in page.fields.items() if field in filled}
+    assert (sent["control"]["path"], sent["mask"]) == (str(control), None)
+    (again,) = sent["drawn"]["layers"]
+    assert page.drawn({"layers": [Image.open(again["path"])]}) == mask
+    assert (sent["editor"], sent["steps"], sent["guidance"]) == ("ControlNet", 2, 3.0)
     assert (requests.folder / "clip" / METRICS).exists()
     paths = requests.uploads / "clip.mp4", requests.folder / "clip" / EDITED
     source, edited = (read_clip(path).frames for path in paths)

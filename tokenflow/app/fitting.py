@@ -51,28 +51,23 @@ def plugin_options(plugin: Plugin, models: Sequence[str]) -> list[Option]:
     ]
 
 
-def fitting(
-    traits: Traits | None, models: Sequence[str]
-) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """The editors that fit a model, by name, and why other editors and kernels are left out.
+def fitting(traits: Traits | None, models: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """The editors that fit a model, and why other editors and kernels are left out.
 
-    Each with what its option `model` may be, "" where it has none.
-
-    Args:
-        traits: Of the model; None where they are not known, and every editor may fit.
-        models: Those of the command line.
+    Each by its name, with what its option `model` may be of the command line's `models`, "" where
+    it has none. Of a model that is not known all editors fit.
     """
-    fit, left_out = dict[str, list[str]](), dict[str, str]()
+    fit, left_out = dict[str, list[str]](), list[str]()
     for plugin in (plugin for name in PLUGINS for plugin in examined(name)):
         if not plugin.usable:
-            left_out[f"{plugin.name} of {plugin.distribution}"] = plugin.reason
+            left_out.append(f"{plugin.name} of {plugin.distribution}: {plugin.reason}")
         elif plugin.group == GROUP_OF["editor"]:
             options = {one.name: one.choices for one in plugin_options(plugin, models)}
             reasons = {one: misfit(plugin, traits, one) for one in options.get("model") or ("",)}
             fit[plugin.name] = [one for one, reason in reasons.items() if not reason]
             if not fit[plugin.name]:
                 del fit[plugin.name]
-                left_out[plugin.name] = next(iter(reasons.values()))
+                left_out.append(f"{plugin.name}: {next(iter(reasons.values()))}")
     return fit, left_out
 
 

@@ -18,14 +18,7 @@ from PIL import Image
 from tokenflow.app.edits import ENDS, Device, Edit, News
 from tokenflow.app.fitting import fitting, plugin_options, plugins
 from tokenflow.app.options import Option
-from tokenflow.app.request import (
-    FRAMES,
-    REACH,
-    SETTINGS,
-    Requests,
-    command_of,
-    yaml_of,
-)
+from tokenflow.app.request import FRAMES, REACH, SETTINGS, Requests, command_of, yaml_of
 from tokenflow.app.results import DRAWN, FILE_FIELDS, Runs, details, strip
 from tokenflow.diffusion.backbone import Defaults
 from tokenflow.engine.lightning.job import PLUGINS
@@ -128,11 +121,10 @@ class Page:
             measured = measure.click(self.measure, pair, None, **PRIVATE)
             for event in (listed.then, measured.then, one.input, other.input):
                 event(choose, pair, shown, **PRIVATE)
-            refill = functools.partial(self.again, tabs)
-            filled = again.click(refill, one, [tabs, *inputs], **PRIVATE)
-            # as they are: Gradio would make another file of what a browser cannot play
-            files = [self.fields[name] for name in FILE_FIELDS]
-            filled.then(self.files, one, files, postprocess=False, **PRIVATE)
+            again.click(
+                functools.partial(self.again, tabs), one, [tabs, self.notes, *inputs],
+                postprocess=False, **PRIVATE,
+            )  # fmt: skip
         return blocks
 
     def source(self) -> None:
@@ -168,10 +160,7 @@ class Page:
         models = list(self.serving.models)
         with gr.Row():
             model = gr.Dropdown(models, label="Model", min_width=140, elem_id="model")
-            editor = gr.Dropdown(
-                list(plugins("editor")), value=EDITOR, label="Editor", min_width=140,
-                elem_id="editor",
-            )  # fmt: skip
+            editor = gr.Dropdown([EDITOR], label="Editor", min_width=140, elem_id="editor")
             self.fields |= {"model": model, "editor": editor}
         self.notes = gr.HTML(elem_id="notes")
         with gr.Group():
@@ -219,10 +208,7 @@ class Page:
         )  # fmt: skip
         take = gr.Button("Draw on the first frame", size="sm")
         video = gr.Video(label="Or a mask as a video", sources=["upload"], height=160)
-        take.click(
-            self.canvas, [self.fields["video"], self.fields["start"]], drawn,
-            **PRIVATE,
-        )  # fmt: skip
+        take.click(self.canvas, [self.fields["video"], self.fields["start"]], drawn, **PRIVATE)
         self.fields |= {"drawn": drawn, "mask": video}
 
     def add(self, name: str, option: Option, ours: bool = True) -> None:
@@ -275,7 +261,8 @@ class Page:
             if models != [""]:
                 found[f"editor.{name}.model"] = gr.update(choices=pairs(models), value=models[0])
         updates = {self.fields[name]: update for name, update in found.items()}
-        return {self.notes: gr.update(value=notes(note, left_out)), **updates}
+        said = Markup("<br>").join(map(printable, filter(None, (note, *left_out))))  # escapes
+        return {self.notes: gr.update(value=said), **updates}
 
     def plugin_fields(self, name: str, plain: bool) -> None:
         """The fields of every editor's or kernel's options; those of the chosen one are shown."""
@@ -405,7 +392,7 @@ class Page:
             raise gr.Error(explained(error)) from error
 
     def again(self, tabs: Any, name: str | None) -> dict[Any, Any]:
-        """Fills in the fields as they were for a run, but for its files."""
+        """Fills in the fields as they were for a run."""
         try:
             values = self.runs.values(name, self.requests)
             start = int(values.get("start") or 0)
@@ -420,20 +407,22 @@ class Page:
         updates = self.fitted(values["model"], values["editor"])
         for name, field in self.fields.items():
             own = name in self.own and values.get(name) is None  # the model's default stays
-            if name in values and name not in FILE_FIELDS and not own:
-                updates[field] = {**updates.get(field, {}), **gr.update(value=values[name])}
+            if name in values and not own:
+                value = self.sent(name, values[name])
+                updates[field] = {**updates.get(field, {}), **gr.update(value=value)}
         # the slider does not know the clip yet
         updates[self.fields["start"]] = gr.update(value=start, maximum=max(start, 1))
         return {tabs: gr.Tabs(selected="edit"), **updates}
 
-    def files(self, name: str | None) -> list[Any]:
-        """The files of a run, those of `FILE_FIELDS`, as a browser asks for them."""
-        try:
-            found = self.runs.values(name, self.requests)
-        except Exception as error:  # as above
-            raise gr.Error(explained(error)) from error
-        paths = [found[file] for file in FILE_FIELDS]
-        return [None if path is None else FileData(path=path).model_dump() for path in paths]
+    def sent(self, name: str, value: Any) -> Any:
+        """A field's value as the browser is sent it.
+
+        A file stays as it is: Gradio would make another of what a browser cannot play.
+        """
+        if name in FILE_FIELDS:
+            return value and FileData(path=value).model_dump()
+        made = self.fields[name].postprocess(value)
+        return made.model_dump() if hasattr(made, "model_dump") else made
 
 
 class Result:
@@ -488,19 +477,6 @@ class Result:
 def pairs(words: Iterable[str]) -> list[tuple[str, str]]:
     """Choices as Gradio has them."""
     return [(word, word) for word in words]
-
-
-def notes(said: str, left_out: Mapping[str, str]) -> Markup:
-    """What there is to say of a model, and which plugins are left out for what reason."""
-    lines = Markup("").join(
-        Markup("<li>{}: {}</li>").format(name, printable(reason))
-        for name, reason in left_out.items()
-    )
-    shown = Markup('<div class="tf-notes"><p>{}</p>').format(said)
-    if left_out:
-        summary = "<details><summary>Left out: {}</summary><ul>{}</ul></details>"
-        shown += Markup(summary).format(", ".join(left_out), lines)
-    return shown + Markup("</div>")
 
 
 def switch(groups: list[tuple[str, Any]], chosen: str) -> dict[Any, Any]:

@@ -73,7 +73,8 @@ class Runs:
         """One run; of one that cannot be read, why."""
         try:
             run = self.run(name)
-            image, came = thumbnail(run.folder / EDITED), run.settings
+            file, came = run.folder / EDITED, run.settings
+            image = thumbnail(file, file.stat().st_mtime_ns)
             facts = [came.get("editor"), f"{came.get('steps')} steps", f"seed {came.get('seed')}"]
             facts.append(f"{sum(run.seconds.values()):.0f} s")
             about = Markup("<p>{}</p><small>{}</small>").format(
@@ -89,7 +90,9 @@ class Runs:
         runs = [self.run(name) for name in names]
         with TemporaryDirectory() as folder:
             text = write_comparison(runs, Path(folder) / "page.html").read_text("utf-8")
-        return framed(text)
+        # with no more rights than its own
+        frame = '<iframe class="tf-page" sandbox="allow-scripts" srcdoc="{}"></iframe>'
+        return Markup(frame).format(text)
 
     def measure(self, name: str) -> None:
         """Leaves the metrics of a run in its folder."""
@@ -117,10 +120,8 @@ class Runs:
             path = Path(str(values.get(file) or ""))
             mine = path.is_file() and path.resolve().is_relative_to(requests.uploads.resolve())
             values[file] = str(path) if mine else None
-        drawn = Path(values["mask"] or "").name == DRAWN
-        values["drawn"], values["mask"] = (
-            (values["mask"], None) if drawn else (None, values["mask"])
-        )
+        drawn = values["mask"] if Path(values["mask"] or "").name == DRAWN else None
+        values |= {"drawn": drawn, "mask": None if drawn else values["mask"]}
         return values
 
 
@@ -165,24 +166,12 @@ def strip(path: str, start: int, count: int) -> Markup:
     return Markup('<div class="tf-strip">{}</div>').format(row)
 
 
-def thumbnail(file: Path) -> str:
-    """The first frame of a video, as the address of a picture."""
-    return made(file, file.stat().st_mtime_ns)
-
-
 @lru_cache(MOST)
-def made(file: Path, changed: int) -> str:
-    """The same, until the file changes."""
+def thumbnail(file: Path, changed: int) -> str:
+    """The first frame of a video, as the address of a picture, until the file changes."""
     frame = read_clip(file, max_frames=1).frames[0]
     height, width = frame.shape[1:]
     return picture(resized(frame, (THUMBNAIL, max(1, round(THUMBNAIL * width / height)))))
-
-
-def framed(page: str) -> Markup:
-    """A page of `tokenflow report` inside of this one, with no more rights than its own."""
-    return Markup('<iframe class="tf-page" sandbox="allow-scripts" srcdoc="{}"></iframe>').format(
-        page
-    )
 
 
 def written(file: Path) -> float:
