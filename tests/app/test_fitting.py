@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +108,12 @@ def test_what_fits_a_model(
     assert changes["editor"]["value"] == ("ControlNet" if "ControlNet" in editors else "PnP")
     values = [changes[name]["value"] for name in ("steps", "guidance", "editor.PnP.features")]
     assert values == [steps, guidance, features]
-    lines = changes["notes"]["value"].split("<br>")
-    assert lines.pop(0).startswith(note) if note else True
-    named = ["IPAdapter", "Broken"] if editors == EVERY else ["ControlNet", "IPAdapter", "Broken"]
-    assert [re.split(":| of ", line)[0] for line in lines] == named
+    said, names, reasons = re.split("<details><summary>|</summary>", changes["notes"]["value"])
+    assert (said.startswith(note), bool(said)) == (True, bool(note))
+    named = [] if "ControlNet" in editors else ["ControlNet"]
+    named += [f"IPAdapter of tokenflow {version('tokenflow')}", "Broken of theirs 1.0"]
+    assert names == f"Not offered: {', '.join(named)}"
+    assert [line.partition(": ")[0] for line in reasons.split("<br>")] == named
 
 
 def test_the_controlnets_that_fit(page: Page, folder: Path) -> None:
@@ -124,8 +127,7 @@ def test_a_plugin_whose_types_are_not_known_is_left_out(page: Page) -> None:
     assert "Broken" not in plugins("editor")
     (line,) = [one.reason for one in examined("editor") if one.name == "Broken"]
     assert line.startswith("the types of its options are not known: NameError: name 'Missing'")
-    shown = escape(f"Broken of theirs 1.0: {line}")
-    assert shown in fitted(page, "miniature")["notes"]["value"].split("<br>")
+    assert escape(f"Broken of theirs 1.0: {line}") in fitted(page, "miniature")["notes"]["value"]
 
 
 def test_what_does_not_fit_is_refused_before_it_waits(requests: Requests, folder: Path) -> None:

@@ -133,10 +133,11 @@ class Page:
         video = gr.Video(label="Source video", sources=["upload"], height=260, elem_id="video")
         bundled = gr.Button("Take the bundled clip", size="sm", elem_id="bundled")
         thumbnails = gr.HTML(elem_id="strip")
-        start, count, _ = FRAMES
+        start, count, size = FRAMES
         with gr.Row():
             first = gr.Slider(0, 1, 0, step=1, label="First frame", min_width=140)
             frames = gr.Slider(1, most, min(16, most), step=1, label="Frames", min_width=140)
+            self.add(size.name, size)
         before = gr.Textbox(
             label="What the source shows", placeholder="a woman running", elem_id="source-prompt"
         )
@@ -184,7 +185,6 @@ class Page:
             ):
                 self.fields[name] = gr.Video(label=label, sources=["upload"], height=160)
             with gr.Accordion("Settings", open=False):
-                self.add("resolution", FRAMES[2])
                 for name, option in SETTINGS.items():
                     if name not in PLAIN:
                         self.add(name, option)
@@ -215,9 +215,8 @@ class Page:
         """A field for an option, under its label and its docstring's words."""
         own = ours and option.optional and option.name in Defaults.__dataclass_fields__
         label = PLAIN.get(option.name, option.name.replace("_", " "))
-        about = {"label": label, "info": option.about, "min_width": 140, "elem_id": name}
-        if option.name in PLAIN:
-            about["info"] = None
+        info = None if option.name in PLAIN else option.about
+        about = {"label": label, "info": info, "min_width": 140, "elem_id": name}
         if option.kind == "flag":
             field: Any = gr.Checkbox(value=option.default, **about)
         elif option.kind in ("choice", "class"):
@@ -225,8 +224,7 @@ class Page:
             words = [("the default", ""), *words] if option.optional else words
             field = gr.Dropdown(words, value=option.default or "", **about)
         elif name == "steps":
-            most = self.serving.max_steps
-            field = gr.Slider(1, most, min(option.default, most), step=1, **about)
+            field = gr.Slider(1, self.serving.max_steps, step=1, **about)
         elif option.optional and not own:  # a number's field has no empty value
             field = gr.Textbox(placeholder="the default", **about)
         elif option.share:
@@ -261,8 +259,10 @@ class Page:
             if models != [""]:
                 found[f"editor.{name}.model"] = gr.update(choices=pairs(models), value=models[0])
         updates = {self.fields[name]: update for name, update in found.items()}
-        said = Markup("<br>").join(map(printable, filter(None, (note, *left_out))))  # escapes
-        return {self.notes: gr.update(value=said), **updates}
+        lines = Markup("<br>").join(map(printable, left_out))  # escaped, as what is formatted is
+        names = ", ".join(line.partition(":")[0] for line in left_out)
+        said = Markup("{}<details><summary>Not offered: {}</summary>{}</details>")
+        return {self.notes: gr.update(value=said.format(printable(note), names, lines)), **updates}
 
     def plugin_fields(self, name: str, plain: bool) -> None:
         """The fields of every editor's or kernel's options; those of the chosen one are shown."""
@@ -291,11 +291,8 @@ class Page:
             shown = strip(str(path), first, max(1, min(int(count), most)))
         except Exception as error:  # whatever was uploaded
             return failed(explained(error)), gr.update(), gr.update()
-        return (
-            shown,
-            gr.update(maximum=max(total - 1, 1), value=first),
-            gr.update(maximum=last, value=min(int(count), last)),
-        )
+        starts = gr.update(maximum=max(total - 1, 1), value=first)
+        return shown, starts, gr.update(maximum=last, value=min(int(count), last))
 
     def canvas(self, video: str | None, start: int, drawn: str | None = None) -> Any:
         """The frame to draw a mask on, with one that was drawn before."""

@@ -259,7 +259,7 @@ def load_controlnet(model: str | Path, backbone: Backbone) -> FittedControlNet:
     network = load_network(fitted.kind, where, "the ControlNet", CONFIG, torch_dtype=backbone.dtype)
     network.requires_grad_(False).eval().to(backbone.device)
     found = fitted(network, backbone)
-    found.check(where)
+    found.check(str(model))
     return found
 
 
@@ -268,8 +268,8 @@ def check_controlnet(model: str | Path, traits: Traits) -> None:
 
     Nothing is loaded; `load_controlnet` compares what only the other networks tell as well.
     """
-    where, fitted, config = described(model, traits.family)
-    fitted.require_alike(where, traits.config, whole(fitted.kind, config), {})
+    _, fitted, config = described(model, traits.family)
+    fitted.require_alike(str(model), traits.config, whole(fitted.kind, config), {})
 
 
 def described(
