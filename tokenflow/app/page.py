@@ -137,7 +137,7 @@ class Page:
         with gr.Row():
             first = gr.Slider(0, 1, 0, step=1, label="First frame", min_width=140)
             frames = gr.Slider(1, most, min(16, most), step=1, label="Frames", min_width=140)
-            self.add(size.name, size)
+        self.add(size.name, size)
         before = gr.Textbox(
             label="What the source shows", placeholder="a woman running", elem_id="source-prompt"
         )
