@@ -32,6 +32,7 @@ DEMO = Path(__file__).parents[1] / "miniature" / "demo" / "blue_ball.mp4"
 DEMO_PROMPTS = ("a plain blue ball on grass", "a plain purple ball on sand")
 PLAIN = {
     "strength": "How much changes (strength)",
+    "n_max": "How much changes: steps that run (n_max)",
     "features": "How much layout is kept (features)",
     "attention": "How much layout is kept (attention)",
     "guidance": "How strongly the prompt counts (guidance)",
