@@ -16,6 +16,7 @@ from tests.video.making import make_video, noise
 from tokenflow.app.edits import Device, Edit
 from tokenflow.app.page import Page, progress
 from tokenflow.app.request import Requests, command_of, yaml_of
+from tokenflow.app.results import Runs
 from tokenflow.cli.main import main
 from tokenflow.cli.predict import run
 from tokenflow.editors import SDEdit, Step
@@ -84,11 +85,14 @@ def test_the_command_makes_the_same_edit(requests: Requests) -> None:
         "propagation.FlowWeighted.flow": "DIS",
         "report_reconstruction": True,
         "batch": 1,
+        "auto": True,
     }
     configuration = requests.configuration(given(requests, **options))
     assert [*Device(requests).run(Edit(configuration))][-1].stage == "done"
     command = command_of(configuration)
     assert "--model.propagation.flow DIS" in command
+    assert "--model.mask auto" in command
+    assert Runs(requests.folder).values("clip", requests)["auto"] is True
     program, *words = shlex.split(command)
     assert program == "tokenflow"
     main(words)

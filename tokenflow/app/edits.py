@@ -22,6 +22,7 @@ from tokenflow.engine.lightning.job import Job
 from tokenflow.engine.lightning.module import TRAINER, TokenFlowModule
 from tokenflow.engine.lightning.progress import edit_to_inversion
 from tokenflow.engine.progress import Reporter
+from tokenflow.engine.region import AUTO
 from tokenflow.errors import InputError, Preempted, explained
 from tokenflow.memory import explained_shortage
 from tokenflow.plugins import origin
@@ -239,7 +240,7 @@ class Device:
 
     def complete(self, job: Job, model: Mapping[str, Any]) -> None:
         """Lists the files that a job reads, for its record."""
-        if model.get("mask"):
+        if model.get("mask") not in (None, AUTO):
             job.mask = job.inputs["model.mask"] = Path(model["mask"])
         if model.get("depth"):
             job.inputs["model.depth"] = Path(model["depth"])

@@ -72,10 +72,7 @@ def fitting(traits: Traits | None, models: Sequence[str]) -> tuple[dict[str, lis
 
 
 def misfit(plugin: Plugin, traits: Traits | None, model: str) -> str:
-    """Why an editor with an option `model` cannot edit with a model; nothing if it can.
-
-    Nothing as well where it is on the hub, which is not asked.
-    """
+    """Why an editor cannot edit with a model; "" if it can. The hub is not asked about `model`."""
     if traits is None or (model and model not in EMBEDDED and not local(model).exists()):
         return ""
     try:

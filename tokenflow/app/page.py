@@ -53,9 +53,7 @@ STAGES = {
 }
 """What the stages of an edit are called."""
 EDITOR = "PnP"
-"""The editor that is chosen at first."""
-FEW = 8
-"""Steps of a model that was made for few, as in the configuration `ddcm`."""
+FEW = 8  # steps, as in the configuration ddcm
 NEEDED = {"mask": "a mask", "depth": "the depth of the frames"}
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 """Of every event: the page alone calls it, and shows its progress itself."""
@@ -210,7 +208,8 @@ class Page:
         take = gr.Button("Draw on the first frame", size="sm")
         video = gr.Video(label="Or a mask as a video", sources=["upload"], height=160)
         take.click(self.canvas, [self.fields["video"], self.fields["start"]], drawn, **PRIVATE)
-        self.fields |= {"drawn": drawn, "mask": video}
+        auto = gr.Checkbox(label="Or wherever the two prompts differ")
+        self.fields |= {"drawn": drawn, "mask": video, "auto": auto}
 
     def add(self, name: str, option: Option, ours: bool = True) -> None:
         """A field for an option, under its label and its docstring's words."""
@@ -242,13 +241,14 @@ class Page:
         note, traits, defaults, steps = "", None, Defaults(), SETTINGS["steps"].default
         try:
             traits = self.requests.traits(model)
-            defaults = traits.defaults
         except InputError as error:  # the edit will say it again
             note = str(error)
-        if traits is not None and traits.few_steps:
-            note, steps = f"Made for few steps, such as {FEW}; the editor DDCM suits it.", FEW
-        if traits is not None and traits.further_channels is not None:
-            note = f"This model needs {NEEDED[traits.further_channels]}: give it under More."
+        else:
+            defaults = traits.defaults
+            if traits.few_steps:
+                note, steps = f"Made for few steps, such as {FEW}; the editor DDCM suits it.", FEW
+            if traits.further_channels is not None:
+                note = f"This model needs {NEEDED[traits.further_channels]}: give it under More."
         editors, left_out = fitting(traits, self.serving.models)
         chosen = next(one for one in (editor, EDITOR, *editors) if one in editors)
         found = {

@@ -25,6 +25,7 @@ from tokenflow.engine.lightning.manifest import FILES
 from tokenflow.engine.lightning.metrics import Measuring
 from tokenflow.engine.lightning.module import TokenFlowModule
 from tokenflow.engine.lightning.run_writer import RunWriter
+from tokenflow.engine.region import AUTO
 from tokenflow.engine.settings import Settings
 from tokenflow.errors import InputError
 from tokenflow.storage.paths import local
@@ -75,8 +76,8 @@ class Requests:
 
         Args:
             values: By name: `video`, `mask`, `depth`, `control` (files that were uploaded), the
-                prompts, `model`, `editor`, `propagation`, `measure`, those of `FRAMES`, those of
-                `Settings`, and those of plugins as `editor.PnP.features`.
+                prompts, `auto` (to find a mask), `model`, `editor`, `propagation`, `measure`, those
+                of `FRAMES`, of `Settings`, and of plugins, as `editor.PnP.features`.
 
         Raises:
             InputError: A value is none that the page could send, or beyond a limit.
@@ -109,6 +110,8 @@ class Requests:
                 model[name] = getattr(serving, name)
         if values.get("mask"):
             model["mask"] = str(self.uploaded(values, "mask"))
+        elif values.get("auto") is True:
+            model["mask"] = AUTO
         if values.get("depth") and traits.further_channels == "depth":
             model["depth"] = str(self.uploaded(values, "depth"))
         found = {"data": data, "model": model, "output": {"folder": str(self.folder)}}

@@ -16,6 +16,7 @@ from tokenflow.engine.lightning.finished_run import FinishedRun
 from tokenflow.engine.lightning.job import PLUGINS, PROMPTS
 from tokenflow.engine.lightning.manifest import FILES
 from tokenflow.engine.lightning.metrics import Sources, measure_run
+from tokenflow.engine.region import AUTO
 from tokenflow.errors import InputError, explained
 from tokenflow.metrics import Measures
 from tokenflow.report import Features, Run, read_run, write_comparison
@@ -105,7 +106,7 @@ class Runs:
         data, model = run.record.get("data") or {}, run.record.get("model") or {}
         measured = bool((run.record.get("metrics") or {}).get("measure"))
         values = {**data, **model, "model": model.get("backbone")}
-        values |= {"measure": measured}
+        values |= {"measure": measured, "auto": model.get("mask") == AUTO}
         values |= {name: run.settings.get(name, "") for name in PROMPTS}
         for one in PLUGINS:
             spec = model.get(one) or {}

@@ -27,8 +27,7 @@ class Serving:
             environment's TOKENFLOW_APP_PASSWORD, as others can see a command line.
         upload_megabytes: The largest file that can be uploaded.
         max_frames: The most frames of a clip that an edit takes.
-        max_resolution: The most pixels of a frame's shorter side; the whole frame has at most twice
-            its square.
+        max_resolution: The most pixels of a frame's shorter side; in all, twice its square.
         max_steps: The most steps of sampling, and of inversion.
         max_waiting: The most edits that wait for the one that runs.
         cache: As --model.cache of predict, which may be the same folder; null for none.
