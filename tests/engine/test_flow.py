@@ -237,7 +237,7 @@ def test_the_command_line_chooses_kernel_and_flow(
     arguments = kernel["init_args"]
     if how == "words":
         assert arguments["inconsistency"] == 0.25
-        assert arguments["flow"]["init_args"] == {"preset": "fast"}
+        assert arguments["flow"]["init_args"]["preset"] == "fast"
     else:
         assert arguments["flow"]["class_path"].endswith("FlowFiles")
     main(["predict", f"--config={run / 'run.yaml'}", f"--output.folder={tmp_path / 'again'}"])
