@@ -553,10 +553,37 @@ def test_a_model_that_embeds_its_guidance_runs_no_negative_branch(
     assert network.branches_for(8.5) == ("source", "prompt")
 
 
+@pytest.mark.parametrize(
+    ("file", "config"),
+    [
+        ("unet/config.json", "[1]"),
+        ("unet/config.json", '{"in_channels": "4"}'),
+        ("scheduler/scheduler_config.json", "[1]"),
+    ],
+)
+def test_a_configuration_of_another_kind_is_refused(tmp_path: Path, file: str, config: str) -> None:
+    files = {"unet/config.json": "{}", "scheduler/scheduler_config.json": "{}", file: config}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ModelError, match=re.escape(str(tmp_path))):
+        Backbone.describe(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a\0b"])
+def test_a_name_that_no_file_can_have_is_refused(name: str) -> None:
+    with pytest.raises(ModelError, match=r"File name too long|'a\\x00b' does not exist"):
+        Backbone.describe(name)
+
+
 def test_defaults_come_from_a_file_beside_the_index(folder: Path) -> None:
     plain = Backbone.load(folder, "cpu", "float32")
     (folder / "tokenflow.json").write_text('{"guidance": 3.5}')
+    file = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text()) | {"_class_name": "LCMScheduler"}
+    file.write_text(json.dumps(config))
     own = Backbone.load(folder, "cpu", "float32")
+    assert own.traits.few_steps
     assert own.defaults == dataclasses.replace(plain.defaults, guidance=3.5)
     described, found = Backbone.describe(folder), own.traits
     assert dataclasses.replace(described, config={}) == dataclasses.replace(found, config={})

@@ -23,6 +23,7 @@ from tokenflow.diffusion.schedule import Schedule, Timestep
 from tokenflow.diffusion.single_file import Checkpoint
 from tokenflow.diffusion.sites import Site
 from tokenflow.diffusion.textual_inversion import Embedding
+from tokenflow.errors import InputError
 
 MINIATURE = Path(__file__).parents[1] / "miniature"
 EMBEDDED = {"miniature": MINIATURE / "weights", "miniature-lcm": MINIATURE / "lcm"}
@@ -88,14 +89,14 @@ class Traits:
     Attributes:
         family: Its class.
         config: Of its denoising network, as diffusers has it; empty where the family has none.
-        defaults: The options of an edit that suit it.
+        defaults: The options of an edit that suit it; None where only the loaded model tells.
         further_channels: As `Backbone.further_channels`.
         few_steps: Whether it was distilled to 4 to 8 steps, where its scheduler says so.
     """
 
     family: type[Backbone]
     config: Mapping[str, Any] = field(default_factory=dict)
-    defaults: Defaults = Defaults()
+    defaults: Defaults | None = Defaults()
     further_channels: FurtherChannels | None = None
     few_steps: bool = False
 
@@ -112,6 +113,8 @@ class Backbone(ABC):
     """The denoising network: layers' names are those of its modules."""
     half: ClassVar[torch.dtype] = torch.float16
     """What dtype "auto" is on an accelerator."""
+    few_steps: bool = False
+    """As in `Traits`."""
 
     @classmethod
     def load(
@@ -168,10 +171,20 @@ class Backbone(ABC):
         No weights are loaded or fetched.
 
         Raises:
-            ModelError: The model's family is not known, or a file that says what it is is missing.
+            ModelError: The model's family is not known, or a file that says what it is is missing
+                or malformed.
         """
-        found = place_of(model)
-        return family(found).traits_of(found)
+        try:
+            found = place_of(model)
+            return family(found).traits_of(found)
+        except InputError:
+            raise
+        except Exception as error:  # of what a file holds in place of what is expected
+            raise ModelError(
+                f"the configurations of the model {str(model)!r:.200} ({INDEX}, config.json of its "
+                f"network, scheduler_config.json) do not say what it is: {type(error).__name__}: "
+                f"{error!s:.200}; fetch the model again"
+            ) from error
 
     @classmethod
     def traits_of(cls, model: str) -> Traits:
@@ -179,13 +192,13 @@ class Backbone(ABC):
 
         By default its family alone.
         """
-        return Traits(cls)
+        return Traits(cls, defaults=Defaults() if cls.defaults is Backbone.defaults else None)
 
     @property
     def traits(self) -> Traits:
         """What this model is."""
         config = getattr(self.network, "config", {})
-        return Traits(type(self), config, self.defaults, self.further_channels)
+        return Traits(type(self), config, self.defaults, self.further_channels, self.few_steps)
 
     @classmethod
     @abstractmethod

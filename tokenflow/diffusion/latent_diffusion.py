@@ -127,18 +127,24 @@ class LatentDiffusion(Backbone):
             backbone.fit_caches()
         if (Path(model) / DEFAULTS).is_file():
             backbone.own_defaults = Defaults.read(Path(model) / DEFAULTS)
+        backbone.few_steps = cls.few_steps_of(model)
         return backbone
 
     @classmethod
     def traits_of(cls, model: str) -> Traits:
         config, file = cls.read_config(model), Path(model) / DEFAULTS
         defaults = Defaults.read(file) if file.is_file() else cls.defaults_of(config)
-        few = False
-        if not Path(model).is_file():
-            load, where = DDIMScheduler.load_config, {"subfolder": "scheduler"}  # of any class
-            scheduler = load_pretrained(load, model, "scheduler", INDEX, **where)
-            few = scheduler.get("_class_name") == "LCMScheduler"
+        few = cls.few_steps_of(model)
         return Traits(cls, config, defaults, cls.channels_of(config), few)
+
+    @classmethod
+    def few_steps_of(cls, model: str) -> bool:
+        """Whether a model was distilled to few steps, by the class of its scheduler."""
+        if Path(model).is_file():
+            return False
+        load, where = DDIMScheduler.load_config, {"subfolder": "scheduler"}  # of any class
+        scheduler = load_pretrained(load, model, "scheduler", INDEX, **where)
+        return bool(scheduler.get("_class_name") == "LCMScheduler")
 
     @classmethod
     def read_config(cls, model: str) -> Mapping[str, Any]:

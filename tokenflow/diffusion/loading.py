@@ -35,7 +35,8 @@ def folder_or_id(model: str, holds: str, file: bool = False) -> str:
         ModelError: It can be neither.
     """
     path = local(model)
-    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model
+    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") > 1
+    looks_like_path |= "\\" in model or "\0" in model
     if not model.strip():
         found = "none was given"
     elif path.is_file() and file:
