@@ -10,7 +10,7 @@ class InputError(ValueError):
     """
 
 
-def explained(error: Exception) -> str:
+def explained(error: BaseException) -> str:
     """An error's message for the user; of one that is a bug, its type as well."""
     return str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
 

@@ -178,6 +178,8 @@ def test_a_long_upload_is_not_decoded_to_be_looked_at(requests: Requests) -> Non
 
 def test_a_mask_that_was_drawn(requests: Requests) -> None:
     page = Page(requests)
+    shown = page.canvas(str(requests.uploads / "clip.mp4"), None)
+    assert shown["background"].size == (32, 32)
     empty, layer = Image.new("RGBA", (8, 6)), Image.new("RGBA", (8, 6))
     layer.paste((255, 255, 255, 255), (2, 0, 4, 6))
     assert page.drawn(None) is None

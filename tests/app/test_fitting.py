@@ -18,6 +18,8 @@ from tokenflow.app.fitting import examined, plugins
 from tokenflow.app.page import Page
 from tokenflow.app.request import Requests
 from tokenflow.app.serving import Serving
+from tokenflow.diffusion import Backbone
+from tokenflow.diffusion.backbone import Defaults
 from tokenflow.editors import SDEdit
 from tokenflow.errors import InputError
 from tokenflow.plugins import Plugin, installed_plugins
@@ -30,6 +32,10 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "inpainting": {
         "model_index": UNET, "unet/config": {"in_channels": 9},
         "scheduler/scheduler_config": DDIM,
+    },
+    "few-step inpainting": {
+        "model_index": UNET, "unet/config": {"in_channels": 9},
+        "scheduler/scheduler_config": {"_class_name": "LCMScheduler"},
     },
     "depth": {
         "model_index": UNET, "unet/config": {"in_channels": 5},
@@ -83,8 +89,82 @@ def page(folder: Path) -> Iterator[Page]:
 
 def fitted(page: Page, model: str, editor: str = "PnP") -> dict[str, dict[str, Any]]:
     """How the fields change for a model, by their names."""
-    names = {field: name for name, field in page.fields.items()} | {page.notes: "notes"}
+    names = {field: name for name, field in page.fields.items()} | {
+        page.notes: "notes", page.former: "former",
+    }  # fmt: skip
     return {names[field]: change for field, change in page.fitted(model, editor).items()}
+
+
+def test_a_model_may_change_more_fields_than_the_first_one(folder: Path) -> None:
+    """No ControlNet fits Flux."""
+    flux, unknown = str(folder / "flux"), str(folder / "nothing")
+    page = Page(Requests(Serving(str(folder / "runs"), [flux, "miniature", unknown])))
+    blocks, model = page.build(), page.fields["model"]
+    (event,) = [f for f in blocks.fns.values() if (model._id, "input") in f.targets]
+    assert page.fields["editor.ControlNet.model"] in event.outputs
+    for other in (flux, "miniature", unknown):
+        assert set(page.fitted(other, "PnP")) <= set(event.outputs)
+
+
+def test_what_was_typed_stays_where_the_model_changes(page: Page) -> None:
+    former = page.fitted("miniature", "SDEdit")[page.former]
+    defaults = [former.get(name, "miniature") for name in page.suited]
+    updates = page.chosen("miniature-lcm", former, *defaults)
+    assert updates[page.fields["editor"]]["value"] == "SDEdit"
+    assert updates[page.fields["steps"]]["value"] == 8
+    typed = {"guidance": 5.0, "steps": 20}
+    values = [typed.get(n, v) for n, v in zip(page.suited, defaults, strict=True)]
+    updates = page.chosen("miniature-lcm", former, *values)
+    assert not any("value" in updates[page.fields[name]] for name in typed)
+    assert updates[page.fields["editor.PnP.features"]]["value"] == 0.8
+
+
+def test_defaults_that_are_not_known_are_not_shown_and_nothing_is_dropped(
+    page: Page, requests: Requests, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Theirs(Backbone):
+        @property
+        def defaults(self) -> Defaults:
+            return Defaults(guidance=3.0)
+
+    theirs = Theirs.traits_of("")
+    for one in (page.requests, requests):
+        monkeypatch.setitem(one.described, "miniature", theirs)
+    assert fitted(page, "miniature")["guidance"]["value"] is None
+    assert requests.configuration(given(requests, guidance=7.5))["model"]["guidance"] == 7.5
+
+
+@pytest.mark.parametrize(("model", "editor"), [("flux", "PnP"), ("miniature", "ControlNet")])
+def test_a_run_that_does_not_fit_the_page_comes_back_as_it_fits(
+    page: Page, folder: Path, monkeypatch: pytest.MonkeyPatch, model: str, editor: str
+) -> None:
+    """Its editor, its ControlNet, and all the frames of its video."""
+    run = {
+        "model": str(folder / model) if model in CONFIGURATIONS else model, "drawn": None,
+        "editor": "ControlNet", "editor.ControlNet.model": str(folder / "canny"),
+        "propagation": "NNField", "max_frames": None, "guidance": 2.0,
+    }  # fmt: skip
+    monkeypatch.setattr(page.runs, "values", lambda *_: dict(run))
+    with pytest.warns(UserWarning, match="run") as warned:
+        filled = page.again(None, "run")
+    said = [str(one.message) for one in warned]
+    assert said[0] == "The run edited all frames of its video; here 16 are chosen."
+    wrong = "editor" if editor == "PnP" else "editor.ControlNet.model"
+    assert said[1].startswith(f"{wrong} of the run, '")
+    sent = {
+        name: filled[field].get("value") for name, field in page.fields.items() if field in filled
+    }
+    assert (sent["editor"], sent["max_frames"], sent["guidance"]) == (editor, 16, 2.0)
+    if editor == "ControlNet":
+        assert sent["editor.ControlNet.model"] == "miniature"
+
+
+def test_an_editor_that_exits_does_not_fit(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave(*args: Any) -> None:
+        raise SystemExit(3)
+
+    monkeypatch.setattr(SDEdit, "check_model", leave)
+    assert "SDEdit: SystemExit: 3" in fitted(page, "miniature")["notes"]["value"]
 
 
 @pytest.mark.parametrize(
@@ -96,6 +176,14 @@ def fitted(page: Page, model: str, editor: str = "PnP") -> dict[str, dict[str, A
         ("inpainting", EVERY[1:], 50, 7.5, 0.8, "This model needs a mask"),
         ("depth", EVERY[1:], 50, 7.5, 0.8, "This model needs the depth of the frames"),
         ("flux", EVERY[1:], 50, 3.5, 0.0, ""),
+        (
+            "few-step inpainting",
+            EVERY[1:],
+            8,
+            7.5,
+            0.8,
+            "Made for few steps, such as 8; the editor DDCM suits it. This model needs a mask",
+        ),
         ("nothing", EVERY, 50, 7.5, 0.8, "unet of the model folder"),
     ],
 )

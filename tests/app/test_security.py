@@ -169,6 +169,14 @@ def test_others_reach_it_only_with_a_password(options: dict[str, Any]) -> None:
         ({"video": "{uploads}/../../secret.mp4"}, "video: expected a file that was uploaded"),
         ({"video": "{uploads}/link.mp4"}, "video: expected a file that was uploaded"),
         ({"mask": "/etc/passwd"}, "mask: expected a file that was uploaded"),
+        ({"video": "a\0b"}, "video: expected a file that was uploaded"),
+        (
+            {"mask": "{uploads}/large.mp4"},
+            "mask: expected frames of at most 65536 pixels, got 258x",
+        ),
+        ({"depth": "{uploads}/clip.mp4"}, "depth: the model miniature takes none"),
+        ({"mask": "{uploads}/clip.mp4", "auto": True}, "expected one mask, got one that was given"),
+        ({"resolution": 0}, "resolution: expected at least 1 pixel, got 0"),
         ({"max_frames": 9}, "frames: expected 1 to 8, got 9"),
         ({"max_frames": 10**400}, "max_frames: expected a whole number"),
         (
@@ -202,6 +210,8 @@ def test_what_a_page_cannot_ask_for(requests: Requests, other: dict[str, Any], s
         (requests.uploads / "clip.mp4").read_bytes()
     )
     (requests.uploads / "link.mp4").symlink_to(requests.folder.parent / "secret.mp4")
+    if "large" in str(other):
+        make_video(requests.uploads / "large.mp4", noise(1, 256, 258))
     other = {
         name: value.format(uploads=requests.uploads) if isinstance(value, str) else value
         for name, value in other.items()

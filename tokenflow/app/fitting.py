@@ -77,6 +77,6 @@ def misfit(plugin: Plugin, traits: Traits | None, model: str) -> str:
         return ""
     try:
         plugin.kind(**({"model": model} if model else {})).check_model(traits)  # type: ignore[misc]
-    except Exception as error:  # a third party's may raise anything
+    except (Exception, SystemExit) as error:  # a third party's may raise anything
         return explained(error)
     return ""

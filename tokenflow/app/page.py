@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import sha256
 from io import BytesIO
@@ -72,6 +73,8 @@ class Page:
         self.fields: dict[str, Any] = {}
         self.groups: dict[str, list[tuple[str, Any]]] = {"editor": [], "propagation": []}
         """Of editors and kernels, by name, the groups of fields of their options."""
+        self.suited: list[str] = []
+        """The fields that a model may change, by name."""
         self.own: dict[str, str] = {}
         """The fields of options that a model has its own default of, and how it calls them."""
 
@@ -121,8 +124,8 @@ class Page:
             for event in (listed.then, measured.then, one.input, other.input):
                 event(choose, pair, shown, **PRIVATE)
             again.click(
-                functools.partial(self.again, tabs), one, [tabs, self.notes, *inputs],
-                postprocess=False, **PRIVATE,
+                functools.partial(self.again, tabs), one,
+                [tabs, self.notes, self.former, *inputs], postprocess=False, **PRIVATE,
             )  # fmt: skip
         return blocks
 
@@ -193,10 +196,20 @@ class Page:
             self.fields[name].change(
                 functools.partial(switch, groups), self.fields[name], shown, **PRIVATE
             )
+        self.suited = [
+            name for name in self.fields
+            if name in ("editor", "steps", *self.own) or re.fullmatch(r"editor\..*\.model", name)
+        ]  # fmt: skip
+        self.former = gr.State({})
         first = self.fitted(models[0], EDITOR)
+        self.former.value = first.pop(self.former)
         for field, changes in first.items():
             vars(field).update(changes)
-        model.input(self.fitted, [model, editor], list(first), **PRIVATE)
+        values = [self.fields[name] for name in self.suited]
+        model.input(
+            self.chosen, [model, self.former, *values], [self.notes, self.former, *values],
+            **PRIVATE,
+        )  # fmt: skip
 
     def mask(self) -> None:
         """The field for a mask: drawn on the first frame, or a video."""
@@ -238,24 +251,28 @@ class Page:
 
     def fitted(self, model: str, editor: str) -> dict[Any, Any]:
         """The fields as they suit a model: the editors that fit it, and its own defaults."""
-        note, traits, defaults, steps = "", None, Defaults(), SETTINGS["steps"].default
+        note, traits, steps = list[str](), None, SETTINGS["steps"].default
         try:
             traits = self.requests.traits(model)
         except InputError as error:  # the edit will say it again
-            note = str(error)
+            note = [str(error)]
         else:
-            defaults = traits.defaults
             if traits.few_steps:
-                note, steps = f"Made for few steps, such as {FEW}; the editor DDCM suits it.", FEW
+                note, steps = [f"Made for few steps, such as {FEW}; the editor DDCM suits it."], FEW
             if traits.further_channels is not None:
-                note = f"This model needs {NEEDED[traits.further_channels]}: give it under More."
+                needed = NEEDED[traits.further_channels]
+                note.append(f"This model needs {needed}: give it under More.")
         editors, left_out = fitting(traits, self.serving.models)
         chosen = next(one for one in (editor, EDITOR, *editors) if one in editors)
         found = {
             "editor": gr.update(choices=pairs(editors), value=chosen),
             "steps": gr.update(value=min(steps, self.serving.max_steps)),
         }
-        found |= {k: gr.update(value=getattr(defaults, v)) for k, v in self.own.items()}
+        for name, own in self.own.items():
+            # no field but a number's can be empty
+            empty = traits and traits.defaults is None and isinstance(self.fields[name], gr.Number)
+            defaults = (traits and traits.defaults) or Defaults()
+            found[name] = gr.update(value=None if empty else getattr(defaults, own))
         for name, models in editors.items():
             if models != [""]:
                 found[f"editor.{name}.model"] = gr.update(choices=pairs(models), value=models[0])
@@ -263,7 +280,27 @@ class Page:
         lines = Markup("<br>").join(map(printable, left_out))  # escaped, as what is formatted is
         names = ", ".join(line.partition(":")[0] for line in left_out)
         said = Markup("{}<details><summary>Not offered: {}</summary>{}</details>")
-        return {self.notes: gr.update(value=said.format(printable(note), names, lines)), **updates}
+        said = said.format(printable(" ".join(note)), names, lines)
+        former = {name: update["value"] for name, update in found.items()}
+        return {self.notes: gr.update(value=said), self.former: former, **updates}
+
+    def chosen(self, model: str, former: Mapping[str, Any], *values: Any) -> dict[Any, Any]:
+        """As `fitted`, where what was changed from the `former` model's values stays as it is.
+
+        Args:
+            model: Which is chosen.
+            former: What `fitted` gave for the one before.
+            values: Of the fields `suited`.
+        """
+        now = dict(zip(self.suited, values, strict=True))
+        updates = self.fitted(model, now["editor"])
+        for name, value in now.items():
+            update = updates.get(self.fields[name], {})
+            if "choices" in update and (value, value) in update["choices"]:
+                update["value"] = value
+            elif "choices" not in update and value != former.get(name):
+                update.pop("value", None)
+        return updates
 
     def plugin_fields(self, name: str, plain: bool) -> None:
         """The fields of every editor's or kernel's options; those of the chosen one are shown."""
@@ -281,7 +318,7 @@ class Page:
         """A copy of a file among the uploads, which alone are served."""
         return save_file_to_cache(file, cache_dir=str(self.requests.uploads))
 
-    def look(self, video: str | None, start: int, count: int) -> Any:
+    def look(self, video: str | None, start: int | None, count: int | None) -> Any:
         """The thumbnails of the chosen frames, and how far the sliders go."""
         if not video:
             return "", gr.update(maximum=1, value=0), gr.update()
@@ -289,18 +326,20 @@ class Page:
             path, most = self.requests.uploaded({"video": video}, "video"), self.serving.max_frames
             total = min(count_frames(path), REACH * most)
             first, last = min(int(start or 0), total - 1), max(min(most, total), 2)
-            shown = strip(str(path), first, max(1, min(int(count), most)))
+            count = max(1, int(count or 1))
+            shown = strip(str(path), first, min(count, most))
         except Exception as error:  # whatever was uploaded
             return failed(explained(error)), gr.update(), gr.update()
         starts = gr.update(maximum=max(total - 1, 1), value=first)
-        return shown, starts, gr.update(maximum=last, value=min(int(count), last))
+        return shown, starts, gr.update(maximum=last, value=min(count, last))
 
-    def canvas(self, video: str | None, start: int, drawn: str | None = None) -> Any:
+    def canvas(self, video: str | None, start: int | None, drawn: str | None = None) -> Any:
         """The frame to draw a mask on, with one that was drawn before."""
         try:
             path = self.requests.uploaded({"video": video}, "video")
-            self.requests.check_start(int(start))
-            frame = read_clip(path, start=int(start), max_frames=1).frames[0]
+            start = int(start or 0)
+            self.requests.check_start(start)
+            frame = read_clip(path, start=start, max_frames=1).frames[0]
         except InputError as error:
             raise gr.Error(str(error)) from error
         image = Image.fromarray((frame.permute(1, 2, 0) * 255).round().byte().numpy())
@@ -392,7 +431,7 @@ class Page:
     def again(self, tabs: Any, name: str | None) -> dict[Any, Any]:
         """Fills in the fields as they were for a run."""
         try:
-            values = self.runs.values(name, self.requests)
+            values, most = self.runs.values(name, self.requests), min(16, self.serving.max_frames)
             start = int(values.get("start") or 0)
             if values["drawn"] is not None:
                 values["drawn"] = self.canvas(values["video"], start, values["drawn"])
@@ -402,10 +441,16 @@ class Page:
             if values[what] not in known:
                 gr.Warning(f"The run's {what}, {values[what]!r:.100}, is not on this page.")
                 values[what] = next(iter(known))
+        if values.get("max_frames") is None:
+            gr.Warning(f"The run edited all frames of its video; here {most} are chosen.")
+            values["max_frames"] = most
         updates = self.fitted(values["model"], values["editor"])
         for name, field in self.fields.items():
             own = name in self.own and values.get(name) is None  # the model's default stays
-            if name in values and not own:
+            choices = updates.get(field, {}).get("choices")
+            if name in values and choices and (values[name], values[name]) not in choices:
+                gr.Warning(f"{name} of the run, {values[name]!r:.100}, does not fit its model.")
+            elif name in values and not own:
                 value = self.sent(name, values[name])
                 updates[field] = {**updates.get(field, {}), **gr.update(value=value)}
         # the slider does not know the clip yet

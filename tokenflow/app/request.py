@@ -37,6 +37,8 @@ LONGEST = 2000
 """Characters of a prompt."""
 REACH = 100
 """How many times the most frames of an edit may lie before its first one: they are decoded."""
+LARGER = 8
+"""How many times the pixels of an edit's frame one of an upload may have, as it is scaled down."""
 FRAMES = (
     Option("start", "whole", 0, "The first frame, from 0."),
     Option("max_frames", "whole", 16, "How many frames are edited."),
@@ -84,7 +86,7 @@ class Requests:
         """
         serving, model = self.serving, dict[str, Any]()
         traits = self.traits(values.get("model"))
-        own = dataclasses.asdict(traits.defaults)
+        own = dataclasses.asdict(traits.defaults) if traits.defaults else {}
         data = {"video": str(self.uploaded(values, "video"))}
         data |= chosen({one.name: one for one in FRAMES}, values, always=("max_frames",))
         self.check_frames(data)
@@ -108,11 +110,21 @@ class Requests:
         for name in ("dtype", "cache"):
             if getattr(serving, name) != getattr(Serving, name):
                 model[name] = getattr(serving, name)
+        if values.get("mask") and values.get("auto") is True:
+            raise InputError(
+                "expected one mask, got one that was given and the automatic one; remove the "
+                "first, or untick the second"
+            )
         if values.get("mask"):
             model["mask"] = str(self.uploaded(values, "mask"))
         elif values.get("auto") is True:
             model["mask"] = AUTO
-        if values.get("depth") and traits.further_channels == "depth":
+        if values.get("depth"):
+            if traits.further_channels != "depth":
+                raise InputError(
+                    f"depth: the model {values['model']} takes none; remove the depth, or choose a "
+                    f"model that takes it"
+                )
             model["depth"] = str(self.uploaded(values, "depth"))
         found = {"data": data, "model": model, "output": {"folder": str(self.folder)}}
         if values.get("measure") is True:
@@ -140,16 +152,27 @@ class Requests:
         """The path of an uploaded file.
 
         Raises:
-            InputError: None was, or it lies elsewhere, or is too large.
+            InputError: None was, or it lies elsewhere, is too large, or is no video or picture.
         """
         value = values.get(name)
         if not value:
             raise InputError(f"there is no {name}; upload one")
-        path, most = Path(str(value)).resolve(), self.serving.upload_megabytes
-        if not path.is_relative_to(self.uploads.resolve()) or not path.is_file():
+        path, most = Path(str(value).replace("\0", "")).resolve(), self.serving.upload_megabytes
+        if (
+            "\0" in str(value)
+            or not path.is_relative_to(self.uploads.resolve())
+            or not path.is_file()
+        ):
             raise InputError(f"{name}: expected a file that was uploaded, got {str(value)!r:.200}")
         if path.stat().st_size > most * 1_000_000:
             raise InputError(f"{name}: expected a file of at most {most} MB, got a larger one")
+        height, width = read_clip(path, max_frames=1, in_memory=False).frames.shape[-2:]
+        largest = LARGER * 2 * self.serving.max_resolution**2
+        if height * width > largest:
+            raise InputError(
+                f"{name}: expected frames of at most {largest} pixels, got {width}x{height}; scale "
+                f"it down first (--max_resolution of tokenflow app allows more)"
+            )
         return path
 
     def check_frames(self, data: dict[str, Any]) -> None:
@@ -163,7 +186,9 @@ class Requests:
         self.check_start(data.get("start", 0))
         one = read_clip(data["video"], max_frames=1, in_memory=False)
         short, long = sorted(one.frames.shape[-2:])
-        side, most = data.get("resolution") or short, serving.max_resolution
+        side, most = data.get("resolution", short), serving.max_resolution
+        if side < 1:
+            raise InputError(f"resolution: expected at least 1 pixel, got {side}")
         long = round(long * side / short)
         if side > most or side * long > 2 * most**2:
             raise InputError(
