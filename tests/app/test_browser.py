@@ -70,6 +70,7 @@ class Page:
         self.write("#source-prompt textarea", SOURCE)
         self.write("#prompt textarea", prompt)
         self.write("#steps input[type=number]", str(steps))
+        self.until(lambda: self.steps == str(steps))
         self.browser.execute_script(WATCH)
 
     def edit(self, ends: str = "Done") -> None:
