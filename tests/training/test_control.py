@@ -41,8 +41,8 @@ def test_a_pixel_is_the_objects_whose_colour_is_nearer() -> None:
     assert object_mask(image, truth, mask).tolist() == [[False, True]]
 
 
-# of 16 stills 13 have their shape, overlap 0.91 (14 and 0.91 on the next seeds), and of the first 8
-# all, 0.92; without a control of 16 stills 4, 0.17, and of the first 4 two, 0.43
+# of 16 stills 13 have their shape, overlap 0.91 (14 and 0.91 on the next seeds); 4 and 0.17
+# without a control
 @pytest.mark.full
 def test_edges_alone_give_shape_and_place() -> None:
     backbone, judge = Backbone.load("miniature", "cpu", "auto"), Judge.load()
