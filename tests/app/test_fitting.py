@@ -1,4 +1,4 @@
-"""What the page offers for a model, which is told without its weights."""
+"""What the page offers for a model, which is described without loading its weights."""
 
 from __future__ import annotations
 
