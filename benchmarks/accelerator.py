@@ -180,7 +180,12 @@ def stages(
     )  # fmt: skip
     for case in cases:
         attention, frames = case.split("/")
-        settings = Settings(steps=steps, batch=batch, keyframe_attention=attention)  # type: ignore[arg-type]
+        settings = Settings(
+            steps=steps,
+            batch=batch,
+            keyframe_attention=attention,
+            fusion=0.0,  # type: ignore[arg-type]
+        )
         took, peaks = measured(setup, backbone, settings, int(frames))
         work = operations(cost, settings, int(frames))
         for stage, time in took.items():

@@ -50,7 +50,7 @@ def measured(
     case: Case, frames: int, model: Backbone, judge: Judge, steps: int, folder: Path
 ) -> Iterator[float]:
     """The numbers of a clip's row."""
-    edit, settings = case.of(frames), Settings(steps=steps, keyframe_every=4)
+    edit, settings = case.of(frames), Settings(steps=steps, keyframe_every=4, fusion=0.0)
     clip, true = edit.clip, true_edit(edit)
     plain, local = (
         edit_clip(model, clip, edit.prompts, EDITOR, NNField(), settings, mask=mask)

@@ -59,6 +59,7 @@ def main(
     plan: Plan = PLAN,
     rows: tuple[str, ...] = tuple(ROWS),
     clips: tuple[int, ...] = CLIPS,
+    fusion: float | None = None,
     sheet: Path | None = None,
 ) -> None:
     """Measures what is not measured yet, and prints the table.
@@ -68,6 +69,7 @@ def main(
         plan: What all rows have in common, and the default's steps.
         rows: Which rows; all are compared with the default.
         clips: Which clips, numbers from 0 in the benchmark's suite.
+        fusion: Of all rows; take a folder for each value.
         sheet: Only write a picture to this WebP: the second and the fourth clip by the default and
             by the fast mode, from the folder's pictures.
     """
@@ -87,8 +89,9 @@ def main(
             else:
                 options = {"steps": plan.steps, **ROWS[row]}
                 settings = Settings(
-                    guidance=plan.guidance, keyframe_every=plan.keyframe_every, **options
-                )
+                    guidance=plan.guidance, keyframe_every=plan.keyframe_every, fusion=fusion,
+                    **options,
+                )  # fmt: skip
                 prompts = truth.edit.prompts
                 with counted(backbone) as cost:
                     frames = edit_clip(

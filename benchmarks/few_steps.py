@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Literal
+from typing import Any
 
 import torch
 from miniature_edits import decoded, textured, verdict
@@ -38,6 +38,15 @@ class Way:
     guidance: float
 
 
+CONSISTENCY: dict[str, dict[str, Any]] = {
+    "per frame": {"consistency": "none"},
+    "joint": {"consistency": "joint"},
+    "TokenFlow": {"fusion": 0.0},
+    "fused": {},
+}
+"""Where settings are not the default."""
+
+
 WAYS = {
     "PnP": Way("miniature", EDITOR, 15, 4.0),
     "FlowEdit": Way("miniature", FlowEdit(n_max=11, noise="shared"), 15, 4.0),
@@ -51,7 +60,7 @@ def main(
     frames: int = 16,
     clips: tuple[int, ...] = (0, 1, 2, 3),
     ways: tuple[str, ...] = tuple(WAYS),
-    consistency: tuple[Literal["none", "joint", "tokenflow"], ...] = ("none", "tokenflow"),
+    consistency: tuple[str, ...] = ("per frame", "TokenFlow", "fused"),
     dtype: str = "auto",
 ) -> None:
     """Edits each clip in each way and prints a table of means.
@@ -61,7 +70,7 @@ def main(
         frames: Frames of a clip.
         clips: Which of the six edits of benchmarks/miniature_edits.py.
         ways: Which rows of the table.
-        consistency: And in which ways of consistency.
+        consistency: And in which of the ways `CONSISTENCY`.
         dtype: Of the networks.
     """
     names = dict.fromkeys(WAYS[way].model for way in ways)
@@ -84,7 +93,7 @@ def main(
                 begin = perf_counter()
                 result = edit_clip(
                     model, edit.clip, edit.prompts, way.editor, NNField(),
-                    Settings(steps=way.steps, guidance=way.guidance, consistency=kind),
+                    Settings(steps=way.steps, guidance=way.guidance, **CONSISTENCY[kind]),
                 )  # fmt: skip
                 seconds = perf_counter() - begin
                 counting.remove()

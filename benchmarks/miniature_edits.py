@@ -22,6 +22,7 @@ from torch.nn.functional import max_pool2d
 from tokenflow.diffusion import Backbone, Schedule, Trajectory, invert
 from tokenflow.editors import PnP
 from tokenflow.engine import Settings, edit_latents
+from tokenflow.engine.settings import FUSION
 from tokenflow.metrics import judge_edit, warp_error
 from tokenflow.miniature.edits import EDITOR, SceneEdit, SceneFlow, suite
 from tokenflow.miniature.judge import Judge
@@ -34,7 +35,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "per-frame PnP": ("NNField", {"consistency": "none"}),
     "joint attention only": ("NNField", {"consistency": "joint"}),
     **{kernel: (kernel, {}) for kernel in KERNELS},
-    "NNField, fused": ("NNField", {"fusion": 0.8}),
+    "NNField, fused": ("NNField", {"fusion": FUSION}),
     **{f"{kernel}, previous": (kernel, {"neighbours": "previous"}) for kernel in KERNELS},
     **{f"{kernel}, linear": (kernel, {"blend": "linear"}) for kernel in KERNELS},
 }
@@ -125,14 +126,17 @@ def main(
         for row in rows:
             name, choice = ROWS[row]
             kernel = kernel_of(name, edit.scene, **options)
-            provider = kernel.flow or (DIS() if "fusion" in choice else None)
-            flow = provider and ClipFlow(edit.clip, provider, backbone.latent_scale)
+            flow = None
+            if kernel.flow is not None:
+                flow = ClipFlow(edit.clip, kernel.flow, backbone.latent_scale)
+            elif "fusion" in choice:
+                flow = ClipFlow.of_latents(edit.clip, backbone.latent_scale)
             settings = Settings(
                 steps=steps,
                 guidance=guidance,
                 keyframe_every=keyframe_every,
                 seed=seed,
-                **choice,
+                **{"fusion": 0.0, **choice},
             )
             begin = perf_counter()
             edited = edit_latents(

@@ -28,7 +28,7 @@ from tokenflow.video import contact_sheet, levels
 
 Frames = Float[Tensor, "frames 3 h w"]
 CELL, LABEL, COLORS = 96, 150, 96  # pixels, pixels, and of the palette without the labels
-BASE = Settings(guidance=3.0, keyframe_every=4)
+BASE = Settings(guidance=3.0, keyframe_every=4, fusion=0.0)
 AMPLIFIED = 4
 
 

@@ -81,7 +81,7 @@ def main(
     edit = wandering(suite(1)[number], frames)
     backbone = Backbone.load("miniature", dtype="float32")
     common: dict[str, Any] = {
-        "steps": steps, "guidance": guidance, "keyframe_every": keyframe_every
+        "steps": steps, "guidance": guidance, "keyframe_every": keyframe_every, "fusion": 0.0
     }  # fmt: skip
     ways = [(row, row, False) for row in rows] + [(f"{row}, fixed", row, True) for row in fixed]
     found: dict[str, dict[str, float]] = {}

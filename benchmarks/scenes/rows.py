@@ -16,8 +16,9 @@ from benchmarks.scenes.measure import Truth
 from tokenflow.diffusion import Backbone, Trajectory, invert
 from tokenflow.editors import ControlNet, Editor, PnP, SDEdit
 from tokenflow.engine import Settings, edit_latents
+from tokenflow.engine.settings import FUSION
 from tokenflow.miniature.edits import EDITOR
-from tokenflow.propagation import DIS, ClipFlow, FlowWeighted, NNField, Propagation
+from tokenflow.propagation import ClipFlow, FlowWeighted, NNField, Propagation
 
 Frames = Float[Tensor, "frames 3 height width"]
 TRUTH, FLOOR, SOURCE = "true edit", "round trip of the true edit", "round trip of the source"
@@ -62,7 +63,7 @@ WAYS = {
         settings={"neighbours": "previous", "keyframe_attention": "full"},
     ),
     "TokenFlow": Way(),
-    "TokenFlow, fused": Way(settings={"fusion": 0.8}),
+    "TokenFlow, fused": Way(settings={"fusion": FUSION}),
     "flow-weighted": Way(kernel=FlowWeighted),
     "SDEdit": Way(SDEdit),
     "ControlNet": Way(ControlNet),
@@ -150,8 +151,11 @@ class Workbench:
         with counted(self.backbone) as cost:
             editor.prepare(self.backbone, self.truth.source)
             source = self.truth.source
-            provider = kernel.flow or (DIS() if settings.fusion else None)
-            flow = provider and ClipFlow(source, provider, self.backbone.latent_scale)
+            flow, scale = None, self.backbone.latent_scale
+            if kernel.flow is not None:
+                flow = ClipFlow(source, kernel.flow, scale)
+            elif settings.fusion:
+                flow = ClipFlow.of_latents(source, scale)
             latents = edit_latents(
                 self.backbone, trajectory, self.schedule, edit.prompts, editor, kernel, settings,
                 name=source.name, flow=flow,

@@ -159,7 +159,7 @@ def test_a_seed_gives_one_result(backbone: Backbone) -> None:
     first = edit(backbone, clip, seed=3)
     torch.manual_seed(99)
     assert torch.equal(edit(backbone, clip, seed=3).clip.frames, first.clip.frames)
-    assert first.seed == 3
+    assert first.settings.seed == 3
     assert difference(edit(backbone, clip, seed=4), first) > 10 * ROUNDING
 
 

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from tokenflow.editors import SDEdit
-from tokenflow.engine import Result
+from tokenflow.engine import Result, Settings
 from tokenflow.engine.lightning.module import Prediction, TokenFlowModule
 from tokenflow.engine.lightning.run_writer import RunWriter
 from tokenflow.propagation import NNField
@@ -43,7 +43,9 @@ def make_run(
         span = AudioSpan(sound, Fraction(0), Fraction(3))
         edited = dataclasses.replace(edited, audio=span)
     resolved = {"prompt": prompt, "inversion_prompt": "a blue bar", "steps": 4} | resolved
-    result = Result(source, edited, torch.zeros(frames, 4, 6, 8), 0, {"invert": 1.5, "edit": 2.5})
+    result = Result(
+        source, edited, torch.zeros(frames, 4, 6, 8), Settings(), {"invert": 1.5, "edit": 2.5}
+    )
     writer = RunWriter()
     writer.configuration = configuration or {"data": {"video": "bar.mp4"}}
     writer.probe = SimpleNamespace(seen=seen)  # type: ignore[assignment]

@@ -108,7 +108,7 @@ class TokenFlow(Consistency):
         keyframes = draw_keyframes(
             s.shard.windows, s.settings.keyframes, s.settings.seed, s.name, step.index
         )
-        fuses, predicted = s.settings.fusion > 0, list[Outputs]()
+        fuses, predicted = bool(s.settings.fusion), list[Outputs]()
         for joint in joint_passes(s, x, keyframes, step):
             # T_base: the keyframes' outputs at every site, each attending to all of them
             bank = Bank()

@@ -40,7 +40,7 @@ from tokenflow.engine.settings import Settings
 from tokenflow.engine.source_cache import SourceCache, SourceFeatures, described
 from tokenflow.errors import InputError
 from tokenflow.metrics import decibels
-from tokenflow.propagation import DIS, ClipFlow, Propagation
+from tokenflow.propagation import ClipFlow, Propagation
 from tokenflow.storage import digests
 from tokenflow.video import Clip, FrameBuffer, Frames
 
@@ -51,7 +51,7 @@ host memory."""
 
 @dataclass(frozen=True)
 class Result:
-    """An edited clip, its latents, and the seconds of each stage.
+    """An edited clip, its latents, the settings as they were used, and the seconds of each stage.
 
     If `Settings.report_reconstruction` is on, `round_trip_psnr` is the VAE's alone and
     `reconstruction_psnr` that of inverting and sampling back, both in dB against the source frames.
@@ -62,7 +62,7 @@ class Result:
     source: Clip
     clip: Clip
     latents: Float[Tensor, "frames c h w"]
-    seed: int
+    settings: Settings
     seconds: dict[str, float]
     reconstruction_psnr: float | None = None
     round_trip_psnr: float | None = None
@@ -155,13 +155,9 @@ def edit_clip(
         cached = cached_inversion(
             network, clip, schedule, inversion, settings.inversion_solver, store, channels.digests
         )
-        near, flow = seen.part(shard.positions(shard.halo)), None
-        provider = propagation.flow
-        if provider is None and (settings.fusion or automatic):
-            # at the precision that latents need
-            provider = DIS(downscale=max(1, model.latent_scale // 4))
-        if (propagates(way) or automatic) and provider is not None:
-            flow = ClipFlow(near, provider, model.latent_scale)
+        near = seen.part(shard.positions(shard.halo))
+        flow = flow_of(near, model, propagation, settings, propagates(way), automatic)
+        settings = settings.for_flow(propagates(way) and flow is not None)
         trajectory = invert_clip(
             network, clip, schedule, inversion, settings, cached, seconds, on_step
         )
@@ -203,7 +199,7 @@ def edit_clip(
     with timed(seconds, "decode"), ranks.together(), ranks.preemption.interruptible():
         done = decoded(model, edited, clip, settings.batch, on_step, region)
     return Result(
-        clip, done, edited, settings.seed, seconds, **quality, checkpoint=checkpoint, mask=found
+        clip, done, edited, settings, seconds, **quality, checkpoint=checkpoint, mask=found
     )
 
 
@@ -229,7 +225,8 @@ def edit_latents(
     """Algorithm 1 of the paper: the edited latents of a trajectory's frames.
 
     The editor must have been prepared for the clip, and a kernel that needs optical flow must be
-    given that of the source's frames. Of a clip that `ranks` share, each has the trajectory of its
+    given that of the source's frames. Predictions are fused where there is a flow, unless the
+    settings say otherwise. Of a clip that `ranks` share, each has the trajectory of its
     own windows. Edits of the clip that share a `source_cache` run the source's branch only once.
     A model with `Backbone.further_channels` needs those of all the clip's frames, as `channels`.
 
@@ -248,9 +245,10 @@ def edit_latents(
         )
     if settings.fusion and propagates(way) and flow is None:
         raise InputError(
-            "fusion needs the clip's optical flow, got none; give flow=ClipFlow(clip, DIS(), "
-            "model.latent_scale), or use edit_clip"
+            "fusion needs the clip's optical flow, got none; give flow=ClipFlow.of_latents("
+            "clip, model.latent_scale), or use edit_clip"
         )
+    settings = settings.for_flow(propagates(way) and flow is not None)
     shard = ranks.shard(split_windows(trajectory.total, settings.keyframe_every))
     with ranks.together():
         network = EditedNetwork(model, editor, prompts, channels)
@@ -399,6 +397,36 @@ def sees_all(settings: Settings, editor: Editor, way: type[Consistency] | None =
     """Whether an editor may condition any of the clip's frames on each rank."""
     bounded = settings.keyframe_attention == "windowed"
     return bounded and propagates(way or WAYS[settings.consistency]) and editor.sees_other_frames
+
+
+def flow_of(
+    clip: Clip,
+    model: Backbone,
+    kernel: Propagation,
+    settings: Settings,
+    propagates: bool,
+    automatic: bool,
+) -> ClipFlow | None:
+    """A clip's optical flow, where an edit needs or can use it.
+
+    Args:
+        clip: The frames of the source that a rank needs.
+        model: The frozen model.
+        kernel: Whose flow is taken, if it has one.
+        settings: With the share of fusion, if it is given.
+        propagates: Whether the way of consistency propagates from keyframes.
+        automatic: Whether the mask is.
+    """
+    if kernel.flow is not None and (propagates or automatic):
+        return ClipFlow(clip, kernel.flow, model.latent_scale)
+    if not automatic and (settings.fusion == 0 or not propagates):
+        return None
+    try:
+        return ClipFlow.of_latents(clip, model.latent_scale)
+    except InputError:  # the frames are too small for it
+        if settings.fusion is None and not automatic:
+            return None
+        raise
 
 
 def propagates(way: type[Consistency]) -> bool:

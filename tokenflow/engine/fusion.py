@@ -34,7 +34,9 @@ def fused_latents(
         step: Of sampling.
     """
     s, schedule, here = sampling, step.schedule, sampling.trajectory.positions
+    share = s.settings.fusion
     assert s.flow is not None, "edit_clip and edit_latents ask for it"
+    assert share is not None, "Settings.for_flow comes before"
     own = [keyframes[number] for number in s.shard.own]
     before = x[rows(here, own)]
     # a step leads from x towards a clean latent, unless x themselves are clean ones
@@ -66,7 +68,7 @@ def fused_latents(
             clean = schedule.clean(x[some], clean, step.index)
         clean = fuse(
             clean, keys[used], s.trajectory.source(part).clean, source_keys[used],
-            s.flow.moved(window), s.settings.fusion,
+            s.flow.moved(window), share,
         )  # fmt: skip
         clean = as_detailed(clean, keys[used], window)
         result[some] = clean if already else schedule.towards(clean, x[some], step.index)

@@ -14,11 +14,14 @@ from tokenflow.errors import InputError
 
 ConsistencyName = Literal["tokenflow", "joint", "none"]
 KeyframeAttention = Literal["full", "windowed"]
+FUSION = 0.8  # docs/benchmark.md
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a clip is edited; the defaults are the paper's, but for `keyframe_attention`.
+    """How a clip is edited; the defaults are the paper's, but for two.
+
+    With `fusion` 0 and `keyframe_attention` "full" (configuration paper) they are.
 
     Args:
         steps: Sampling steps.
@@ -35,8 +38,9 @@ class Settings:
         neighbours: Which keyframes a frame takes its features from: "bracketing" (paper) or
             "previous" (published code).
         blend: Their weights over time: "sigmoid" (paper) or "linear".
-        fusion: Share of its keyframes' predicted clean latents, moved by optical flow, in a
-            frame's own, 0 (paper) to 1; 0.8 is good. The kernel's flow is taken, or `DIS`.
+        fusion: Share of its keyframes' predicted clean latents, moved by optical flow (the
+            kernel's, or `DIS`), in a frame's own, 0 (paper) to 1. If not given, 0.8 wherever
+            keyframes are propagated to frames that have a flow.
         consistency: "tokenflow"; "joint" lets all frames attend to each other and propagates
             nothing; "none" edits every frame on its own.
         keyframe_attention: Which keyframes attend to each other: "full" (paper) lets all of a
@@ -64,7 +68,7 @@ class Settings:
     keyframes: Keyframes = "random"
     neighbours: Neighbours = "bracketing"
     blend: Blend = "sigmoid"
-    fusion: float = 0.0
+    fusion: float | None = None
     consistency: ConsistencyName = "tokenflow"
     keyframe_attention: KeyframeAttention = "windowed"
     span: int = 8
@@ -103,7 +107,7 @@ class Settings:
                 f"guidance_begin and guidance_end must be shares of the schedule from 0 to 1, the "
                 f"first not the larger, got {self.guidance_begin} and {self.guidance_end}"
             )
-        if not 0 <= self.fusion <= 1:
+        if self.fusion is not None and not 0 <= self.fusion <= 1:
             raise InputError(f"fusion must be a share from 0 to 1, got {self.fusion}")
         if self.inversion_steps is not None and self.inversion_steps < self.steps:
             raise InputError(
@@ -154,3 +158,9 @@ class Settings:
         guidance = model.defaults.guidance if self.guidance is None else self.guidance
         steps = self.steps if self.inversion_steps is None else self.inversion_steps
         return dataclasses.replace(self, guidance=guidance, inversion_steps=steps)
+
+    def for_flow(self, found: bool) -> Settings:
+        """With the share of fusion where it is not given: none without a flow to move it by."""
+        return dataclasses.replace(
+            self, fusion=FUSION * found if self.fusion is None else self.fusion
+        )

@@ -11,6 +11,7 @@ from torch.nn.functional import interpolate
 
 from tokenflow.propagation.base import Motion, Window
 from tokenflow.propagation.flow.base import OpticalFlow, require_flow, warp
+from tokenflow.propagation.flow.dis import DIS
 from tokenflow.video import Clip
 
 Flow = Float[Tensor, "3 h w"]
@@ -25,17 +26,36 @@ class ClipFlow:
         scale: Pixels of a frame in one pixel of what is kept: those in a latent pixel for kernels,
             1 for metrics.
         budget: Bytes that are kept, all when not given; further pairs are measured each time.
+        chained: Whether only neighbours are measured, and flow between others is composed of
+            theirs: less work, and it follows what a search from one frame would lose. Errors add
+            up over distance.
 
     Raises:
         InputError: There can be no flow of this clip.
     """
 
     def __init__(
-        self, clip: Clip, flow: OpticalFlow, scale: int = 1, budget: int | None = None
+        self,
+        clip: Clip,
+        flow: OpticalFlow,
+        scale: int = 1,
+        budget: int | None = None,
+        chained: bool = False,
     ) -> None:
         flow.prepare(clip)
-        self.clip, self.flow, self.scale, self.budget = clip, flow, scale, budget
+        self.clip, self.flow, self.scale = clip, flow, scale
+        self.budget, self.chained = budget, chained
         self.pairs: dict[tuple[int, int], tuple[Flow, Flow]] = {}
+
+    @classmethod
+    def of_latents(cls, clip: Clip, scale: int) -> ClipFlow:
+        """What moves latents where a kernel has no flow: DIS at 4 pixels a latent pixel, chained.
+
+        Args:
+            clip: Whose frames they are.
+            scale: Pixels of a frame in a latent pixel.
+        """
+        return cls(clip, DIS(downscale=max(1, scale // 4)), scale, chained=True)
 
     def between(self, start: int, end: int) -> tuple[Flow, Flow]:
         """Flow there and back: displacement (x, y) and its inconsistency, in pixels that are kept.
@@ -49,12 +69,25 @@ class ClipFlow:
             return self.between(end, start)[::-1]
         if (start, end) in self.pairs:
             return self.pairs[start, end]
-        there, back = self.measured(start, end), self.measured(end, start)
-        both = self.reduced(there, back), self.reduced(back, there)
+        if self.chained and end - start > 1:
+            both = self.composed(start, end)
+        else:
+            there, back = self.measured(start, end), self.measured(end, start)
+            both = self.reduced(there, back), self.reduced(back, there)
         size = sum(flow.nbytes for flow in both)
         if self.budget is None or (len(self.pairs) + 1) * size <= self.budget:
             self.pairs[start, end] = both
         return both
+
+    def composed(self, start: int, end: int) -> tuple[Flow, Flow]:
+        """Flow there and back along the frames between, from the farthest that is known."""
+        known = (middle for middle in range(end - 1, start, -1) if (start, middle) in self.pairs)
+        middle = next(known, start + 1)
+        there, back = (flow[:2] for flow in self.between(start, middle))
+        for frame in range(middle, end):
+            onward, homeward = (flow[:2] for flow in self.between(frame, frame + 1))
+            there, back = there + warp(onward, there), homeward + warp(back, homeward)
+        return with_inconsistency(there, back), with_inconsistency(back, there)
 
     def measured(self, start: int, end: int) -> Float[Tensor, "2 height width"]:
         """The provider's flow, checked."""
@@ -68,9 +101,8 @@ class ClipFlow:
         self, there: Float[Tensor, "2 height width"], back: Float[Tensor, "2 height width"]
     ) -> Flow:
         """Means over the pixels in one that is kept, of flow and inconsistency."""
-        inconsistency = (there + warp(back, there)).norm(dim=0, keepdim=True)
         size = [side // self.scale for side in there.shape[-2:]]
-        both = torch.cat([there, inconsistency])[None]
+        both = with_inconsistency(there, back)[None]
         return interpolate(both, size, mode="area")[0] / self.scale
 
     def moved(self, window: Window) -> Window:
@@ -87,3 +119,8 @@ class ClipFlow:
         here = interpolate(seen.to(device), (window.height, window.width), mode="area")
         tokens = here.flatten(2).unflatten(0, (-1, 2)) * (window.width / seen.shape[-1])
         return Motion(tokens[:, :, :2].transpose(2, 3), tokens[:, :, 2])
+
+
+def with_inconsistency(there: Float[Tensor, "2 h w"], back: Float[Tensor, "2 h w"]) -> Flow:
+    """A flow, and how far from each point the flow there and back again ends."""
+    return torch.cat([there, (there + warp(back, there)).norm(dim=0, keepdim=True)])

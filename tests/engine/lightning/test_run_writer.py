@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from tokenflow.editors import PnP
-from tokenflow.engine import Result
+from tokenflow.engine import Result, Settings
 from tokenflow.engine.lightning import run_writer
 from tokenflow.engine.lightning.job import ClipSource, Job, Outcome
 from tokenflow.engine.lightning.module import Prediction, TokenFlowModule
@@ -37,7 +37,9 @@ def prediction() -> Prediction:
     clip = Clip.from_frames(torch.rand(3, 3, 16, 32))
     edited = Clip.from_frames(torch.rand(3, 3, 16, 32))
     latents = torch.zeros(3, 4, 8, 16)
-    return Prediction(Result(clip, edited, latents, 4, {"edit": 1.5}), {"device": "cpu"})
+    return Prediction(
+        Result(clip, edited, latents, Settings(seed=4), {"edit": 1.5}), {"device": "cpu"}
+    )
 
 
 def admit(writer: RunWriter, job: Job) -> str | None:
@@ -233,7 +235,7 @@ def test_a_run_that_is_asked_to_stop_while_it_writes(
 
 def test_frames_that_the_encoder_refuses(tmp_path: Path, source: Job) -> None:
     clip = Clip.from_frames(torch.rand(2, 3, 16, 20_000))
-    wide = Prediction(Result(clip, clip, torch.zeros(2, 4, 8, 8), 4, {"edit": 1.5}), {})
+    wide = Prediction(Result(clip, clip, torch.zeros(2, 4, 8, 8), Settings(), {"edit": 1.5}), {})
     with pytest.raises(InputError, match=r"edited\.mp4 cannot be written \("):
         write(RunWriter(str(tmp_path)), source, wide)
     assert not (tmp_path / "in").exists()

@@ -329,7 +329,7 @@ class TokenFlowModule(LightningModule):
             "multiple": multiple,
             "dtype": str(backbone.dtype).removeprefix("torch."),
             **dataclasses.asdict(prompts),
-            **dataclasses.asdict(settings.for_model(backbone)),
+            **dataclasses.asdict(result.settings),
             "defaults": dataclasses.asdict(backbone.defaults),
             "editor": origin(type(editor)),
             "propagation": origin(type(propagation)),

@@ -280,7 +280,6 @@ class RunWriter(BasePredictionWriter, EditCallback):
             if (value := getattr(result, name)) is not None
         }
         record = {
-            "seed": result.seed,
             "frames": len(result.clip),
             **prediction.resolved,
             "seconds": result.seconds,
