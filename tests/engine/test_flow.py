@@ -199,7 +199,7 @@ def test_files_of_exact_flow_are_the_exact_flow(backbone: Backbone, flow_folder:
     flow = Counting(SceneFlow(SCENE))
 
     def by(flow: OpticalFlow) -> Tensor:
-        settings = {"keyframe_every": 2, "keyframes": "first", "steps": 1}
+        settings = {"keyframe_every": 2, "keyframes": "first", "steps": 1, "fusion": 0.0}
         return edited(backbone, FlowWeighted(flow), **settings)
 
     exact = by(flow)

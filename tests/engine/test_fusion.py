@@ -1,4 +1,4 @@
-"""Edits with fused predictions: off by default, the same on ranks and after an interruption."""
+"""Edits with fused predictions: on by default, the same on ranks and after an interruption."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from tokenflow.engine import Settings, SourceCache, edit_clip, edit_latents
 from tokenflow.engine.resume import ResumeStore
 from tokenflow.errors import InputError, Preempted
 from tokenflow.propagation import (
-    DIS,
     ClipFlow,
     FlowWeighted,
     NNField,
@@ -49,9 +48,33 @@ def latents(
     return edit_clip(model, clip, PROMPTS, editor, kernel, settings, **options).latents
 
 
-def test_off_is_the_method_without(backbone: Backbone, clip: Clip) -> None:
+def test_it_is_on_by_default_where_keyframes_are_propagated(backbone: Backbone, clip: Clip) -> None:
+    default = replace(FUSED, fusion=None)
     plain = latents(backbone, clip, replace(FUSED, fusion=0.0))
-    assert (latents(backbone, clip, FUSED) - plain).abs().max() > 100 * ROUNDING
+    fused = latents(backbone, clip, replace(FUSED, fusion=0.8))
+    assert (fused - plain).abs().max() > 100 * ROUNDING
+    assert torch.equal(latents(backbone, clip, default), fused)
+    for way in ("joint", "none"):
+        edited = edit_clip(
+            backbone, clip, PROMPTS, PnP(), NNField(), replace(default, consistency=way)
+        )  # fmt: skip
+        assert edited.settings.fusion == 0
+
+
+def test_it_is_off_by_default_where_there_is_no_flow(backbone: Backbone) -> None:
+    tiny = TinyEdit.of(PnP(), backbone)
+    given = tiny.model, tiny.trajectory, tiny.schedule, PROMPTS, tiny.editor, NNField()
+    without, off = (edit_latents(*given, replace(FUSED, fusion=share)) for share in (None, 0.0))
+    assert torch.equal(without, off)
+    # frames too small for optical flow
+    few = Clip.from_frames(torch.rand(3, 3, 4, 6))
+    network, settings = GaussianNoise(), Settings(steps=1, keyframe_every=3)
+    result = edit_clip(network, few, Prompts("0.5"), SDEdit(), NNField(), settings)
+    assert result.settings.fusion == 0
+    with pytest.raises(InputError, match="DIS needs frames of 12x12 pixels or more, got 4x6"):
+        edit_clip(
+            network, few, Prompts("0.5"), SDEdit(), NNField(), replace(settings, fusion=0.8)
+        )  # fmt: skip
 
 
 def test_frames_that_are_equal_stay_equal(backbone: Backbone) -> None:
@@ -128,7 +151,7 @@ def test_two_ranks_agree_with_one(backbone: Backbone, attention: Any) -> None:
     source = Clip.from_frames(torch.rand(total, 3, 16, 32))
 
     def edit(tiny: TinyEdit, **options: Any) -> Tensor:
-        flow = ClipFlow(source, DIS(), backbone.latent_scale)
+        flow = ClipFlow.of_latents(source, backbone.latent_scale)
         return edit_latents(
             tiny.model, tiny.trajectory, tiny.schedule, PROMPTS, tiny.editor, NNField(), settings,
             flow=flow, **options,

@@ -16,7 +16,7 @@ from tokenflow.testing import tiny_clip
 def test_the_last_prediction_is_the_result(backbone: Backbone, editor: Editor) -> None:
     shown: list[tuple[int, Tensor]] = []
     result = edit_clip(
-        backbone, tiny_clip(3), "a blue ball", editor, NNField(), Settings(steps=4),
+        backbone, tiny_clip(3), "a blue ball", editor, NNField(), Settings(steps=4, fusion=0.0),
         on_prediction=lambda done, clean: shown.append((done, clean)),
     )  # fmt: skip
     assert [done for done, _ in shown] == [4 - len(shown) + 1 + i for i in range(len(shown))]

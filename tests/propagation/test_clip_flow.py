@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from tokenflow.errors import InputError
 from tokenflow.propagation import ClipFlow, OpticalFlow, Window
@@ -45,6 +46,50 @@ def test_each_pair_is_computed_once_and_a_frame_with_itself_never() -> None:
         flow.motion(WINDOW, CPU)
         flow.between(5, 3)
     assert sorted(provider.asked) == [(1, 2), (2, 1), (2, 3), (3, 2), (3, 5), (5, 3)]
+
+
+def test_a_chain_measures_neighbours_alone() -> None:
+    whole, provider = ClipFlow(CLIP, Panning(), SCALE), Panning()
+    chained = ClipFlow(CLIP, provider, SCALE, chained=True)
+    inside = slice(0, HEIGHT // SCALE), slice(0, 1)  # what stays in the frame all the way
+    for start, end in ((1, 4), (0, 4), (4, 0), (2, 2)):
+        expected, found = whole.between(start, end), chained.between(start, end)
+        for one, other in zip(expected, found, strict=True):
+            torch.testing.assert_close(other[:, *inside], one[:, *inside])
+    assert sorted(provider.asked) == sorted(p for i in range(4) for p in ((i, i + 1), (i + 1, i)))
+
+
+@pytest.mark.parametrize("scale", [2, 8, 16])
+def test_latents_are_moved_as_their_frames(scale: int) -> None:
+    """By half a latent pixel in each frame; texture of the size of one."""
+    side, shift = 16 * scale, scale // 2
+    noise = torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    texture = interpolate(noise, scale_factor=scale, mode="bicubic").clamp(0, 1)[0]
+    frames = [texture[:, :, 4 * shift - i * shift :][:, :, :side] for i in range(4)]
+    flow = ClipFlow.of_latents(Clip.from_frames(torch.stack(frames)), scale)
+    there, back = (one[:, 4:-4, 4:-4] for one in flow.between(0, 3))
+    for found, expected in ((there, 1.5), (back, -1.5)):
+        assert (found[0] - expected).abs().mean() < 0.1
+        assert found[1].abs().mean() < 0.1
+    assert there.shape == (3, 8, 8)
+
+
+class Zooming(OpticalFlow):
+    """Everything moves away from the left edge, by a tenth of its distance per frame."""
+
+    def between(self, clip: Clip, start: int, end: int) -> Tensor:
+        height, width = clip.frames.shape[-2:]
+        x = (torch.arange(width) * (1.1 ** (end - start) - 1)).expand(1, height, width)
+        return torch.cat([x, torch.zeros_like(x)])
+
+
+def test_a_chain_follows_what_moves() -> None:
+    """A step that starts where the steps before have ended."""
+    direct, chained = (ClipFlow(CLIP, Zooming(), chained=way) for way in (False, True))
+    left = slice(0, WIDTH // 2)  # what does not leave the frame
+    for one, other in zip(direct.between(0, 4), chained.between(0, 4), strict=True):
+        torch.testing.assert_close(other[:2, :, left], one[:2, :, left], rtol=1e-4, atol=1e-3)
+    assert direct.between(0, 4)[0][0, 0, 20] > 9
 
 
 def test_pairs_beyond_the_budget_are_measured_each_time() -> None:

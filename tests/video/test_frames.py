@@ -88,6 +88,15 @@ def test_what_is_made_once_is_kept_as_levels() -> None:
     assert asked == [4, 1, 5, 2, 3]
 
 
+def test_a_reduced_clip_has_means_of_pixels() -> None:
+    clip = Clip.from_frames(WHOLE).part(range(2, 5))
+    small = clip.reduced(2)
+    assert (small.frames.shape, small.positions) == ((3, 3, 1, 2), range(2, 5))
+    means = WHOLE[2:5].unflatten(3, (2, 2)).mean(dim=(2, 4))[:, :, None]
+    assert torch.allclose(small.frames[:], means, rtol=0, atol=0.5 / 255 + 1e-6)
+    assert clip.reduced(1) is clip
+
+
 def test_a_reel_holds_its_budget_and_begins_anew() -> None:
     decoder = Decoder()
     cache = DecodeCache(decoder, budget=2 * WHOLE[0].nbytes)

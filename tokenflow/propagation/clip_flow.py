@@ -55,7 +55,8 @@ class ClipFlow:
             clip: Whose frames they are.
             scale: Pixels of a frame in a latent pixel.
         """
-        return cls(clip, DIS(downscale=max(1, scale // 4)), scale, chained=True)
+        factor = next(n for n in range(max(1, scale // 4), 0, -1) if scale % n == 0)
+        return cls(clip.reduced(factor), DIS(), scale // factor, chained=True)
 
     def between(self, start: int, end: int) -> tuple[Flow, Flow]:
         """Flow there and back: displacement (x, y) and its inconsistency, in pixels that are kept.
@@ -123,4 +124,5 @@ class ClipFlow:
 
 def with_inconsistency(there: Float[Tensor, "2 h w"], back: Float[Tensor, "2 h w"]) -> Flow:
     """A flow, and how far from each point the flow there and back again ends."""
-    return torch.cat([there, (there + warp(back, there)).norm(dim=0, keepdim=True)])
+    x, y = there + warp(back, there)
+    return torch.cat([there, torch.hypot(x, y)[None]])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from tokenflow.errors import InputError
 from tokenflow.video.frames import Frames
@@ -100,6 +101,18 @@ class Clip:
     def frame(self, position: int) -> Float[Tensor, "3 height width"]:
         """The frame at a position in the whole clip."""
         return self.frames[self.positions.index(position)]
+
+    def reduced(self, factor: int) -> "Clip":
+        """With frames of their means over `factor` × `factor` pixels, made when asked for."""
+        if factor == 1:
+            return self
+        frames, (height, width) = self.frames, (side // factor for side in self.frames.shape[-2:])
+        small = Frames(
+            lambda number: interpolate(frames[number][None], (height, width), mode="area")[0],
+            range(len(frames)),
+            (height, width),
+        )
+        return dataclasses.replace(self, frames=small.made_once())
 
     def part(self, positions: range) -> "Clip":
         """The frames at consecutive positions in the whole clip, which this one must have."""

@@ -103,7 +103,7 @@ def edited(cases: dict[str, Case], model: Path) -> dict[str, Part]:
     for name, case in cases.items():
         ranks = FrameGroup.join()
         shard = ranks.shard(split_windows(case.frames, EVERY))
-        chosen = {"keyframe_attention": "full", **dict(case.settings)}
+        chosen = {"keyframe_attention": "full", "fusion": 0.0, **dict(case.settings)}
         settings = Settings(steps=STEPS, keyframe_every=EVERY, batch=5, **chosen)
         clip = tiny_clip(case.frames).part(frames_needed(shard, settings, case.editor))
         result = edit_clip(

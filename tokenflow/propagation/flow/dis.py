@@ -23,23 +23,19 @@ class DIS(OpticalFlow):
 
     Args:
         preset: Trades accuracy for speed: "ultrafast", "fast" or "medium".
-        downscale: By how much frames are reduced before: the time falls with its square.
     """
 
-    def __init__(self, preset: Preset = "medium", downscale: int = 1) -> None:
+    def __init__(self, preset: Preset = "medium") -> None:
         if preset not in get_args(Preset):
             raise InputError(f"preset must be one of {get_args(Preset)}, got {preset!r}")
-        if downscale < 1:
-            raise InputError(f"downscale must be at least 1, got {downscale}")
-        self.preset, self.downscale = preset, downscale
+        self.preset = preset
 
     def prepare(self, clip: Clip) -> None:
         height, width = clip.frames.shape[-2:]
-        least = 12 * self.downscale
-        if min(height, width) < least:
+        if min(height, width) < 12:
             raise InputError(
-                f"DIS needs frames of {least}x{least} pixels or more, got {height}x{width}; raise "
-                f"the resolution or use another optical flow"
+                f"DIS needs frames of 12x12 pixels or more, got {height}x{width}; raise the "
+                f"resolution or use another optical flow"
             )
 
     def between(self, clip: Clip, start: int, end: int) -> Float[Tensor, "2 height width"]:
@@ -48,14 +44,8 @@ class DIS(OpticalFlow):
         search: Any = cv2.DISOpticalFlow.create(
             getattr(cv2, f"DISOPTICAL_FLOW_PRESET_{self.preset.upper()}")
         )
-        images = [grey(clip.frame(frame)) for frame in (start, end)]
-        height, width = images[0].shape
-        size = width // self.downscale, height // self.downscale
-        small = [cv2.resize(image, size, interpolation=cv2.INTER_AREA) for image in images]
-        found = search.calc(*small, None)
-        pixels = torch.tensor([width, height]) / torch.tensor(size)
-        flow = torch.from_numpy(cv2.resize(found, (width, height)))
-        return (flow * pixels).movedim(-1, 0)
+        found = search.calc(grey(clip.frame(start)), grey(clip.frame(end)), None)
+        return torch.from_numpy(found).movedim(-1, 0)
 
 
 def grey(frame: Float[Tensor, "3 height width"]) -> UInt8[ndarray, "height width"]:
