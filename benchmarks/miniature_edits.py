@@ -27,7 +27,7 @@ from tokenflow.metrics import judge_edit, warp_error
 from tokenflow.miniature.edits import EDITOR, SceneEdit, SceneFlow, suite
 from tokenflow.miniature.judge import Judge
 from tokenflow.miniature.scenes import Attributes, Scene, random_scene
-from tokenflow.propagation import DIS, ClipFlow, FlowWeighted, NNField, Propagation
+from tokenflow.propagation import DIS, ClipFlow, FlowWeighted, LatentFlow, NNField, Propagation
 from tokenflow.video import contact_sheet, write_image
 
 KERNELS = ("NNField", "FlowWeighted exact", "FlowWeighted DIS")
@@ -130,7 +130,7 @@ def main(
             if kernel.flow is not None:
                 flow = ClipFlow(edit.clip, kernel.flow, backbone.latent_scale)
             elif "fusion" in choice:
-                flow = ClipFlow.of_latents(edit.clip, backbone.latent_scale)
+                flow = LatentFlow(edit.clip, backbone.latent_scale)
             settings = Settings(
                 steps=steps,
                 guidance=guidance,

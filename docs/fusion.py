@@ -10,7 +10,7 @@ from PIL import Image
 from tokenflow.diffusion import Backbone, invert
 from tokenflow.engine import Settings, edit_latents
 from tokenflow.miniature.edits import EDITOR, suite
-from tokenflow.propagation import ClipFlow, NNField
+from tokenflow.propagation import LatentFlow, NNField
 from tokenflow.video import levels
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +22,7 @@ WAYS = {"consistency": "none"}, {"fusion": 0.0}, {}
 def main(number: int = 1, frames: int = 16, steps: int = 15) -> None:
     """Edits one of the judged clips in three ways, and writes them side by side."""
     model, edit = Backbone.load("miniature", "cpu", "bfloat16"), suite(frames)[number]
-    schedule, flow = model.schedule(steps), ClipFlow.of_latents(edit.clip, model.latent_scale)
+    schedule, flow = model.schedule(steps), LatentFlow(edit.clip, model.latent_scale)
     codes = torch.cat([model.encode(x).cpu() for x in edit.clip.frames.split(8)])
     trajectory = invert(model, codes, edit.prompts.inversion_prompt, schedule, steps)
     shown = [edit.clip.frames]

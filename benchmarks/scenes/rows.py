@@ -18,7 +18,7 @@ from tokenflow.editors import ControlNet, Editor, PnP, SDEdit
 from tokenflow.engine import Settings, edit_latents
 from tokenflow.engine.settings import FUSION
 from tokenflow.miniature.edits import EDITOR
-from tokenflow.propagation import ClipFlow, FlowWeighted, NNField, Propagation
+from tokenflow.propagation import ClipFlow, FlowWeighted, LatentFlow, NNField, Propagation
 
 Frames = Float[Tensor, "frames 3 height width"]
 TRUTH, FLOOR, SOURCE = "true edit", "round trip of the true edit", "round trip of the source"
@@ -155,7 +155,7 @@ class Workbench:
             if kernel.flow is not None:
                 flow = ClipFlow(source, kernel.flow, scale)
             elif settings.fusion:
-                flow = ClipFlow.of_latents(source, scale)
+                flow = LatentFlow(source, scale)
             latents = edit_latents(
                 self.backbone, trajectory, self.schedule, edit.prompts, editor, kernel, settings,
                 name=source.name, flow=flow,

@@ -18,8 +18,8 @@ from tokenflow.engine import Settings, SourceCache, edit_clip, edit_latents
 from tokenflow.engine.resume import ResumeStore
 from tokenflow.errors import InputError, Preempted
 from tokenflow.propagation import (
-    ClipFlow,
     FlowWeighted,
+    LatentFlow,
     NNField,
     OpticalFlow,
     Propagation,
@@ -151,7 +151,7 @@ def test_two_ranks_agree_with_one(backbone: Backbone, attention: Any) -> None:
     source = Clip.from_frames(torch.rand(total, 3, 16, 32))
 
     def edit(tiny: TinyEdit, **options: Any) -> Tensor:
-        flow = ClipFlow.of_latents(source, backbone.latent_scale)
+        flow = LatentFlow(source, backbone.latent_scale)
         return edit_latents(
             tiny.model, tiny.trajectory, tiny.schedule, PROMPTS, tiny.editor, NNField(), settings,
             flow=flow, **options,

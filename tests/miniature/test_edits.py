@@ -14,7 +14,7 @@ from tokenflow.engine import Settings, edit_latents
 from tokenflow.metrics import Verdict, judge_edit
 from tokenflow.miniature.edits import EDITOR, suite
 from tokenflow.miniature.judge import Judge
-from tokenflow.propagation import ClipFlow, NNField
+from tokenflow.propagation import LatentFlow, NNField
 
 pytestmark = pytest.mark.timeout(3000)  # minutes of edits, on one thread
 
@@ -62,7 +62,7 @@ def verdicts(form: Form) -> Verdicts:
         latents = torch.cat([backbone.encode(x) for x in edit.clip.frames.split(8)])
         found["round trip"].append(judge_edit(edit, backbone.decode(latents), judge))
         trajectory = invert(backbone, latents, source, schedule, form.steps)
-        flow = ClipFlow.of_latents(edit.clip, backbone.latent_scale)
+        flow = LatentFlow(edit.clip, backbone.latent_scale)
         for way in ways:
             settings = Settings(steps=form.steps, guidance=4.0, **WAYS[way])
             edited = edit_latents(

@@ -40,7 +40,7 @@ from tokenflow.engine.settings import Settings
 from tokenflow.engine.source_cache import SourceCache, SourceFeatures, described
 from tokenflow.errors import InputError
 from tokenflow.metrics import decibels
-from tokenflow.propagation import ClipFlow, Propagation
+from tokenflow.propagation import ClipFlow, LatentFlow, Propagation
 from tokenflow.storage import digests
 from tokenflow.video import Clip, FrameBuffer, Frames
 
@@ -245,7 +245,7 @@ def edit_latents(
         )
     if settings.fusion and propagates(way) and flow is None:
         raise InputError(
-            "fusion needs the clip's optical flow, got none; give flow=ClipFlow.of_latents("
+            "fusion needs the clip's optical flow, got none; give flow=LatentFlow("
             "clip, model.latent_scale), or use edit_clip"
         )
     settings = settings.for_flow(propagates(way) and flow is not None)
@@ -422,7 +422,7 @@ def flow_of(
     if not automatic and (settings.fusion == 0 or not propagates):
         return None
     try:
-        return ClipFlow.of_latents(clip, model.latent_scale)
+        return LatentFlow(clip, model.latent_scale)
     except InputError:  # the frames are too small for it
         if settings.fusion is None and not automatic:
             return None

@@ -1,7 +1,7 @@
 """Propagation kernels: where each token of a frame is found in the keyframes."""
 
 from tokenflow.propagation.base import Correspondence, Motion, Propagation, Window
-from tokenflow.propagation.clip_flow import ClipFlow
+from tokenflow.propagation.clip_flow import ClipFlow, LatentFlow
 from tokenflow.propagation.flow.base import OpticalFlow, warp
 from tokenflow.propagation.flow.dis import DIS
 from tokenflow.propagation.flow.files import FlowFiles
@@ -17,6 +17,7 @@ __all__ = [
     "Correspondence",
     "FlowFiles",
     "FlowWeighted",
+    "LatentFlow",
     "Motion",
     "NNField",
     "OpticalFlow",

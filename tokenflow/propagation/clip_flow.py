@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,7 +12,7 @@ from torch.nn.functional import interpolate
 
 from tokenflow.propagation.base import Motion, Window
 from tokenflow.propagation.flow.base import OpticalFlow, require_flow, warp
-from tokenflow.propagation.flow.dis import DIS
+from tokenflow.propagation.flow.dis import DIS, grey
 from tokenflow.video import Clip
 
 Flow = Float[Tensor, "3 h w"]
@@ -26,37 +27,17 @@ class ClipFlow:
         scale: Pixels of a frame in one pixel of what is kept: those in a latent pixel for kernels,
             1 for metrics.
         budget: Bytes that are kept, all when not given; further pairs are measured each time.
-        chained: Whether only neighbours are measured, and flow between others is composed of
-            theirs: less work, and it follows what a search from one frame would lose. Errors add
-            up over distance.
 
     Raises:
         InputError: There can be no flow of this clip.
     """
 
     def __init__(
-        self,
-        clip: Clip,
-        flow: OpticalFlow,
-        scale: int = 1,
-        budget: int | None = None,
-        chained: bool = False,
+        self, clip: Clip, flow: OpticalFlow, scale: int = 1, budget: int | None = None
     ) -> None:
         flow.prepare(clip)
-        self.clip, self.flow, self.scale = clip, flow, scale
-        self.budget, self.chained = budget, chained
+        self.clip, self.flow, self.scale, self.budget = clip, flow, scale, budget
         self.pairs: dict[tuple[int, int], tuple[Flow, Flow]] = {}
-
-    @classmethod
-    def of_latents(cls, clip: Clip, scale: int) -> ClipFlow:
-        """What moves latents where a kernel has no flow: DIS at 4 pixels a latent pixel, chained.
-
-        Args:
-            clip: Whose frames they are.
-            scale: Pixels of a frame in a latent pixel.
-        """
-        factor = next(n for n in range(max(1, scale // 4), 0, -1) if scale % n == 0)
-        return cls(clip.reduced(factor), DIS(), scale // factor, chained=True)
 
     def between(self, start: int, end: int) -> tuple[Flow, Flow]:
         """Flow there and back: displacement (x, y) and its inconsistency, in pixels that are kept.
@@ -70,25 +51,16 @@ class ClipFlow:
             return self.between(end, start)[::-1]
         if (start, end) in self.pairs:
             return self.pairs[start, end]
-        if self.chained and end - start > 1:
-            both = self.composed(start, end)
-        else:
-            there, back = self.measured(start, end), self.measured(end, start)
-            both = self.reduced(there, back), self.reduced(back, there)
+        both = self.pair(start, end)
         size = sum(flow.nbytes for flow in both)
         if self.budget is None or (len(self.pairs) + 1) * size <= self.budget:
             self.pairs[start, end] = both
         return both
 
-    def composed(self, start: int, end: int) -> tuple[Flow, Flow]:
-        """Flow there and back along the frames between, from the farthest that is known."""
-        known = (middle for middle in range(end - 1, start, -1) if (start, middle) in self.pairs)
-        middle = next(known, start + 1)
-        there, back = (flow[:2] for flow in self.between(start, middle))
-        for frame in range(middle, end):
-            onward, homeward = (flow[:2] for flow in self.between(frame, frame + 1))
-            there, back = there + warp(onward, there), homeward + warp(back, homeward)
-        return with_inconsistency(there, back), with_inconsistency(back, there)
+    def pair(self, start: int, end: int) -> tuple[Flow, Flow]:
+        """What `between` gives, anew."""
+        there, back = self.measured(start, end), self.measured(end, start)
+        return self.reduced(there, back), self.reduced(back, there)
 
     def measured(self, start: int, end: int) -> Float[Tensor, "2 height width"]:
         """The provider's flow, checked."""
@@ -120,6 +92,50 @@ class ClipFlow:
         here = interpolate(seen.to(device), (window.height, window.width), mode="area")
         tokens = here.flatten(2).unflatten(0, (-1, 2)) * (window.width / seen.shape[-1])
         return Motion(tokens[:, :, :2].transpose(2, 3), tokens[:, :, 2])
+
+
+class LatentFlow(ClipFlow):
+    """Flow that moves latents where a kernel has none, for pairs of frames that are near.
+
+    `DIS` measures neighbouring frames. For two further apart the flow to the frame before is
+    composed with that frame's, and refined on the pictures (variational refinement, OpenCV's, of
+    Brox et al. 2004, "High Accuracy Optical Flow Estimation Based on a Theory for Warping"), so
+    that errors do not add up. The pictures have 4 pixels, and 2 for refinement, in a latent pixel.
+
+    Args:
+        clip: Whose frames they are.
+        scale: Pixels of a frame in a latent pixel.
+    """
+
+    def __init__(self, clip: Clip, scale: int) -> None:
+        factor = next(n for n in range(max(1, scale // 4), 0, -1) if scale % n == 0)
+        super().__init__(clip.reduced(factor), DIS(), scale // factor)
+        self.small = self.clip.reduced(max(1, self.scale // 2))
+
+    def pair(self, start: int, end: int) -> tuple[Flow, Flow]:
+        if end - start <= 1:
+            return super().pair(start, end)
+        for middle in range(start + 1, end):  # each is composed of the one before, which is kept
+            before = self.between(start, middle)
+        there, back = (flow[:2] for flow in before)
+        onward, homeward = (flow[:2] for flow in self.between(end - 1, end))
+        there = self.refined(start, end, there + warp(onward, there))
+        back = self.refined(end, start, homeward + warp(back, homeward))
+        return with_inconsistency(there, back), with_inconsistency(back, there)
+
+    def refined(self, start: int, end: int, flow: Float[Tensor, "2 h w"]) -> Float[Tensor, "2 h w"]:
+        """A flow that is nearly right, improved by what the two frames show."""
+        import cv2  # late: `tokenflow --help` need not wait for it
+
+        one, other = (grey(self.small.frame(frame)) for frame in (start, end))
+        (height, width), size = one.shape, flow.shape[-2:]
+        pixels = torch.tensor([width / size[1], height / size[0]])[:, None, None]
+        larger = interpolate(flow[None], (height, width), mode="bilinear")[0] * pixels
+        found: Any = cv2.VariationalRefinement.create().calc(
+            one, other, larger.movedim(0, -1).contiguous().numpy()
+        )
+        better = torch.from_numpy(found).movedim(-1, 0)
+        return interpolate(better[None], size, mode="area")[0] / pixels
 
 
 def with_inconsistency(there: Float[Tensor, "2 h w"], back: Float[Tensor, "2 h w"]) -> Flow:
