@@ -1,3 +1,4 @@
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,11 @@ from tokenflow.diffusion import (
 )
 from tokenflow.editors import Condition, Control, ControlNet, Editor, Prompts, SDEdit
 from tokenflow.engine import Settings, edit_clip, edit_latents
+from tokenflow.engine.ranks.group import FrameGroup
 from tokenflow.propagation import NNField
 from tokenflow.testing import tiny_clip
 from tokenflow.testing.state import backbone_state
+from tokenflow.testing.threads import on_ranks
 from tokenflow.video import Clip
 
 
@@ -278,21 +281,29 @@ def test_sampling_with_sd3s_is_diffusers_pipeline(
     equals_the_pipeline(sd3, [make_sd3_controlnet(tmp_path / "a", sd3, **changes)])
 
 
-def test_a_clip_is_edited_under_sd3s_control(sd3: StableDiffusion3, tmp_path: Path) -> None:
-    """Of keyframes and windows alike: a scale of 0 is no control."""
-    folder, clip, before = (
-        make_sd3_controlnet(tmp_path / "a", sd3),
-        tiny_clip(3),
-        backbone_state(sd3),
-    )
+@pytest.mark.parametrize("kind", ["xl", "sd3"])
+def test_a_clip_is_edited_under_control(sd3: StableDiffusion3, tmp_path: Path, kind: str) -> None:
+    """Of keyframes and windows alike, on any number of ranks: a scale of 0 is no control."""
+    model: Any = sd3
+    if kind == "xl":
+        model = Backbone.load(write_tiny_xl(tmp_path / "model"), "cpu", "float32")
+        folder = make_controlnet(tmp_path / "a", model.unet)
+    else:
+        folder = make_sd3_controlnet(tmp_path / "a", sd3)
     settings = Settings(steps=2, keyframe_every=2, guidance=2.0)
-    plain, unscaled, controlled = (
-        edit_clip(sd3, clip, Prompts("a ball", "", "a box"), editor, NNField(), settings).latents
-        for editor in (SDEdit(1.0), *(ControlNet(str(folder), scale=s) for s in (0.0, 1.0)))
-    )
+
+    def edit(editor: Editor, model: Any = model, ranks: FrameGroup | None = None) -> Tensor:
+        given = model, tiny_clip(5), Prompts("a ball", "", "a box"), editor, NNField(), settings
+        return edit_clip(*given, ranks=ranks).latents
+
+    plain, before = edit(SDEdit(1.0)), backbone_state(model)
+    unscaled, controlled = (edit(ControlNet(str(folder), scale=s)) for s in (0.0, 1.0))
     assert torch.allclose(unscaled, plain, rtol=0, atol=1e-6)
     assert (controlled - plain).abs().amax(dim=(1, 2, 3)).min() > 0.1
-    assert backbone_state(sd3) == before
+    assert backbone_state(model) == before
+    models = [copy.deepcopy(model) for _ in range(2)]
+    halves = on_ranks(2, lambda r: edit(ControlNet(str(folder)), models[r.rank], r))
+    assert torch.allclose(torch.cat(halves), controlled, rtol=0, atol=1e-4)
 
 
 def test_sd3s_of_other_numbers_of_blocks_add_up(sd3: StableDiffusion3, tmp_path: Path) -> None:

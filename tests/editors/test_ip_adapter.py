@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from tokenflow.errors import InputError
 from tokenflow.propagation import NNField
 from tokenflow.testing import tiny_clip
 from tokenflow.testing.state import backbone_state
+from tokenflow.testing.threads import on_ranks
 from tokenflow.video import Clip, write_image
 
 SIDE, WIDTH, TOKENS = 32, 10, 4
@@ -127,10 +129,10 @@ def test_a_clip_is_edited_and_the_source_left_alone(
     clip, before, cache = tiny_clip(3), backbone_state(backbone), SourceCache()
     settings = Settings(steps=2, keyframe_every=2, guidance=2.0)
 
-    def edited(editor: Any, cache: SourceCache | None = None) -> Tensor:
-        prompts = Prompts("a ball", "", "a box")
+    def edited(editor: Any, cache: SourceCache | None = None, **given: Any) -> Tensor:
+        prompts, model = Prompts("a ball", "", "a box"), given.pop("model", backbone)
         return edit_clip(
-            backbone, clip, prompts, editor, NNField(), settings, source_cache=cache
+            model, clip, prompts, editor, NNField(), settings, source_cache=cache, **given
         ).latents
 
     plain, adapter = edited(SDEdit(1.0)), IPAdapter(**options(made, file), strength=1.0)
@@ -141,6 +143,9 @@ def test_a_clip_is_edited_and_the_source_left_alone(
     unscaled = IPAdapter(**options(made, file), strength=1.0, scale=0.0)
     assert torch.allclose(edited(unscaled), plain, rtol=0, atol=1e-4)
     assert backbone_state(backbone) == before
+    models, own = ([copy.deepcopy(one) for _ in range(2)] for one in (backbone, adapter))
+    halves = on_ranks(2, lambda r: edited(own[r.rank], model=models[r.rank], ranks=r))
+    assert torch.allclose(torch.cat(halves), prompted, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
