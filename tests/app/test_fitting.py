@@ -224,6 +224,10 @@ def test_what_does_not_fit_is_refused_before_it_waits(requests: Requests, folder
     configuration = requests.configuration(given(requests, model=flux, editor="ControlNet"))
     with pytest.raises(InputError, match=r"ControlNets are for Stable Diffusion .* got a Flux"):
         requests.complete(configuration)
+    options = {"editor": "PnP", "editor.PnP.features": 0.5}
+    configuration = requests.configuration(given(requests, model=flux, **options))
+    with pytest.raises(InputError, match="a Flux has none: set features to 0"):
+        requests.complete(configuration)
     with pytest.raises(InputError, match="expected a mask for this model"):
         requests.complete(requests.configuration(given(requests, model=inpainting)))
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tokenflow.diffusion import Backbone, Schedule, Source
+from tokenflow.diffusion import Backbone, Schedule, Source, Traits
+from tokenflow.diffusion.flow_transformer import FlowTransformer
 from tokenflow.editors.base import Editor, Injection, Start
 from tokenflow.errors import InputError
 from tokenflow.video import Clip
@@ -44,13 +45,14 @@ class PnP(Editor):
         self.attention, self.features = attention, features
         self.feature_layers, self.start_from = feature_layers, start_from
 
+    def check_model(self, model: Traits) -> None:
+        """Raises `InputError` for features of a transformer."""
+        if self.features and issubclass(model.family, FlowTransformer):
+            raise no_features(model.family)
+
     def prepare(self, model: Backbone, clip: Clip) -> None:
         if self.shares(model)[1] > 0 and not model.layers("structure"):
-            raise InputError(
-                f"PnP's features are put into layers that hold a picture's layout, and a "
-                f"{type(model).__name__} has none: set features to 0, so that attention alone is "
-                f"injected, or take SDEdit"
-            )
+            raise no_features(type(model))
 
     def shares(self, model: Backbone) -> tuple[float, float]:
         """The thresholds of attention and features, the model's own where none are given."""
@@ -71,3 +73,12 @@ class PnP(Editor):
             *(Injection(layer, end=features) for layer in model.layers("structure")[:count]),
             *(Injection(layer, end=attention) for layer in projections),
         ]
+
+
+def no_features(family: type[Backbone]) -> InputError:
+    """What is said of a family without layers of features."""
+    return InputError(
+        f"PnP's features are put into layers that hold a picture's layout, and a "
+        f"{family.__name__} has none: set features to 0, so that attention alone is injected, or "
+        f"take SDEdit"
+    )
