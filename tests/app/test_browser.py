@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 from tests.app.conftest import Served
 from tests.report.conftest import chromium, look
+from tokenflow.app.request import Requests
 from tokenflow.cli.main import main
 from tokenflow.runs.files import EDITED, FEATURES, RECORD, REPORT
+from tokenflow.video import count_frames
 
 __all__ = ["chromium"]  # a fixture
 
@@ -72,6 +75,10 @@ class Page:
         self.write("#steps input[type=number]", str(steps))
         self.until(lambda: self.steps == str(steps))
         self.browser.execute_script(WATCH)
+
+    def choose_model(self, name: str) -> None:
+        self.all("#model input")[0].click()
+        self.all(f"[role=option][aria-label={name}]")[0].click()
 
     def edit(self, ends: str = "Done") -> None:
         """Edits, and waits for how it ends."""
@@ -205,9 +212,42 @@ def test_the_options_are_those_of_the_chosen_editor(page: Page) -> None:
     page.all("[role=option][aria-label=SDEdit]")[0].click()
     page.until(lambda: shown(change) and not shown(layout))
     assert page.steps == "40", "the most"
-    page.all("#model input")[0].click()
-    page.all("[role=option][aria-label=miniature-lcm]")[0].click()
+    page.choose_model("miniature-lcm")
     page.until(lambda: page.steps == "8" and "Made for few steps" in page.text("#notes"))
+    assert page.all("#editor input")[0].get_attribute("value") == "SDEdit", "as it fits"
+
+
+def test_what_is_typed_while_the_server_answers_stays(
+    page: Page, video: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tab through the field of the model asks nothing; a chosen one changes nothing typed."""
+    asked, answers = list[str](), Event()
+    traits = Requests.traits
+
+    def waits(self: Requests, model: str) -> Any:
+        asked.append(model)
+        assert answers.wait(60)
+        return traits(self, model)
+
+    def counts(path: Path) -> int:
+        assert answers.wait(60)
+        return count_frames(path)
+
+    monkeypatch.setattr(Requests, "traits", waits)
+    monkeypatch.setattr("tokenflow.app.page.count_frames", counts)
+    page.all("#video input[type=file]")[0].send_keys(str(video))
+    page.write("#prompt textarea", EDIT)  # and on to the model
+    page.write("#frames input[type=number]", "3")  # of 5, and before that 8
+    page.choose_model("miniature-lcm")
+    page.until(lambda: asked)
+    page.write("#guidance input", "5")
+    assert asked == ["miniature-lcm"]
+    answers.set()
+    page.until(lambda: page.steps == "8" and len(page.all("#strip img")) == 3)
+    values = [
+        page.all(f"{one} input")[0].get_attribute("value") for one in ("#guidance", "#frames")
+    ]
+    assert values == ["5", "3"]
 
 
 def test_an_edit_that_fails_says_why(page: Page, video: Path) -> None:

@@ -15,7 +15,7 @@ from markupsafe import escape
 from tests.app.conftest import given
 from tokenflow.app import fitting
 from tokenflow.app.fitting import examined, plugins
-from tokenflow.app.page import Page
+from tokenflow.app.page import Page, switch
 from tokenflow.app.request import Requests
 from tokenflow.app.serving import Serving
 from tokenflow.diffusion import Backbone
@@ -99,24 +99,11 @@ def test_a_model_may_change_more_fields_than_the_first_one(folder: Path) -> None
     """No ControlNet fits Flux."""
     flux, unknown = str(folder / "flux"), str(folder / "nothing")
     page = Page(Requests(Serving(str(folder / "runs"), [flux, "miniature", unknown])))
-    blocks, model = page.build(), page.fields["model"]
-    (event,) = [f for f in blocks.fns.values() if (model._id, "input") in f.targets]
-    assert page.fields["editor.ControlNet.model"] in event.outputs
+    page.build()
+    changed = {page.notes, page.former, *(page.fields[name] for name in page.suited)}
+    assert page.fields["editor.ControlNet.model"] in changed
     for other in (flux, "miniature", unknown):
-        assert set(page.fitted(other, "PnP")) <= set(event.outputs)
-
-
-def test_what_was_typed_stays_where_the_model_changes(page: Page) -> None:
-    former = page.fitted("miniature", "SDEdit")[page.former]
-    defaults = [former.get(name, "miniature") for name in page.suited]
-    updates = page.chosen("miniature-lcm", former, *defaults)
-    assert updates[page.fields["editor"]]["value"] == "SDEdit"
-    assert updates[page.fields["steps"]]["value"] == 8
-    typed = {"guidance": 5.0, "steps": 20}
-    values = [typed.get(n, v) for n, v in zip(page.suited, defaults, strict=True)]
-    updates = page.chosen("miniature-lcm", former, *values)
-    assert not any("value" in updates[page.fields[name]] for name in typed)
-    assert updates[page.fields["editor.PnP.features"]]["value"] == 0.8
+        assert set(page.fitted(other, "PnP")) <= changed
 
 
 def test_defaults_that_are_not_known_are_not_shown_and_nothing_is_dropped(
@@ -202,6 +189,17 @@ def test_what_fits_a_model(
     named += [f"IPAdapter of tokenflow {version('tokenflow')}", "Broken of theirs 1.0"]
     assert names == f"Not offered: {', '.join(named)}"
     assert [line.partition(": ")[0] for line in reasons.split("<br>")] == named
+
+
+def test_fields_of_files_say_who_takes_them(page: Page, folder: Path) -> None:
+    control = page.fields["control"].parent
+    for editor in ("PnP", "ControlNet"):
+        shown = switch(page.groups["editor"], editor)[control]["visible"]
+        assert shown == (editor == "ControlNet")
+    labels = [
+        fitted(page, model)["depth"]["label"] for model in ("miniature", str(folder / "depth"))
+    ]
+    assert [label.endswith(": this model takes none") for label in labels] == [True, False]
 
 
 def test_the_controlnets_that_fit(page: Page, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import sha256
@@ -18,12 +19,13 @@ from PIL import Image
 
 from tokenflow.app.edits import ENDS, Device, Edit, News
 from tokenflow.app.fitting import fitting, plugin_options, plugins
-from tokenflow.app.options import Option
+from tokenflow.app.options import UPLOADED, Option
 from tokenflow.app.request import FRAMES, REACH, SETTINGS, Requests, command_of, yaml_of
 from tokenflow.app.results import DRAWN, FILE_FIELDS, Runs, details, strip
 from tokenflow.diffusion.backbone import Defaults
 from tokenflow.engine.lightning.job import PLUGINS
 from tokenflow.errors import InputError, explained
+from tokenflow.plugins import Plugin
 from tokenflow.report import Run, read_run
 from tokenflow.runs.files import COMPARE, EDITED
 from tokenflow.text import printable, printable_lines
@@ -56,6 +58,24 @@ STAGES = {
 EDITOR = "PnP"
 FEW = 8  # steps, as in the configuration ddcm
 NEEDED = {"mask": "a mask", "depth": "the depth of the frames"}
+LOOKING = (
+    "Looking at the model's files; the hub's are fetched, which without network takes a while."
+)
+DEPTH = "Depth as a video, bright where near"
+KEEP = """(fit, ...values) => values.map((value, i) => {
+  const {former, ...update} = fit[i];
+  const fits = update.choices ? update.choices.some(([, one]) => one === value) : value !== former;
+  if (fits) delete update.value;
+  return update;
+})"""
+"""Fields change as `Page.fit` says, unless they were changed from the former model's values.
+
+In the browser, as an answer of the server would overwrite what is typed until it comes.
+"""
+LIMIT = "(most, ...values) => values.map((value, i) => (value > most?.[i] ? most[i] : value))"
+"""The values of sliders where they are not too large; in the browser, as above."""
+FILL = f"(...written) => written.map((one, i) => one || {json.dumps(DEMO_PROMPTS)}[i])"
+"""The bundled clip's prompts where none are written."""
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 """Of every event: the page alone calls it, and shows its progress itself."""
 
@@ -71,8 +91,8 @@ class Page:
         self.requests, self.device = requests, Device(requests)
         self.runs, self.serving = Runs(requests.folder), requests.serving
         self.fields: dict[str, Any] = {}
-        self.groups: dict[str, list[tuple[str, Any]]] = {"editor": [], "propagation": []}
-        """Of editors and kernels, by name, the groups of fields of their options."""
+        self.groups: dict[str, list[tuple[list[str], Any]]] = {"editor": [], "propagation": []}
+        """The groups of fields of editors and kernels, with the names of those that take them."""
         self.suited: list[str] = []
         """The fields that a model may change, by name."""
         self.own: dict[str, str] = {}
@@ -121,7 +141,8 @@ class Page:
             choose = functools.partial(self.choose, compared, single)
             listed = gallery.select(self.gallery, pair, [cards, *pair], **PRIVATE)
             measured = measure.click(self.measure, pair, None, **PRIVATE)
-            for event in (listed.then, measured.then, one.input, other.input):
+            # `change` follows every choice; of two inputs the second one is lost while one is shown
+            for event in (listed.then, measured.then, one.change, other.change):
                 event(choose, pair, shown, **PRIVATE)
             again.click(
                 functools.partial(self.again, tabs), one,
@@ -131,14 +152,17 @@ class Page:
 
     def source(self) -> None:
         """The fields of the source: a video, its frames, what it shows."""
-        most = self.serving.max_frames
+        longest = self.serving.max_frames
         video = gr.Video(label="Source video", sources=["upload"], height=260, elem_id="video")
         bundled = gr.Button("Take the bundled clip", size="sm", elem_id="bundled")
         thumbnails = gr.HTML(elem_id="strip")
         start, count, size = FRAMES
         with gr.Row():
-            first = gr.Slider(0, 1, 0, step=1, label="First frame", min_width=140)
-            frames = gr.Slider(1, most, min(16, most), step=1, label="Frames", min_width=140)
+            first = gr.Slider(0, 1, 0, step=1, label="First frame", min_width=140, elem_id="start")
+            frames = gr.Slider(
+                1, longest, min(16, longest), step=1, label="Frames", min_width=140,
+                elem_id="frames",
+            )  # fmt: skip
         self.add(size.name, size)
         before = gr.Textbox(
             label="What the source shows", placeholder="a woman running", elem_id="source-prompt"
@@ -150,13 +174,14 @@ class Page:
             "video": video, start.name: first, count.name: frames,
             "inversion_prompt": before, "prompt": after,
         }  # fmt: skip
-        bundled.click(
-            lambda: (self.served(DEMO), *DEMO_PROMPTS), None, [video, before, after], **PRIVATE
-        )
+        prompts = [before, after]
+        bundled.click(lambda: self.served(DEMO), None, video, **PRIVATE)
+        bundled.click(None, prompts, prompts, js=FILL, **PRIVATE)
+        most, sliders = gr.JSON(visible=False), [first, frames]
         gr.on(
-            [video.change, first.release, frames.release], self.look, [video, first, frames],
-            [thumbnails, first, frames], **PRIVATE,
-        )  # fmt: skip
+            [video.change, first.release, frames.release], self.look, [video, *sliders],
+            [thumbnails, *sliders, most], **PRIVATE,
+        ).success(None, [most, *sliders], sliders, js=LIMIT, **PRIVATE)  # fmt: skip
 
     def choices(self) -> None:
         """The fields of model, editor, kernel and settings; the plain ones first."""
@@ -181,11 +206,13 @@ class Page:
             self.plugin_fields("propagation", plain=False)
             with gr.Accordion("A part of the picture only", open=False):
                 self.mask()
-            for name, label in (
-                ("control", "Control video, for ControlVideo"),
-                ("depth", "Depth as a video, bright where near, for models that take it"),
-            ):
-                self.fields[name] = gr.Video(label=label, sources=["upload"], height=160)
+            takes = [one.name for one in plugins("editor").values() if self.takes_control(one)]
+            with gr.Row(visible=EDITOR in takes, elem_id="control") as group:
+                self.fields["control"] = gr.Video(
+                    label="Control video, for ControlVideo", sources=["upload"], height=160
+                )
+            self.groups["editor"].append((takes, group))
+            self.fields["depth"] = gr.Video(label=DEPTH, sources=["upload"], height=160)
             with gr.Accordion("Settings", open=False):
                 for name, option in SETTINGS.items():
                     if name not in PLAIN:
@@ -196,20 +223,21 @@ class Page:
             self.fields[name].change(
                 functools.partial(switch, groups), self.fields[name], shown, **PRIVATE
             )
-        self.suited = [
-            name for name in self.fields
-            if name in ("editor", "steps", *self.own) or re.fullmatch(r"editor\..*\.model", name)
-        ]  # fmt: skip
+        models_of_editors = [
+            name for name in self.fields if re.fullmatch(r"editor\..*\.model", name)
+        ]
+        self.suited = ["editor", "steps", "depth", *self.own, *models_of_editors]
         self.former = gr.State({})
         first = self.fitted(models[0], EDITOR)
         self.former.value = first.pop(self.former)
         for field, changes in first.items():
             vars(field).update(changes)
-        values = [self.fields[name] for name in self.suited]
-        model.input(
-            self.chosen, [model, self.former, *values], [self.notes, self.former, *values],
-            **PRIVATE,
-        )  # fmt: skip
+        fit, suited = gr.JSON(visible=False), [self.fields[name] for name in self.suited]
+        model.change(None, None, self.notes, js=f"() => {json.dumps(LOOKING)}", **PRIVATE)
+        # not `input`, which a tab through the field dispatches as well
+        model.change(
+            self.fit, [model, self.former], [self.notes, self.former, fit], **PRIVATE
+        ).success(None, [fit, *suited], suited, js=KEEP, **PRIVATE)
 
     def mask(self) -> None:
         """The field for a mask: drawn on the first frame, or a video."""
@@ -262,11 +290,13 @@ class Page:
             if traits.further_channels is not None:
                 needed = NEEDED[traits.further_channels]
                 note.append(f"This model needs {needed}: give it under More.")
+        takes_depth = traits is None or traits.further_channels == "depth"
         editors, left_out = fitting(traits, self.serving.models)
         chosen = next(one for one in (editor, EDITOR, *editors) if one in editors)
         found = {
             "editor": gr.update(choices=pairs(editors), value=chosen),
             "steps": gr.update(value=min(steps, self.serving.max_steps)),
+            "depth": gr.update(label=DEPTH if takes_depth else f"{DEPTH}: this model takes none"),
         }
         for name, own in self.own.items():
             # no field but a number's can be empty
@@ -281,26 +311,22 @@ class Page:
         names = ", ".join(line.partition(":")[0] for line in left_out)
         said = Markup("{}<details><summary>Not offered: {}</summary>{}</details>")
         said = said.format(printable(" ".join(note)), names, lines)
-        former = {name: update["value"] for name, update in found.items()}
+        former = {name: update.get("value") for name, update in found.items()}
         return {self.notes: gr.update(value=said), self.former: former, **updates}
 
-    def chosen(self, model: str, former: Mapping[str, Any], *values: Any) -> dict[Any, Any]:
-        """As `fitted`, where what was changed from the `former` model's values stays as it is.
+    def fit(self, model: str, former: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The notes and values of a model that is chosen, and for `KEEP` how the fields change.
 
         Args:
             model: Which is chosen.
-            former: What `fitted` gave for the one before.
-            values: Of the fields `suited`.
+            former: The values of the one before.
         """
-        now = dict(zip(self.suited, values, strict=True))
-        updates = self.fitted(model, now["editor"])
-        for name, value in now.items():
-            update = updates.get(self.fields[name], {})
-            if "choices" in update and (value, value) in update["choices"]:
-                update["value"] = value
-            elif "choices" not in update and value != former.get(name):
-                update.pop("value", None)
-        return updates
+        updates = self.fitted(model, EDITOR)
+        changes = [
+            {**gr.update(), **updates.get(self.fields[name], {}), "former": former.get(name)}
+            for name in self.suited
+        ]
+        return updates[self.notes], updates[self.former], changes
 
     def plugin_fields(self, name: str, plain: bool) -> None:
         """The fields of every editor's or kernel's options; those of the chosen one are shown."""
@@ -312,26 +338,31 @@ class Page:
             with gr.Row(visible=plugin.name == self.fields[name].value) as group:
                 for one in options:
                     self.add(f"{name}.{plugin.name}.{one.name}", one, plugin.ours)
-            self.groups[name].append((plugin.name, group))
+            self.groups[name].append(([plugin.name], group))
+
+    def takes_control(self, plugin: Plugin) -> bool:
+        """Whether one of a plugin's options is a control video, which is uploaded."""
+        return any(UPLOADED in one.choices for one in plugin_options(plugin, self.serving.models))
 
     def served(self, file: Path) -> str:
         """A copy of a file among the uploads, which alone are served."""
         return save_file_to_cache(file, cache_dir=str(self.requests.uploads))
 
     def look(self, video: str | None, start: int | None, count: int | None) -> Any:
-        """The thumbnails of the chosen frames, and how far the sliders go."""
+        """The thumbnails of the chosen frames, how far the sliders go, and the most for `LIMIT`."""
+        most = self.serving.max_frames
         if not video:
-            return "", gr.update(maximum=1, value=0), gr.update()
+            return "", gr.update(maximum=1), gr.update(), [0, most]
         try:
-            path, most = self.requests.uploaded({"video": video}, "video"), self.serving.max_frames
+            path = self.requests.uploaded({"video": video}, "video")
             total = min(count_frames(path), REACH * most)
-            first, last = min(int(start or 0), total - 1), max(min(most, total), 2)
-            count = max(1, int(count or 1))
-            shown = strip(str(path), first, min(count, most))
+            frames = min(most, total)
+            shown = strip(str(path), min(int(start or 0), total - 1), min(int(count or 1), frames))
         except Exception as error:  # whatever was uploaded
-            return failed(explained(error)), gr.update(), gr.update()
-        starts = gr.update(maximum=max(total - 1, 1), value=first)
-        return shown, starts, gr.update(maximum=last, value=min(count, last))
+            return failed(explained(error)), gr.update(), gr.update(), None
+        # a slider needs two places
+        last, longest = (gr.update(maximum=one) for one in (max(total - 1, 1), max(frames, 2)))
+        return shown, last, longest, [total - 1, frames]
 
     def canvas(self, video: str | None, start: int | None, drawn: str | None = None) -> Any:
         """The frame to draw a mask on, with one that was drawn before."""
@@ -522,9 +553,9 @@ def pairs(words: Iterable[str]) -> list[tuple[str, str]]:
     return [(word, word) for word in words]
 
 
-def switch(groups: list[tuple[str, Any]], chosen: str) -> dict[Any, Any]:
+def switch(groups: list[tuple[list[str], Any]], chosen: str) -> dict[Any, Any]:
     """Shows the options of the chosen plugin alone."""
-    return {group: gr.update(visible=name == chosen) for name, group in groups}
+    return {group: gr.update(visible=chosen in names) for names, group in groups}
 
 
 def progress(news: News) -> Markup:
