@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 from pathlib import Path
-from threading import Thread
+from threading import Event
 from typing import Any
 from urllib.parse import quote, urlsplit
 from uuid import uuid4
@@ -15,7 +15,7 @@ from PIL import EpsImagePlugin
 
 from tests.app.conftest import Served, given
 from tests.video.making import make_video, noise
-from tokenflow.app.edits import Device, Edit, News
+from tokenflow.app.edits import Device, Edit
 from tokenflow.app.request import Requests
 from tokenflow.app.server import Only, serve
 from tokenflow.app.serving import LOCAL, Serving
@@ -42,6 +42,32 @@ def upload(served: Served, name: str, data: bytes) -> Answer:
         served, "POST", "/gradio_api/upload", body,
         **{"Content-Type": "multipart/form-data; boundary=b"},
     )  # fmt: skip
+
+
+def join(served: Served, target: str, given: dict[str, Any], event: str = "click") -> str:
+    """Sends an event as the page does; the fields are as they are at first but for those given."""
+    config = json.loads(Answer(served, "GET", "/config").text)
+    props = {one["id"]: one["props"] for one in config["components"]}
+    called = next(
+        one
+        for one in config["dependencies"]
+        if any(e == event and props[i].get("elem_id") == target for i, e in one["targets"] if i)
+    )
+    fields = [props[i] for i in called["inputs"]]
+    data = [given.get(one.get("elem_id"), one.get("value")) for one in fields]
+    session = uuid4().hex[:10]
+    body = {"data": data, "fn_index": called["id"], "session_hash": session}
+    joined = Answer(
+        served, "POST", "/gradio_api/queue/join", json.dumps(body),
+        **{"Content-Type": "application/json"},
+    )  # fmt: skip
+    assert joined.status == 200
+    return session
+
+
+def hear(served: Served, session: str) -> str:
+    """All that a session is told until its events have ended."""
+    return Answer(served, "GET", f"/gradio_api/queue/data?session_hash={session}").text.decode()
 
 
 @pytest.mark.parametrize(
@@ -116,20 +142,8 @@ def test_no_picture_starts_ghostscript(served: Served) -> None:
 @pytest.mark.parametrize("path", ["http://127.0.0.1:1/a.mp4", "/etc/passwd", "../../../etc/passwd"])
 def test_an_event_takes_only_uploads(served: Served, path: str) -> None:
     """Nothing is fetched or read for a field of a file that names something else."""
-    config = json.loads(Answer(served, "GET", "/config").text)
-    named = {one["id"]: one["props"].get("elem_id") for one in config["components"]}
-    look = next(
-        one for one in config["dependencies"] if [named[i] for i in one["inputs"]][:1] == ["video"]
-    )
-    session = uuid4().hex[:10]
     file = {"path": path, "meta": {"_type": "gradio.FileData"}}
-    body = {"data": [file, 0, 1], "fn_index": look["id"], "session_hash": session}
-    joined = Answer(
-        served, "POST", "/gradio_api/queue/join", json.dumps(body),
-        **{"Content-Type": "application/json"},
-    )  # fmt: skip
-    assert joined.status == 200
-    heard = Answer(served, "GET", f"/gradio_api/queue/data?session_hash={session}").text.decode()
+    heard = hear(served, join(served, "video", {"video": file}, "change"))
     events = [json.loads(line[5:]) for line in heard.splitlines() if line.startswith("data:")]
     (ended,) = [one for one in events if one["msg"] == "process_completed"]
     assert not ended["success"]
@@ -240,23 +254,36 @@ def test_what_is_not_an_option_is_not_taken(requests: Requests) -> None:
     assert found["model"]["editor"] == {"class_path": "SDEdit"}
 
 
-def test_two_clients_at_once(requests: Requests) -> None:
-    """One edit waits for the other, and each has a run of its own."""
-    device, heard = Device(requests), dict[str, list[News]]()
+def test_two_pages_at_once(served: Served, video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One edit waits for the other, and each page hears of its own alone."""
+    waits, running, edit, place = Event(), list[Edit](), Device.edit, Device.place
 
-    def client(prompt: str) -> None:
-        edit = Edit(requests.configuration(given(requests, prompt=prompt)))
-        heard[prompt] = list(device.run(edit))
+    def alone(self: Device, one: Edit) -> None:
+        running.append(one)
+        assert waits.wait(60)
+        edit(self, one)
+        assert running.pop() is one
 
+    def placed(self: Device, one: Edit) -> int:
+        if self.running not in (None, one):
+            waits.set()
+        return place(self, one)
+
+    monkeypatch.setattr(Device, "edit", alone)
+    monkeypatch.setattr(Device, "place", placed)
+    (path,) = json.loads(upload(served, "both.mp4", video.read_bytes()).text)
+    file = {"path": path, "meta": {"_type": "gradio.FileData"}}
     prompts = ("a plain red ball on sand", "a plain green ball on sand")
-    threads = [Thread(target=client, args=(prompt,)) for prompt in prompts]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [news[-1].stage for news in heard.values()] == ["done", "done"]
-    assert any(news.stage == "waiting" for news in heard[prompts[0]] + heard[prompts[1]])
-    assert {one.name for one in requests.folder.glob("[!.]*")} == {"clip", "clip-2"}
+    fields = {"video": file, "editor": "SDEdit", "steps": 2, "frames": 2}
+    sessions = [join(served, "edit", fields | {"prompt": prompt}) for prompt in prompts]
+    heard = [hear(served, session) for session in sessions]
+    assert "Waiting: number 1 in the queue" in heard[1]
+    for text, run, own, other in zip(
+        heard, ("both", "both-2"), prompts, prompts[::-1], strict=True
+    ):
+        assert f"The run is {run}." in text
+        assert own in text
+        assert other not in text
 
 
 def test_too_many_do_not_wait(requests: Requests) -> None:
