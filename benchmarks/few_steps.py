@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tokenflow.diffusion import Backbone, StableDiffusion
 from tokenflow.editors import DDCM, Editor, FlowEdit
 from tokenflow.engine import Settings, edit_clip
+from tokenflow.engine.settings import FUSION
 from tokenflow.miniature.edits import EDITOR
 from tokenflow.miniature.judge import Judge
 from tokenflow.propagation import NNField
@@ -42,7 +43,7 @@ CONSISTENCY: dict[str, dict[str, Any]] = {
     "per frame": {"consistency": "none"},
     "joint": {"consistency": "joint"},
     "TokenFlow": {"fusion": 0.0},
-    "fused": {},
+    "fused": {"fusion": FUSION},
 }
 """Where settings are not the default."""
 

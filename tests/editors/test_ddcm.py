@@ -103,9 +103,7 @@ def test_the_source_comes_back_exactly_where_both_sides_are_alike(
     backbone: Backbone, consistency: str
 ) -> None:
     source = tiny_clip(3)
-    settings = Settings(
-        steps=2, keyframe_every=2, guidance=1.0, consistency=consistency, fusion=0.0
-    )
+    settings = Settings(steps=2, keyframe_every=2, guidance=1.0, consistency=consistency)
     found = edit_clip(
         backbone, source, Prompts("a ball", "", "a ball"), DDCM(), NNField(), settings
     )

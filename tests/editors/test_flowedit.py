@@ -215,8 +215,7 @@ def test_the_source_comes_back_exactly_where_both_sides_are_alike(
 
 
 def test_real_networks_give_the_source_back(network: Backbone) -> None:
-    source = tiny_clip(3)
-    settings = Settings(steps=2, keyframe_every=2, guidance=5.0, fusion=0.0)
+    source, settings = tiny_clip(3), Settings(steps=2, keyframe_every=2, guidance=5.0)
     editor, prompts = FlowEdit(2, guidance_source=5.0), Prompts("a ball", "", "a ball")
     found = edit_clip(network, source, prompts, editor, NNField(), settings)
     assert torch.allclose(found.latents, network.encode(source.frames), rtol=0, atol=ROUNDING)

@@ -59,6 +59,8 @@ def test_it_is_on_by_default_where_keyframes_are_propagated(backbone: Backbone, 
             backbone, clip, PROMPTS, PnP(), NNField(), replace(default, consistency=way)
         )  # fmt: skip
         assert edited.settings.fusion == 0
+    without_inversion = edit_clip(backbone, clip, PROMPTS, FlowEdit(1), NNField(), default)
+    assert without_inversion.settings.fusion == 0
 
 
 def test_it_is_off_by_default_where_there_is_no_flow(backbone: Backbone) -> None:

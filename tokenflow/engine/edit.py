@@ -156,8 +156,10 @@ def edit_clip(
             network, clip, schedule, inversion, settings.inversion_solver, store, channels.digests
         )
         near = seen.part(shard.positions(shard.halo))
-        flow = flow_of(near, model, propagation, settings, propagates(way), automatic)
-        settings = settings.for_flow(propagates(way) and flow is not None)
+        fuses = propagates(way) and settings.fuses(editor)
+        wanted, required = automatic or fuses, automatic or settings.fusion is not None
+        flow = flow_of(near, model, propagation, propagates(way), wanted, required)
+        settings = settings.for_flow(fuses and flow is not None)
         trajectory = invert_clip(
             network, clip, schedule, inversion, settings, cached, seconds, on_step
         )
@@ -248,7 +250,7 @@ def edit_latents(
             "fusion needs the clip's optical flow, got none; give flow=LatentFlow("
             "clip, model.latent_scale), or use edit_clip"
         )
-    settings = settings.for_flow(propagates(way) and flow is not None)
+    settings = settings.for_flow(propagates(way) and settings.fuses(editor) and flow is not None)
     shard = ranks.shard(split_windows(trajectory.total, settings.keyframe_every))
     with ranks.together():
         network = EditedNetwork(model, editor, prompts, channels)
@@ -400,33 +402,28 @@ def sees_all(settings: Settings, editor: Editor, way: type[Consistency] | None =
 
 
 def flow_of(
-    clip: Clip,
-    model: Backbone,
-    kernel: Propagation,
-    settings: Settings,
-    propagates: bool,
-    automatic: bool,
+    clip: Clip, model: Backbone, kernel: Propagation, asked: bool, wanted: bool, required: bool
 ) -> ClipFlow | None:
-    """A clip's optical flow, where an edit needs or can use it.
+    """A clip's optical flow, by the kernel's provider where it has one.
 
     Args:
         clip: The frames of the source that a rank needs.
         model: The frozen model.
-        kernel: Whose flow is taken, if it has one.
-        settings: With the share of fusion, if it is given.
-        propagates: Whether the way of consistency propagates from keyframes.
-        automatic: Whether the mask is.
+        kernel: What finds correspondences.
+        asked: Whether it is asked for any.
+        wanted: Whether the edit has another use for flow.
+        required: Whether it cannot do without, then.
     """
-    if kernel.flow is not None and (propagates or automatic):
+    if kernel.flow is not None and (asked or wanted):
         return ClipFlow(clip, kernel.flow, model.latent_scale)
-    if not automatic and (settings.fusion == 0 or not propagates):
+    if not wanted:
         return None
     try:
         return LatentFlow(clip, model.latent_scale)
     except InputError:  # the frames are too small for it
-        if settings.fusion is None and not automatic:
-            return None
-        raise
+        if required:
+            raise
+        return None
 
 
 def propagates(way: type[Consistency]) -> bool:

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 from tokenflow.diffusion import Backbone
 from tokenflow.diffusion.inversion import InversionSolver
+from tokenflow.editors import Editor
 from tokenflow.engine.keyframes import Blend, Keyframes, Neighbours, draw_keyframes
 from tokenflow.errors import InputError
 
@@ -39,8 +40,8 @@ class Settings:
             "previous" (published code).
         blend: Their weights over time: "sigmoid" (paper) or "linear".
         fusion: Share of its keyframes' predicted clean latents, moved by optical flow (the
-            kernel's, or `DIS`), in a frame's own, 0 (paper) to 1. If not given, 0.8 wherever
-            keyframes are propagated to frames that have a flow.
+            kernel's, or `LatentFlow`), in a frame's own, 0 (paper) to 1. If not given, 0.8 for
+            editors that invert the source, wherever keyframes are propagated along a flow.
         consistency: "tokenflow"; "joint" lets all frames attend to each other and propagates
             nothing; "none" edits every frame on its own.
         keyframe_attention: Which keyframes attend to each other: "full" (paper) lets all of a
@@ -158,6 +159,10 @@ class Settings:
         guidance = model.defaults.guidance if self.guidance is None else self.guidance
         steps = self.steps if self.inversion_steps is None else self.inversion_steps
         return dataclasses.replace(self, guidance=guidance, inversion_steps=steps)
+
+    def fuses(self, editor: Editor) -> bool:
+        """Whether predictions are fused, if there are keyframes and a flow to move them by."""
+        return editor.inverts if self.fusion is None else self.fusion > 0
 
     def for_flow(self, found: bool) -> Settings:
         """With the share of fusion where it is not given: none without a flow to move it by."""
