@@ -138,10 +138,10 @@ class Plan:
 def needed(unet: UNet2DConditionModel, plan: Plan, second: bool = False) -> Operations:
     """Of PnP with TokenFlow, had nothing to be computed that is not read.
 
-    In each step the keyframes pass once through the network, and so does every frame: the source,
-    the negative prompt and the prompt. Of these passes the following is not needed:
+    In each step every frame passes once through the network: the source, the negative prompt and
+    the prompt; the keyframes do so jointly. Of these passes the following is not needed:
 
-    - of a frame's pass, self-attention with its projections, since its output is propagated;
+    - of another frame's pass, self-attention with its projections, since its output is propagated;
     - of a keyframe's pass, where queries and keys are injected, those of the edited branches, and
       all of their products but one for both;
     - where features are injected, what leads from the residual block's input to them in the edited
@@ -150,7 +150,8 @@ def needed(unet: UNet2DConditionModel, plan: Plan, second: bool = False) -> Oper
       injected, queries and keys);
     - in the second edit of a clip all of the source, and matching.
 
-    Matching is each token's similarity with all tokens of its frame's neighbouring keyframes.
+    Matching is each token's similarity with all tokens of its frame's neighbouring keyframes, where
+    the frame is none of these.
     """
     with torch.device("meta"):
         network = UNet2DConditionModel.from_config(unet.config)
@@ -176,8 +177,7 @@ def needed(unet: UNet2DConditionModel, plan: Plan, second: bool = False) -> Oper
             source = not second and position < last
             if ".attn1" not in layer.name:
                 edited = 0 if layer.name in features_now else 2
-                frames = len(drawn) + plan.frames
-                found[layer.kind] += (source + edited) * frames * layer.operations
+                found[layer.kind] += (source + edited) * plan.frames * layer.operations
                 continue
             injected = injects and layer.name.startswith(sites)
             if layer.kind == "attention":
@@ -185,8 +185,9 @@ def needed(unet: UNet2DConditionModel, plan: Plan, second: bool = False) -> Oper
                 products = (1 if injected else 2) + 2
                 joint = source + products / 2 * len(drawn)
                 found["attention"] += int(joint * len(drawn) * layer.operations)
-                near = transcription.neighbours(range(plan.frames), drawn)
-                pairs = plan.frames + int((near.earlier != near.later).sum())
+                others = [frame for frame in range(plan.frames) if frame not in drawn]
+                near = transcription.neighbours(others, drawn)
+                pairs = len(others) + int((near.earlier != near.later).sum())
                 found["matching"] += 0 if second else pairs * layer.operations // 2
             else:
                 shared = layer.name.endswith(("to_q", "to_k")) and injected

@@ -151,8 +151,10 @@ def ties_as(matches: Matches, case: Case) -> Iterator[Ties]:
 
     def shared(tokens: Tensor, keys: Tensor) -> Tensor:
         step, window, site, side = next(calls)
-        own = nearest(tokens, keys)
-        ours = torch.stack([matches[step, site, frame][:, side] for frame in window])
+        own, itself = nearest(tokens, keys), torch.arange(tokens.shape[1])
+        found = [matches.get((step, site, frame)) for frame in window]
+        # a keyframe is not matched: its tokens take themselves
+        ours = torch.stack([itself if pair is None else pair[:, side] for pair in found])
         tokens, keys = (normalize(x.double(), dim=-1) for x in (tokens, keys))
         rows = torch.arange(len(keys))[:, None]
         best, other = ((tokens * keys[rows, found]).sum(dim=-1) for found in (own, ours))

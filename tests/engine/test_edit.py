@@ -112,7 +112,7 @@ def test_a_kernel_is_told_every_frame_and_size(backbone: Backbone, clip: Clip) -
     assert set(sizes) == {(8, 16), (4, 8), (2, 4), (1, 2)}
     for window, tokens, key_tokens in kernel.windows:
         assert window.height * window.width == tokens == key_tokens
-        assert window.frames == tuple(range(9))
+        assert window.frames == tuple(f for f in range(9) if f not in window.keyframes)
         assert len(window.keyframes) == 3
 
 

@@ -155,10 +155,26 @@ def test_an_injection_is_given_the_layers_output_and_the_pass(backbone: StableDi
         assert torch.equal(*own[2 * step : 2 * step + 2])
 
 
-def test_an_injection_sees_every_pass_of_an_edit(backbone: Backbone, clip: Clip) -> None:
+ONCE = [(0, 4, 8), (1, 2, 3, 5, 6), (7,)]
+AGAIN = [(0, 4, 8), (0, 1, 2, 3, 4), (5, 6, 7, 8)]
+
+
+@pytest.mark.parametrize(
+    ("neighbours", "promised", "passes"),
+    [("bracketing", True, ONCE), ("bracketing", False, AGAIN), ("previous", True, AGAIN)],
+)
+def test_an_injection_sees_every_pass_of_an_edit(
+    backbone: Backbone,
+    clip: Clip,
+    monkeypatch: pytest.MonkeyPatch,
+    neighbours: Any,
+    promised: bool,
+    passes: list[tuple[int, ...]],
+) -> None:
+    """Keyframes take part in one pass, where a second one would come to the same."""
+    monkeypatch.setattr(NNField, "identity_at_keyframes", promised)
     editor = Injecting(backbone.layers("structure")[0])
-    edit(backbone, clip, editor, keyframes="first")
-    passes = [(0, 4, 8), (0, 1, 2, 3, 4), (5, 6, 7, 8)]
+    edit(backbone, clip, editor, keyframes="first", neighbours=neighbours)
     batches = [batch for _, _, batch in editor.given]
     assert [batch.frames for batch in batches] == 2 * passes
     assert [batch.keyframes for batch in batches] == 2 * [True, False, False]

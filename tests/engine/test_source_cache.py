@@ -105,7 +105,7 @@ def test_features_that_another_editor_lacks_are_added(backbone: Backbone, clip: 
                 backbone, trajectory, schedule, "x", editor, NNField(), settings,
                 source_cache=cache,
             )  # fmt: skip
-        passes.append([count == 18 for count in rows if count > 9])
+        passes.append([count == 12 for count in rows if count > 9])
     sdedit, first, fewer, more, again = passes
     assert sdedit == [False] * STEPS  # SDEdit's own begins one later, at this strength all run
     assert first == [False, False, True, True]
@@ -209,7 +209,7 @@ def test_a_damaged_entry_is_computed_anew(backbone: Backbone, clip: Clip, tmp_pa
     for number, prompt in enumerate("abc"):
         with counted(backbone) as rows:
             edit_clip(backbone, clip, prompt, PnP(), NNField(), settings, store=stored(tmp_path))
-        passes.append([count == 18 for count in rows if count > 9])
+        passes.append([count == 12 for count in rows if count > 9])
         if number == 0:
             entry = next(e for e in Cache(tmp_path).entries() if e.kind == "features")
             entry.path.write_bytes(entry.path.read_bytes()[:-7])

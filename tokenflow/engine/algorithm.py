@@ -116,16 +116,23 @@ class TokenFlow(Consistency):
                 branches, bank, joint.all_gather, joint.exchange_halo, s.features, joint.frames,
                 s.network.editor.joint_source,
             )  # fmt: skip
-            output = s.network.run(
-                s.network.batch(joint.inputs, joint.frames, step, True), attention
-            )
+            batch = s.network.batch(joint.inputs, joint.frames, step, keyframes=True)
+            output = s.network.run(batch, attention)
+            own = [keyframes[number] for number in joint.windows]
+            first = joint.frames.index(own[0])
+            output = output[:, first : first + len(own)]
             if fuses:
-                own = [joint.frames.index(keyframes[number]) for number in joint.windows]
-                predicted.append(output[:, own].cpu())
+                predicted.append(output.cpu())
 
-            # all frames: γ by the source's tokens, and F_γ(T_base) in place of attention
+            # the other frames: γ by the source's tokens, and F_γ(T_base) in place of attention
+            done = own if s.keyframes_once else []
+            if done:
+                yield done, output
+            frames = s.shard.positions(joint.windows)
+            parts = s.parts([frame for frame in frames if frame not in done])
+            shown = s.parts(done) if s.matcher.wanted(step.index) else []
             held = slice(joint.held.start, joint.held.stop)
-            for part in s.parts(s.shard.positions(joint.windows)):
+            for part in [*parts, *shown]:
                 window, used = neighbourhood(
                     part, s.shard.windows[held], keyframes[held], s.settings.neighbours,
                     s.settings.blend, step.index, len(step.schedule),
@@ -134,7 +141,9 @@ class TokenFlow(Consistency):
                     branches, bank, s.matcher, window, used, s.features, held.start
                 )
                 batch = s.network.batch(s.inputs(x, part, step), part, step)
-                yield part, s.network.run(batch, propagated)
+                output = s.network.run(batch, propagated)
+                if part in parts:
+                    yield part, output
             bank.evict()  # before the next joint pass
         self.keyframes = (keyframes, torch.cat(predicted, dim=1)) if fuses else None
 

@@ -52,7 +52,7 @@ def draw_keyframes(
 
 
 def neighbourhood(
-    frames: range,
+    frames: Sequence[int],
     windows: Sequence[range],
     keyframes: Sequence[int],
     neighbours: Neighbours = "bracketing",
@@ -60,7 +60,7 @@ def neighbourhood(
     step: int = 0,
     steps: int = 1,
 ) -> tuple[Window, list[int]]:
-    """The neighbours of consecutive `frames`, and which of all keyframes these are.
+    """The neighbours of ascending `frames`, and which of all keyframes these are.
 
     "bracketing" (the paper) takes the nearest keyframe before and after each frame, by true
     position. "previous" (the published code) takes the keyframes of the frame's own window and of

@@ -71,14 +71,18 @@ class EditedNetwork:
         """The source's, of the pass that runs."""
         return getattr(self.switch.attention, "features", NONE)
 
+    @property
+    def has_text(self) -> bool:
+        """Whether there are sites whose sequence holds text."""
+        return any(site.has_text for site in self.switch.sites.values())
+
     def injected(self, step: int, steps: int) -> list[str] | None:
         """The layers that are injected at a step of an edit; None where that is too much to keep.
 
         Where sequences hold text, the projections of all frames are needed in every pass.
         """
         on = [one for one in self.editor.injections(self.model) if one.active(step, steps)]
-        text = any(site.has_text for site in self.switch.sites.values())
-        if text and any(one.layer in self.projections for one in on):
+        if self.has_text and any(one.layer in self.projections for one in on):
             return None
         return [f"{one.layer} {'replaced' if one.function is None else 'changed'}" for one in on]
 

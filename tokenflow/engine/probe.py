@@ -54,10 +54,11 @@ class Probe:
         self.step = steps // 2 if step is None else step
         if not 0 <= self.step < steps:
             raise InputError(f"expected a step from 0 to {steps - 1}, got {self.step}")
-        self.site, self.steps, self.frame = chosen(list(sites), site), steps, frame
+        self.site, self.steps = chosen(list(sites), site), steps
         count = min(len(frames), SHOWN)
         places = torch.linspace(0, max(len(frames) - 1, 0), count).round().int().tolist()
         self.shown = [frames[place] for place in places]
+        self.missing = {*self.shown, frame} & {*frames}
         self.tokens: dict[int, Tensor] = {}
         self.parts: list[tuple[Window, Correspondence]] = []
         self.seen: Observed | None = None
@@ -70,14 +71,16 @@ class Probe:
         """Is shown a window's source tokens and its correspondence, at one site and step."""
         if window.site != self.site or self.seen is not None or window.step < self.step:
             return
-        if not {*self.shown, self.frame} & {*window.frames}:
+        here = self.missing & {*window.frames}
+        if not here:
             return
         for frame, x in zip(window.frames, source.cpu(), strict=True):
             if frame in self.shown:
                 self.tokens[frame] = x.unflatten(0, (window.height, window.width))
         kept = Correspondence(found.indices.cpu(), found.weights.cpu())
         self.parts.append((dataclasses.replace(window, motion=None), kept))
-        if len(self.tokens) == len(self.shown):
+        self.missing -= here
+        if not self.missing:
             stacked = torch.stack([self.tokens[frame] for frame in self.shown])
             step, steps = window.step, window.steps
             self.seen = Observed(self.site, step, steps, self.shown, stacked, self.parts)

@@ -65,6 +65,16 @@ class Sampling:
     features: SourceFeatures = field(default_factory=SourceFeatures)
     region: Region | None = None
 
+    @property
+    def keyframes_once(self) -> bool:
+        """Whether a keyframe's pass in its window would only repeat its joint pass.
+
+        There its tokens take their own features. In "previous" they take the window before's as
+        well, and text in a sequence attends to all keyframes in a joint pass.
+        """
+        identity = self.matcher.kernel.identity_at_keyframes
+        return identity and self.settings.neighbours == "bracketing" and not self.network.has_text
+
     def step(self, index: int) -> Step:
         """A step of sampling, as the editor sees it; what guidance does not need is left out."""
         guidance = self.settings.guidance_at(index, len(self.schedule))
@@ -117,7 +127,7 @@ class Sampling:
         kept = self.network.editor.kept(step, source)
         return self.region.within(following, kept, source.frames)
 
-    def parts(self, frames: range) -> list[range]:
+    def parts(self, frames: Sequence[int]) -> list[Sequence[int]]:
         """Runs of frames for one forward pass each."""
         batch = self.settings.batch
         return [frames[i : i + batch] for i in range(0, len(frames), batch)]
