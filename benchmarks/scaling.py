@@ -114,7 +114,8 @@ def seconds(cost: Cost, plan: Plan, ranks: int) -> tuple[float, float]:
     for rank, stop in enumerate(stops):
         own = range(stops[rank - 1] if rank else 0, stop)
         frames = len(own) * plan.every
-        work = frames * (ENCODE + DECODE + plan.steps * (cost.forward + cost.propagated))
+        work = frames * (ENCODE + DECODE + plan.steps * cost.forward)
+        work += (frames - len(own)) * plan.steps * cost.propagated  # all but the keyframes
         if plan.span is None:
             passes = [(len(own), windows)]
         else:

@@ -403,10 +403,10 @@ def test_an_editor_is_asked_in_every_pass(backbone: Backbone) -> None:
     assert editor.clips == [clip]
     source, all_three = ("source",), ("source", "negative", "prompt")
     inversion = [(source, (0, 1, 2, 3))] * 2 + [(source, (4,))] * 2
-    sampling = [(all_three, (0, 4)), (all_three, (0, 1, 2, 3)), (all_three, (4,))]
+    sampling = [(all_three, (0, 4)), (all_three, (1, 2, 3))]
     assert [(b.branches, b.frames) for b in editor.batches] == inversion + 2 * sampling
     assert [(b.t, b.step, b.progress) for b in editor.batches] == (
-        [(1, 1, 0.5), (501, 0, 0.0)] * 2 + [(501, 0, 0.0)] * 3 + [(1, 1, 0.5)] * 3
+        [(1, 1, 0.5), (501, 0, 0.0)] * 2 + [(501, 0, 0.0)] * 2 + [(1, 1, 0.5)] * 2
     )
     for b in editor.batches:
         assert b.latents.shape[:2] == (len(b.branches), len(b.frames))
@@ -438,7 +438,8 @@ def test_an_editor_may_replace_guidance_and_the_step(backbone: Backbone, consist
     assert torch.equal(result.latents, clean)
     for index in range(2):
         here = [one for one in editor.given if one[2].index == index]
-        assert [frame for *_, source in here for frame in source.frames] == list(range(5))
+        seen = [frame for *_, source in here for frame in source.frames]
+        assert sorted(seen) == list(range(5))
         for x, outputs, step, source in here:
             assert torch.equal(x, source.at(index))
             assert list(outputs) == ["source", "negative", "prompt"] == list(step.branches)

@@ -106,7 +106,8 @@ class Propagation(ABC):
 
     identity_at_keyframes: ClassVar[bool] = False
     """Whether it promises that a keyframe's tokens take themselves (or, where features of several
-    are the same, one of those); the conformance kit asks."""
+    are the same, one of those), so that keyframes need no propagated pass; the conformance kit
+    asks."""
 
     flow: OpticalFlow | None = None
     """What finds optical flow, if the kernel needs it: then every window has its `motion`."""
