@@ -8,6 +8,7 @@ still.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import cv2
 import torch
@@ -115,7 +116,7 @@ def automatic_mask(sampling: Sampling, prompts: Prompts, on_step: OnStep) -> Cli
 
 
 def difference(
-    sampling: Sampling, prompts: Conditioning, frames: range
+    sampling: Sampling, prompts: Conditioning, frames: Sequence[int]
 ) -> Float[Tensor, "frames 1 h w"]:
     """Mean magnitudes of the difference of two prompts' predictions, for some of the frames.
 
@@ -137,14 +138,14 @@ def difference(
     return result
 
 
-def beside(frames: range, held: range) -> Window:
+def beside(frames: Sequence[int], held: range) -> Window:
     """Frames whose neighbours, with equal weights, are the frames before and after them.
 
     Args:
         frames: Positions in the clip.
         held: Those of the frames that are here; at their ends a frame is its own neighbour.
     """
-    keys = range(max(frames.start - 1, held.start), min(frames.stop + 1, held.stop))
+    keys = range(max(frames[0] - 1, held.start), min(frames[-1] + 2, held.stop))
     pairs = [[max(f - 1, keys[0]), min(f + 1, keys[-1])] for f in frames]
     return Window(
         frames=tuple(frames),
