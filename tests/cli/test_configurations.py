@@ -83,6 +83,12 @@ def test_the_fast_mode_goes_with_every_editor(
     assert alone["steps"] == 12
 
 
+def test_the_paper_goes_with_every_editor(two: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for names in (["sdedit", "paper"], ["paper"]):
+        model = printed([f"--config={name}" for name in names], capsys)
+        assert (model["fusion"], model["keyframe_attention"]) == (0.0, "full")
+
+
 NAMELESS = [ROOT / "configs/ip_adapter.yaml", *sorted((ROOT / "configs/models").glob("*.yaml"))]
 
 

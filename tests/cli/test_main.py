@@ -192,6 +192,7 @@ def test_the_reference_configuration_is_the_published_code(
         "keyframes": "random",
         "neighbours": "previous",
         "blend": "sigmoid",
+        "fusion": 0.0,
         "consistency": "tokenflow",
         "keyframe_attention": "full",
     }
