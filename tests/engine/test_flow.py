@@ -165,12 +165,12 @@ def test_a_wrong_kernel_is_caught_in_the_first_step(
 
 def test_later_windows_of_the_first_step_are_checked_too(backbone: Backbone) -> None:
     with pytest.raises(InputError, match=r"Wrong of .* at up_blocks\.3\.\S+: expected rows"):
-        # the last of all sites in the second window
-        edited(backbone, Wrong("sum", good=2 * len(backbone.sites()) - 1))
+        # the last of all sites in the second pass
+        edited(backbone, Wrong("sum", good=2 * len(backbone.sites()) - 1), batch=2)
 
 
 def test_later_steps_are_not_checked(backbone: Backbone) -> None:
-    edited(backbone, Wrong("sum", good=2 * len(backbone.sites())))
+    edited(backbone, Wrong("sum", good=2 * len(backbone.sites())), batch=2)
 
 
 @pytest.fixture
