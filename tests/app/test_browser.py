@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Event
@@ -10,12 +11,15 @@ from typing import Any
 
 import pytest
 import yaml
-from selenium.webdriver import Chrome
+from PIL import Image
+from selenium.webdriver import ActionChains, Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 
-from tests.app.conftest import Served
+from tests.app.conftest import SIDE, Served
 from tests.report.conftest import chromium, look
+from tokenflow.app.edits import Device
+from tokenflow.app.edits import Edit as Running
 from tokenflow.app.request import Requests
 from tokenflow.cli.main import main
 from tokenflow.runs.files import EDITED, FEATURES, RECORD, REPORT
@@ -96,10 +100,19 @@ class Page:
         return self.browser.execute_script("return window.seen")  # type: ignore[no-any-return]
 
 
+NOT_OURS = (
+    "Method not implemented.",
+    "Automatic fallback to software WebGL has been deprecated.",
+    "GPU stall due to ReadPixels",
+    ' "    at ',
+)
+"""What Gradio says at the end of every upload, a browser without GPU, and a canvas's old calls."""
+
+
 def said(browser: Chrome) -> list[Any]:
-    """What is on the console, without what Gradio says at the end of every upload."""
+    """What is on the console, without `NOT_OURS`."""
     log = browser.get_log("browser")  # type: ignore[no-untyped-call]
-    return [one for one in log if "Method not implemented." not in one["message"]]
+    return [one for one in log if not any(part in one["message"] for part in NOT_OURS)]
 
 
 @pytest.fixture
@@ -199,6 +212,49 @@ def test_stop(page: Page, video: Path) -> None:
     page.click("#stop")
     page.until(lambda: "Stopped" in page.text("#state"))
     assert "goes on from there" in page.text("#state")
+
+
+def test_a_mask_is_drawn(
+    page: Page, done: Any, served: Served, video: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """White where the mouse was and black elsewhere; a run's comes back, for that clip alone."""
+    masks = list[Any]()
+
+    def mask(self: Device, edit: Running) -> None:
+        masks.append(edit.configuration["model"].get("mask"))
+
+    monkeypatch.setattr(Device, "edit", mask)
+    page.prepare(video)
+    for place in ("#more > .label-wrap", "#part > .label-wrap", "#draw"):
+        page.click(place)
+    canvas = page.until(lambda: page.all("#mask canvas"))[0]
+    page.until(lambda: re.search(r"\d{3}%", page.text("#mask")))  # the frame is there, enlarged
+    page.browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
+    mouse = ActionChains(page.browser).move_to_element(canvas).click_and_hold()
+    mouse.move_by_offset(40, 0).release().perform()
+    page.edit()
+    drawn = Image.open(masks[0])
+    assert drawn.size == (SIDE, SIDE)
+    assert drawn.crop((16, 16, 20, 17)).getextrema() == (255, 255), "right of the middle"
+    drawn.paste(0, (12, 12, 26, 21))
+    assert drawn.getbbox() is None, "black elsewhere"
+    record = served.folder / "clip" / RECORD
+    whole = record.read_text()
+    try:
+        record.write_text(whole.replace("mask: null\n  depth", f"mask: {masks[0]}\n  depth"))
+        Page(page.browser, served).click("button[role=tab]:nth-of-type(2)")
+        page.until(lambda: page.all("#single video"))
+        page.click("#again")
+        page.until(lambda: page.all("#strip img"))
+        page.edit()
+    finally:
+        record.write_text(whole)
+    shown = page.all("#strip img")[0].get_attribute("src")
+    page.click("#bundled")
+    page.until(lambda: page.all("#strip img")[0].get_attribute("src") != shown)
+    page.click("#edit")
+    page.until(lambda: len(masks) == 3)
+    assert masks[1:] == [masks[0], None]
 
 
 def test_the_options_are_those_of_the_chosen_editor(page: Page) -> None:

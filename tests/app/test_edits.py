@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any, Literal
 
+import gradio as gr
 import pytest
 import torch
 import yaml
@@ -14,7 +15,7 @@ from PIL import Image
 from tests.app.conftest import given
 from tests.video.making import make_video, noise
 from tokenflow.app.edits import Device, Edit
-from tokenflow.app.page import Page, progress
+from tokenflow.app.page import Page, Result, progress
 from tokenflow.app.request import Requests, command_of, yaml_of
 from tokenflow.app.results import Runs
 from tokenflow.cli.main import main
@@ -179,7 +180,7 @@ def test_a_long_upload_is_not_decoded_to_be_looked_at(requests: Requests) -> Non
 def test_a_mask_that_was_drawn(requests: Requests) -> None:
     page = Page(requests)
     shown = page.canvas(str(requests.uploads / "clip.mp4"), None)
-    assert shown["background"].size == (32, 32)
+    assert shown["value"]["background"].size == (32, 32)
     empty, layer = Image.new("RGBA", (8, 6)), Image.new("RGBA", (8, 6))
     layer.paste((255, 255, 255, 255), (2, 0, 4, 6))
     assert page.drawn(None) is None
@@ -190,6 +191,9 @@ def test_a_mask_that_was_drawn(requests: Requests) -> None:
     drawn = Image.open(path)
     assert (drawn.size, drawn.mode, drawn.getbbox()) == ((8, 6), "L", (2, 0, 4, 6))
     assert drawn.getextrema() == (0, 255)
+    state, both = gr.HTML(), {"drawn": {"layers": [layer]}, "mask": "clip.mp4"}
+    (said,) = page.edit(both, [], state, Result(page, "result"))
+    assert "expected one mask, got a drawn one and a video" in said[state]
 
 
 def test_the_yaml_has_what_differs_from_the_defaults(requests: Requests) -> None:

@@ -62,6 +62,9 @@ LOOKING = (
     "Looking at the model's files; the hub's are fetched, which without network takes a while."
 )
 DEPTH = "Depth as a video, bright where near"
+WHITE: dict[str, Any] = {"colors": ["#ffffff"], "color_mode": "fixed"}
+BRUSH = 0.05
+"""The brush's radius as a share of the frame's shorter side; Gradio's is 25 pixels of any frame."""
 KEEP = """(fit, ...values) => values.map((value, i) => {
   const {former, ...update} = fit[i];
   const fits = update.choices ? update.choices.some(([, one]) => one === value) : value !== former;
@@ -174,6 +177,7 @@ class Page:
             "video": video, start.name: first, count.name: frames,
             "inversion_prompt": before, "prompt": after,
         }  # fmt: skip
+        self.other_clip = [video.upload, video.clear, bundled.click]
         prompts = [before, after]
         bundled.click(lambda: self.served(DEMO), None, video, **PRIVATE)
         bundled.click(None, prompts, prompts, js=FILL, **PRIVATE)
@@ -204,7 +208,7 @@ class Page:
                 list(plugins("propagation")), value="NNField", label="Propagation kernel"
             )
             self.plugin_fields("propagation", plain=False)
-            with gr.Accordion("A part of the picture only", open=False):
+            with gr.Accordion("A part of the picture only", open=False, elem_id="part"):
                 self.mask()
             takes = [one.name for one in plugins("editor").values() if self.takes_control(one)]
             with gr.Row(visible=EDITOR in takes, elem_id="control") as group:
@@ -243,12 +247,13 @@ class Page:
         """The field for a mask: drawn on the first frame, or a video."""
         drawn = gr.ImageEditor(
             label="White where every frame may change", type="pil", sources=(), transforms=(),
-            layers=False, brush=gr.Brush(colors=["#ffffff"], color_mode="fixed"), height=320,
-            elem_id="mask",
+            layers=False, brush=gr.Brush(**WHITE), height=320, elem_id="mask",
         )  # fmt: skip
-        take = gr.Button("Draw on the first frame", size="sm")
+        take = gr.Button("Draw on the first frame", size="sm", elem_id="draw")
         video = gr.Video(label="Or a mask as a video", sources=["upload"], height=160)
         take.click(self.canvas, [self.fields["video"], self.fields["start"]], drawn, **PRIVATE)
+        # a drawing on another clip does not stay; not `change`, which `again` dispatches as well
+        gr.on(self.other_clip, None, None, drawn, js="() => [null]", **PRIVATE)
         auto = gr.Checkbox(label="Or wherever the two prompts differ")
         self.fields |= {"drawn": drawn, "mask": video, "auto": auto}
 
@@ -374,12 +379,16 @@ class Page:
         except InputError as error:
             raise gr.Error(str(error)) from error
         image = Image.fromarray((frame.permute(1, 2, 0) * 255).round().byte().numpy())
-        if drawn is None:
-            return {"background": image, "layers": [], "composite": image}
-        layer = Image.new("RGBA", image.size, "white")
-        layer.putalpha(Image.open(drawn).convert("L"))
-        whole = Image.alpha_composite(image.convert("RGBA"), layer)
-        return {"background": image, "layers": [layer], "composite": whole}
+        layers, whole = [], image
+        if drawn is not None:
+            layers = [Image.new("RGBA", image.size, "white")]
+            layers[0].putalpha(Image.open(drawn).convert("L"))
+            whole = Image.alpha_composite(image.convert("RGBA"), layers[0])
+        radius = max(1, round(BRUSH * min(image.size)))
+        return gr.update(
+            value={"background": image, "layers": layers, "composite": whole},
+            brush=gr.Brush(radius, **WHITE), eraser=gr.Eraser(radius),
+        )  # fmt: skip
 
     def drawn(self, value: Any) -> str | None:
         """The file of a mask that was drawn: black and white, of the frame's size."""
@@ -402,7 +411,10 @@ class Page:
     ) -> Iterator[dict[Any, Any]]:
         """Runs an edit; yields what the page shows of it."""
         try:
-            given["mask"] = self.drawn(given.pop("drawn")) or given.get("mask")
+            if drawn := self.drawn(given.pop("drawn")):
+                if given["mask"]:
+                    raise InputError("expected one mask, got a drawn one and a video; remove one")
+                given["mask"] = drawn
             if session:
                 raise InputError("this page's edit still runs; wait, or stop it")
             configuration = self.requests.configuration(given)
@@ -464,8 +476,10 @@ class Page:
         try:
             values, most = self.runs.values(name, self.requests), min(16, self.serving.max_frames)
             start = int(values.get("start") or 0)
-            if values["drawn"] is not None:
-                values["drawn"] = self.canvas(values["video"], start, values["drawn"])
+            canvas, drawn = gr.update(value=None), values.pop("drawn")
+            if drawn is not None:
+                canvas = self.canvas(values["video"], start, drawn)
+                canvas["value"] = self.sent("drawn", canvas["value"])
         except Exception as error:  # as above
             raise gr.Error(explained(error)) from error
         for what, known in (("model", self.serving.models), *((p, plugins(p)) for p in PLUGINS)):
@@ -484,6 +498,7 @@ class Page:
             elif name in values and not own:
                 value = self.sent(name, values[name])
                 updates[field] = {**updates.get(field, {}), **gr.update(value=value)}
+        updates[self.fields["drawn"]] = canvas
         # the slider does not know the clip yet
         updates[self.fields["start"]] = gr.update(value=start, maximum=max(start, 1))
         return {tabs: gr.Tabs(selected="edit"), **updates}
