@@ -191,8 +191,10 @@ def test_a_mask_that_was_drawn(requests: Requests) -> None:
     drawn = Image.open(path)
     assert (drawn.size, drawn.mode, drawn.getbbox()) == ((8, 6), "L", (2, 0, 4, 6))
     assert drawn.getextrema() == (0, 255)
-    state, both = gr.HTML(), {"drawn": {"layers": [layer]}, "mask": "clip.mp4"}
-    (said,) = page.edit(both, [], state, Result(page, "result"))
+    both = {"drawn": {"layers": [layer]}, "mask": "clip.mp4"}
+    with gr.Blocks():
+        state, result = gr.HTML(), Result(page, "result")
+    (said,) = page.edit(both, [], state, result)
     assert "expected one mask, got a drawn one and a video" in said[state]
 
 

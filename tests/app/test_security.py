@@ -256,10 +256,12 @@ def test_what_is_not_an_option_is_not_taken(requests: Requests) -> None:
 
 def test_two_pages_at_once(served: Served, video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One edit waits for the other, and each page hears of its own alone."""
-    waits, running, edit, place = Event(), list[Edit](), Device.edit, Device.place
+    begun, waits, running = Event(), Event(), list[Edit]()
+    edit, place = Device.edit, Device.place
 
     def alone(self: Device, one: Edit) -> None:
         running.append(one)
+        begun.set()
         assert waits.wait(60)
         edit(self, one)
         assert running.pop() is one
@@ -275,7 +277,9 @@ def test_two_pages_at_once(served: Served, video: Path, monkeypatch: pytest.Monk
     file = {"path": path, "meta": {"_type": "gradio.FileData"}}
     prompts = ("a plain red ball on sand", "a plain green ball on sand")
     fields = {"video": file, "editor": "SDEdit", "steps": 2, "frames": 2}
-    sessions = [join(served, "edit", fields | {"prompt": prompt}) for prompt in prompts]
+    sessions = [join(served, "edit", fields | {"prompt": prompts[0]})]
+    assert begun.wait(60)
+    sessions.append(join(served, "edit", fields | {"prompt": prompts[1]}))
     heard = [hear(served, session) for session in sessions]
     assert "Waiting: number 1 in the queue" in heard[1]
     for text, run, own, other in zip(
