@@ -47,6 +47,8 @@ class Page:
 
     def __init__(self, browser: Chrome, served: Served) -> None:
         self.browser, self.wait = browser, WebDriverWait(browser, 20, poll_frequency=0.05)
+        browser.get("about:blank")
+        browser.get_log("browser")  # of the page that is left: its requests are aborted
         browser.get(served.url)
         self.wait.until(lambda _: self.all("#steps input"))
 
@@ -241,6 +243,7 @@ def test_a_mask_is_drawn(
     record = served.folder / "clip" / RECORD
     whole = record.read_text()
     try:
+        assert said(page.browser) == []
         record.write_text(whole.replace("mask: null\n  depth", f"mask: {masks[0]}\n  depth"))
         Page(page.browser, served).click("button[role=tab]:nth-of-type(2)")
         page.until(lambda: page.all("#single video"))
