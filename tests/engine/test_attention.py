@@ -196,6 +196,20 @@ def test_propagation_replaces_the_output_in_all_branches(
     assert torch.equal(result.unflatten(0, (BRANCHES, FRAMES)), expected)
 
 
+def test_where_tokens_are_not_matched_frames_attend_on_their_own(
+    site: DiffusersSite, tokens: Tensor
+) -> None:
+    site.matched = False
+    kernel, bank = Second(), Bank()
+    result, _ = propagated(kernel, tokens, site)
+    assert torch.equal(result, site.plain(tokens))
+    assert not kernel.asked
+    # jointly as everywhere, but nothing is left for the windows
+    assert not torch.equal(JointAttention(BRANCHES, bank)(site, tokens), result)
+    assert not bank.source
+    assert not bank.outputs
+
+
 def test_a_kernel_is_given_source_tokens_and_where_they_are(
     site: DiffusersSite, tokens: Tensor
 ) -> None:

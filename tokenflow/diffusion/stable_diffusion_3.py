@@ -136,11 +136,19 @@ class StableDiffusion3(FlowTransformer):
         return output.sample.float()
 
     def sites(self) -> Mapping[str, DiffusersSite]:
-        """Joint attention, and in SD 3.5's first blocks another one of image tokens alone."""
+        """Joint attention, and in SD 3.5's first blocks another one of image tokens alone.
+
+        Positions are added to the tokens at the network's input. In the first half of the blocks
+        they are most of what a token is: it is matched to its own place (docs/miniature.md).
+        """
         found: dict[str, DiffusersSite] = {}
-        for number, block in enumerate(self.transformer.transformer_blocks):
+        blocks = self.transformer.transformer_blocks
+        for number, block in enumerate(blocks):
             name = f"transformer_blocks.{number}"
-            found[f"{name}.attn"] = StableDiffusion3Site(f"{name}.attn", block.attn)
+            here: list[DiffusersSite] = [StableDiffusion3Site(f"{name}.attn", block.attn)]
             if block.attn2 is not None:
-                found[f"{name}.attn2"] = DiffusersSite(f"{name}.attn2", block.attn2)
+                here.append(DiffusersSite(f"{name}.attn2", block.attn2))
+            for site in here:
+                site.matched = number >= len(blocks) // 2
+                found[site.name] = site
         return found

@@ -54,7 +54,7 @@ class AttentionSwitch:
 class Bank:
     """What the joint pass of one step leaves at every site, for the windows that use it.
 
-    `source` holds each site's source tokens, (keyframes, tokens, channels), and `outputs` the
+    `source` holds each matched site's source tokens, (keyframes, tokens, channels), `outputs` the
     attention's output in all branches, (branches, keyframes, tokens, channels), of the keyframes
     that this rank's windows need. Of a sequence with text, the tokens are the image's.
     """
@@ -152,7 +152,7 @@ class JointAttention:
             attended.append(rearrange(out, "n 1 h (f s) d -> (n f) h s d", f=frames))
         image_values, text_values = torch.cat(attended).tensor_split([image.shape[1]], dim=2)
         output = site.output(image_values, **given)
-        if self.bank is not None:
+        if self.bank is not None and site.matched:
             left = rearrange(output, "(b f) s c -> f b s c", f=frames)
             if alone:
                 self.bank.outputs[site.name] = self.exchange_halo(left).transpose(0, 1)
@@ -219,7 +219,7 @@ class PropagatedAttention:
     """No attention: every token takes the keyframes' outputs at its correspondence (equation 6).
 
     Text tokens in a site's sequence have no such correspondence: they attend to their own frame's
-    tokens, as they do without tokenflow.
+    tokens, as they do without tokenflow. So do all tokens of a site that is not `matched`.
 
     Args:
         branches: Of the edit, the source's among them.
@@ -245,7 +245,9 @@ class PropagatedAttention:
         self.window, self.used, self.first = window, slice(used[0], used[-1] + 1), first
         self.features = features or SourceFeatures()
 
-    def __call__(self, site: Site, hidden_states: Tensor, *_: Any, **given: Any) -> Any:
+    def __call__(self, site: Site, hidden_states: Tensor, *args: Any, **given: Any) -> Any:
+        if not site.matched:
+            return plain(site, hidden_states, *args, **given)
         features, frames, used = self.features, self.window.frames, self.used
         image = site.image(hidden_states, **given)
         outputs = self.bank.outputs[site.name][:, used]

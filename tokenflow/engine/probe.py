@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,10 +31,10 @@ class Probe:
     """Records a site's tokens and correspondences at one step, of a rank's own frames.
 
     Args:
-        sites: The names of all sites.
+        sites: All of the model's.
         frames: Those that this rank edits, by position in the clip.
         steps: Of sampling.
-        site: One of the sites; in the middle of the decoder if not given.
+        site: One of those that are matched; in the middle of the decoder if not given.
         step: From 0; if not given the middle one, or the first after it where sampling resumes.
         frame: One whose correspondence is wanted besides those that are evenly spaced.
 
@@ -44,7 +44,7 @@ class Probe:
 
     def __init__(
         self,
-        sites: Iterable[str],
+        sites: Mapping[str, Site],
         frames: range,
         steps: int,
         site: str | None = None,
@@ -54,7 +54,8 @@ class Probe:
         self.step = steps // 2 if step is None else step
         if not 0 <= self.step < steps:
             raise InputError(f"expected a step from 0 to {steps - 1}, got {self.step}")
-        self.site, self.steps = chosen(list(sites), site), steps
+        matched = [name for name, one in sites.items() if one.matched]
+        self.site, self.steps = chosen(matched, site), steps
         count = min(len(frames), SHOWN)
         places = torch.linspace(0, max(len(frames) - 1, 0), count).round().int().tolist()
         self.shown = [frames[place] for place in places]
