@@ -1,4 +1,4 @@
-"""Edits without inversion and in few steps beside Plug-and-Play, judged, with their cost.
+"""Edits without inversion, in few steps and by a transformer beside Plug-and-Play, with their cost.
 
     python benchmarks/few_steps.py
 
@@ -8,6 +8,7 @@ its latents decode to, and one row of frames for each row of the table.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import process_time
@@ -19,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from tokenflow.diffusion import Backbone, StableDiffusion
-from tokenflow.editors import DDCM, Editor, FlowEdit
+from tokenflow.diffusion import Backbone
+from tokenflow.editors import DDCM, Editor, FlowEdit, PnP
 from tokenflow.engine import Settings, edit_clip
 from tokenflow.engine.settings import FUSION
 from tokenflow.miniature.edits import EDITOR
@@ -51,6 +52,10 @@ CONSISTENCY: dict[str, dict[str, Any]] = {
 WAYS = {
     "PnP": Way("miniature", EDITOR, 15, 4.0),
     "FlowEdit": Way("miniature", FlowEdit(n_max=11, noise="shared"), 15, 4.0),
+    "transformer, PnP": Way("miniature-transformer", PnP(attention=0.5, features=0.0), 15, 4.0),
+    "transformer, FlowEdit": Way(
+        "miniature-transformer", FlowEdit(n_max=11, noise="shared"), 15, 4.0
+    ),
     "DDCM, 8 steps": Way("miniature-lcm", DDCM(noise="shared"), 8, 3.0),
     "DDCM, 4 steps": Way("miniature-lcm", DDCM(noise="shared"), 4, 3.0),
 }
@@ -88,9 +93,8 @@ def main(
             way = WAYS[name]
             for kind in consistency:
                 model = models[way.model]
-                assert isinstance(model, StableDiffusion)
                 rows: list[int] = []
-                counting = model.unet.register_forward_pre_hook(counter(rows))
+                counting = model.network.register_forward_pre_hook(counter(rows), with_kwargs=True)
                 begin = process_time()
                 result = edit_clip(
                     model, edit.clip, edit.prompts, way.editor, NNField(),
@@ -116,11 +120,11 @@ def main(
     console.print(table)
 
 
-def counter(rows: list[int]) -> object:
+def counter(rows: list[int]) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Any]], None]:
     """A hook that notes how many latents enter a network."""
 
-    def count(network: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        rows.append(len(inputs[0]))
+    def count(network: nn.Module, inputs: tuple[Tensor, ...], options: dict[str, Any]) -> None:
+        rows.append(len(inputs[0] if inputs else options["hidden_states"]))
 
     return count
 
