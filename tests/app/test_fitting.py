@@ -19,7 +19,7 @@ from tokenflow.app.page import Page, switch
 from tokenflow.app.request import Requests
 from tokenflow.app.serving import Serving
 from tokenflow.diffusion import Backbone
-from tokenflow.diffusion.backbone import Defaults
+from tokenflow.diffusion.backbone import EMBEDDED, Defaults
 from tokenflow.editors import SDEdit
 from tokenflow.errors import InputError
 from tokenflow.plugins import Plugin, installed_plugins
@@ -81,7 +81,7 @@ def page(folder: Path) -> Iterator[Page]:
     found = (*(plugin for plugin in installed_plugins() if plugin.ours), broken)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fitting, "installed_plugins", lambda: found)
-        names = ["miniature", "miniature-lcm", *(str(folder / name) for name in CONFIGURATIONS)]
+        names = [*Serving().models, *(str(folder / name) for name in CONFIGURATIONS)]
         made = Page(Requests(Serving(str(folder / "runs"), names)))
         made.build()
         yield made
@@ -154,11 +154,16 @@ def test_an_editor_that_exits_does_not_fit(page: Page, monkeypatch: pytest.Monke
     assert "SDEdit: SystemExit: 3" in fitted(page, "miniature")["notes"]["value"]
 
 
+def test_every_embedded_model_is_offered() -> None:
+    assert tuple(Serving().models) == tuple(EMBEDDED)
+
+
 @pytest.mark.parametrize(
     ("model", "editors", "steps", "guidance", "features", "note"),
     [
         ("miniature", EVERY, 50, 3.0, 0.8, ""),
         ("miniature-lcm", EVERY, 8, 3.0, 0.8, "Made for few steps, such as 8;"),
+        ("miniature-transformer", EVERY[1:], 50, 3.0, 0.0, ""),
         ("sd", EVERY, 50, 7.5, 0.8, ""),
         ("inpainting", EVERY[1:], 50, 7.5, 0.8, "This model needs a mask"),
         ("depth", EVERY[1:], 50, 7.5, 0.8, "This model needs the depth of the frames"),

@@ -18,8 +18,9 @@ class Serving:
 
     Args:
         folder: Runs go to folders in this one, and uploads to `.uploads` in it.
-        models: The models that the page offers: "miniature" and "miniature-lcm", the embedded
-            ones, folders in diffusers' layout, hub ids, checkpoints in one *.safetensors file.
+        models: The models that the page offers: the embedded ones, "miniature", "miniature-lcm"
+            and "miniature-transformer", folders in diffusers' layout, hub ids, checkpoints in one
+            *.safetensors file.
         host: The address that is listened at; any other than this machine's own needs a password.
         port: The first free one from 7860 if not given.
         share: Makes a public address by Gradio's tunnel, which needs a password.
@@ -38,7 +39,7 @@ class Serving:
     """
 
     folder: str = "runs"
-    models: Sequence[str] = ("miniature", "miniature-lcm")
+    models: Sequence[str] = ("miniature", "miniature-lcm", "miniature-transformer")
     host: str = "127.0.0.1"
     port: int | None = None
     share: bool = False

@@ -26,8 +26,12 @@ from tokenflow.diffusion.textual_inversion import Embedding
 from tokenflow.errors import InputError
 
 MINIATURE = Path(__file__).parents[1] / "miniature"
-EMBEDDED = {"miniature": MINIATURE / "weights", "miniature-lcm": MINIATURE / "lcm"}
-"""Folders of the embedded models by name; the second one is distilled from the first."""
+EMBEDDED = {
+    "miniature": MINIATURE / "weights",
+    "miniature-lcm": MINIATURE / "lcm",
+    "miniature-transformer": MINIATURE / "transformer",
+}
+"""Folders of the embedded models by name: a UNet, its few-step form, and one like SD 3's."""
 INDEX = "model_index.json"
 GROUP = "tokenflow.backbones"
 VARIANTS = {"text_encoder_2": "StableDiffusionXLPipeline", "unet": "StableDiffusionPipeline"}
@@ -132,7 +136,7 @@ class Backbone(ABC):
         Args:
             model: A folder in diffusers' layout, the id of a hub model ("owner/name"), a checkpoint
                 in one file (Stable Diffusion's or SDXL's own layout, *.safetensors),
-                "miniature", the embedded one, or "miniature-lcm", its few-step form.
+                or an embedded one: "miniature", "miniature-lcm", "miniature-transformer".
             device: "auto" takes an accelerator if there is one, else the CPU.
             dtype: "float32", "float16", "bfloat16"; "auto" is float16 on an accelerator (of Flux
                 bfloat16), and on a CPU bfloat16 where the processor computes in it, else float32.
