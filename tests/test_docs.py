@@ -26,7 +26,12 @@ from tokenflow.plugins import installed_plugins
 from tokenflow.testing.checks import Check
 
 PAGES = ["docs/write-an-editor.md", "docs/write-a-kernel.md", "docs/write-a-backbone.md"]
-READMES = ["README.md", "examples/tokenflow-local/README.md", "training/README.md"]
+READMES = [
+    "README.md",
+    "docs/miniature.md",
+    "examples/tokenflow-local/README.md",
+    "training/README.md",
+]
 QUICK = ["--model.steps=1", "--data.max_frames=2", "--data.resolution=64"]
 
 
