@@ -134,8 +134,8 @@ def parsed(kind: Any, options: list[str]) -> tuple[ArgumentParser, Namespace]:
     disable_progress_bar()  # of models' loading
     if takes_backbone(kind):
         about = (
-            "What an editor is checked on: a folder, a hub id, 'miniature', the embedded model, or "
-            "'tiny', one with random weights."
+            "What an editor is checked on: a folder, a hub id, an embedded model such as "
+            "'miniature', or 'tiny', one with random weights."
         )
         parser.add_argument("--backbone", type=str, default="tiny", help=about)
     return parser, parser.parse_args(options)

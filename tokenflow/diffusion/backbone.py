@@ -31,7 +31,7 @@ EMBEDDED = {
     "miniature-lcm": MINIATURE / "lcm",
     "miniature-transformer": MINIATURE / "transformer",
 }
-"""Folders of the embedded models by name: a UNet, its few-step form, and one like SD 3's."""
+"""Folders of the embedded models by name: a UNet, its few-step form, and a transformer."""
 INDEX = "model_index.json"
 GROUP = "tokenflow.backbones"
 VARIANTS = {"text_encoder_2": "StableDiffusionXLPipeline", "unet": "StableDiffusionPipeline"}

@@ -42,8 +42,8 @@ class Site(ABC):
     has_text: ClassVar[bool] = False
     """Whether the layer's sequence holds text tokens besides the image tokens."""
     matched: bool = True
-    """Whether what the tokens show decides which ones match, so that outputs can be propagated.
-    Where their place in the frame does, frames attend on their own in propagated passes."""
+    """Whether what tokens show decides which ones match, so that outputs can be propagated. If
+    False, their place decides; frames then attend on their own in propagated passes."""
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -139,7 +139,8 @@ class StableDiffusion3(FlowTransformer):
         """Joint attention, and in SD 3.5's first blocks another one of image tokens alone.
 
         Positions are added to the tokens at the network's input. In the first half of the blocks
-        they are most of what a token is: it is matched to its own place (docs/miniature.md).
+        of the embedded transformer they are most of what a token is, which is matched to its own
+        place (docs/miniature.md); larger models were not measured.
         """
         found: dict[str, DiffusersSite] = {}
         blocks = self.transformer.transformer_blocks

@@ -99,7 +99,8 @@ class Injection:
     not computed for them. It is on at step i of N while int(N · begin) <= i < int(N · end).
 
     In a propagated pass the output of self-attention is taken from keyframes, so that injections
-    into its projections have no effect there; `batch.keyframes` is true in the joint pass.
+    into its projections have no effect at sites that are `matched`; `batch.keyframes` is true in
+    the joint pass.
     """
 
     layer: str

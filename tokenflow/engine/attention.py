@@ -52,7 +52,7 @@ class AttentionSwitch:
 
 @dataclass
 class Bank:
-    """What the joint pass of one step leaves at every site, for the windows that use it.
+    """What the joint pass of one step leaves at every matched site, for the windows that use it.
 
     `source` holds each matched site's source tokens, (keyframes, tokens, channels), `outputs` the
     attention's output in all branches, (branches, keyframes, tokens, channels), of the keyframes

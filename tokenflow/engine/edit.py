@@ -293,7 +293,8 @@ def with_features(
         injected = [network.injected(step, steps) for step in range(steps)]
     chosen = {name: getattr(settings, name) for name in SOURCE_SETTINGS}
     key = (
-        network.model.fingerprint, network.source_prompt, sampling.schedule.timesteps, chosen,
+        network.model.fingerprint, network.matched, network.source_prompt,
+        sampling.schedule.timesteps, chosen,
         sampling.name, kernel, sampling.matcher.kernel.cache_key(), sampling.keyframes_once,
         list(shard.own), shard.counts,
         way.__module__, way.__qualname__, way.cache_key(), sampling.ranks.all_gather_object(own),

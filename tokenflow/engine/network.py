@@ -72,6 +72,11 @@ class EditedNetwork:
         return getattr(self.switch.attention, "features", NONE)
 
     @property
+    def matched(self) -> list[str]:
+        """The sites whose outputs are propagated."""
+        return [name for name, site in self.switch.sites.items() if site.matched]
+
+    @property
     def has_text(self) -> bool:
         """Whether there are sites whose sequence holds text."""
         return any(site.has_text for site in self.switch.sites.values())
@@ -79,10 +84,12 @@ class EditedNetwork:
     def injected(self, step: int, steps: int) -> list[str] | None:
         """The layers that are injected at a step of an edit; None where that is too much to keep.
 
-        Where sequences hold text, the projections of all frames are needed in every pass.
+        Where sequences hold text, or a site is not matched, the projections of all frames are
+        needed in every pass.
         """
         on = [one for one in self.editor.injections(self.model) if one.active(step, steps)]
-        if self.has_text and any(one.layer in self.projections for one in on):
+        everywhere = self.has_text or len(self.matched) < len(self.switch.sites)
+        if everywhere and any(one.layer in self.projections for one in on):
             return None
         return [f"{one.layer} {'replaced' if one.function is None else 'changed'}" for one in on]
 

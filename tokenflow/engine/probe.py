@@ -54,8 +54,7 @@ class Probe:
         self.step = steps // 2 if step is None else step
         if not 0 <= self.step < steps:
             raise InputError(f"expected a step from 0 to {steps - 1}, got {self.step}")
-        matched = [name for name, one in sites.items() if one.matched]
-        self.site, self.steps = chosen(matched, site), steps
+        self.site, self.steps = chosen(sites, site), steps
         count = min(len(frames), SHOWN)
         places = torch.linspace(0, max(len(frames) - 1, 0), count).round().int().tolist()
         self.shown = [frames[place] for place in places]
@@ -87,18 +86,21 @@ class Probe:
             self.seen = Observed(self.site, step, steps, self.shown, stacked, self.parts)
 
 
-def chosen(sites: list[str], site: str | None) -> str:
+def chosen(sites: Mapping[str, Site], site: str | None) -> str:
     """The site of this name, or by default one in the middle of the decoder.
 
     Raises:
-        InputError: There is none.
+        InputError: There is none that is matched.
     """
-    if site is None:
-        decoder = [name for name in sites if name.startswith("up_blocks")] or sites
+    matched = [name for name, one in sites.items() if one.matched]
+    if site is None and matched:
+        decoder = [name for name in matched if name.startswith("up_blocks")] or matched
         return decoder[len(decoder) // 2]
-    if site.removesuffix(".processor") in sites:
-        return site.removesuffix(".processor")
-    raise InputError(f"there is no site {site!r}; expected one of {', '.join(sites)}")
+    name = "" if site is None else site.removesuffix(".processor")
+    if name in matched:
+        return name
+    wrong = f"nothing is propagated at {site}" if name in sites else f"there is no site {site!r}"
+    raise InputError(f"{wrong}; expected one of {', '.join(matched)}")
 
 
 @torch.no_grad()
@@ -123,7 +125,7 @@ def find_correspondences(
         kernel: What finds correspondences.
         prompt: What the source shows.
         settings: Of steps, windows, keyframes and neighbours.
-        site: One of `model.sites()`; in the middle of the decoder if not given.
+        site: One of `model.sites()` that is matched; in the middle of the decoder if not given.
         step: Of sampling, from 0; the middle one if not given.
         frame: One whose correspondence is wanted besides those that are evenly spaced.
 

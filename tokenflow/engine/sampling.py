@@ -70,10 +70,13 @@ class Sampling:
         """Whether a keyframe's pass in its window would only repeat its joint pass.
 
         There its tokens take their own features. In "previous" they take the window before's as
-        well, and text in a sequence attends to all keyframes in a joint pass.
+        well; text in a sequence, and sites that are not matched, attend to all keyframes in a
+        joint pass.
         """
         identity = self.matcher.kernel.identity_at_keyframes
-        return identity and self.settings.neighbours == "bracketing" and not self.network.has_text
+        network, bracketing = self.network, self.settings.neighbours == "bracketing"
+        alike = not network.has_text and len(network.matched) == len(network.switch.sites)
+        return identity and bracketing and alike
 
     def step(self, index: int) -> Step:
         """A step of sampling, as the editor sees it; what guidance does not need is left out."""

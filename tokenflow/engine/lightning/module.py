@@ -74,7 +74,7 @@ class TokenFlowModule(LightningModule):
         backbone: A folder with a Stable Diffusion, SDXL, SD 3 or Flux model in diffusers' layout,
             the id of a hub model, a checkpoint of the first two in one *.safetensors file,
             or an embedded one: "miniature", "miniature-lcm", its few-step form, or
-            "miniature-transformer", a small one like SD 3.
+            "miniature-transformer", in the shape of SD 3.
         dtype: Of the networks: "float32", "float16", "bfloat16", or "auto", which is float16 on
             an accelerator, and on a CPU bfloat16 where the processor computes in it, else float32.
         compile: Whether parts of the network are compiled, which takes seconds to minutes; needs a

@@ -108,7 +108,8 @@ class RunWriter(BasePredictionWriter, EditCallback):
     ) -> None:
         assert module.backbone is not None, "setup comes before a clip"
         settings, sites = module.options(job)[1], module.backbone.sites()
-        propagated = settings.consistency == "tokenflow" and sites
+        matched = any(site.matched for site in sites.values())
+        propagated = settings.consistency == "tokenflow" and matched
         self.probe = Probe(sites, frames, settings.steps) if propagated else None
 
     def wants_correspondences(self, step: int) -> bool:
