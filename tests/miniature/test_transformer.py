@@ -37,6 +37,7 @@ def test_samples_show_what_the_prompt_says() -> None:
     assert all(right[name] >= bar for name, bar in bars.items()), right
 
 
+@pytest.mark.full
 def test_flowedit_shows_what_was_asked_for_and_keeps_the_rest() -> None:
     """Of the striped box; as measured, all frames are right."""
     edit = suite(8)[1]
