@@ -455,6 +455,17 @@ def test_doctor_tells_what_to_do_about_a_torchvision_for_another_torch(
     assert f"torchvision 0.1 was not built for torch {version('torch')}: pip install" in out
 
 
+@pytest.mark.parametrize("model", ["WEIGHTS", "LCM", "TRANSFORMER"])
+def test_doctor_finds_an_embedded_model_missing(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, model, tmp_path)
+    assert doctor.run([]) == 1
+    broken = [line for line in capsys.readouterr().out.splitlines() if "BROKEN" in line]
+    assert len(broken) == 1
+    assert f"no weights in {tmp_path}" in broken[0]
+
+
 @pytest.mark.parametrize("words", [["plugins", "--help"], ["doctor", "--help"], ["doctor", "-h"]])
 def test_the_small_commands_have_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     main(words)

@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 
 from tokenflow.cli.stop import HELP
 from tokenflow.errors import InputError, PluginError
+from tokenflow.miniature import LCM, TRANSFORMER, WEIGHTS
 from tokenflow.plugins import Plugin, describe, installed_plugins, offered_plugins
 
 PACKAGES = (
@@ -36,7 +37,6 @@ PACKAGES = (
 OPTIONAL = ("torchvision",)
 MODULES = {"opencv-python-headless": "cv2"}  # where a package's module has another name
 WIDTH = max(map(len, PACKAGES))
-MINIATURE = Path(__file__).parents[1] / "miniature" / "weights"
 USAGE = """\
 usage: tokenflow doctor
        tokenflow doctor --imports
@@ -164,12 +164,13 @@ def codecs() -> str:
 
 
 def miniature() -> str:
-    """Raises where the embedded model is not in the package."""
-    weights = [MINIATURE / part for part in ("unet", "vae", "text_encoder")]
-    if missing := [str(folder) for folder in weights if not any(folder.glob("*.safetensors"))]:
+    """Raises where a part of an embedded model is not in the package."""
+    models = {WEIGHTS: "unet", LCM: "unet", TRANSFORMER: "transformer"}
+    parts = [m / part for m, net in models.items() for part in (net, "vae", "text_encoder")]
+    if missing := [str(part) for part in parts if not any(part.glob("*.safetensors"))]:
         raise FileNotFoundError(f"no weights in {', '.join(missing)}; install tokenflow again")
-    size = sum(file.stat().st_size for file in MINIATURE.rglob("*") if file.is_file())
-    return f"embedded model, {size / 2**20:.1f} MiB"
+    size = sum(file.stat().st_size for m in models for file in m.rglob("*") if file.is_file())
+    return f"{len(models)} embedded models, {size / 2**20:.1f} MiB"
 
 
 def offered() -> str:
