@@ -14,6 +14,7 @@ from tokenflow.diffusion import Backbone, Trajectory, invert
 from tokenflow.editors import Batch, Editor, Injection, PnP, Prompts, SDEdit
 from tokenflow.engine import Settings, SourceCache, edit_clip, edit_latents
 from tokenflow.engine.resume import ResumeStore
+from tokenflow.errors import InputError, Preempted
 from tokenflow.propagation import NNField, Propagation
 from tokenflow.storage.cache import Cache
 from tokenflow.video import Clip
@@ -217,10 +218,28 @@ def test_a_damaged_entry_is_computed_anew(backbone: Backbone, clip: Clip, tmp_pa
     assert sum(passes[2]) == STEPS
 
 
+def test_an_edit_that_is_resumed_takes_nothing_that_was_kept_since(
+    backbone: Backbone, clip: Clip, tmp_path: Path
+) -> None:
+    settings = Settings(steps=STEPS, keyframe_every=4)
+
+    def edited(folder: str, prompt: str, stop: int | None = None) -> Tensor:
+        return edit_clip(
+            backbone, clip, prompt, PnP(), NNField(), settings, store=stored(tmp_path / folder),
+            on_step=lambda stage, done, _: "stop" if (stage, done) == ("edit", stop) else None,
+        ).latents  # fmt: skip
+
+    whole = edited("alone", "a red ball")
+    with pytest.raises(Preempted):
+        edited("shared", "a red ball", stop=2)
+    edited("shared", "a blue cube")
+    assert torch.equal(edited("shared", "a red ball"), whole)
+
+
 def test_one_clip_takes_half_of_the_limit(backbone: Backbone, clip: Clip, tmp_path: Path) -> None:
     settings = Settings(steps=STEPS, keyframe_every=4)
     store = ResumeStore(Cache(tmp_path, gigabytes=2.5e-4), "editor", "kernel")
-    with pytest.warns(UserWarning, match="more than half of the cache's limit of 0.00025 GB"):
+    with pytest.warns(UserWarning, match="more than half of its 0.00025 GB"):
         edit_clip(backbone, clip, "x", PnP(), NNField(), settings, store=store)
     kept = [e.size for e in Cache(tmp_path).entries() if e.kind == "features"]
     assert 0 < len(kept) < STEPS
@@ -239,6 +258,28 @@ def test_beyond_its_budget_memory_is_mapped(backbone: Backbone, clip: Clip) -> N
             )  # fmt: skip
         results.append(found)
     assert torch.equal(*results)
+
+
+def test_a_full_disk_ends_the_cache_and_not_the_edit(
+    backbone: Backbone, clip: Clip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trajectory, schedule = inverted(backbone, clip), backbone.schedule(STEPS)
+    settings, cache = Settings(steps=STEPS, keyframe_every=4), SourceCache(budget=0)
+
+    def edited(cache: SourceCache | None) -> Tensor:
+        return edit_latents(
+            backbone, trajectory, schedule, "x", PnP(), NNField(), settings, source_cache=cache
+        )
+
+    def refused(tensor: Tensor) -> Tensor:
+        raise InputError("no space left")
+
+    without = edited(None)
+    monkeypatch.setattr("tokenflow.engine.source_cache.on_disk", refused)
+    with pytest.warns(UserWarning, match="clip are not all cached.*: no space left") as warned:
+        assert torch.equal(edited(cache), without)
+    assert len(warned) == 1
+    assert torch.equal(edited(cache), without)
 
 
 def test_a_step_that_is_too_large_for_memory_is_not_kept(

@@ -196,7 +196,7 @@ def edit_clip(
     with timed(seconds, "edit"):
         x, first = first_latents(sampling, checkpoint)
         shown = None if on_prediction is None else Predictions(sampling, x, on_prediction)
-        after_step = EditSteps(ranks, checkpoint, len(schedule), on_step, shown)
+        after_step = EditSteps(ranks, checkpoint, len(schedule), on_step, sampling.features, shown)
         edited = sample(sampling, way, x, first, after_step)
     with timed(seconds, "decode"), ranks.together(), ranks.preemption.interruptible():
         done = decoded(model, edited, clip, settings.batch, on_step, region)
@@ -322,7 +322,9 @@ def first_latents(
     if checkpoint is not None:
         found = checkpoint.load(begin.latents, len(sampling.schedule))
         if found is not None:
-            return found
+            x, done, took = found
+            sampling.features.alone = not took
+            return x, done
     return begin.latents.clone(), begin.step
 
 
@@ -358,6 +360,7 @@ class EditSteps:
     checkpoint: SamplingCheckpoint | None
     steps: int
     on_step: OnStep
+    features: SourceFeatures
     predictions: Predictions | None = None
 
     def __call__(self, done: int, x: Float[Tensor, "frames c h w"]) -> bool:
@@ -367,7 +370,7 @@ class EditSteps:
         (stop,) = self.ranks.any(self.on_step("edit", done, self.steps) == "stop")
         due = self.checkpoint and (done % self.checkpoint.every == 0 or done == self.steps)
         if self.checkpoint is not None and (due or stop):
-            self.checkpoint.save(done, x)
+            self.checkpoint.save(done, x, self.features.took)
         return stop
 
 

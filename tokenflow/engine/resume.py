@@ -149,17 +149,18 @@ class SamplingCheckpoint:
         self.positions, self.counts, self.ranks = clip.positions, counts, ranks
         own = list(frames[: counts[ranks.rank]])
         every = [frame for part in ranks.all_gather_object(own) for frame in part]
-        self.key = digests.of_values("sampling", 5, clip.name, *sampling, every)
+        self.key = digests.of_values("sampling", 6, clip.name, *sampling, every)
 
     def load(
         self, begin: Float[Tensor, "frames c h w"], steps: int
-    ) -> tuple[Float[Tensor, "frames c h w"], int] | None:
-        """This rank's latents and the steps that are done; None without a checkpoint.
+    ) -> tuple[Float[Tensor, "frames c h w"], int, bool] | None:
+        """This rank's latents, the steps that are done, and whether the last one took the source's
+        features from the cache; None without a checkpoint.
 
         `begin` are this rank's latents before the first step, `steps` those of the schedule.
         """
         whole = begin.new_empty(()).expand(sum(self.counts), *begin.shape[1:])
-        expected = {"latents": whole, "done": torch.tensor(0)}
+        expected = {"latents": whole, "done": torch.tensor(0), "took": torch.tensor(False)}
 
         def fits(tensors: Mapping[str, Tensor]) -> bool:
             return alike(expected, tensors) and 0 <= int(tensors["done"]) <= steps
@@ -167,18 +168,20 @@ class SamplingCheckpoint:
         with self.ranks.together():
             found = self.cache.load(self.key, fits) if self.ranks.rank == 0 else None
         latents = self.ranks.broadcast(None if found is None else found["latents"])
-        done = self.ranks.all_gather_object(0 if found is None else int(found["done"]))[0]
-        if latents is None:
+        state = None if found is None else (int(found["done"]), bool(found["took"]))
+        state = self.ranks.all_gather_object(state)[0]
+        if latents is None or state is None:
             return None
-        return latents[self.positions.start : self.positions.stop].clone(), done
+        return latents[self.positions.start : self.positions.stop].clone(), *state
 
-    def save(self, done: int, x: Float[Tensor, "frames c h w"]) -> None:
-        """Writes the latents after so many steps."""
+    def save(self, done: int, x: Float[Tensor, "frames c h w"], took: bool) -> None:
+        """Writes the latents after so many steps, and whether the last one took from the cache."""
         every: list[Tensor] = []
         self.ranks.gather(x, self.counts, every.append)
         with self.ranks.together():
             if every:
-                tensors = {"latents": torch.stack(every), "done": torch.tensor(done)}
+                state = {"done": torch.tensor(done), "took": torch.tensor(took)}
+                tensors = {"latents": torch.stack(every), **state}
                 self.cache.save(self.key, tensors, "sampling", self.name)
 
     def remove(self) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tokenflow.engine.ranks.group import FrameGroup
+from tokenflow.errors import InputError
 from tokenflow.propagation import Correspondence
 from tokenflow.storage import digests
 from tokenflow.storage.cache import Cache
@@ -60,24 +61,31 @@ class SourceCache:
 
     def save(self, key: str, tables: Tables, clip: str) -> None:
         """Keeps an entry; one clip's may take half of a cache's limit."""
-        size = sum(table.nbytes for table in tables.values())
-        self.written += size
+        if self.full:
+            return
+        self.written += sum(table.nbytes for table in tables.values())
         if self.cache is None or self.worker is None:
             large = self.written > self.budget
-            self.entries[key] = {n: on_disk(t) if large else t for n, t in tables.items()}
+            try:
+                self.entries[key] = {n: on_disk(t) if large else t for n, t in tables.items()}
+            except InputError as error:
+                self.stop(clip, str(error))
             return
-        if self.full or 2 * self.written > self.cache.limit:
-            if not self.full:
-                warnings.warn(
-                    f"the source features of {clip} would take more than half of the cache's limit "
-                    f"of {self.cache.limit / 1e9:g} GB: further steps are not kept, and later "
-                    f"edits of the clip compute them anew; raise --model.cache_gigabytes",
-                    stacklevel=2,
-                )
-            self.full = True
+        if 2 * self.written > self.cache.limit:
+            limit = f"they would take more than half of its {self.cache.limit / 1e9:g} GB"
+            self.stop(clip, f"{limit}; raise --model.cache_gigabytes")
             return
         self.flush()  # one at a time is in memory
         self.pending[key] = self.worker.submit(self._write, key, tables, clip)
+
+    def stop(self, clip: str, reason: str) -> None:
+        """Says why no further step is kept; the edit goes on."""
+        self.full = True
+        warnings.warn(
+            f"the source features of {clip} are not all cached, and later edits of the clip "
+            f"compute the rest anew: {reason}",
+            stacklevel=3,
+        )
 
     def _write(self, key: str, tables: Tables, clip: str) -> None:
         assert self.cache is not None
@@ -103,6 +111,11 @@ class SourceFeatures:
         injected: The layers that are injected, of each step; None where nothing is to be kept.
         wanted: Whether the source's own tokens are wanted at a step.
         ranks: That share the clip, and agree.
+
+    Attributes:
+        took: Whether the last step that others may have kept was taken from them.
+        alone: Whether none is, for an edit that is resumed and took none before: others may have
+            filled the cache since.
     """
 
     def __init__(
@@ -121,6 +134,8 @@ class SourceFeatures:
         self.places: dict[str, dict[int, int]] = {}  # of frames in the tables
         self.rows: dict[str, dict[int, Tensor]] = {}
         self.cached = self.known = self.off = False
+        self.took = False
+        self.alone = False
         self.entry, self.size = "", 0
 
     def begin(self, step: int) -> None:
@@ -133,9 +148,11 @@ class SourceFeatures:
         self.entry = self._entry(step)
         found = self.cache.load(self.entry)
         self.known = found is not None
-        own = found is None or (self.writer and text(found[WRITER]) == self.writer)
+        mine = self.writer and found is not None and text(found[WRITER]) == self.writer
+        own = found is None or mine or self.alone
         (alone,) = self.ranks.any(bool(own) or self.wanted(step))
-        self.cached, self.tables = not alone, found if found and not alone else {}
+        self.cached = self.took = not alone
+        self.tables = found if found and not alone else {}
         self.places = {
             name.removeprefix(FRAMES): {frame: row for row, frame in enumerate(frames.tolist())}
             for name, frames in self.tables.items()
