@@ -20,10 +20,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def name(folder: Path, pipeline: str, *parts: str) -> None:
-    """Writes an index that names a pipeline, with these components."""
-    index = {"_class_name": pipeline, **{part: ["diffusers", "Some"] for part in parts}}
+def name(folder: Path, pipeline: str, *parts: str, **kinds: str) -> None:
+    """Writes an index that names a pipeline, with these components, of these classes."""
+    found = {**dict.fromkeys(parts, "Some"), **kinds}
+    index = {"_class_name": pipeline, **{part: ["library", kind] for part, kind in found.items()}}
     (folder / "model_index.json").write_text(json.dumps(index))
+
+
+UNET, CLIP, VAE = "UNet2DConditionModel", "CLIPTextModel", "AutoencoderKL"
 
 
 @pytest.mark.parametrize(
@@ -33,7 +37,7 @@ def test_a_pipeline_with_a_unet_is_stable_diffusion(
     model_folder: Path, tmp_path: Path, pipeline: str
 ) -> None:
     folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
-    name(folder, pipeline, "unet")
+    name(folder, pipeline, unet=UNET, text_encoder=CLIP, vae=VAE)
     assert type(Backbone.load(folder, "cpu", "float32")) is StableDiffusion
 
 
@@ -55,11 +59,26 @@ def test_an_installed_family_is_found_by_its_pipeline(
     assert type(Backbone.load(folder, "cpu", "float32")) is GaussianFlow
 
 
-def test_a_family_that_is_not_installed(folder: Path) -> None:
-    name(folder, "WanPipeline", "transformer")
-    message = r"is a WanPipeline, expected one of .*StableDiffusionPipeline.*; choose a model"
-    with pytest.raises(ModelError, match=message):
-        Backbone.load(folder, "cpu", "float32")
+@pytest.mark.parametrize(
+    ("pipeline", "kinds"),
+    [
+        ("WanPipeline", {"transformer": "WanTransformer3DModel"}),
+        ("StableVideoDiffusionPipeline", {"unet": "UNetSpatioTemporalConditionModel"}),
+        ("TextToVideoSDPipeline", {"unet": "UNet3DConditionModel", "text_encoder": CLIP}),
+        ("KolorsPipeline", {"unet": UNET, "text_encoder": "ChatGLMModel", "vae": VAE}),
+        ("IFPipeline", {"unet": UNET, "text_encoder": "T5EncoderModel"}),
+        ("KandinskyV22Pipeline", {"unet": UNET, "movq": "VQModel"}),
+        ("StableUnCLIPPipeline", {"unet": UNET, "text_encoder": CLIP, "vae": None}),
+    ],
+)
+def test_a_family_that_is_not_installed(
+    folder: Path, pipeline: str, kinds: dict[str, str]
+) -> None:
+    name(folder, pipeline, **kinds)
+    message = rf"is a {pipeline}, expected one of .*StableDiffusionPipeline.*; choose a model"
+    for way in (Backbone.load, Backbone.describe):
+        with pytest.raises(ModelError, match=message):
+            way(folder)
 
 
 @pytest.mark.parametrize("text", ["{", "[]"])

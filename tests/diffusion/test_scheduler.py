@@ -11,11 +11,25 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, LCMScheduler
 
+from tests.gaussian_flow import GaussianFlow
 from tokenflow.diffusion import Backbone, ModelError, Schedule
-from tokenflow.diffusion.scheduler import check_noise, read_scheduler
+from tokenflow.diffusion.scheduler import Timesteps, check_noise, read_scheduler, respaced
 from tokenflow.errors import InputError
 
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def test_another_spacing(model_folder: Path) -> None:
+    plain = Backbone.load(model_folder, "cpu", "float32")
+    first: dict[Timesteps, int] = {"leading": 751, "trailing": 999, "linspace": 999, "lcm": 999}
+    for timesteps, noisiest in first.items():
+        found = Backbone.load(model_folder, "cpu", "float32", timesteps=timesteps)
+        assert found.schedule(4).timesteps[0] == noisiest
+        assert (found.fingerprint == plain.fingerprint) == (timesteps == "leading")
+    with pytest.raises(ModelError, match=r"expected timesteps leading, .* or lcm, got 'turbo'"):
+        plain.respace("turbo")
+    with pytest.raises(ModelError, match="GaussianFlow has timesteps of its own; leave timesteps"):
+        GaussianFlow().respace("trailing")
 
 
 def read(folder: Path, config: Any) -> DDIMScheduler:
@@ -110,6 +124,8 @@ def test_a_latent_consistency_model_has_its_own_timesteps(tmp_path: Path, origin
     for steps in (1, 4, 7, original):
         own.set_timesteps(steps)
         assert Schedule.from_ddim(scheduler, steps).timesteps == tuple(own.timesteps.tolist())
+    plain = respaced(respaced(scheduler, "trailing"), "lcm")  # which keeps what it does not use
+    assert Schedule.from_ddim(plain, 4).timesteps == Schedule.from_ddim(scheduler, 4).timesteps
     with pytest.raises(InputError, match=f"expected 1 to {original} steps .* {original + 1}; 4 to"):
         Schedule.from_ddim(scheduler, original + 1)
     config = {"_class_name": "LCMScheduler", "original_inference_steps": 0, **STABLE_DIFFUSION}

@@ -19,6 +19,7 @@ from torch import Tensor
 from tests.diffusion.making import pipeline_of, sampled, write_tiny_xl
 from tests.on_ranks import on_ranks
 from tokenflow.diffusion import Backbone, Conditioning, ModelError, StableDiffusionXL
+from tokenflow.diffusion.scheduler import Timesteps
 from tokenflow.editors import PnP, Prompts
 from tokenflow.engine import Settings, edit_clip
 from tokenflow.engine.ranks.group import FrameGroup
@@ -98,13 +99,18 @@ def test_the_contract_holds(xl: StableDiffusionXL) -> None:
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-@pytest.mark.parametrize("spacing", ["trailing", "leading"])
-def test_few_steps_by_eulers_scheduler(folder: Path, tmp_path: Path, spacing: str) -> None:
-    """As Lightning's and Turbo's: Euler's steps are DDIM's in another scale."""
+@pytest.mark.parametrize(("spacing", "own"), [("trailing", 1), ("leading", 1), ("trailing", 0)])
+def test_few_steps_by_eulers_scheduler(
+    folder: Path, tmp_path: Path, spacing: Timesteps, own: bool
+) -> None:
+    """As Lightning's and Turbo's: Euler's steps are DDIM's in another scale.
+
+    With a scheduler of the model's `own`, or with its spacing given beside a model without it.
+    """
     euler = EulerDiscreteScheduler(timestep_spacing=spacing, steps_offset=1, **BETAS)
     copy = Path(shutil.copytree(folder, tmp_path / "model"))
-    euler.save_pretrained(copy / "scheduler")
-    model = Backbone.load(copy, "cpu", "float32")
+    (euler if own else DDIMScheduler(steps_offset=1, **BETAS)).save_pretrained(copy / "scheduler")
+    model = Backbone.load(copy, "cpu", "float32", timesteps=None if own else spacing)
     assert isinstance(model, StableDiffusionXL)
     euler.set_timesteps(STEPS)
     x, schedule = noise(), model.schedule(STEPS)

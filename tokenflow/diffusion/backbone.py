@@ -20,6 +20,7 @@ from tokenflow.diffusion.conditioning import Conditioning
 from tokenflow.diffusion.loading import ModelError, folder_or_id, load_pretrained
 from tokenflow.diffusion.lora import LoRA
 from tokenflow.diffusion.schedule import Schedule, Timestep
+from tokenflow.diffusion.scheduler import Timesteps
 from tokenflow.diffusion.single_file import Checkpoint
 from tokenflow.diffusion.sites import Site
 from tokenflow.diffusion.textual_inversion import Embedding
@@ -36,6 +37,10 @@ INDEX = "model_index.json"
 GROUP = "tokenflow.backbones"
 VARIANTS = {"text_encoder_2": "StableDiffusionXLPipeline", "unet": "StableDiffusionPipeline"}
 """The pipelines that others with such a part are taken for; the first that a model has counts."""
+VARIANT_PARTS = {
+    "unet": "UNet2DConditionModel", "text_encoder": "CLIPTextModel", "vae": "AutoencoderKL",
+}  # fmt: skip
+"""The classes of the parts that such pipelines have: those of others have a UNet, too."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")
 """Of processors on which networks are faster in bfloat16."""
@@ -130,6 +135,7 @@ class Backbone(ABC):
         vae: str | None = None,
         loras: Sequence[LoRA] = (),
         embeddings: Sequence[Embedding] = (),
+        timesteps: Timesteps | None = None,
     ) -> Backbone:
         """Loads a model of whichever family it belongs to.
 
@@ -144,6 +150,8 @@ class Backbone(ABC):
             vae: A VAE in place of the model's own: a folder, a hub id, or a *.safetensors file.
             loras: Low-rank changes of the weights, which add up.
             embeddings: Words whose embeddings were learned.
+            timesteps: How sampling timesteps are spaced; as the model's scheduler says if not
+                given. A checkpoint in one file and a LoRA for few steps say nothing.
 
         Raises:
             ModelError: The model's family is not known; a component is missing, has no
@@ -164,6 +172,8 @@ class Backbone(ABC):
             backbone.fuse(loras)
         if embeddings:
             backbone.add_embeddings(embeddings)
+        if timesteps is not None:
+            backbone.respace(timesteps)
         if compile:
             backbone.compile()
         return backbone
@@ -232,6 +242,14 @@ class Backbone(ABC):
             ModelError: One does not fit the model, or this family takes none.
         """
         raise ModelError(f"a {type(self).__name__} takes no embeddings; leave embeddings out")
+
+    def respace(self, timesteps: str) -> None:
+        """Spaces sampling timesteps otherwise than the model's scheduler says.
+
+        Raises:
+            ModelError: There is no such spacing, or this family has one alone.
+        """
+        raise ModelError(f"a {type(self).__name__} has timesteps of its own; leave timesteps out")
 
     def compile(self) -> None:
         """Compiles parts of the network, for every batch and size; layers' names stay as they are.
@@ -390,12 +408,12 @@ def place_of(model: str | Path) -> str:
 def family(model: str) -> type[Backbone]:
     """The class of the backbone that a folder, a file or a hub model needs.
 
-    What names no pipeline, or a variant of one with a UNet, is taken for Stable Diffusion or SDXL.
+    What names no pipeline, or another one of the same parts, is taken for Stable Diffusion or SDXL.
 
     Raises:
         ModelError: No family is installed for what the model's index names.
     """
-    index: dict[str, Any] = {"unet": []}
+    index: dict[str, Any] = {part: ["", kind] for part, kind in VARIANT_PARTS.items()}
     if (Path(model) / "text_encoder_2").is_dir():
         index["text_encoder_2"] = []
     if Path(model).is_file():
@@ -410,7 +428,9 @@ def family(model: str) -> type[Backbone]:
     known = families()
     name = index.get("_class_name")
     entry = known.get(str(name))
-    if entry is None and "unet" in index:
+    if entry is None and all(
+        part in index and kind in (index[part] or ()) for part, kind in VARIANT_PARTS.items()
+    ):
         entry = next(known[kind] for part, kind in VARIANTS.items() if index.get(part) is not None)
     if entry is None:
         raise ModelError(

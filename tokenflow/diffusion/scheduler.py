@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 from diffusers import DDIMScheduler, LCMScheduler
@@ -18,6 +18,8 @@ FAMILIES = (
 """How the names of diffusers' samplers begin whose noise is given by betas, as DDIM's is."""
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 SPACINGS = ("leading", "linspace", "trailing")
+Timesteps = Literal["leading", "linspace", "trailing", "lcm"]
+"""How sampling timesteps are spaced, in diffusers' words; "lcm" as `LCMScheduler` spaces them."""
 BETAS = ("beta_start", "beta_end", "beta_schedule")
 FILE = "scheduler_config.json"
 
@@ -55,6 +57,31 @@ def read_scheduler(model: str, **options: Any) -> DDIMScheduler:
     check_config(config)
     if config.get("_class_name") != "LCMScheduler":
         return DDIMScheduler.from_config(config)
+    return consistent(config)
+
+
+def respaced(scheduler: DDIMScheduler, timesteps: str) -> DDIMScheduler:
+    """The same noise at timesteps that are spaced so.
+
+    Raises:
+        ModelError: There is no such spacing.
+    """
+    if timesteps == "lcm":
+        return consistent(scheduler.config)
+    if timesteps not in SPACINGS:
+        raise ModelError(
+            f"expected timesteps {', '.join(SPACINGS)} or lcm, got {timesteps!r}; few-step models "
+            f"of the Turbo and Lightning kind have trailing ones"
+        )
+    return DDIMScheduler.from_config(scheduler.config, timestep_spacing=timesteps)
+
+
+def consistent(config: Mapping[str, Any]) -> LCMTimesteps:
+    """DDIM at the timesteps of `LCMScheduler`.
+
+    Raises:
+        ModelError: The configuration's number of them cannot be.
+    """
     scheduler = LCMTimesteps.from_config(config)
     original = config.get("original_inference_steps", 50)  # LCMScheduler's default
     if not isinstance(original, int) or not 1 <= original <= scheduler.config.num_train_timesteps:

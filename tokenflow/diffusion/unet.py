@@ -24,7 +24,7 @@ from tokenflow.diffusion.conditioning import Conditioning
 from tokenflow.diffusion.latent_diffusion import PROJECTIONS, LatentDiffusion
 from tokenflow.diffusion.loading import ModelError, whole
 from tokenflow.diffusion.schedule import Schedule, Timestep
-from tokenflow.diffusion.scheduler import check_noise, read_scheduler
+from tokenflow.diffusion.scheduler import check_noise, read_scheduler, respaced
 from tokenflow.diffusion.single_file import Checkpoint, load_parts
 from tokenflow.diffusion.sites import DiffusersSite
 from tokenflow.diffusion.textual_inversion import Embedding, add
@@ -123,6 +123,10 @@ class UNetBackbone(LatentDiffusion):
 
     def add_embeddings(self, embeddings: Sequence[Embedding]) -> None:
         add(embeddings, self.clips, self.title)
+        self.forget_fingerprint()
+
+    def respace(self, timesteps: str) -> None:
+        self.scheduler = respaced(self.scheduler, timesteps)
         self.forget_fingerprint()
 
     @classmethod

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from tokenflow.diffusion import Backbone, Embedding, LoRA
+from tokenflow.diffusion.scheduler import Timesteps
 from tokenflow.editors import Editor, Prompts
 from tokenflow.engine.algorithm import WAYS
 from tokenflow.engine.automatic_mask import require_comparable
@@ -105,6 +106,9 @@ class TokenFlowModule(LightningModule):
         embeddings: A list of words whose embeddings were learned by textual inversion, each with
             the options `model` (a *.safetensors file, a folder, or the id of a hub model) and
             `token`, what prompts call it (the word in the file if not given).
+        timesteps: How the model's sampling timesteps are spaced: "trailing" for Turbo, Lightning
+            and Hyper, "lcm" for an LCM-LoRA, "leading" or "linspace"; null for what the model's
+            scheduler says. A checkpoint in one file and a LoRA say nothing of it.
         settings: The options of `tokenflow.engine.Settings`.
     """
 
@@ -128,6 +132,7 @@ class TokenFlowModule(LightningModule):
         vae: str | None = None,
         loras: Sequence[LoRA] = (),
         embeddings: Sequence[Embedding] = (),
+        timesteps: Timesteps | None = None,
         **settings: Any,
     ) -> None:
         super().__init__()
@@ -140,7 +145,7 @@ class TokenFlowModule(LightningModule):
             "inversion_prompt": inversion_prompt,
         }
         self.model, self.vae = backbone, vae
-        self.loras, self.embeddings = loras, embeddings
+        self.loras, self.embeddings, self.timesteps = loras, embeddings, timesteps
         self.dtype_name, self.compiled = dtype, compile
         self.mask, self.depth = mask, depth
         self.cache = None if cache is None else Cache(cache, cache_gigabytes)
@@ -176,7 +181,7 @@ class TokenFlowModule(LightningModule):
             # whoever edits again and again has given it already
             self.backbone = self.backbone or Backbone.load(
                 self.model, device, self.dtype_name, self.compiled, self.vae, self.loras,
-                self.embeddings,
+                self.embeddings, self.timesteps,
             )  # fmt: skip
             trainer: Any = self.trainer
             if any(job.where is None for job in trainer.datamodule.jobs):
