@@ -183,6 +183,8 @@ BROKEN: list[tuple[str, Backbone, str]] = [
     ("rows_independent", with_method(predict=of_the_batch), "not to depend on the batch's other"),
     ("sites_named", with_method(sites=lambda self: {}), "at least one attention site, got none"),
     ("sites_named", with_method(sites=other_name), r"those of modules, got \['tokens'\]"),
+    ("sites_matched", with_site(matched=False), r"of each site, .*, got \[False\] and \[False\]"),
+    ("sites_matched", with_site(matched="no"), r"true or false of each site, .*, got \['no'\]"),
     ("sites_called", with_site(replaced=unheard), "called in a pass, got tokens not called"),
     (
         "sites_called",

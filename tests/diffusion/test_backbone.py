@@ -71,9 +71,7 @@ def test_an_installed_family_is_found_by_its_pipeline(
         ("StableUnCLIPPipeline", {"unet": UNET, "text_encoder": CLIP, "vae": None}),
     ],
 )
-def test_a_family_that_is_not_installed(
-    folder: Path, pipeline: str, kinds: dict[str, str]
-) -> None:
+def test_a_family_that_is_not_installed(folder: Path, pipeline: str, kinds: dict[str, str]) -> None:
     name(folder, pipeline, **kinds)
     message = rf"is a {pipeline}, expected one of .*StableDiffusionPipeline.*; choose a model"
     for way in (Backbone.load, Backbone.describe):

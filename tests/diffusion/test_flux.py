@@ -19,6 +19,7 @@ from tests.diffusion.making_transformers import (
 )
 from tokenflow.diffusion import Backbone, Conditioning, Flux, ModelError
 from tokenflow.diffusion.text_to_image import text_to_image
+from tokenflow.testing import check_backbone
 
 STEPS, HEIGHT, WIDTH = 4, 6, 10
 # float32, sums in another order, through four steps of latents up to 10
@@ -119,6 +120,10 @@ def test_the_noise_depends_on_the_frames_size(dev: Flux, schnell: Flux) -> None:
     assert all(a < b for a, b in zip(small[1:-1], large[1:-1], strict=True))
     assert schnell.schedule(STEPS, (4, 4)) == schnell.schedule(STEPS, (16, 16))
     assert dev.schedule(STEPS) == dev.schedule(STEPS, (128, 128))
+
+
+def test_it_passes_the_kit(dev: Flux) -> None:
+    check_backbone(dev)
 
 
 def test_its_sizes_sites_and_layers(dev: Flux) -> None:

@@ -22,7 +22,7 @@ from tokenflow.editors import SDEdit
 from tokenflow.engine import Settings, edit_clip
 from tokenflow.errors import InputError
 from tokenflow.propagation import NNField
-from tokenflow.testing import tiny_clip
+from tokenflow.testing import check_backbone, tiny_clip
 
 STEPS = 4
 # float32, sums in another order, through four guided steps of latents up to 12
@@ -125,6 +125,10 @@ def test_another_vae(sd3: StableDiffusion3, folder: Path, tmp_path: Path) -> Non
         Backbone.load(folder, "cpu", "float32", vae=str(other))
 
 
+def test_it_passes_the_kit(sd3: StableDiffusion3) -> None:
+    check_backbone(sd3)
+
+
 def test_its_frozen_parts_and_its_sizes(sd3: StableDiffusion3) -> None:
     assert (sd3.device.type, sd3.dtype) == ("cpu", torch.float32)
     assert (sd3.latent_channels, sd3.latent_scale, sd3.multiple, sd3.size) == (4, 2, 4, 8)
@@ -146,6 +150,7 @@ def test_its_sites_and_layers(sd3: StableDiffusion3) -> None:
         *(f"{b}.attn" for b in blocks[1:]),
     ]
     assert [site.has_text for site in sites.values()] == [True, False, True, True]
+    assert [site.matched for site in sites.values()] == [False, False, True, True]
     assert all(sites[name].layer is sd3.network.get_submodule(name) for name in sites)
     assert sd3.layers("keys") == [f"{block}.attn.to_k" for block in blocks]
     assert sd3.layers("structure") == []

@@ -368,8 +368,27 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("options", [{"n_max": 7}, {"n_min": 7}])
 def test_more_steps_than_the_edit_has_are_refused(options: dict[str, int]) -> None:
     (name,) = options
-    with pytest.raises(InputError, match=f"expected {name} of FlowEdit up to the 6 steps .* got 7"):
+    message = f"expected {name} of FlowEdit up to the 6 steps .* got 7"
+    with pytest.raises(InputError, match=message):
         edited(GaussianFlow(), FlowEdit(**options))
+    model = GaussianFlow()
+    model.encode = lambda frames: pytest.fail("frames are encoded")  # type: ignore[method-assign]
+    with pytest.raises(InputError, match=message):
+        edit_clip(model, clip(), "x", FlowEdit(**options), NNField(), Settings(steps=6))
+
+
+def test_too_many_steps_are_refused_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Backbone, "load", lambda *_: pytest.fail("a model is loaded"))
+    with pytest.raises(SystemExit):
+        main([
+            "predict", f"--data.video={write_clip(tmp_path / 'in.mp4', tiny_clip(3))}",
+            "--model.prompt=a red ball", "--model.inversion_prompt=a blue ball", "--model.steps=6",
+            "--model.editor=FlowEdit", "--model.editor.n_max=7", "--trainer.accelerator=cpu",
+            f"--output.folder={tmp_path / 'runs'}",
+        ])  # fmt: skip
+    assert "expected n_max of FlowEdit up to the 6 steps" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("steps", "run"), [(50, 33), (28, 18), (4, 3), (1, 1)])

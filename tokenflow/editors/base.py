@@ -221,6 +221,15 @@ class Editor(ABC):  # noqa: B024 (every method has a default)
             InputError: The model is none that can be edited so.
         """
 
+    def check_steps(self, steps: int) -> None:  # noqa: B027 (need not be overridden)
+        """Called with the number of sampling steps before a model is loaded, or anything computed.
+
+        By default any number is right.
+
+        Raises:
+            InputError: The edit cannot be made in so many.
+        """
+
     def prepare(self, model: Backbone, clip: Clip) -> None:  # noqa: B027 (need not be overridden)
         """Called once for every clip, before any pass: load and check what the edit needs.
 

@@ -57,20 +57,21 @@ class FlowEdit(InversionFree):
     def default_guidance(self, guidance: float, embedded: bool) -> float:
         return 1 + (guidance - 1) / 5
 
-    def start(self, source: Source, schedule: Schedule, seed: int) -> Start:
-        """The clean source, at the first step that runs.
-
-        Raises:
-            InputError: There are fewer steps than are to run.
-        """
-        steps = len(schedule)
-        run = max(1, self.n_min, round(0.66 * steps)) if self.n_max is None else self.n_max
-        if run > steps:
+    def check_steps(self, steps: int) -> None:
+        """Raises `InputError` for fewer steps than are to run."""
+        if (run := self.running(steps)) > steps:
             raise InputError(
                 f"expected {'n_min' if self.n_max is None else 'n_max'} of FlowEdit up to the "
                 f"{steps} steps of the edit, got {run}; lower it, or raise steps"
             )
-        return Start(source.clean, steps - run)
+
+    def running(self, steps: int) -> int:
+        """How many of so many steps run."""
+        return max(1, self.n_min, round(0.66 * steps)) if self.n_max is None else self.n_max
+
+    def start(self, source: Source, schedule: Schedule, seed: int) -> Start:
+        self.check_steps(len(schedule))
+        return Start(source.clean, len(schedule) - self.running(len(schedule)))
 
     def scale(self, schedule: Schedule, level: int) -> float:
         return schedule.signal[level] + schedule.noise[level]

@@ -116,6 +116,10 @@ class CheckedEditor(Editor):
         with blamed(self.editor, "check_model"):
             self.editor.check_model(model)
 
+    def check_steps(self, steps: int) -> None:
+        with blamed(self.editor, "check_steps"):
+            self.editor.check_steps(steps)
+
     def prepare(self, model: Backbone, clip: Clip) -> None:
         self.check_model(model.traits)
         with blamed(self.editor, "prepare"):

@@ -19,6 +19,7 @@ from tokenflow.editors import Editor, Prompts
 from tokenflow.engine.algorithm import WAYS, Consistency, Joint, PerFrame, sample
 from tokenflow.engine.attention import Look, Matcher
 from tokenflow.engine.automatic_mask import automatic_mask, require_comparable
+from tokenflow.engine.checked import blamed
 from tokenflow.engine.further_channels import further_channels, require_given
 from tokenflow.engine.invert import (
     OnStep,
@@ -133,6 +134,8 @@ def edit_clip(
     prompts = Prompts(prompts) if isinstance(prompts, str) else prompts
     way = consistency or WAYS[settings.consistency]
     settings.require_used(inverts=editor.inverts, propagates=propagates(way), mask=mask)
+    with blamed(editor, "check_steps"):
+        editor.check_steps(settings.steps)
     require_given(model.further_channels, mask, depth)
     if automatic := isinstance(mask, str):
         require_comparable(mask, prompts)

@@ -42,7 +42,7 @@ def backbone_checks(backbone: Backbone) -> list[Check]:
     """
     functions = (
         sizes_stated, latents_of_frames, schedule_of_noise, conditioning_per_prompt,
-        output_like_latents, rows_independent, sites_named, sites_called,
+        output_like_latents, rows_independent, sites_named, sites_matched, sites_called,
         sites_make_up_the_attention, sites_restored, layers_named, equal_frames_as_one_alone,
         fingerprint_stable, global_state_unchanged,
     )  # fmt: skip
@@ -224,6 +224,16 @@ def sites_named(backbone: Backbone) -> None:
     require(
         not wrong, "sites by their own names, which are those of modules", wrong,
         "name a site as network.named_modules() names its layer",
+    )  # fmt: skip
+
+
+def sites_matched(backbone: Backbone) -> None:
+    matched, again = ([s.matched for s in backbone.sites().values()] for _ in range(2))
+    require(
+        all(isinstance(one, bool) for one in matched) and any(matched) and matched == again,
+        "matched to be true or false of each site, alike in each call, and true of one or more",
+        f"{matched} and {again}",
+        "Site.matched says where tokens are propagated; it is true by default",
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from tokenflow.diffusion.scheduler import Timesteps
 from tokenflow.editors import Editor, Prompts
 from tokenflow.engine.algorithm import WAYS
 from tokenflow.engine.automatic_mask import require_comparable
+from tokenflow.engine.checked import blamed
 from tokenflow.engine.edit import Result, check_prompt, edit_clip, propagates
 from tokenflow.engine.further_channels import require_given
 from tokenflow.engine.keyframes import split_windows
@@ -219,6 +220,9 @@ class TokenFlowModule(LightningModule):
                 propagates=propagates(WAYS[settings.consistency]),
                 mask=mask,
             )
+            if "editor" not in job.plugins:
+                with blamed(self.editor, "check_steps"):
+                    self.editor.check_steps(settings.steps)
         except InputError as error:
             raise InputError(f"{job.where}: {error}" if job.where else str(error)) from error
         return prompts, settings
