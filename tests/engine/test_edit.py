@@ -595,7 +595,7 @@ def test_an_option_that_would_change_nothing(
 
 def test_as_many_inversion_steps_as_sampling_steps_are_the_default() -> None:
     """As a configuration may give them that another editor is chosen over."""
-    Settings(steps=9, inversion_steps=9).require_used(inverts=False, propagates=True, mask=None)
+    Settings(steps=9, inversion_steps=9).require_used(inverts=False, fuses=True, mask=None)
 
 
 def test_too_many_steps_for_the_model(backbone: Backbone) -> None:

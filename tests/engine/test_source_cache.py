@@ -17,6 +17,7 @@ from tokenflow.engine.resume import ResumeStore
 from tokenflow.errors import InputError, Preempted
 from tokenflow.propagation import NNField, Propagation
 from tokenflow.storage.cache import Cache
+from tokenflow.storage.scratch import Spill
 from tokenflow.video import Clip
 
 PROMPTS = "a red ball", "a blue cube"
@@ -271,11 +272,11 @@ def test_a_full_disk_ends_the_cache_and_not_the_edit(
             backbone, trajectory, schedule, "x", PnP(), NNField(), settings, source_cache=cache
         )
 
-    def refused(tensor: Tensor) -> Tensor:
+    def refused(self: Spill, tensor: Tensor) -> Tensor:
         raise InputError("no space left")
 
     without = edited(None)
-    monkeypatch.setattr("tokenflow.engine.source_cache.on_disk", refused)
+    monkeypatch.setattr(Spill, "keep", refused)
     with pytest.warns(UserWarning, match="clip are not all cached.*: no space left") as warned:
         assert torch.equal(edited(cache), without)
     assert len(warned) == 1

@@ -93,6 +93,18 @@ def test_latents_flow_is_nearer_to_the_truth_than_a_search_over_the_distance() -
     assert error(LatentFlow(clip, 4)) < 0.5 * error(ClipFlow(clip, DIS(), 4))
 
 
+def test_flow_beyond_the_memory_budget_is_in_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenflow.propagation.clip_flow.BUDGET", 24 * HEIGHT * WIDTH)
+    provider = Panning()
+    flow = ClipFlow(CLIP, provider)
+    in_memory = ClipFlow(CLIP, Panning(), budget=10**9)
+    for i in (0, 1, 2, 0, 1, 2):
+        assert torch.equal(flow.between(i, i + 1)[1], in_memory.between(i, i + 1)[1])
+    assert len(provider.asked) == 6
+    assert flow.spill.size == 24 * HEIGHT * WIDTH
+    assert len(flow.spill.block) > 0
+
+
 def test_pairs_beyond_the_budget_are_measured_each_time() -> None:
     provider = Panning()
     flow = ClipFlow(CLIP, provider, budget=2 * 24 * HEIGHT * WIDTH)

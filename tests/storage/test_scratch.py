@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tokenflow.errors import InputError
-from tokenflow.storage.scratch import empty_or_memmap
+from tokenflow.storage.scratch import Spill, empty_or_memmap
 
 
 @pytest.mark.parametrize("budget", [0, 10**6])
@@ -17,6 +17,19 @@ def test_room_holds_what_is_put_in_it(budget: int) -> None:
     assert torch.equal(there[1:, 2], values[1:, 2])
     assert there.dtype == torch.float32
     assert there.is_contiguous()
+
+
+def test_what_is_beyond_the_budget_is_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenflow.storage.scratch.BLOCK", 100)
+    spill, given = Spill(budget=50), []
+    for number, dtype in enumerate((torch.float32, torch.uint8, torch.int64, torch.bool) * 3):
+        given.append((torch.rand(3, number) > 0.5).to(dtype))
+    kept = [spill.keep(tensor) for tensor in given]
+    assert {a is b for a, b in zip(kept, given, strict=True)} == {True, False}
+    assert spill.size <= 50
+    for one, other in zip(kept, given, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
 
 
 def test_a_disk_that_is_full_is_known_at_once() -> None:

@@ -81,7 +81,7 @@ def automatic_mask(sampling: Sampling, prompts: Prompts, on_step: OnStep) -> Cli
         require_finite(own, "the predictions for an automatic mask")
 
     def exchanged(values: Float[Tensor, "own c h w"]) -> Float[Tensor, "held c h w"]:
-        return ranks.exchange_halo(values.to(ranks.device), counts).cpu()
+        return ranks.exchange_halo(values.cpu(), counts, host=True)
 
     source = exchanged(s.trajectory.clean)
     for _ in range(ROUNDS):

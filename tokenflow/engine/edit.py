@@ -133,7 +133,7 @@ def edit_clip(
     settings, ranks = (settings or Settings()).for_model(model), ranks or FrameGroup()
     prompts = Prompts(prompts) if isinstance(prompts, str) else prompts
     way = consistency or WAYS[settings.consistency]
-    settings.require_used(inverts=editor.inverts, propagates=propagates(way), mask=mask)
+    settings.require_used(inverts=editor.inverts, fuses=fuses(way), mask=mask)
     with blamed(editor, "check_steps"):
         editor.check_steps(settings.steps)
     require_given(model.further_channels, mask, depth)
@@ -159,10 +159,10 @@ def edit_clip(
             network, clip, schedule, inversion, settings.inversion_solver, store, channels.digests
         )
         near = seen.part(shard.positions(shard.halo))
-        fuses = propagates(way) and settings.fuses(editor)
-        wanted, required = automatic or fuses, automatic or settings.fusion is not None
+        fused = fuses(way) and settings.fuses(editor)
+        wanted, required = automatic or fused, automatic or settings.fusion is not None
         flow = flow_of(near, model, propagation, propagates(way), wanted, required)
-        settings = settings.for_flow(fuses and flow is not None)
+        settings = settings.for_flow(fused and flow is not None)
         trajectory = invert_clip(
             network, clip, schedule, inversion, settings, cached, seconds, on_step
         )
@@ -241,19 +241,19 @@ def edit_latents(
     settings, ranks = (settings or Settings()).for_model(model), ranks or FrameGroup()
     prompts = Prompts(prompts) if isinstance(prompts, str) else prompts
     way = WAYS[settings.consistency]
-    settings.require_used(inverts=editor.inverts, propagates=propagates(way), mask=None)
+    settings.require_used(inverts=editor.inverts, fuses=fuses(way), mask=None)
     if propagates(way) and propagation.flow is not None and flow is None:
         kernel, provider = type(propagation).__name__, type(propagation.flow).__name__
         raise InputError(
             f"{kernel} needs the clip's optical flow, got none; use edit_clip, or give "
             f"flow=ClipFlow(clip, kernel.flow, model.latent_scale), here by {provider}"
         )
-    if settings.fusion and propagates(way) and flow is None:
+    if settings.fusion and fuses(way) and flow is None:
         raise InputError(
             "fusion needs the clip's optical flow, got none; give flow=LatentFlow("
             "clip, model.latent_scale), or use edit_clip"
         )
-    settings = settings.for_flow(propagates(way) and settings.fuses(editor) and flow is not None)
+    settings = settings.for_flow(fuses(way) and settings.fuses(editor) and flow is not None)
     shard = ranks.shard(split_windows(trajectory.total, settings.keyframe_every))
     with ranks.together():
         network = EditedNetwork(model, editor, prompts, channels)
@@ -437,6 +437,11 @@ def flow_of(
 def propagates(way: type[Consistency]) -> bool:
     """Whether a way of consistency may denoise keyframes jointly and propagate from them."""
     return not issubclass(way, PerFrame | Joint)
+
+
+def fuses(way: type[Consistency]) -> bool:
+    """Whether a way of consistency fuses what keyframes predict."""
+    return way.fused is not Consistency.fused
 
 
 def region_of(

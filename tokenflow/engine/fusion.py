@@ -77,5 +77,4 @@ def fused_latents(
 
 def exchanged(sampling: Sampling, own: Float[Tensor, "own c h w"]) -> Float[Tensor, "held c h w"]:
     """Latents of this rank's keyframes, and of one more at each side."""
-    s = sampling
-    return s.ranks.exchange_halo(own.to(s.network.model.device), s.shard.counts).to(own.device)
+    return sampling.ranks.exchange_halo(own, sampling.shard.counts, host=True)

@@ -122,17 +122,17 @@ class Settings:
         on = int(steps * self.guidance_begin) <= step < int(steps * self.guidance_end)
         return self.guidance if on else 1.0
 
-    def require_used(self, *, inverts: bool, propagates: bool, mask: object) -> None:
+    def require_used(self, *, inverts: bool, fuses: bool, mask: object) -> None:
         """Raises `InputError` for an option that would change nothing.
 
         Args:
             inverts: Whether the editor inverts the source.
-            propagates: Whether the way of consistency propagates from keyframes.
+            fuses: Whether the way of consistency fuses what keyframes predict.
             mask: That of a local edit, if it is one.
         """
-        if self.fusion and not propagates:
+        if self.fusion and not fuses:
             raise InputError(
-                f"fusion takes what keyframes predict, and without propagation there are none: "
+                f"fusion takes what keyframes predict, and this way of consistency does not: "
                 f"expected fusion 0, got {self.fusion}; leave it out, or take consistency tokenflow"
             )
         if self.mask_edge and mask is None:

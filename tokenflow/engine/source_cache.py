@@ -19,7 +19,7 @@ from tokenflow.errors import InputError
 from tokenflow.propagation import Correspondence
 from tokenflow.storage import digests
 from tokenflow.storage.cache import Cache
-from tokenflow.storage.scratch import BUDGET, on_disk
+from tokenflow.storage.scratch import BUDGET, Spill
 
 FRAMES = "#"
 """Stands before the name of a table's frames."""
@@ -40,7 +40,7 @@ class SourceCache:
     """
 
     def __init__(self, cache: Cache | None = None, budget: int = BUDGET) -> None:
-        self.cache, self.budget = cache, budget
+        self.cache, self.kept = cache, Spill(budget)
         self.entries: dict[str, Tables] = {}
         self.pending: dict[str, Future[Tables | None]] = {}
         self.worker = ThreadPoolExecutor(1) if cache is not None else None
@@ -65,9 +65,8 @@ class SourceCache:
             return
         self.written += sum(table.nbytes for table in tables.values())
         if self.cache is None or self.worker is None:
-            large = self.written > self.budget
             try:
-                self.entries[key] = {n: on_disk(t) if large else t for n, t in tables.items()}
+                self.entries[key] = {name: self.kept.keep(t) for name, t in tables.items()}
             except InputError as error:
                 self.stop(clip, str(error))
             return

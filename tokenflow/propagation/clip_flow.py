@@ -13,20 +13,22 @@ from torch.nn.functional import interpolate
 from tokenflow.propagation.base import Motion, Window
 from tokenflow.propagation.flow.base import OpticalFlow, require_flow, warp
 from tokenflow.propagation.flow.dis import DIS, grey
+from tokenflow.storage.scratch import BUDGET, Spill
 from tokenflow.video import Clip
 
 Flow = Float[Tensor, "3 h w"]
 
 
 class ClipFlow:
-    """Flow between the frames of a clip, kept in host memory: 24 bytes a pixel and pair of frames.
+    """Flow between the frames of a clip, kept on the host: 24 bytes a pixel and pair of frames.
 
     Args:
         clip: Whose frames they are.
         flow: What finds the motion between two of them.
         scale: Pixels of a frame in one pixel of what is kept: those in a latent pixel for kernels,
             1 for metrics.
-        budget: Bytes that are kept, all when not given; further pairs are measured each time.
+        budget: Bytes that are kept; further pairs are measured each time. When not given all are,
+            in memory up to `BUDGET`, then in files.
 
     Raises:
         InputError: There can be no flow of this clip.
@@ -37,6 +39,7 @@ class ClipFlow:
     ) -> None:
         flow.prepare(clip)
         self.clip, self.flow, self.scale, self.budget = clip, flow, scale, budget
+        self.spill = Spill(BUDGET if budget is None else budget)
         self.pairs: dict[tuple[int, int], tuple[Flow, Flow]] = {}
 
     def between(self, start: int, end: int) -> tuple[Flow, Flow]:
@@ -54,7 +57,8 @@ class ClipFlow:
         both = self.pair(start, end)
         size = sum(flow.nbytes for flow in both)
         if self.budget is None or (len(self.pairs) + 1) * size <= self.budget:
-            self.pairs[start, end] = both
+            there, back = both
+            both = self.pairs[start, end] = self.spill.keep(there), self.spill.keep(back)
         return both
 
     def pair(self, start: int, end: int) -> tuple[Flow, Flow]:
@@ -109,7 +113,7 @@ class LatentFlow(ClipFlow):
 
     def __init__(self, clip: Clip, scale: int) -> None:
         factor = next(n for n in range(max(1, scale // 4), 0, -1) if scale % n == 0)
-        super().__init__(clip.reduced(factor), DIS(), scale // factor)
+        super().__init__(clip.reduced(factor), DIS(finest=0), scale // factor)
         self.small = self.clip.reduced(max(1, self.scale // 2))
 
     def pair(self, start: int, end: int) -> tuple[Flow, Flow]:

@@ -21,6 +21,10 @@ from tokenflow.errors import InputError
 
 BUDGET = 1 << 30
 """Bytes of one thing (a clip's frames, its trajectory) that stay in memory: 1 GiB."""
+BLOCK = 1 << 26
+"""Bytes of a file that several small things share."""
+ALIGNED = 8
+"""What their places in it are multiples of."""
 
 
 @contextmanager
@@ -47,15 +51,32 @@ def empty_or_memmap(*shape: int, budget: int = BUDGET) -> Float32[Tensor, ...]:
     return torch.empty(shape) if size <= budget else mapped(size).view(torch.float32).view(shape)
 
 
-def on_disk(tensor: Tensor) -> Tensor:
-    """A copy in a file that is mapped into memory.
+class Spill:
+    """Keeps tensors in memory, and beyond a budget in files that are mapped into memory.
 
-    Raises:
-        InputError: The disk refuses.
+    Args:
+        budget: Bytes that stay in memory.
     """
-    if not tensor.numel():
-        return tensor
-    return mapped(tensor.nbytes).view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    def __init__(self, budget: int = BUDGET) -> None:
+        self.budget, self.size = budget, 0
+        self.block, self.used = torch.empty(0, dtype=torch.uint8), 0
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """The tensor, or its copy in a file; many share a file.
+
+        Raises:
+            InputError: The disk refuses.
+        """
+        size = tensor.nbytes
+        if not size or self.size + size <= self.budget:
+            self.size += size
+            return tensor
+        if self.used + size > len(self.block):
+            self.block, self.used = mapped(max(BLOCK, size)), 0
+        place = self.block[self.used : self.used + size]
+        self.used += -(-size // ALIGNED) * ALIGNED
+        return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 def mapped(size: int) -> Tensor:

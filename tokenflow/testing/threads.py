@@ -66,7 +66,7 @@ class Threads(FrameGroup):
         return torch.cat([part[:count] for part, count in every])
 
     def exchange_halo(
-        self, own: Shaped[Tensor, "own ..."], counts: Sequence[int]
+        self, own: Shaped[Tensor, "own ..."], counts: Sequence[int], host: bool = False
     ) -> Shaped[Tensor, "some ..."]:
         every = self.meeting.show(self.rank, own)
         before = every[self.rank - 1][-1:] if self.rank > 0 else own[:0]

@@ -178,7 +178,7 @@ def without(exchange: str, cases: dict[str, Case], model: Path) -> dict[str, Par
     """As `edited`, but this exchange between ranks is left out."""
     repeated = {
         "all_gather": lambda self, own, counts, host=False: own,
-        "exchange_halo": lambda self, own, counts: torch.cat([own[:1], own, own[-1:]])[
+        "exchange_halo": lambda self, own, counts, host=False: torch.cat([own[:1], own, own[-1:]])[
             self.rank == 0 : len(own) + 2 - (self.rank == self.size - 1)
         ],
     }

@@ -18,7 +18,7 @@ from tokenflow.editors import Editor, Prompts
 from tokenflow.engine.algorithm import WAYS
 from tokenflow.engine.automatic_mask import require_comparable
 from tokenflow.engine.checked import blamed
-from tokenflow.engine.edit import Result, check_prompt, edit_clip, propagates
+from tokenflow.engine.edit import Result, check_prompt, edit_clip, fuses
 from tokenflow.engine.further_channels import require_given
 from tokenflow.engine.keyframes import split_windows
 from tokenflow.engine.lightning.callback import EditCallback, edit_callbacks, wants_predictions
@@ -217,7 +217,7 @@ class TokenFlowModule(LightningModule):
             settings.require_used(
                 # of an editor that is not made yet, `edit_clip` asks
                 inverts="editor" in job.plugins or self.editor.inverts,
-                propagates=propagates(WAYS[settings.consistency]),
+                fuses=fuses(WAYS[settings.consistency]),
                 mask=mask,
             )
             if "editor" not in job.plugins:

@@ -217,14 +217,16 @@ class FrameGroup:
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     def exchange_halo(
-        self, own: Shaped[Tensor, "own ..."], counts: Sequence[int]
+        self, own: Shaped[Tensor, "own ..."], counts: Sequence[int], host: bool = False
     ) -> Shaped[Tensor, "some ..."]:
         """Own items, after the last of the rank before and before the first of the rank after.
 
-        At a clip's ends there is none; a rank whose count is 0 has no neighbours.
+        At a clip's ends there is none; a rank whose count is 0 has no neighbours. `host` is as for
+        `all_gather`.
         """
         if self.size == 1:
             return own
+        group = self.control if host else self.group
         working = [rank for rank, count in enumerate(counts) if count]
         parts, exchanges = [own], []
         for other, end in ((self.rank - 1, own[:1]), (self.rank + 1, own[-1:])):
@@ -232,8 +234,8 @@ class FrameGroup:
                 continue
             arriving = torch.empty_like(end)
             exchanges += [
-                dist.P2POp(dist.isend, end.contiguous(), group=self.group, group_peer=other),
-                dist.P2POp(dist.irecv, arriving, group=self.group, group_peer=other),
+                dist.P2POp(dist.isend, end.contiguous(), group=group, group_peer=other),
+                dist.P2POp(dist.irecv, arriving, group=group, group_peer=other),
             ]
             parts = [arriving, *parts] if other < self.rank else [*parts, arriving]
             self.received += arriving.nbytes
