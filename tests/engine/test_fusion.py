@@ -20,12 +20,13 @@ from tokenflow.errors import InputError, Preempted
 from tokenflow.propagation import (
     FlowWeighted,
     LatentFlow,
+    Motion,
     NNField,
     OpticalFlow,
     Propagation,
     Window,
 )
-from tokenflow.propagation.fusion import as_detailed
+from tokenflow.propagation.fusion import fuse_detailed
 from tokenflow.storage.cache import Cache
 from tokenflow.testing.threads import on_ranks
 from tokenflow.testing.tiny_edit import PROMPTS, TinyEdit
@@ -214,8 +215,12 @@ def test_clean_latents_are_fused_as_they_are(editor: Editor) -> None:
 
     alone = edited(replace(settings, fusion=0.0))
     # all of a frame's keyframes are the first
-    first = torch.zeros(3, 2, dtype=torch.long)
-    window = Window((0, 1, 2), (0,), first, torch.tensor([[1.0, 0.0]]).expand(3, 2))
-    expected = as_detailed(0.5 * alone + 0.5 * alone[0], alone[:1], window)
+    first, still = torch.zeros(3, 2, dtype=torch.long), torch.zeros(3, 2, 24, 2)
+    window = Window(
+        (0, 1, 2), (0,), first, torch.tensor([[1.0, 0.0]]).expand(3, 2),
+        motion=Motion(still, still[..., 0]),
+    )  # fmt: skip
+    same = torch.zeros_like(alone)
+    expected = fuse_detailed(alone, alone[:1], same, same[:1], window, 0.5)
     assert torch.allclose(edited(settings), expected, rtol=0, atol=1e-5)
     assert (expected - alone).abs().max() > 0.01

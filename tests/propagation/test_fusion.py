@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tokenflow.propagation import Motion, Window
-from tokenflow.propagation.fusion import STRONGEST, as_detailed, fuse, power, smooth
+from tokenflow.propagation.fusion import STRONGEST, details, fuse, fuse_detailed, smooth
 
 HEIGHT, WIDTH = 6, 8
 
@@ -88,18 +88,39 @@ def test_a_window_without_motion() -> None:
         fused(latents(1), latents(1), bare, 0.5)
 
 
-def test_details_become_as_strong_as_those_of_the_keyframes() -> None:
-    strong = latents(2) - 0.5
-    weak = 0.8 * (0.75 * strong[:1] + 0.25 * strong[1:])
-    found = as_detailed(weak, strong, window())
-    wanted = 0.75 * power(strong[:1]) + 0.25 * power(strong[1:])
-    gain = (wanted / power(weak)).sqrt().clamp(1, STRONGEST)
+def detailed(clean: Tensor, keys: Tensor, by: Window, strength: float) -> Tensor:
+    """With a source that is the same everywhere."""
+    source, source_keys = torch.zeros_like(clean), torch.zeros_like(keys)
+    return fuse_detailed(clean, keys, source, source_keys, by, strength)
+
+
+def power(values: Tensor) -> Tensor:
+    return details(values).square().mean(dim=(2, 3), keepdim=True)
+
+
+@pytest.mark.parametrize("strength", [0.4, 1.0])
+def test_details_are_as_strong_as_those_of_what_is_mixed(strength: float) -> None:
+    clean, keys = latents(1) - 0.5, latents(2) - 0.5
+    mean = fused(clean, keys, window(), strength)
+    wanted = (1 - strength) * power(clean)
+    wanted += strength * (0.75 * power(keys[:1]) + 0.25 * power(keys[1:]))
+    gain = (wanted / power(mean)).sqrt().clamp(1, STRONGEST)
     assert gain.min() > 1
-    torch.testing.assert_close(found - smooth(weak), gain * (weak - smooth(weak)))
-    # nor weaker where a frame's own are stronger
-    torch.testing.assert_close(as_detailed(2 * strong[:1], strong, window()), 2 * strong[:1])
+    found = detailed(clean, keys, window(), strength)
+    torch.testing.assert_close(found, smooth(mean) + gain * details(mean))
+
+
+@pytest.mark.parametrize(("strength", "x"), [(0.0, 0.3), (1.0, 2.0 * WIDTH)])
+def test_a_frame_that_takes_nothing_is_left_as_it_is(strength: float, x: float) -> None:
+    clean, keys = latents(1), 9 * latents(2)
+    torch.testing.assert_close(detailed(clean, keys, window(x), strength), clean)
+
+
+def test_where_keyframes_agree_with_the_frame_nothing_changes() -> None:
+    clean = latents(1)
+    torch.testing.assert_close(detailed(clean, clean.repeat(2, 1, 1, 1), window(), 0.8), clean)
 
 
 def test_where_there_are_no_details_none_are_made() -> None:
-    flat = torch.full((1, 4, HEIGHT, WIDTH), 0.3)
-    torch.testing.assert_close(as_detailed(flat, latents(2), window()), flat)
+    flat = torch.full((2, 4, HEIGHT, WIDTH), 0.3)
+    torch.testing.assert_close(detailed(flat[:1], flat, window(), 0.5), flat[:1])

@@ -12,7 +12,7 @@ from tokenflow.diffusion.trajectory import rows
 from tokenflow.editors import Step
 from tokenflow.engine.keyframes import leading, neighbourhood
 from tokenflow.engine.sampling import Latents, Outputs, Sampling
-from tokenflow.propagation.fusion import as_detailed, fuse
+from tokenflow.propagation.fusion import fuse_detailed
 
 
 def fused_latents(
@@ -55,8 +55,7 @@ def fused_latents(
     # first every other keyframe takes what one beside it predicts, so that all come to agree
     pairs = s.flow.moved(leading(keyframes, s.shard.own, s.shard.halo, step.index))
     all_keys = exchanged(s, keys)
-    keys = fuse(keys, all_keys, source, source_keys, pairs, 1.0)
-    keys = exchanged(s, as_detailed(keys, all_keys, pairs))
+    keys = exchanged(s, fuse_detailed(keys, all_keys, source, source_keys, pairs, 1.0))
     result = torch.empty_like(x)
     for part in s.parts(here):
         window, used = neighbourhood(
@@ -66,11 +65,10 @@ def fused_latents(
         clean = following[some]
         if not already:
             clean = schedule.clean(x[some], clean, step.index)
-        clean = fuse(
+        clean = fuse_detailed(
             clean, keys[used], s.trajectory.source(part).clean, source_keys[used],
             s.flow.moved(window), share,
         )  # fmt: skip
-        clean = as_detailed(clean, keys[used], window)
         result[some] = clean if already else schedule.towards(clean, x[some], step.index)
     return result
 

@@ -44,38 +44,69 @@ def fuse(
         window: Positions, neighbours, blend weights, and motion at the latents' size.
         strength: From 0, which changes nothing, to 1.
     """
-    if window.motion is None:
-        raise ValueError("fusion needs a window with motion, got one without")
-    flow = window.motion.displacement.unflatten(2, clean.shape[-2:]).movedim(-1, 2)
-    both = torch.cat([keys, source_keys], dim=1)
-    pairs = zip(window.neighbours.flatten().tolist(), flow.flatten(0, 1), strict=True)
-    # bilinear sampling, step after step, would blur
-    arrived = torch.stack([warp(both[k], there, "bicubic") for k, there in pairs])
-    moved, source_moved = arrived.unflatten(0, (-1, 2)).tensor_split([keys.shape[1]], dim=2)
-    difference = (source_moved - source[:, None]).square().mean(dim=2)
-    # a pixel's neighbours are likely to have moved alike
-    trust = torch.exp(-((smooth(difference) / DIFFERENCE) ** 2)) * inside(flow)
-    share = strength * window.blend[..., None, None] * trust
-    own = 1 - share.sum(dim=1, keepdim=True)
-    return own * clean + (share[:, :, None] * moved).sum(dim=1)
+    share, moved = arrived(keys, source, source_keys, window, strength)
+    return mixed(clean, moved, share)
 
 
-def as_detailed(
-    fused: Float[Tensor, "frames c h w"], keys: Float[Tensor, "keyframes c h w"], window: Window
+def fuse_detailed(
+    clean: Float[Tensor, "frames c h w"],
+    keys: Float[Tensor, "keyframes c h w"],
+    source: Float[Tensor, "frames d h w"],
+    source_keys: Float[Tensor, "keyframes d h w"],
+    window: Window,
+    strength: float,
 ) -> Float[Tensor, "frames c h w"]:
-    """Fused latents with details as strong, in each channel, as those of their keyframes.
+    """As `fuse`, with details as strong, in each frame and channel, as those of what is mixed.
 
     Means of what does not quite fit have less contrast, and every step would take more of it.
     """
-    base = smooth(fused)
-    details, (own, wanted) = fused - base, map(power, (fused, keys))
-    wanted = (window.blend[..., None, None, None] * wanted[window.neighbours]).sum(dim=1)
-    return base + (wanted / own.clamp_min(1e-12)).sqrt().clamp(1, STRONGEST) * details
+    both = torch.cat([keys, details(keys).square()], dim=1)
+    share, moved = arrived(both, source, source_keys, window, strength)
+    values, powers = moved.tensor_split(2, dim=2)
+    fused = mixed(clean, values, share)
+    own = details(fused)
+    wanted = mixed(
+        details(clean).square(), powers.clamp(min=0), share
+    )  # bicubic weights are signed
+    power = own.square().mean(dim=(2, 3), keepdim=True).clamp(min=1e-12)
+    gain = (wanted.mean(dim=(2, 3), keepdim=True) / power).sqrt().clamp(1, STRONGEST)
+    return fused + (gain - 1) * own
 
 
-def power(values: Float[Tensor, "frames c h w"]) -> Float[Tensor, "frames c 1 1"]:
-    """The mean square of details, which a mean over 3×3 pixels takes away."""
-    return (values - smooth(values)).square().mean(dim=(2, 3), keepdim=True)
+def arrived(
+    keys: Float[Tensor, "keyframes c h w"],
+    source: Float[Tensor, "frames d h w"],
+    source_keys: Float[Tensor, "keyframes d h w"],
+    window: Window,
+    strength: float,
+) -> tuple[Float[Tensor, "frames 2 1 h w"], Float[Tensor, "frames 2 c h w"]]:
+    """Of both neighbouring keyframes, the share that a frame's pixels take, and what arrives."""
+    if window.motion is None:
+        raise ValueError("fusion needs a window with motion, got one without")
+    flow = window.motion.displacement.unflatten(2, source.shape[-2:]).movedim(-1, 2)
+    both = torch.cat([keys, source_keys], dim=1)
+    pairs = zip(window.neighbours.flatten().tolist(), flow.flatten(0, 1), strict=True)
+    # bilinear sampling, step after step, would blur
+    found = torch.stack([warp(both[k], there, "bicubic") for k, there in pairs])
+    moved, source_moved = found.unflatten(0, (-1, 2)).tensor_split([keys.shape[1]], dim=2)
+    difference = (source_moved - source[:, None]).square().mean(dim=2)
+    # a pixel's neighbours are likely to have moved alike
+    trust = torch.exp(-((smooth(difference) / DIFFERENCE) ** 2)) * inside(flow)
+    return (strength * window.blend[..., None, None] * trust)[:, :, None], moved
+
+
+def mixed(
+    own: Float[Tensor, "frames c h w"],
+    moved: Float[Tensor, "frames 2 c h w"],
+    share: Float[Tensor, "frames 2 1 h w"],
+) -> Float[Tensor, "frames c h w"]:
+    """What arrives, each by its share, and for the rest the frames' own."""
+    return (1 - share.sum(dim=1)) * own + (share * moved).sum(dim=1)
+
+
+def details(values: Float[Tensor, "frames c h w"]) -> Float[Tensor, "frames c h w"]:
+    """What a mean over 3×3 pixels takes away."""
+    return values - smooth(values)
 
 
 def smooth(values: Float[Tensor, "frames c h w"]) -> Float[Tensor, "frames c h w"]:

@@ -23,12 +23,15 @@ class DIS(OpticalFlow):
 
     Args:
         preset: Trades accuracy for speed: "ultrafast", "fast" or "medium".
+        finest: Halvings of the frames where the search ends, 0 for none; the preset's if not given.
     """
 
-    def __init__(self, preset: Preset = "medium") -> None:
+    def __init__(self, preset: Preset = "medium", finest: int | None = None) -> None:
         if preset not in get_args(Preset):
             raise InputError(f"preset must be one of {get_args(Preset)}, got {preset!r}")
-        self.preset = preset
+        if finest is not None and finest < 0:
+            raise InputError(f"finest must be a number of halvings from 0 up, got {finest}")
+        self.preset, self.finest = preset, finest
 
     def prepare(self, clip: Clip) -> None:
         height, width = clip.frames.shape[-2:]
@@ -44,6 +47,8 @@ class DIS(OpticalFlow):
         search: Any = cv2.DISOpticalFlow.create(
             getattr(cv2, f"DISOPTICAL_FLOW_PRESET_{self.preset.upper()}")
         )
+        if self.finest is not None:
+            search.setFinestScale(self.finest)
         found = search.calc(grey(clip.frame(start)), grey(clip.frame(end)), None)
         return torch.from_numpy(found).movedim(-1, 0)
 
