@@ -16,7 +16,7 @@ from tokenflow.miniature.edits import SceneEdit
 from tokenflow.miniature.judge import Judge
 from tokenflow.miniature.scenes import Scene
 
-DISTANCES = (1, 8)
+DISTANCES = (1, 8, 32)
 
 
 class Truth:

@@ -41,6 +41,7 @@ def tables(records: list[Record], rows: tuple[str, ...]) -> list[Text]:
         "warp error ×10⁻³": lambda r: number(average(r, "warp_error_1"), 1e3),
         "above round trip": lambda r: number(above(r, records), 1e3),
         "8 frames apart": lambda r: number(average(r, "warp_error_8"), 1e3),
+        "32 frames apart": lambda r: number(average(r, "warp_error_32"), 1e3),
         "edited": lambda r: share(average(r, "edited")),
         "kept": lambda r: share(average(r, "kept")),
         "PSNR inside, dB": lambda r: number(average(r, "psnr_inside"), 1, 1),
@@ -50,6 +51,8 @@ def tables(records: list[Record], rows: tuple[str, ...]) -> list[Text]:
         "s/frame": lambda r: number(per_frame(r, "seconds"), 1),
         "UNet evaluations/frame": lambda r: number(per_frame(r, "evaluations"), 1, 1),
     }
+    if average(records, "warp_error_32") is None:
+        del columns["32 frames apart"]  # clips are shorter
     by_row = {row: [r for r in records if r["row"] == row] for row in rows}
     every = [[row, *(show(of) for show in columns.values())] for row, of in by_row.items()]
     found = [Text("All clips", [["", *columns], *every])]

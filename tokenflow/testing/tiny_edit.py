@@ -18,7 +18,7 @@ from tokenflow.engine import Settings, SourceCache, edit_latents
 from tokenflow.engine.network import EditedNetwork
 from tokenflow.engine.ranks.group import FrameGroup
 from tokenflow.engine.settings import ConsistencyName
-from tokenflow.propagation import NNField
+from tokenflow.propagation import ClipFlow, NNField, OpticalFlow
 from tokenflow.testing.tiny import tiny_backbone, tiny_clip
 from tokenflow.video import Clip
 
@@ -39,6 +39,13 @@ class Plain(Editor):
 
     def branches(self, prompts: Prompts) -> dict[str, str]:
         return dict(self.editor.branches(prompts))
+
+
+class Still(OpticalFlow):
+    """Nothing moves: what frames predict is fused all the same."""
+
+    def between(self, clip: Clip, start: int, end: int) -> Float[Tensor, "2 height width"]:
+        return torch.zeros(2, *clip.frames.shape[-2:])
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,7 @@ class TinyEdit:
         return edit_latents(
             self.model, self.trajectory, self.schedule, prompts, self.editor, NNField(), settings,
             ranks=ranks, source_cache=source_cache,
+            flow=ClipFlow(self.clip, Still(), self.model.latent_scale),
         )  # fmt: skip
 
     @property

@@ -88,6 +88,10 @@ def cases(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone) -> dict[
         "windowed, flow, previous": Case(
             18, SDEdit(0.7), FlowWeighted(), (*BOUNDED, ("neighbours", "previous"))
         ),
+        "fused": Case(13, PnP(), settings=(("fusion", 0.8),)),
+        "windowed, fused, previous": Case(
+            18, PnP(), settings=(*BOUNDED, ("neighbours", "previous"), ("fusion", 0.5))
+        ),
         "windowed, fewer, controlnet": Case(6, ControlNet(control), settings=BOUNDED),
         "windowed, one frame, sdedit, shared, flow": Case(
             1, SDEdit(0.7, "shared"), FlowWeighted(), BOUNDED
