@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py editing       # sampling alone, minutes
     python benchmarks/speed.py operations    # what is computed, and what has to be
+    python benchmarks/speed.py compiled      # --model.compile, and from how many frames on it pays
     python benchmarks/speed.py presets       # configs/fast.yaml end to end beside configs/pnp.yaml
 
 Everything that is compared takes turns in one process, and ratios are of one round's times.
@@ -307,6 +308,50 @@ def operations(frames: int = 16, every: int = 4, steps: int = 10, clip: int = 1)
     Console(width=120).print(table)
 
 
+@torch.no_grad()
+def compiled(
+    frames: int = 16,
+    every: int = 4,
+    steps: int = 4,
+    rounds: int = 3,
+    clip: int = 1,
+    dtype: str = "float32",
+    threads: int = 1,
+) -> None:
+    """Sampling by the compiled network beside the plain one, and what compiling takes.
+
+    Args:
+        frames: Of the clip.
+        every: Frames in a window.
+        steps: Of sampling.
+        rounds: How often both are timed.
+        clip: Which of the suite's four scenes.
+        dtype: Of the networks.
+        threads: Of PyTorch.
+    """
+    torch.set_num_threads(threads)
+    console, edit, clock = Console(width=120), suite(frames)[clip], clock_of(threads)
+    plain, quick = (StableDiffusion.load("miniature", "cpu", dtype) for _ in range(2))
+    begin = perf_counter()  # the compiler has processes of its own
+    quick.compile()
+    taken = perf_counter() - begin
+    case = Case.of(plain, edit.clip, edit.prompts, steps, every)
+    case.ours(quick)
+    runs = {"plain": lambda: case.ours(plain), "compiled": lambda: case.ours(quick)}
+    seconds = turns(runs, rounds, console, clock)
+    gain = median(ratios(seconds, "plain", "compiled"))
+    saved = median(seconds["plain"]) * (1 - 1 / gain) / frames / steps
+    console.print(
+        f"{dtype}: compiling took {taken:.0f} s; compiled, sampling is "
+        f"{spread(ratios(seconds, 'plain', 'compiled'))} times as fast, which "
+        + (
+            f"pays from {taken / saved / 50:.0f} frames of 50 steps on"
+            if gain > 1
+            else "never pays"
+        )
+    )
+
+
 def presets(
     frames: int = 24, rounds: int = 1, clip: int = 1, config: Path = FAST, threads: int = 1
 ) -> None:
@@ -346,4 +391,4 @@ def preset(config: Path) -> Settings:
 
 
 if __name__ == "__main__":
-    auto_cli([editing, operations, presets], as_positional=False)
+    auto_cli([editing, operations, compiled, presets], as_positional=False)
