@@ -269,7 +269,11 @@ def on_a_rank(folder: Path) -> Tensor:
     settings = Settings(
         steps=2, keyframe_every=2, guidance=2.0, batch=1, keyframe_attention="full"
     )  # fmt: skip
-    return edit_clip(model, clip, PROMPTS, PnP(), NNField(), settings, ranks=ranks).latents
+    results = [
+        edit_clip(model, clip, PROMPTS, editor, NNField(), settings, ranks=ranks).latents
+        for editor in (PnP(), FlowEdit(noise="independent"))
+    ]
+    return torch.stack(results, dim=1)
 
 
 def test_two_ranks_agree_with_one(folder: Path, tmp_path: Path) -> None:

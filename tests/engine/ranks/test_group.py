@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.diffusion.making import make_controlnet
 from tests.on_ranks import on_ranks
 from tokenflow.diffusion import Backbone
-from tokenflow.editors import ControlNet, ControlVideo, Editor, PnP, SDEdit
+from tokenflow.editors import DDCM, ControlNet, ControlVideo, Editor, FlowEdit, PnP, SDEdit
 from tokenflow.engine import Settings, edit_clip
 from tokenflow.engine.edit import frames_needed
 from tokenflow.engine.keyframes import split_windows
@@ -88,6 +88,8 @@ def cases(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone) -> dict[
         "windowed, flow, previous": Case(
             18, SDEdit(0.7), FlowWeighted(), (*BOUNDED, ("neighbours", "previous"))
         ),
+        "flowedit": Case(13, FlowEdit(n_max=2, noise="independent")),
+        "windowed, ddcm": Case(18, DDCM(noise="independent"), settings=BOUNDED),
         "fused": Case(13, PnP(), settings=(("fusion", 0.8),)),
         "windowed, fused, previous": Case(
             18, PnP(), settings=(*BOUNDED, ("neighbours", "previous"), ("fusion", 0.5))
