@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tokenflow.propagation import Motion, Window
-from tokenflow.propagation.fusion import STRONGEST, details, fuse, fuse_detailed, smooth
+from tokenflow.propagation.fusion import RESTORED, STRONGEST, details, fuse, fuse_detailed, smooth
 
 HEIGHT, WIDTH = 6, 8
 
@@ -99,12 +99,12 @@ def power(values: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("strength", [0.4, 1.0])
-def test_details_are_as_strong_as_those_of_what_is_mixed(strength: float) -> None:
+def test_details_get_half_of_their_strength_back(strength: float) -> None:
     clean, keys = latents(1) - 0.5, latents(2) - 0.5
     mean = fused(clean, keys, window(), strength)
     wanted = (1 - strength) * power(clean)
     wanted += strength * (0.75 * power(keys[:1]) + 0.25 * power(keys[1:]))
-    gain = (wanted / power(mean)).sqrt().clamp(1, STRONGEST)
+    gain = (wanted / power(mean)).pow(RESTORED / 2).clamp(1, STRONGEST)
     assert gain.min() > 1
     found = detailed(clean, keys, window(), strength)
     torch.testing.assert_close(found, smooth(mean) + gain * details(mean))

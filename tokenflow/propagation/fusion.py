@@ -18,6 +18,8 @@ from tokenflow.propagation.flow.base import inside, warp
 DIFFERENCE = 0.5
 """Mean squared difference of the source's latents at which a keyframe's weight has fallen to 1/e;
 two places that have nothing in common differ by about 2."""
+RESTORED = 0.5
+"""Share of the details' lost strength that they are given back, on a logarithmic scale."""
 STRONGEST = 1.5
 """Gain of details at most: of frames that have nothing in common little more than noise is left."""
 
@@ -56,9 +58,10 @@ def fuse_detailed(
     window: Window,
     strength: float,
 ) -> Float[Tensor, "frames c h w"]:
-    """As `fuse`, with details as strong, in each frame and channel, as those of what is mixed.
+    """As `fuse`, with details nearer to the strength, in each frame and channel, of what is mixed.
 
-    Means of what does not quite fit have less contrast, and every step would take more of it.
+    Means of what does not quite fit have less contrast. All of it given back, step after step,
+    makes edges too strong.
     """
     both = torch.cat([keys, details(keys).square()], dim=1)
     share, moved = arrived(both, source, source_keys, window, strength)
@@ -69,7 +72,8 @@ def fuse_detailed(
         details(clean).square(), powers.clamp(min=0), share
     )  # bicubic weights are signed
     power = own.square().mean(dim=(2, 3), keepdim=True).clamp(min=1e-12)
-    gain = (wanted.mean(dim=(2, 3), keepdim=True) / power).sqrt().clamp(1, STRONGEST)
+    gain = (wanted.mean(dim=(2, 3), keepdim=True) / power) ** (RESTORED / 2)
+    gain = gain.clamp(1, STRONGEST)
     return fused + (gain - 1) * own
 
 
