@@ -99,7 +99,7 @@ def power(values: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("strength", [0.4, 1.0])
-def test_details_get_half_of_their_strength_back(strength: float) -> None:
+def test_details_get_most_of_their_strength_back(strength: float) -> None:
     clean, keys = latents(1) - 0.5, latents(2) - 0.5
     mean = fused(clean, keys, window(), strength)
     wanted = (1 - strength) * power(clean)

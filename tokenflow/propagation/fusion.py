@@ -18,7 +18,7 @@ from tokenflow.propagation.flow.base import inside, warp
 DIFFERENCE = 0.5
 """Mean squared difference of the source's latents at which a keyframe's weight has fallen to 1/e;
 two places that have nothing in common differ by about 2."""
-RESTORED = 0.5
+RESTORED = 0.7
 """Share of the details' lost strength that they are given back, on a logarithmic scale."""
 STRONGEST = 1.5
 """Gain of details at most: of frames that have nothing in common little more than noise is left."""
