@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 
 from tokenflow.editors import Canny
 from tokenflow.miniature import scenes
-from tokenflow.miniature.scenes import Attributes, random_scene
+from tokenflow.miniature.scenes import SIZE, Attributes, random_scene
 
 SCENES = 12_288  # seeds 0 .. SCENES - 1 are for training; evaluation uses seeds from a million up
 
@@ -60,6 +60,19 @@ def encoded(folder: Path, vae: AutoencoderKL) -> Float[Tensor, "scenes 4 height 
             ]
         torch.save(torch.cat(parts) * vae.config.scaling_factor, file)
     return torch.load(file)
+
+
+def near_objects(size: int) -> Float[Tensor, "scenes 1 {size} {size}"]:
+    """1 in the training stills' objects and up to a third of their radius around, 0 elsewhere.
+
+    A disc, so that it does not tell the shape.
+    """
+    axis = (torch.arange(size) + 0.5) * (SIZE / size) - 0.5
+    found = []
+    for path in (random_scene(seed).object for seed in range(SCENES)):
+        distance = torch.hypot(axis - path.x[0], axis[:, None] - path.y[0])
+        found.append(distance < 1.35 * path.scale[0])
+    return torch.stack(found)[:, None].float()
 
 
 def canny_edges(

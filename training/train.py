@@ -55,6 +55,7 @@ from training.stills import (
     Endless,
     canny_edges,
     encoded,
+    near_objects,
     rendered,
     to_signed,
     without_shape,
@@ -177,7 +178,8 @@ def train_transformer(folder: Path, steps: int, precision: str) -> None:
     )
     stage = new_flow_training(new_transformer(), nothing[0])
     vae = AutoencoderKL.from_pretrained(WEIGHTS / "vae", torch_dtype=torch.float32)
-    data = Endless(encoded(folder, vae), tokens, batch=16)
+    latents = encoded(folder, vae)
+    data = Endless(latents, tokens, near_objects(latents.shape[-1]), batch=16)
     fit(stage, data, steps, folder / "transformer", precision, average=True)
     save_transformer(stage, TRANSFORMER)
 

@@ -13,9 +13,11 @@ from transformers import CLIPTokenizer
 
 from tokenflow.diffusion import Backbone
 from tokenflow.miniature import WEIGHTS
+from tokenflow.miniature.scenes import random_scene
 from training.networks import new_transformer
+from training.stills import near_objects
 from training.train import new_flow_training, save_transformer
-from training.transformer import FlowTraining
+from training.transformer import OBJECT, FlowTraining
 
 CAPTIONS = ["a striped red ball on grass", ""]
 
@@ -80,7 +82,8 @@ def test_crops_keep_their_places(stage: FlowTraining, monkeypatch: pytest.Monkey
         seen = set()
         for seed in range(8):
             torch.manual_seed(seed)
-            crop = stage.crop(latents)
+            crop, same = stage.crop(latents, latents)
+            assert torch.equal(crop, same)
             assert crop.shape == (1, 4, 24, 24)
             top, left = stage.corner
             part = stage.transformer.pos_embed(crop).view(12, 12, -1)
@@ -88,7 +91,7 @@ def test_crops_keep_their_places(stage: FlowTraining, monkeypatch: pytest.Monkey
             seen.add(stage.corner)
     assert len(seen) > 4
     at_step(stage, 1000, monkeypatch)
-    assert torch.equal(stage.crop(latents), latents)
+    assert torch.equal(stage.crop(latents)[0], latents)
 
 
 def test_positions_of_whole_latents_are_diffusers_own(stage: FlowTraining) -> None:
@@ -106,15 +109,46 @@ def test_an_untrained_transformer_predicts_nothing(
     stage = new_flow_training(new_transformer(blocks=1), tokens[1])
     at_step(stage, 0, monkeypatch)
     torch.manual_seed(0)
-    loss = stage.loss(torch.full((16, 4, 32, 32), 2.0), tokens[:1].expand(16, -1))
+    latents, near = torch.full((16, 4, 32, 32), 2.0), torch.zeros(16, 1, 32, 32)
+    loss = stage.loss(latents, tokens[:1].expand(16, -1), near)
     assert loss.item() == pytest.approx(4 + 1 + 0.01, rel=0.05)
+
+
+def test_errors_near_the_object_count_more_unless_noise_hides_it(
+    tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = new_flow_training(new_transformer(blocks=1), tokens[1])
+    at_step(stage, 1000, monkeypatch)
+    latents, text = torch.full((16, 4, 32, 32), 2.0), tokens[:1].expand(16, -1)
+    ratios = []
+    for sigma in (0.5, 0.96):
+        drawn = (torch.tensor(sigma).logit() - 0.4) / 1.2
+
+        def randn(*shape: int, drawn: Tensor = drawn, **_: object) -> Tensor:
+            return drawn.expand(shape) if len(shape) == 1 else torch.zeros(shape)
+
+        monkeypatch.setattr(torch, "randn", randn)
+        monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+        losses = [stage.loss(latents, text, torch.full((16, 1, 32, 32), x)) for x in (0.0, 1.0)]
+        ratios.append(float(losses[1] / losses[0]))
+    assert ratios == [pytest.approx(1 + OBJECT), pytest.approx(1)]
+
+
+def test_what_is_near_is_a_disc_around_the_object(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.stills.SCENES", 5)
+    near = near_objects(32)
+    for seed, disc in enumerate(near):
+        mask = random_scene(seed).mask(0)[None, None]
+        touched = torch.nn.functional.max_pool2d(mask, 4)[0] > 0.5
+        assert disc[touched].all()
+        assert disc.mean() < 4 * touched.float().mean() + 0.05
 
 
 def test_transformer_and_text_encoders_learn(
     stage: FlowTraining, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at_step(stage, 500, monkeypatch)
-    stage.loss(torch.randn(2, 4, 32, 32), tokens).backward()
+    stage.loss(torch.randn(2, 4, 32, 32), tokens, torch.ones(2, 1, 32, 32)).backward()
     learning = {
         name.split(".")[0]
         for name, p in stage.named_parameters()
