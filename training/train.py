@@ -277,7 +277,7 @@ def main(
     unet_steps: int = 7000,
     controlnet_steps: int = 3000,
     lcm_steps: int = 1000,
-    transformer_steps: int = 18_500,
+    transformer_steps: int = 27_000,
     precision: str = "32-true",
 ) -> None:
     """Trains the miniature, or one stage of it, and writes its weights into the package.

@@ -20,8 +20,8 @@ from training.evaluate import BAR, HELD_OUT
 
 MODEL = "miniature-transformer"
 DEMO = WEIGHTS.parent / "demo" / "blue_ball.mp4"
-SHAPE = 0.5
-"""Below the bar of 80 %, which its shapes miss: training/README.md."""
+SHAPE = 0.7
+"""Below the bar of 80 %, which its shapes just pass in 28 steps: training/README.md."""
 
 
 @pytest.mark.full
