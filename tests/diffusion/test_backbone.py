@@ -68,7 +68,7 @@ def test_an_installed_family_is_found_by_its_pipeline(
         ("KolorsPipeline", {"unet": UNET, "text_encoder": "ChatGLMModel", "vae": VAE}),
         ("IFPipeline", {"unet": UNET, "text_encoder": "T5EncoderModel"}),
         ("KandinskyV22Pipeline", {"unet": UNET, "movq": "VQModel"}),
-        ("StableUnCLIPPipeline", {"unet": UNET, "text_encoder": CLIP, "vae": None}),
+        ("KandinskyPipeline", {"unet": UNET, "text_encoder": "MultilingualCLIP", "vae": VAE}),
     ],
 )
 def test_a_family_that_is_not_installed(folder: Path, pipeline: str, kinds: dict[str, str]) -> None:

@@ -19,13 +19,22 @@ from tokenflow.errors import InputError
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-def test_another_spacing(model_folder: Path) -> None:
+def test_another_spacing(model_folder: Path, tmp_path: Path) -> None:
     plain = Backbone.load(model_folder, "cpu", "float32")
     first: dict[Timesteps, int] = {"leading": 751, "trailing": 999, "linspace": 999, "lcm": 999}
     for timesteps, noisiest in first.items():
         found = Backbone.load(model_folder, "cpu", "float32", timesteps=timesteps)
         assert found.schedule(4).timesteps[0] == noisiest
         assert (found.fingerprint == plain.fingerprint) == (timesteps == "leading")
+    file = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    shutil.copytree(model_folder, tmp_path / "model")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"_class_name": "LCMScheduler"}))
+    own, led = (
+        Backbone.load(tmp_path / "model", "cpu", "float32", timesteps=timesteps)
+        for timesteps in (None, "leading")
+    )
+    assert own.schedule(4).timesteps != led.schedule(4).timesteps
+    assert own.fingerprint != led.fingerprint
     with pytest.raises(ModelError, match=r"expected timesteps leading, .* or lcm, got 'turbo'"):
         plain.respace("turbo")
     with pytest.raises(ModelError, match="GaussianFlow has timesteps of its own; leave timesteps"):

@@ -1,7 +1,7 @@
 """What a second edit of a clip takes from the first: the same result without the source."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +234,29 @@ def test_an_edit_that_is_resumed_takes_nothing_that_was_kept_since(
     with pytest.raises(Preempted):
         edited("shared", "a red ball", stop=2)
     edited("shared", "a blue cube")
+    with pytest.raises(Preempted):
+        edited("shared", "a red ball", stop=3)
     assert torch.equal(edited("shared", "a red ball"), whole)
+
+
+def test_an_edit_that_took_from_the_cache_takes_the_rest_when_resumed(
+    backbone: Backbone, clip: Clip, tmp_path: Path
+) -> None:
+    settings, passes = Settings(steps=STEPS, keyframe_every=4, batch=9), []
+    for folder, stops in (("whole", ()), ("stopped", (1, 3))):
+        for prompt in ("a blue cube", "a red ball"):
+            with counted(backbone) as rows:
+                for stop in (*(stops if prompt == "a red ball" else ()), None):
+                    with suppress(Preempted):
+                        edit_clip(
+                            backbone, clip, prompt, PnP(), NNField(), settings,
+                            store=stored(tmp_path / folder),
+                            on_step=lambda stage, done, _, stop=stop: (
+                                "stop" if (stage, done) == ("edit", stop) else None
+                            ),
+                        )  # fmt: skip
+        passes.append([count for count in rows if count > 9])
+    assert passes[0] == passes[1]
 
 
 def test_one_clip_takes_half_of_the_limit(backbone: Backbone, clip: Clip, tmp_path: Path) -> None:

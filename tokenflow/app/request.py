@@ -247,6 +247,7 @@ class Requests:
             made = self.parser.instantiate(given)
             traits = self.traits(made.model.model)
             made.model.editor.check_model(traits)
+            made.model.editor.check_steps(made.model.settings.steps)
             require_given(traits.further_channels, made.model.mask, made.model.depth)
             return whole | {"trainer": trainer}, made
         except InputError:

@@ -429,7 +429,8 @@ def family(model: str) -> type[Backbone]:
     name = index.get("_class_name")
     entry = known.get(str(name))
     if entry is None and all(
-        part in index and kind in (index[part] or ()) for part, kind in VARIANT_PARTS.items()
+        isinstance(index.get(part), list) and kind in index[part]
+        for part, kind in VARIANT_PARTS.items()
     ):
         entry = next(known[kind] for part, kind in VARIANTS.items() if index.get(part) is not None)
     if entry is None:

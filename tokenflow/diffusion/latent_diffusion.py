@@ -215,7 +215,8 @@ class LatentDiffusion(Backbone):
         schedule = {k: v for k, v in self.scheduler.config.items() if not k.startswith("_")}
         words = [text.vocabulary for text in self.texts]
         own = astuple(self.defaults)
-        return digests.of_values(networks, words, schedule, own, self.device.type)
+        kind = type(self.scheduler).__name__
+        return digests.of_values(networks, words, kind, schedule, own, self.device.type)
 
     @property
     def latent_scale(self) -> int:

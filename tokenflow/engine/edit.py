@@ -240,6 +240,8 @@ def edit_latents(
     """
     settings, ranks = (settings or Settings()).for_model(model), ranks or FrameGroup()
     prompts = Prompts(prompts) if isinstance(prompts, str) else prompts
+    with blamed(editor, "check_steps"):
+        editor.check_steps(settings.steps)
     way = WAYS[settings.consistency]
     settings.require_used(inverts=editor.inverts, fuses=fuses(way), mask=None)
     if propagates(way) and propagation.flow is not None and flow is None:
@@ -326,7 +328,7 @@ def first_latents(
         found = checkpoint.load(begin.latents, len(sampling.schedule))
         if found is not None:
             x, done, took = found
-            sampling.features.alone = not took
+            sampling.features.took, sampling.features.alone = took, not took
             return x, done
     return begin.latents.clone(), begin.step
 

@@ -112,7 +112,7 @@ class SourceFeatures:
         ranks: That share the clip, and agree.
 
     Attributes:
-        took: Whether the last step that others may have kept was taken from them.
+        took: Whether others had kept the last step that was looked up, or none was yet.
         alone: Whether none is, for an edit that is resumed and took none before: others may have
             filled the cache since.
     """
@@ -133,8 +133,7 @@ class SourceFeatures:
         self.places: dict[str, dict[int, int]] = {}  # of frames in the tables
         self.rows: dict[str, dict[int, Tensor]] = {}
         self.cached = self.known = self.off = False
-        self.took = False
-        self.alone = False
+        self.took, self.alone = cache is not None, False
         self.entry, self.size = "", 0
 
     def begin(self, step: int) -> None:
@@ -149,9 +148,10 @@ class SourceFeatures:
         self.known = found is not None
         mine = self.writer and found is not None and text(found[WRITER]) == self.writer
         own = found is None or mine or self.alone
-        (alone,) = self.ranks.any(bool(own) or self.wanted(step))
-        self.cached = self.took = not alone
-        self.tables = found if found and not alone else {}
+        own, wanted = self.ranks.any(bool(own), self.wanted(step))
+        self.took = not own
+        self.cached = not (own or wanted)
+        self.tables = found if found and self.cached else {}
         self.places = {
             name.removeprefix(FRAMES): {frame: row for row, frame in enumerate(frames.tolist())}
             for name, frames in self.tables.items()

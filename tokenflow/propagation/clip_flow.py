@@ -113,7 +113,7 @@ class LatentFlow(ClipFlow):
 
     def __init__(self, clip: Clip, scale: int) -> None:
         factor = next(n for n in range(max(1, scale // 4), 0, -1) if scale % n == 0)
-        super().__init__(clip.reduced(factor), DIS(finest=0), scale // factor)
+        super().__init__(clip.reduced(factor), DIS(full=True), scale // factor)
         self.small = self.clip.reduced(max(1, self.scale // 2))
 
     def pair(self, start: int, end: int) -> tuple[Flow, Flow]:

@@ -232,7 +232,7 @@ class FrameGroup:
         for other, end in ((self.rank - 1, own[:1]), (self.rank + 1, own[-1:])):
             if not {self.rank, other} <= set(working):
                 continue
-            arriving = torch.empty_like(end)
+            arriving = torch.empty_like(end, memory_format=torch.contiguous_format)
             exchanges += [
                 dist.P2POp(dist.isend, end.contiguous(), group=group, group_peer=other),
                 dist.P2POp(dist.irecv, arriving, group=group, group_peer=other),

@@ -14,6 +14,8 @@ from tokenflow.propagation.flow.base import OpticalFlow
 from tokenflow.video import Clip, luma
 
 Preset = Literal["ultrafast", "fast", "medium"]
+SMALL = 64
+"""Pixels of the shorter side below which OpenCV may crash unless its search ends at all of them."""
 
 
 class DIS(OpticalFlow):
@@ -23,15 +25,13 @@ class DIS(OpticalFlow):
 
     Args:
         preset: Trades accuracy for speed: "ultrafast", "fast" or "medium".
-        finest: Halvings of the frames where the search ends, 0 for none; the preset's if not given.
+        full: Whether the search ends at full resolution, rather than at a half or a quarter of it.
     """
 
-    def __init__(self, preset: Preset = "medium", finest: int | None = None) -> None:
+    def __init__(self, preset: Preset = "medium", full: bool = False) -> None:
         if preset not in get_args(Preset):
             raise InputError(f"preset must be one of {get_args(Preset)}, got {preset!r}")
-        if finest is not None and finest < 0:
-            raise InputError(f"finest must be a number of halvings from 0 up, got {finest}")
-        self.preset, self.finest = preset, finest
+        self.preset, self.full = preset, full
 
     def prepare(self, clip: Clip) -> None:
         height, width = clip.frames.shape[-2:]
@@ -47,8 +47,8 @@ class DIS(OpticalFlow):
         search: Any = cv2.DISOpticalFlow.create(
             getattr(cv2, f"DISOPTICAL_FLOW_PRESET_{self.preset.upper()}")
         )
-        if self.finest is not None:
-            search.setFinestScale(self.finest)
+        if self.full or min(clip.frames.shape[-2:]) < SMALL:
+            search.setFinestScale(0)
         found = search.calc(grey(clip.frame(start)), grey(clip.frame(end)), None)
         return torch.from_numpy(found).movedim(-1, 0)
 
