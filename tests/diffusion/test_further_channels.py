@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tests.diffusion.making import sampled, with_channels, write_tiny_xl
 from tokenflow.diffusion import Backbone, ModelError, StableDiffusion, StableDiffusionXL
+from tokenflow.diffusion.backbone import VARIANT_PARTS
 from tokenflow.engine.further_channels import further_channels
 from tokenflow.engine.ranks.group import FrameGroup
 from tokenflow.engine.region import Region
@@ -31,11 +32,14 @@ PROMPTS: dict[str, Any] = {
 }  # fmt: skip
 
 
+VARIANT = {part: ["library", kind] for part, kind in VARIANT_PARTS.items()}
+
+
 @pytest.fixture(scope="module")
 def depth_model(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
     folder = with_channels(tmp_path_factory.mktemp("depth"), 5)
     # a component that nobody asks for is not loaded
-    index = {"_class_name": "StableDiffusionDepth2ImgPipeline", "unet": ["diffusers", "UNet"]}
+    index = {"_class_name": "StableDiffusionDepth2ImgPipeline", **VARIANT}
     index["depth_estimator"] = ["transformers", "DPTForDepthEstimation"]
     (folder / "model_index.json").write_text(json.dumps(index))
     return Backbone.load(folder, "cpu", "float32")
@@ -44,7 +48,7 @@ def depth_model(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
 @pytest.fixture(scope="module")
 def painting_model(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
     folder = with_channels(tmp_path_factory.mktemp("inpainting"), 9)
-    index = {"_class_name": "StableDiffusionInpaintPipeline", "unet": ["diffusers", "UNet"]}
+    index = {"_class_name": "StableDiffusionInpaintPipeline", **VARIANT}
     (folder / "model_index.json").write_text(json.dumps(index))
     return Backbone.load(folder, "cpu", "float32")
 

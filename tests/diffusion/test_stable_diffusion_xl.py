@@ -19,6 +19,7 @@ from torch import Tensor
 from tests.diffusion.making import pipeline_of, sampled, write_tiny_xl
 from tests.on_ranks import on_ranks
 from tokenflow.diffusion import Backbone, Conditioning, ModelError, StableDiffusionXL
+from tokenflow.diffusion.backbone import VARIANT_PARTS
 from tokenflow.diffusion.scheduler import Timesteps
 from tokenflow.editors import PnP, Prompts
 from tokenflow.engine import Settings, edit_clip
@@ -156,7 +157,7 @@ def test_a_variant_with_two_text_encoders_is_sdxl(
     copy = Path(shutil.copytree(folder, tmp_path / "model"))
     (copy / "model_index.json").unlink()
     if pipeline_name is not None:
-        index = {name: ["diffusers", "Some"] for name in PARTS}
+        index = {name: ["library", VARIANT_PARTS.get(name, "Some")] for name in PARTS}
         text = json.dumps({"_class_name": pipeline_name, **index})
         (copy / "model_index.json").write_text(text)
     assert type(Backbone.load(copy, "cpu", "float32")) is StableDiffusionXL

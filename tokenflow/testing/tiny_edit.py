@@ -18,7 +18,7 @@ from tokenflow.engine import Settings, SourceCache, edit_latents
 from tokenflow.engine.network import EditedNetwork
 from tokenflow.engine.ranks.group import FrameGroup
 from tokenflow.engine.settings import ConsistencyName
-from tokenflow.propagation import ClipFlow, NNField, OpticalFlow
+from tokenflow.propagation import ClipFlow, NNField
 from tokenflow.testing.tiny import tiny_backbone, tiny_clip
 from tokenflow.video import Clip
 
@@ -41,11 +41,16 @@ class Plain(Editor):
         return dict(self.editor.branches(prompts))
 
 
-class Still(OpticalFlow):
+class StillFlow(ClipFlow):
     """Nothing moves: what frames predict is fused all the same."""
 
-    def between(self, clip: Clip, start: int, end: int) -> Float[Tensor, "2 height width"]:
-        return torch.zeros(2, *clip.frames.shape[-2:])
+    def __init__(self, clip: Clip, scale: int) -> None:
+        self.clip, self.scale = clip, scale
+
+    def between(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        height, width = self.clip.frames.shape[-2:]
+        none = torch.zeros(3, height // self.scale, width // self.scale)
+        return none, none
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,7 @@ class TinyEdit:
         return edit_latents(
             self.model, self.trajectory, self.schedule, prompts, self.editor, NNField(), settings,
             ranks=ranks, source_cache=source_cache,
-            flow=ClipFlow(self.clip, Still(), self.model.latent_scale),
+            flow=StillFlow(self.clip, self.model.latent_scale),
         )  # fmt: skip
 
     @property
