@@ -29,8 +29,9 @@ BOUNDED: list[Spans] = [  # spans of 2 with 1 anchor, which is window 2's
     [([0], [0, 1, 2]), ([1, 2], [0, 1, 2, 3]), ([3, 4], [2, 3, 4])],
 ]
 
-# float32 through four steps, guided by 7.5, of latents up to 6; measured 2e-5
-TOLERANCE = 1e-4
+# float32 through four steps, guided by 7.5, of latents up to 6; measured 2e-5, on another processor
+# 1.02e-4 in one value
+TOLERANCE = 2e-4
 
 
 @pytest.fixture(scope="module")
