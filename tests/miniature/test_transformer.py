@@ -39,8 +39,8 @@ def test_samples_show_what_the_prompt_says() -> None:
 
 @pytest.mark.full
 def test_flowedit_shows_what_was_asked_for_and_keeps_the_rest() -> None:
-    """Of the striped box; as measured, all frames are right."""
-    edit = suite(8)[1]
+    """Of the striped ring; as measured, all frames are right."""
+    edit = suite(8)[3]
     result = edit_clip(
         Backbone.load(MODEL, "cpu", "auto"), edit.clip, edit.prompts,
         FlowEdit(n_max=11, noise="shared"), NNField(),
