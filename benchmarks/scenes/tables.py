@@ -8,6 +8,7 @@ from statistics import mean
 
 from rich.table import Table
 
+from benchmarks.scenes.measure import DISTANCES
 from benchmarks.scenes.results import Record
 from benchmarks.scenes.rows import FLOOR
 from benchmarks.scenes.suite import EDITS, MOTIONS
@@ -40,8 +41,11 @@ def tables(records: list[Record], rows: tuple[str, ...]) -> list[Text]:
     columns = {
         "warp error ×10⁻³": lambda r: number(average(r, "warp_error_1"), 1e3),
         "above round trip": lambda r: number(above(r, records), 1e3),
-        "8 frames apart": lambda r: number(average(r, "warp_error_8"), 1e3),
-        "32 frames apart": lambda r: number(average(r, "warp_error_32"), 1e3),
+        **{
+            f"{d} frames apart": lambda r, name=f"warp_error_{d}": number(average(r, name), 1e3)
+            for d in DISTANCES[1:]
+            if average(records, f"warp_error_{d}") is not None
+        },
         "edited": lambda r: share(average(r, "edited")),
         "kept": lambda r: share(average(r, "kept")),
         "PSNR inside, dB": lambda r: number(average(r, "psnr_inside"), 1, 1),
@@ -51,8 +55,6 @@ def tables(records: list[Record], rows: tuple[str, ...]) -> list[Text]:
         "s/frame": lambda r: number(per_frame(r, "seconds"), 1),
         "UNet evaluations/frame": lambda r: number(per_frame(r, "evaluations"), 1, 1),
     }
-    if average(records, "warp_error_32") is None:
-        del columns["32 frames apart"]  # clips are shorter
     by_row = {row: [r for r in records if r["row"] == row] for row in rows}
     every = [[row, *(show(of) for show in columns.values())] for row, of in by_row.items()]
     found = [Text("All clips", [["", *columns], *every])]

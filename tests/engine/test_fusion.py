@@ -15,6 +15,7 @@ from tests.plugins_by_others.no_inversion import NoInversion
 from tokenflow.diffusion import Backbone
 from tokenflow.editors import DDCM, Editor, FlowEdit, PnP, Prompts, SDEdit
 from tokenflow.engine import Settings, SourceCache, edit_clip, edit_latents
+from tokenflow.engine.fusion import RESTORED
 from tokenflow.engine.resume import ResumeStore
 from tokenflow.errors import InputError, Preempted
 from tokenflow.propagation import (
@@ -26,7 +27,7 @@ from tokenflow.propagation import (
     Propagation,
     Window,
 )
-from tokenflow.propagation.fusion import fuse_detailed
+from tokenflow.propagation.fusion import fuse
 from tokenflow.storage.cache import Cache
 from tokenflow.testing.threads import on_ranks
 from tokenflow.testing.tiny_edit import PROMPTS, TinyEdit
@@ -221,6 +222,6 @@ def test_clean_latents_are_fused_as_they_are(editor: Editor) -> None:
         motion=Motion(still, still[..., 0]),
     )  # fmt: skip
     same = torch.zeros_like(alone)
-    expected = fuse_detailed(alone, alone[:1], same, same[:1], window, 0.5)
+    expected = fuse(alone, alone[:1], same, same[:1], window, 0.5, RESTORED)
     assert torch.allclose(edited(settings), expected, rtol=0, atol=1e-5)
     assert (expected - alone).abs().max() > 0.01

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tokenflow.propagation import Motion, Window
-from tokenflow.propagation.fusion import RESTORED, STRONGEST, details, fuse, fuse_detailed, smooth
+from tokenflow.propagation.fusion import STRONGEST, details, fuse, smooth
 
 HEIGHT, WIDTH = 6, 8
 
@@ -32,9 +32,12 @@ def latents(frames: int) -> Tensor:
     return torch.rand(frames, 4, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(frames))
 
 
-def fused(clean: Tensor, keys: Tensor, by: Window, strength: float) -> Tensor:
+def fused(
+    clean: Tensor, keys: Tensor, by: Window, strength: float, restored: float = 0.0
+) -> Tensor:
     """With a source that is the same everywhere."""
-    return fuse(clean, keys, torch.zeros_like(clean), torch.zeros_like(keys), by, strength)
+    source, source_keys = torch.zeros_like(clean), torch.zeros_like(keys)
+    return fuse(clean, keys, source, source_keys, by, strength, restored)
 
 
 def test_a_strength_of_0_changes_nothing() -> None:
@@ -88,39 +91,35 @@ def test_a_window_without_motion() -> None:
         fused(latents(1), latents(1), bare, 0.5)
 
 
-def detailed(clean: Tensor, keys: Tensor, by: Window, strength: float) -> Tensor:
-    """With a source that is the same everywhere."""
-    source, source_keys = torch.zeros_like(clean), torch.zeros_like(keys)
-    return fuse_detailed(clean, keys, source, source_keys, by, strength)
-
-
 def power(values: Tensor) -> Tensor:
     return details(values).square().mean(dim=(2, 3), keepdim=True)
 
 
+@pytest.mark.parametrize("restored", [0.5, 1.0])
 @pytest.mark.parametrize("strength", [0.4, 1.0])
-def test_details_get_most_of_their_strength_back(strength: float) -> None:
+def test_details_get_a_share_of_their_strength_back(strength: float, restored: float) -> None:
     clean, keys = latents(1) - 0.5, latents(2) - 0.5
     mean = fused(clean, keys, window(), strength)
     wanted = (1 - strength) * power(clean)
     wanted += strength * (0.75 * power(keys[:1]) + 0.25 * power(keys[1:]))
-    gain = (wanted / power(mean)).pow(RESTORED / 2).clamp(1, STRONGEST)
+    gain = (wanted / power(mean)).pow(restored / 2).clamp(1, STRONGEST)
     assert gain.min() > 1
-    found = detailed(clean, keys, window(), strength)
+    found = fused(clean, keys, window(), strength, restored)
     torch.testing.assert_close(found, smooth(mean) + gain * details(mean))
 
 
 @pytest.mark.parametrize(("strength", "x"), [(0.0, 0.3), (1.0, 2.0 * WIDTH)])
 def test_a_frame_that_takes_nothing_is_left_as_it_is(strength: float, x: float) -> None:
     clean, keys = latents(1), 9 * latents(2)
-    torch.testing.assert_close(detailed(clean, keys, window(x), strength), clean)
+    torch.testing.assert_close(fused(clean, keys, window(x), strength, 1.0), clean)
 
 
 def test_where_keyframes_agree_with_the_frame_nothing_changes() -> None:
     clean = latents(1)
-    torch.testing.assert_close(detailed(clean, clean.repeat(2, 1, 1, 1), window(), 0.8), clean)
+    keys = clean.repeat(2, 1, 1, 1)
+    torch.testing.assert_close(fused(clean, keys, window(), 0.8, 1.0), clean)
 
 
 def test_where_there_are_no_details_none_are_made() -> None:
     flat = torch.full((2, 4, HEIGHT, WIDTH), 0.3)
-    torch.testing.assert_close(detailed(flat[:1], flat, window(), 0.5), flat[:1])
+    torch.testing.assert_close(fused(flat[:1], flat, window(), 0.5, 1.0), flat[:1])

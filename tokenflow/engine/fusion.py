@@ -12,7 +12,10 @@ from tokenflow.diffusion.trajectory import rows
 from tokenflow.editors import Step
 from tokenflow.engine.keyframes import leading, neighbourhood
 from tokenflow.engine.sampling import Latents, Outputs, Sampling
-from tokenflow.propagation.fusion import fuse_detailed
+from tokenflow.propagation.fusion import fuse
+
+RESTORED = 0.7
+"""Share of their lost strength that details are given back (docs/benchmark.md)."""
 
 
 def fused_latents(
@@ -55,7 +58,7 @@ def fused_latents(
     # first every other keyframe takes what one beside it predicts, so that all come to agree
     pairs = s.flow.moved(leading(keyframes, s.shard.own, s.shard.halo, step.index))
     all_keys = exchanged(s, keys)
-    keys = exchanged(s, fuse_detailed(keys, all_keys, source, source_keys, pairs, 1.0))
+    keys = exchanged(s, fuse(keys, all_keys, source, source_keys, pairs, 1.0, RESTORED))
     result = torch.empty_like(x)
     for part in s.parts(here):
         window, used = neighbourhood(
@@ -65,9 +68,9 @@ def fused_latents(
         clean = following[some]
         if not already:
             clean = schedule.clean(x[some], clean, step.index)
-        clean = fuse_detailed(
+        clean = fuse(
             clean, keys[used], s.trajectory.source(part).clean, source_keys[used],
-            s.flow.moved(window), share,
+            s.flow.moved(window), share, RESTORED,
         )  # fmt: skip
         result[some] = clean if already else schedule.towards(clean, x[some], step.index)
     return result

@@ -81,6 +81,11 @@ class EditedNetwork:
         """Whether there are sites whose sequence holds text."""
         return any(site.has_text for site in self.switch.sites.values())
 
+    @property
+    def propagates_all(self) -> bool:
+        """Whether every token of every site is propagated: no text, and all sites matched."""
+        return not self.has_text and len(self.matched) == len(self.switch.sites)
+
     def injected(self, step: int, steps: int) -> list[str] | None:
         """The layers that are injected at a step of an edit; None where that is too much to keep.
 
@@ -88,8 +93,7 @@ class EditedNetwork:
         needed in every pass.
         """
         on = [one for one in self.editor.injections(self.model) if one.active(step, steps)]
-        everywhere = self.has_text or len(self.matched) < len(self.switch.sites)
-        if everywhere and any(one.layer in self.projections for one in on):
+        if not self.propagates_all and any(one.layer in self.projections for one in on):
             return None
         return [f"{one.layer} {'replaced' if one.function is None else 'changed'}" for one in on]
 

@@ -74,9 +74,8 @@ class Sampling:
         joint pass.
         """
         identity = self.matcher.kernel.identity_at_keyframes
-        network, bracketing = self.network, self.settings.neighbours == "bracketing"
-        alike = not network.has_text and len(network.matched) == len(network.switch.sites)
-        return identity and bracketing and alike
+        bracketing = self.settings.neighbours == "bracketing"
+        return identity and bracketing and self.network.propagates_all
 
     def step(self, index: int) -> Step:
         """A step of sampling, as the editor sees it; what guidance does not need is left out."""

@@ -18,8 +18,6 @@ from tokenflow.propagation.flow.base import inside, warp
 DIFFERENCE = 0.5
 """Mean squared difference of the source's latents at which a keyframe's weight has fallen to 1/e;
 two places that have nothing in common differ by about 2."""
-RESTORED = 0.7
-"""Share of the details' lost strength that they are given back, on a logarithmic scale."""
 STRONGEST = 1.5
 """Gain of details at most: of frames that have nothing in common little more than noise is left."""
 
@@ -31,12 +29,15 @@ def fuse(
     source_keys: Float[Tensor, "keyframes d h w"],
     window: Window,
     strength: float,
+    restored: float = 0.0,
 ) -> Float[Tensor, "frames c h w"]:
     """Frames' predicted clean latents, with a share of their neighbouring keyframes'.
 
     A frame's pixel takes strength · b · trust of either neighbour, b the neighbour's blend weight,
     and keeps the rest of its own. The trust is exp(-(d / `DIFFERENCE`)²) with d the difference of
-    the source's latents, and 0 where flow leads out of the frame.
+    the source's latents, and 0 where flow leads out of the frame. Means of what does not quite fit
+    have weaker details than what is mixed, in each frame and channel; a share of that is restored.
+    All of it, step after step, makes edges too strong.
 
     Args:
         clean: Of the window's frames.
@@ -45,35 +46,18 @@ def fuse(
         source_keys: And of the keyframes.
         window: Positions, neighbours, blend weights, and motion at the latents' size.
         strength: From 0, which changes nothing, to 1.
-    """
-    share, moved = arrived(keys, source, source_keys, window, strength)
-    return mixed(clean, moved, share)
-
-
-def fuse_detailed(
-    clean: Float[Tensor, "frames c h w"],
-    keys: Float[Tensor, "keyframes c h w"],
-    source: Float[Tensor, "frames d h w"],
-    source_keys: Float[Tensor, "keyframes d h w"],
-    window: Window,
-    strength: float,
-) -> Float[Tensor, "frames c h w"]:
-    """As `fuse`, with details nearer to the strength, in each frame and channel, of what is mixed.
-
-    Means of what does not quite fit have less contrast. All of it given back, step after step,
-    makes edges too strong.
+        restored: Share of the details' lost strength that they are given back, on a logarithmic
+            scale.
     """
     both = torch.cat([keys, details(keys).square()], dim=1)
     share, moved = arrived(both, source, source_keys, window, strength)
     values, powers = moved.tensor_split(2, dim=2)
     fused = mixed(clean, values, share)
     own = details(fused)
-    wanted = mixed(
-        details(clean).square(), powers.clamp(min=0), share
-    )  # bicubic weights are signed
     power = own.square().mean(dim=(2, 3), keepdim=True).clamp(min=1e-12)
-    gain = (wanted.mean(dim=(2, 3), keepdim=True) / power) ** (RESTORED / 2)
-    gain = gain.clamp(1, STRONGEST)
+    powers = powers.clamp(min=0)  # bicubic weights are signed
+    wanted = mixed(details(clean).square(), powers, share).mean(dim=(2, 3), keepdim=True)
+    gain = ((wanted / power) ** (restored / 2)).clamp(1, STRONGEST)
     return fused + (gain - 1) * own
 
 
