@@ -213,7 +213,7 @@ def shared(model: Path, cases: dict[str, Case]) -> dict[str, Tensor]:
     torch.backends.cudnn.allow_tf32 = False  # its rounding is above the tolerance
     backbone, latents = Backbone.load(model, str(device), "float32"), {}
     for name, case in cases.items():
-        ranks = FrameGroup.join(device)
+        ranks = FrameGroup.join()
         shard = ranks.shard(split_windows(13, case.settings.keyframe_every))
         clip = tiny_clip(13).part(frames_needed(shard, case.settings, case.editor))
         editor = copy.deepcopy(case.editor)

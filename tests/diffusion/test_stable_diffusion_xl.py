@@ -201,7 +201,7 @@ def edit_in_double(folder: str, ranks: bool = True) -> Tensor:
     assert isinstance(model, StableDiffusionXL)
     for network in model.networks:  # in double precision no token's neighbour is a matter of sums
         network.double()
-    return edit(model, FrameGroup.join("cpu") if ranks else None)
+    return edit(model, FrameGroup.join() if ranks else None)
 
 
 def test_two_ranks_edit_as_one_does(folder: Path, tmp_path: Path) -> None:

@@ -47,3 +47,12 @@ def test_dis_needs_twelve_pixels() -> None:
 def test_dis_works_on_the_smallest_frames() -> None:
     flow = DIS().between(Clip.from_frames(torch.rand(2, 3, 12, 12)), 0, 1)
     assert flow.isfinite().all()
+
+
+@pytest.mark.parametrize("preset", ["ultrafast", "fast", "medium"])
+@pytest.mark.parametrize("size", [(12, 48), (30, 40), (48, 80)])
+def test_small_frames(preset: Any, size: tuple[int, int]) -> None:
+    """On which OpenCV's own finest levels crash."""
+    frames = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    clip = Clip.from_frames(frames)
+    assert DIS(preset).between(clip, 0, 1).isfinite().all()

@@ -170,10 +170,10 @@ class TokenFlowModule(LightningModule):
         device = str(self.trainer.strategy.root_device)
         self.preemption = Preemption()
         self.preemption.install()
-        self.everyone = FrameGroup.join(device, preemption=self.preemption)
+        self.everyone = FrameGroup.join(preemption=self.preemption)
         self.group = self.everyone
         if self.ranks_per_clip is not None:
-            self.group = FrameGroup.join(device, self.ranks_per_clip, self.preemption)
+            self.group = FrameGroup.join(self.ranks_per_clip, self.preemption)
         self.groups = self.everyone.size // self.group.size
         self.number = self.everyone.rank // self.group.size
         with self.everyone.together(), self.preemption.interruptible():

@@ -32,7 +32,6 @@ class FrameGroup:
         rank: This process's number in the group.
         size: Of the group.
         group: For keys, values and keyframes.
-        device: Where these are.
         control: For everything else, in host memory.
         preemption: Of the job.
 
@@ -46,25 +45,19 @@ class FrameGroup:
         rank: int = 0,
         size: int = 1,
         group: dist.ProcessGroup | None = None,
-        device: torch.device | str = "cpu",
         control: dist.ProcessGroup | None = None,
         preemption: Preemption | None = None,
     ) -> None:
-        self.rank, self.size, self.group, self.device = rank, size, group, device
+        self.rank, self.size, self.group = rank, size, group
         self.control, self.preemption = control, preemption or Preemption()
         self.received, self.meetings = 0, 0
         self.shared: Exception | None = None
 
     @classmethod
-    def join(
-        cls,
-        device: torch.device | str = "cpu",
-        members: int | None = None,
-        preemption: Preemption | None = None,
-    ) -> FrameGroup:
+    def join(cls, members: int | None = None, preemption: Preemption | None = None) -> FrameGroup:
         """This process's group of so many consecutive ranks; all of the job's when not given.
 
-        All processes must call it together. `device` must be the current one.
+        All processes must call it together.
 
         Raises:
             InputError: The job's ranks are no multiple of the members.
@@ -74,7 +67,7 @@ class FrameGroup:
             return cls(preemption=preemption)
         rank, ranks = dist.get_rank(), dist.get_world_size()
         members = members or ranks
-        mine = cls(rank % members, members, device=device, preemption=preemption)
+        mine = cls(rank % members, members, preemption=preemption)
         for begin in range(0, ranks, members):
             those = list(range(begin, begin + members))
             group: Any = dist.new_group(those)
