@@ -84,7 +84,7 @@ def main(
         for row in missing:
             assert truth is not None
             if row == FLOOR:
-                with counted(backbone) as cost:
+                with counted(backbone.network) as cost:
                     frames = backbone.decode(backbone.encode(truth.frames)).cpu()
             else:
                 options = {"steps": plan.steps, **ROWS[row]}
@@ -93,7 +93,7 @@ def main(
                     **options,
                 )  # fmt: skip
                 prompts = truth.edit.prompts
-                with counted(backbone) as cost:
+                with counted(backbone.network) as cost:
                     frames = edit_clip(
                         backbone, truth.source, prompts, EDITOR, NNField(), settings
                     ).clip.frames[:]

@@ -7,6 +7,7 @@ in the folder: started again, it goes on where it stopped. docs/benchmark.md has
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from jsonargparse import auto_cli
 from rich.console import Console
@@ -16,10 +17,13 @@ from benchmarks.scenes.measure import Truth
 from benchmarks.scenes.results import Record, Results, commit
 from benchmarks.scenes.rows import (
     CHOSEN_AMONG,
+    EDITED_BY,
     EFFORT,
     FLOOR,
+    KNOWN,
     REFERENCE,
     ROWS,
+    SOURCE,
     TRUTH,
     Plan,
     Workbench,
@@ -27,7 +31,6 @@ from benchmarks.scenes.rows import (
 from benchmarks.scenes.sheet import write_rows, write_sheet
 from benchmarks.scenes.suite import FILE, Case, cases
 from benchmarks.scenes.tables import complete, page_of, tables
-from tokenflow.diffusion import Backbone
 from tokenflow.errors import InputError
 from tokenflow.miniature.judge import Judge
 from tokenflow.storage.atomic import atomic
@@ -35,6 +38,7 @@ from tokenflow.video import contact_sheet, write_image
 
 QUICK = Plan(frames=4, steps=2, reference_inversion=2, keyframe_every=2)
 QUICK_ROWS = (TRUTH, FLOOR, "per-frame PnP", "TokenFlow")
+PARTS = {"measured": ROWS, "choices": CHOSEN_AMONG, "editors": EDITED_BY}
 SOME = (0, 6, 12, 18, 24, 25, 31)
 """A clip of each kind of motion, in which every kind of edit is."""
 
@@ -42,10 +46,10 @@ SOME = (0, 6, 12, 18, 24, 25, 31)
 def main(
     folder: Path = Path("runs/scenes"),
     plan: Plan = Plan(),  # noqa: B008 (it is frozen)
-    rows: tuple[str, ...] = ROWS,
+    part: Literal["measured", "choices", "editors"] = "measured",
+    rows: tuple[str, ...] = (),
     clips: tuple[int, ...] = (),
     suite: Path = FILE,
-    choices: bool = False,
     quick: bool = False,
     page: Path | None = None,
     sheet: Path | None = None,
@@ -55,24 +59,26 @@ def main(
     Args:
         folder: Where results.jsonl, tables.md and pictures of all edits go.
         plan: What all rows have in common.
-        rows: Which rows.
-        clips: Which clips, numbers from 0 in the suite; all when not given.
+        part: Which table: methods on all clips, or settings of TokenFlow, or editors without
+            inversion, few-step models and a transformer, both on one clip of each motion.
+        rows: Only some rows.
+        clips: Only some clips, numbers from 0 in the suite.
         suite: Clips to edit: `suite.csv`, or `more.csv`, by which nothing was chosen.
-        choices: Compare settings of TokenFlow instead, on one clip of each motion if none is given.
         quick: Two clips of 4 frames, 4 rows and 2 steps instead, to see that it works.
         page: A Markdown page that gets the tables, between its two marks for them.
         sheet: Only write a picture to this PNG: of the suite's clips and their true edits, or, if
             clips are given, of what the rows made of these, from the folder's pictures.
     """
-    known = dict.fromkeys((*ROWS, *CHOSEN_AMONG))
+    known = (TRUTH, FLOOR, SOURCE, *KNOWN)
     if unknown := [row for row in rows if row not in known]:
         raise InputError(f"expected rows from {', '.join(known)}, got {', '.join(unknown)}")
     if page is not None and not page.exists():
         raise InputError(f"the page {page} does not exist; the tables are also in {folder}")
     if quick:
         plan, rows, clips = QUICK, QUICK_ROWS, (0, 22)
-    elif choices:
-        rows, clips = CHOSEN_AMONG, clips or SOME
+    elif part != "measured":
+        clips = clips or SOME
+    rows = rows or PARTS[part]
     every = cases(suite)
     chosen = [every[i] for i in clips] if clips else every
     if sheet is not None:
@@ -88,7 +94,7 @@ def main(
     text = write_up(complete(records, rows), rows, plan, console)
     write(folder / "tables.md", text + "\n")
     if page is not None:
-        write(page, page_of(page.read_text(), "choices" if choices else "measured", text))
+        write(page, page_of(page.read_text(), part, text))
 
 
 def measure(
@@ -104,7 +110,7 @@ def measure(
     total = sum(EFFORT.get(row, 1.0) for _, missing in work for row in missing)
     if not total:
         return
-    backbone, judge = Backbone.load("miniature", "cpu", plan.dtype), Judge.load()
+    judge = Judge.load()
     columns = BarColumn(), TaskProgressColumn(), TextColumn("left"), TimeRemainingColumn()
     with Progress(*columns, console=console, speed_estimate_period=3600) as progress:
         task = progress.add_task("", total=total)
@@ -112,7 +118,7 @@ def measure(
             if not missing:
                 continue
             truth = Truth(case.of(plan.frames))
-            bench = Workbench(backbone, truth, plan)
+            bench = Workbench(truth, plan)
             for row in missing:
                 frames, cost = bench.make(row)
                 found = truth.measure(frames, judge)

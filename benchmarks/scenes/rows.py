@@ -4,25 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from time import process_time
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.scenes.measure import Truth
-from tokenflow.diffusion import Backbone, Trajectory, invert
-from tokenflow.editors import ControlNet, Editor, PnP, SDEdit
-from tokenflow.engine import Settings, edit_latents
+from tokenflow.diffusion import Backbone
+from tokenflow.editors import DDCM, ControlNet, Editor, FlowEdit, PnP, SDEdit
+from tokenflow.engine import Settings, edit_clip
 from tokenflow.engine.settings import FUSION
 from tokenflow.miniature.edits import EDITOR
-from tokenflow.propagation import ClipFlow, FlowWeighted, LatentFlow, NNField, Propagation
+from tokenflow.propagation import FlowWeighted, NNField, Propagation
 
 Frames = Float[Tensor, "frames 3 height width"]
 TRUTH, FLOOR, SOURCE = "true edit", "round trip of the true edit", "round trip of the source"
 JOINT, REFERENCE = "joint attention only", "reference"
+ALL_FRAMES = "transformer, FlowEdit, joint attention"
 
 
 @dataclass(frozen=True)
@@ -48,15 +50,18 @@ class Plan:
 
 @dataclass(frozen=True)
 class Way:
-    """How a row edits: image editing method, kernel, and where its settings are not the default."""
+    """How a row edits: method, kernel, where settings are not the plan's or the default, model."""
 
     editor: Callable[[], Editor] = lambda: EDITOR
     kernel: Callable[[], Propagation] = NNField
     settings: dict[str, Any] = field(default_factory=dict)
+    model: str = "miniature"
 
 
+PER_FRAME = {"consistency": "none"}
+TRANSFORMER = "miniature-transformer"
 WAYS = {
-    "per-frame PnP": Way(settings={"consistency": "none"}),
+    "per-frame PnP": Way(settings=PER_FRAME),
     JOINT: Way(settings={"consistency": "joint"}),
     REFERENCE: Way(
         lambda: PnP(EDITOR.attention, EDITOR.features, EDITOR.feature_layers, "renoised"),
@@ -81,32 +86,51 @@ CHOICES = {
 }
 """TokenFlow with one choice made otherwise, and last with those that do it good; `EDITOR` has
 attention 0.5 and features 0.3 in 5."""
+FEW = {"guidance": 3.0}
+BESIDE = {
+    "FlowEdit": Way(FlowEdit),
+    "FlowEdit, shared noise": Way(lambda: FlowEdit(noise="shared")),
+    "DDCM, 8 steps": Way(
+        lambda: DDCM(noise="shared"), settings=FEW | {"steps": 8}, model="miniature-lcm"
+    ),
+    "DDCM, 4 steps": Way(
+        lambda: DDCM(noise="shared"), settings=FEW | {"steps": 4}, model="miniature-lcm"
+    ),
+    "transformer, PnP": Way(lambda: PnP(0.5, 0.0), model=TRANSFORMER),
+    "transformer, FlowEdit": Way(FlowEdit, model=TRANSFORMER),
+    "transformer, FlowEdit, shared noise": Way(lambda: FlowEdit(noise="shared"), model=TRANSFORMER),
+}
+"""Editors without inversion, few-step models and a transformer: with TokenFlow."""
+EDITORS: dict[str, Way] = {}
+for row, way in BESIDE.items():
+    EDITORS[f"{row}, per frame"] = replace(way, settings=way.settings | PER_FRAME)
+    EDITORS[row] = way
+EDITORS[ALL_FRAMES] = replace(BESIDE["transformer, FlowEdit"], settings={"consistency": "joint"})
+KNOWN = WAYS | CHOICES | EDITORS
 ROWS = (TRUTH, FLOOR, SOURCE, *WAYS)
 CHOSEN_AMONG = (TRUTH, FLOOR, REFERENCE, "TokenFlow", "flow-weighted", *CHOICES)
-EFFORT = {TRUTH: 0.02, FLOOR: 0.05, SOURCE: 0.05, JOINT: 2.0, REFERENCE: 2.0}
+EDITED_BY = (TRUTH, FLOOR, "per-frame PnP", "TokenFlow", *EDITORS)
+EFFORT = {TRUTH: 0.02, FLOOR: 0.05, SOURCE: 0.05, JOINT: 2.0, REFERENCE: 2.0, ALL_FRAMES: 4.0}
 """About how long a row takes where it is not as long as TokenFlow, to tell the time left."""
 
 
 @dataclass
 class Cost:
-    """Seconds of processor time, and the UNet's evaluations: forward calls times their batch."""
+    """Seconds of processor time, and the network's evaluations: forward calls times their batch."""
 
     seconds: float = 0.0
     evaluations: int = 0
 
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.seconds + other.seconds, self.evaluations + other.evaluations)
-
 
 @contextmanager
-def counted(backbone: Backbone) -> Iterator[Cost]:
+def counted(network: nn.Module) -> Iterator[Cost]:
     """What the block costs."""
     cost, begin = Cost(), process_time()
 
-    def count(_: Any, arguments: tuple[Tensor, ...]) -> None:
-        cost.evaluations += len(arguments[0])
+    def count(_: nn.Module, inputs: tuple[Tensor, ...], options: dict[str, Tensor]) -> None:
+        cost.evaluations += len(inputs[0] if inputs else options["hidden_states"])
 
-    hook = backbone.unet.register_forward_pre_hook(count)
+    hook = network.register_forward_pre_hook(count, with_kwargs=True)
     try:
         yield cost
     finally:
@@ -115,66 +139,51 @@ def counted(backbone: Backbone) -> Iterator[Cost]:
 
 
 class Workbench:
-    """One clip and what its rows share: an inversion is done once, and counted in each.
+    """Edits a clip in every way.
 
     Args:
-        backbone: The frozen model.
         truth: The clip and its true edit.
         plan: What all rows have in common.
     """
 
-    def __init__(self, backbone: Backbone, truth: Truth, plan: Plan) -> None:
-        self.backbone, self.truth, self.plan = backbone, truth, plan
-        self.schedule = backbone.schedule(plan.steps)
-        self.inverted: dict[int, tuple[Trajectory, Cost]] = {}
+    def __init__(self, truth: Truth, plan: Plan) -> None:
+        self.truth, self.plan = truth, plan
 
     def make(self, row: str) -> tuple[Frames, Cost]:
         """A row's frames, and what they cost from source frames to edited ones."""
         if row == TRUTH:
             return self.truth.frames, Cost()
         if row in (FLOOR, SOURCE):
-            frames = self.truth.frames if row == FLOOR else self.truth.source.frames[:]
-            with counted(self.backbone) as cost:
-                back = self.decoded(self.encoded(frames))
-            return back, cost
+            return self.round_trip(
+                self.truth.frames if row == FLOOR else self.truth.source.frames[:]
+            )
         return self.edited(row)
 
+    def round_trip(self, frames: Frames) -> tuple[Frames, Cost]:
+        """Frames through the VAE."""
+        backbone = loaded(Way.model, self.plan.dtype)
+        with counted(backbone.network) as cost:
+            parts = [backbone.decode(backbone.encode(part)).cpu() for part in frames.split(8)]
+        return torch.cat(parts), cost
+
     def edited(self, row: str) -> tuple[Frames, Cost]:
-        plan, way, edit = self.plan, {**WAYS, **CHOICES}[row], self.truth.edit
-        steps = plan.reference_inversion if row == REFERENCE else plan.steps
-        trajectory, before = self.inversion(max(steps, plan.steps))
-        editor, kernel = way.editor(), way.kernel()
-        settings = Settings(
-            steps=plan.steps, guidance=plan.guidance,
-            **{"keyframe_every": plan.keyframe_every, "fusion": 0.0, **way.settings},
-        )  # fmt: skip
-        with counted(self.backbone) as cost:
-            editor.prepare(self.backbone, self.truth.source)
-            source = self.truth.source
-            flow, scale = None, self.backbone.latent_scale
-            if kernel.flow is not None:
-                flow = ClipFlow(source, kernel.flow, scale)
-            elif settings.fusion:
-                flow = LatentFlow(source, scale)
-            latents = edit_latents(
-                self.backbone, trajectory, self.schedule, edit.prompts, editor, kernel, settings,
-                name=source.name, flow=flow,
+        plan, way = self.plan, KNOWN[row]
+        backbone = loaded(way.model, plan.dtype)
+        shared = {
+            "steps": plan.steps, "guidance": plan.guidance, "keyframe_every": plan.keyframe_every,
+            "inversion_steps": plan.reference_inversion if row == REFERENCE else None,
+            "fusion": 0.0,
+        }  # fmt: skip
+        settings = Settings(**{**shared, **way.settings})
+        with counted(backbone.network) as cost:
+            edited = edit_clip(
+                backbone, self.truth.source, self.truth.edit.prompts, way.editor(), way.kernel(),
+                settings,
             )  # fmt: skip
-            frames = self.decoded(latents)
-        return frames, before + cost
+        return edited.clip.frames[:], cost
 
-    def inversion(self, steps: int) -> tuple[Trajectory, Cost]:
-        """The source's trajectory by so many steps, and what it cost."""
-        if steps not in self.inverted:
-            with counted(self.backbone) as cost:
-                latents = self.encoded(self.truth.source.frames[:])
-                prompt = str(self.truth.edit.scene.attributes)
-                trajectory = invert(self.backbone, latents, prompt, self.schedule, steps)
-            self.inverted[steps] = trajectory, cost
-        return self.inverted[steps]
 
-    def encoded(self, frames: Frames) -> Tensor:
-        return torch.cat([self.backbone.encode(part).cpu() for part in frames.split(8)])
-
-    def decoded(self, latents: Tensor) -> Frames:
-        return torch.cat([self.backbone.decode(part).cpu() for part in latents.split(8)])
+@cache
+def loaded(model: str, dtype: str) -> Backbone:
+    """One of the embedded models, on the CPU."""
+    return Backbone.load(model, "cpu", dtype)

@@ -53,7 +53,7 @@ def tables(records: list[Record], rows: tuple[str, ...]) -> list[Text]:
         "whole": lambda r: number(average(r, "psnr"), 1, 1),
         "sharpness": lambda r: number(average(r, "sharpness"), 1),
         "s/frame": lambda r: number(per_frame(r, "seconds"), 1),
-        "UNet evaluations/frame": lambda r: number(per_frame(r, "evaluations"), 1, 1),
+        "evaluations/frame": lambda r: number(per_frame(r, "evaluations"), 1, 1),
     }
     by_row = {row: [r for r in records if r["row"] == row] for row in rows}
     every = [[row, *(show(of) for show in columns.values())] for row, of in by_row.items()]
