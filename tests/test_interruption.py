@@ -79,6 +79,7 @@ class Job:
         return [read_clip(self.runs / name / "edited.mp4").frames for name in ("one", "two")]
 
 
+@pytest.mark.full
 def test_a_run_that_is_interrupted_over_and_over_goes_on_bit_for_bit(
     clips: Path, model_folder: Path, tmp_path: Path
 ) -> None:

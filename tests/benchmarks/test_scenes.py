@@ -168,7 +168,9 @@ def test_the_page_gets_tables_with_commit_and_seeds(run: Path) -> None:
 
 
 def test_what_rows_made_of_a_clip_is_seen_below_its_source(run: Path, tmp_path: Path) -> None:
-    command.main(run, command.QUICK, command.QUICK_ROWS, clips=(0,), sheet=tmp_path / "rows.webp")
+    command.main(
+        run, command.QUICK, rows=command.QUICK_ROWS, clips=(0,), sheet=tmp_path / "rows.webp"
+    )
     sheet = np.asarray(Image.open(tmp_path / "rows.webp")) / 255
     strips = np.split(sheet[:, LABEL:, :3], np.arange(1, 5) * (len(sheet) + BETWEEN) // 5)
     height = len(strips[-1])

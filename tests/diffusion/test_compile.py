@@ -36,6 +36,7 @@ def edited(model: Backbone, seed: int) -> torch.Tensor:
     return edit_clip(model, clip, Prompts("a ball"), PnP(), NNField(), SETTINGS).latents
 
 
+@pytest.mark.full
 def test_an_edit_is_the_same_and_compiles_nothing(compiled: Backbone, backbone: Backbone) -> None:
     with torch.compiler.set_stance("fail_on_recompile"):
         frames = [edited(compiled, seed) for seed in (0, 1)]
@@ -44,6 +45,7 @@ def test_an_edit_is_the_same_and_compiles_nothing(compiled: Backbone, backbone: 
         torch.testing.assert_close(found, edited(backbone, seed), atol=1e-4, rtol=0)
 
 
+@pytest.mark.full
 def test_layers_keep_their_names_and_weights(compiled: Backbone, backbone: Backbone) -> None:
     names = [name for name, _ in backbone.network.named_modules()]
     assert [name for name, _ in compiled.network.named_modules()] == names

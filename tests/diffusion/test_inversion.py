@@ -155,12 +155,11 @@ def test_a_reconstruction_that_is_not_finite(backbone: Backbone, latents: Tensor
 
 def test_more_steps_reconstruct_better(small: Backbone, latents: Tensor) -> None:
     errors = []
-    for steps in (10, 50, 200):
+    for steps in (10, 50):
         schedule = small.schedule(steps)
         trajectory = invert(small, latents[:2], "", schedule, steps)
         back = reconstruct(small, source_prediction(small, ""), trajectory, schedule)
         errors.append(float((back - latents[:2]).square().mean().sqrt() / latents[:2].std()))
-    # measured: 0.056, 0.024, 0.0072, in units of the latents' standard deviation
+    # measured: 0.056, 0.024 (200 steps: 0.0072), in units of the latents' standard deviation
     assert 0.01 < errors[0] < 0.08
     assert errors[1] < 0.6 * errors[0]
-    assert errors[2] < 0.4 * errors[1]

@@ -32,6 +32,7 @@ def test_samples_of_four_steps_show_what_the_prompt_says() -> None:
     assert all(right[name] >= bar for name, bar in FEW_STEP_BAR.items()), right
 
 
+@pytest.mark.full
 def test_edits_without_inversion_show_what_was_asked_for_and_keep_the_rest() -> None:
     """Of the blue ball and the ring on water; as measured, all frames are right."""
     backbone, judge = Backbone.load(MODEL, "cpu", "auto"), Judge.load()

@@ -48,6 +48,7 @@ def test_the_autoencoder_keeps_held_out_scenes(miniature: Backbone) -> None:
     assert round_trip_psnr(miniature, images) >= 28
 
 
+@pytest.mark.full
 def test_samples_show_what_the_prompt_says(judge: Judge) -> None:
     miniature = Backbone.load("miniature", "cpu", "auto")
     shown = [random_scene(HELD_OUT + 9000 + i).attributes for i in range(32)]
