@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import avg_pool2d, interpolate
 
 from tokenflow.errors import InputError
 from tokenflow.miniature.edits import SceneFlow
@@ -91,6 +91,40 @@ def test_latents_flow_is_nearer_to_the_truth_than_a_search_over_the_distance() -
         return float(torch.cat(off).mean())
 
     assert error(LatentFlow(clip, 4)) < 0.5 * error(ClipFlow(clip, DIS(), 4))
+
+
+def textured(*size: int, seed: int) -> Tensor:
+    """Patches of 4x4 pixels, each of its own colour."""
+    colours = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(seed))
+    return interpolate(colours, scale_factor=4)[0]
+
+
+def behind_a_bar() -> tuple[Clip, Tensor]:
+    """A square that moves by 4 pixels a frame, behind a bar in the middle; and where it is seen."""
+    ground, square, bar = textured(16, 32, seed=0), textured(6, 6, seed=1), textured(16, 8, seed=2)
+    frames, seen = [], []
+    for i in range(18):
+        frame, mask = ground.clone(), torch.zeros(64, 128)
+        frame[:, 20:44, 8 + 4 * i :][..., :24] = square
+        mask[20:44, 8 + 4 * i :][:, :24] = 1
+        frame[..., 48:80], mask[:, 48:80] = bar, 0
+        frames.append(frame)
+        seen.append(interpolate(mask[None, None], (16, 32), mode="area")[0, 0] == 1)
+    return Clip.from_frames(torch.stack(frames)), torch.stack(seen)
+
+
+def test_what_flow_has_lost_behind_something_is_found_again() -> None:
+    clip, seen = behind_a_bar()
+    both = (seen[1] & seen[17].roll(-16, 1)).float()[None]
+    whole = (avg_pool2d(both, 3, 1, 1) == 1)[0]  # with all around it
+    assert whole.sum() >= 12
+    there, back = LatentFlow(clip, 4).between(1, 17)
+    for found, where, expected in ((there, whole, 16.0), (back, whole.roll(16, 1), -16.0)):
+        off = (found[:2] - torch.tensor([expected, 0.0])[:, None, None]).norm(dim=0)
+        assert (off[where] < 0.5).float().mean() > 0.9
+    still = torch.ones_like(whole)
+    still[:, 2:26] = False  # what neither the square nor the bar is near
+    assert (there[:2, still].norm(dim=0) < 0.1).all()
 
 
 def test_flow_beyond_the_memory_budget_is_in_files(monkeypatch: pytest.MonkeyPatch) -> None:

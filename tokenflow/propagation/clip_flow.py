@@ -8,15 +8,24 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad, unfold
 
 from tokenflow.propagation.base import Motion, Window
-from tokenflow.propagation.flow.base import OpticalFlow, require_flow, warp
+from tokenflow.propagation.flow.base import OpticalFlow, require_flow, targets, warp
 from tokenflow.propagation.flow.dis import DIS, grey
 from tokenflow.storage.scratch import BUDGET, Spill
 from tokenflow.video import Clip
 
 Flow = Float[Tensor, "3 h w"]
+LOST, FAR = 1.0, 0.04
+"""Flow is lost where it misses on the way there and back by so many latent pixels, or leads to what
+differs by this mean square, of values from 0 to 1 ..."""
+NEAR, ALIKE = 1e-3, 0.25
+"""... but not by less than this; and found again is what differs by this share of it ..."""
+ALONE = 0.5
+"""... and of what the most alike elsewhere differs by: not one stripe among others."""
+ROWS = 1024
+"""Patches that are compared with all others at once."""
 
 
 class ClipFlow:
@@ -105,6 +114,8 @@ class LatentFlow(ClipFlow):
     composed with that frame's, and refined on the pictures (variational refinement, OpenCV's, of
     Brox et al. 2004, "High Accuracy Optical Flow Estimation Based on a Theory for Warping"), so
     that errors do not add up. The pictures have 4 pixels, and 2 for refinement, in a latent pixel.
+    Where flow is lost, behind what passes or by fast motion, it leads to the patch of 3x3 latent
+    pixels that looks most alike, if each of the two is the other's nearest and no other is as near.
 
     Args:
         clip: Whose frames they are.
@@ -125,6 +136,8 @@ class LatentFlow(ClipFlow):
         onward, homeward = (flow[:2] for flow in self.between(end - 1, end))
         there = self.refined(start, end, there + warp(onward, there))
         back = self.refined(end, start, homeward + warp(back, homeward))
+        there, back = with_inconsistency(there, back), with_inconsistency(back, there)
+        there, back = self.found_again(start, end, there), self.found_again(end, start, back)
         return with_inconsistency(there, back), with_inconsistency(back, there)
 
     def refined(self, start: int, end: int, flow: Float[Tensor, "2 h w"]) -> Float[Tensor, "2 h w"]:
@@ -140,6 +153,34 @@ class LatentFlow(ClipFlow):
         )
         better = torch.from_numpy(found).movedim(-1, 0)
         return interpolate(better[None], size, mode="area")[0] / pixels
+
+    def found_again(self, start: int, end: int, flow: Flow) -> Float[Tensor, "2 h w"]:
+        """A flow that, where it is lost, leads to the patch most alike."""
+        one, other = (self.small.frame(frame) for frame in (start, end))
+        step = one.shape[-1] // flow.shape[-1]
+        larger = interpolate(flow[None, :2], one.shape[-2:], mode="bilinear")[0] * step
+        missed = around((one - warp(other, larger)).square(), step).mean(dim=1)
+        lost = ((flow[2].flatten() > LOST) & (missed > NEAR)) | (missed > FAR)
+        if not lost.any():
+            return flow[:2]
+        found, places = flow[:2].flatten(1), targets(torch.zeros_like(flow[:2])).flatten(1)
+        here, there = around(one, step), around(other, step)
+        for pixels in lost.nonzero()[:, 0].split(ROWS):
+            differing = torch.cdist(here[pixels], there).square() / here.shape[1]
+            least, match = differing.min(dim=1)
+            beside = (places[:, None] - places[:, match, None]).norm(dim=0) <= 2
+            elsewhere = differing.masked_fill(beside, torch.inf).amin(dim=1)
+            again = torch.cdist(there[match], here).argmin(dim=1)
+            mutual = (places[:, again] - places[:, pixels]).norm(dim=0) <= 1
+            sure = mutual & (least < ALIKE * missed[pixels]) & (least < ALONE * elsewhere)
+            found[:, pixels[sure]] = (places[:, match] - places[:, pixels])[:, sure]
+        return found.unflatten(1, flow.shape[-2:])
+
+
+def around(picture: Float[Tensor, "c height width"], step: int) -> Float[Tensor, "pixels values"]:
+    """Of each pixel of `step` by `step`, what a picture shows in 3x3 of them around it."""
+    framed = pad(picture[None], (step,) * 4, "replicate")
+    return unfold(framed, 3 * step, stride=step)[0].T
 
 
 def with_inconsistency(there: Float[Tensor, "2 h w"], back: Float[Tensor, "2 h w"]) -> Flow:
