@@ -56,7 +56,7 @@ def write_tiny_xl(folder: Path) -> Path:
             block_out_channels=(8, 16, 16),
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 3),
+            transformer_layers_per_block=(1, 1, 2),
             cross_attention_dim=16 + 24,
             attention_head_dim=(1, 2, 2),
             norm_num_groups=4,

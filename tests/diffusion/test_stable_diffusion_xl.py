@@ -138,8 +138,8 @@ def test_layers_begin_at_a_quarter_of_the_latents_size(xl: StableDiffusionXL) ->
     assert len(structure) == 8
     queries = xl.layers("queries")
     assert queries[0] == "up_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q"
-    assert len(queries) == 2 * 3 + 3 * 2
-    assert len(xl.sites()) == len(xl.cross_attention()) == 2 * 2 + 2 * 3 + 3 + 3 * 3 + 3 * 2
+    assert len(queries) == 2 * 2 + 3
+    assert len(xl.sites()) == len(xl.cross_attention()) == 2 + 2 * 2 + 2 + 3 * 2 + 3
     seen: list[tuple[int, ...]] = []
     layer = xl.unet.get_submodule(structure[0])
     with layer.register_forward_hook(lambda *given: seen.append(given[2].shape)):
