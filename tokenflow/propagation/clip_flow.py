@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import interpolate, pad, unfold
+from torch.nn.functional import avg_pool2d, interpolate, pad, unfold
 
 from tokenflow.propagation.base import Motion, Window
 from tokenflow.propagation.flow.base import OpticalFlow, require_flow, targets, warp
@@ -157,30 +157,45 @@ class LatentFlow(ClipFlow):
     def found_again(self, start: int, end: int, flow: Flow) -> Float[Tensor, "2 h w"]:
         """A flow that, where it is lost, leads to the patch most alike."""
         one, other = (self.small.frame(frame) for frame in (start, end))
-        step = one.shape[-1] // flow.shape[-1]
+        height, width = flow.shape[-2:]
+        step = one.shape[-1] // width
         larger = interpolate(flow[None, :2], one.shape[-2:], mode="bilinear")[0] * step
-        missed = around((one - warp(other, larger)).square(), step).mean(dim=1)
+        differing = (one - warp(other, larger)).square().mean(dim=0, keepdim=True)
+        missed = avg_pool2d(framed(differing, step), 3 * step, step).flatten()
         lost = ((flow[2].flatten() > LOST) & (missed > NEAR)) | (missed > FAR)
         if not lost.any():
             return flow[:2]
-        found, places = flow[:2].flatten(1), targets(torch.zeros_like(flow[:2])).flatten(1)
+        found, places = flow[:2].flatten(1).clone(), targets(torch.zeros_like(flow[:2])).flatten(1)
         here, there = around(one, step), around(other, step)
         for pixels in lost.nonzero()[:, 0].split(ROWS):
             differing = torch.cdist(here[pixels], there).square() / here.shape[1]
             least, match = differing.min(dim=1)
-            beside = (places[:, None] - places[:, match, None]).norm(dim=0) <= 2
-            elsewhere = differing.masked_fill(beside, torch.inf).amin(dim=1)
+            elsewhere = differing.scatter(1, beside(match, height, width), torch.inf).amin(dim=1)
+            sure = (least < ALIKE * missed[pixels]) & (least < ALONE * elsewhere)
+            pixels, match = pixels[sure], match[sure]
             again = torch.cdist(there[match], here).argmin(dim=1)
             mutual = (places[:, again] - places[:, pixels]).norm(dim=0) <= 1
-            sure = mutual & (least < ALIKE * missed[pixels]) & (least < ALONE * elsewhere)
-            found[:, pixels[sure]] = (places[:, match] - places[:, pixels])[:, sure]
-        return found.unflatten(1, flow.shape[-2:])
+            found[:, pixels[mutual]] = (places[:, match] - places[:, pixels])[:, mutual]
+        return found.unflatten(1, (height, width))
+
+
+def framed(picture: Float[Tensor, "c height width"], step: int) -> Float[Tensor, "1 c h w"]:
+    """A picture with one more pixel of `step` by `step` at each side."""
+    return pad(picture[None], (step,) * 4, "replicate")
 
 
 def around(picture: Float[Tensor, "c height width"], step: int) -> Float[Tensor, "pixels values"]:
     """Of each pixel of `step` by `step`, what a picture shows in 3x3 of them around it."""
-    framed = pad(picture[None], (step,) * 4, "replicate")
-    return unfold(framed, 3 * step, stride=step)[0].T
+    return unfold(framed(picture, step), 3 * step, stride=step)[0].T
+
+
+def beside(pixels: Int[Tensor, " n"], height: int, width: int) -> Int[Tensor, "n neighbours"]:
+    """Each pixel and those that are at most two away from it."""
+    away = torch.arange(-2, 3)
+    near = torch.cartesian_prod(away, away)
+    rows, columns = near[near.square().sum(dim=1) <= 4].T
+    row = (pixels[:, None] // width + rows).clamp(0, height - 1)
+    return row * width + (pixels[:, None] % width + columns).clamp(0, width - 1)
 
 
 def with_inconsistency(there: Float[Tensor, "2 h w"], back: Float[Tensor, "2 h w"]) -> Flow:
