@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from time import process_time
 from typing import Any
 
@@ -59,7 +59,7 @@ class Way:
 
 
 PER_FRAME = {"consistency": "none"}
-TRANSFORMER = "miniature-transformer"
+LCM, TRANSFORMER = "miniature-lcm", "miniature-transformer"
 WAYS = {
     "per-frame PnP": Way(settings=PER_FRAME),
     JOINT: Way(settings={"consistency": "joint"}),
@@ -98,20 +98,18 @@ class WithValues(PnP):
 
 
 FEW = {"guidance": 3.0}
+SHARED_DDCM, SHARED_FLOWEDIT = partial(DDCM, noise="shared"), partial(FlowEdit, noise="shared")
 BESIDE = {
     "FlowEdit": Way(FlowEdit),
-    "FlowEdit, shared noise": Way(lambda: FlowEdit(noise="shared")),
-    "DDCM, 8 steps": Way(
-        lambda: DDCM(noise="shared"), settings=FEW | {"steps": 8}, model="miniature-lcm"
-    ),
-    "DDCM, 4 steps": Way(
-        lambda: DDCM(noise="shared"), settings=FEW | {"steps": 4}, model="miniature-lcm"
-    ),
+    "FlowEdit, shared noise": Way(SHARED_FLOWEDIT),
+    "DDCM, 8 steps": Way(DDCM, settings=FEW | {"steps": 8}, model=LCM),
+    "DDCM, 8 steps, shared noise": Way(SHARED_DDCM, settings=FEW | {"steps": 8}, model=LCM),
+    "DDCM, 4 steps, shared noise": Way(SHARED_DDCM, settings=FEW | {"steps": 4}, model=LCM),
     "transformer, nothing injected": Way(lambda: PnP(0.0, 0.0), model=TRANSFORMER),
     "transformer, PnP": Way(lambda: PnP(0.5, 0.0), model=TRANSFORMER),
     "transformer, PnP with values": Way(lambda: WithValues(0.5, 0.0), model=TRANSFORMER),
     "transformer, FlowEdit": Way(FlowEdit, model=TRANSFORMER),
-    "transformer, FlowEdit, shared noise": Way(lambda: FlowEdit(noise="shared"), model=TRANSFORMER),
+    "transformer, FlowEdit, shared noise": Way(SHARED_FLOWEDIT, model=TRANSFORMER),
 }
 """Editors without inversion, few-step models and a transformer: with TokenFlow."""
 EDITORS: dict[str, Way] = {}

@@ -16,8 +16,8 @@ from tokenflow.video import contact_sheet
 from tokenflow.video.frames import levels
 
 CELL, BETWEEN, GAP, LEFT, TOP = 48, 2, 10, 72, 16
-LABEL, WIDTH = 150, 640
-"""Pixels of a row's name, and of its frames."""
+WIDTH = 640
+"""Pixels of a row's frames."""
 
 
 def write_sheet(path: Path, suite: list[Case], frames: int = 16) -> None:
@@ -62,10 +62,12 @@ def write_rows(
     """
     strips = [strip for case in suite for strip in strips_of(case, rows, folder, frames)]
     down = strips[0][1].height + BETWEEN
-    sheet = Image.new("RGBA", (LABEL + WIDTH, down * len(strips) - BETWEEN))
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    font = ImageFont.load_default(12)
+    left = GAP + round(max(font.getlength(label) for label, _ in strips))
+    sheet = Image.new("RGBA", (left + WIDTH, down * len(strips) - BETWEEN))
+    draw = ImageDraw.Draw(sheet)
     for number, (label, strip) in enumerate(strips):
-        sheet.paste(strip, (LABEL, number * down))
+        sheet.paste(strip, (left, number * down))
         middle = number * down + strip.height // 2
         draw.text((2, middle), label, "gray", font=font, anchor="lm")
     with atomic(path) as temporary:

@@ -24,7 +24,7 @@ from benchmarks.scenes.rows import (
     Plan,
     Workbench,
 )
-from benchmarks.scenes.sheet import BETWEEN, LABEL
+from benchmarks.scenes.sheet import BETWEEN, WIDTH
 from benchmarks.scenes.suite import EDITS, MOTIONS, cases
 from tokenflow.errors import InputError
 from tokenflow.miniature.judge import Judge
@@ -172,12 +172,12 @@ def test_what_rows_made_of_a_clip_is_seen_below_its_source(run: Path, tmp_path: 
         run, command.QUICK, rows=command.QUICK_ROWS, clips=(0,), sheet=tmp_path / "rows.webp"
     )
     sheet = np.asarray(Image.open(tmp_path / "rows.webp")) / 255
-    strips = np.split(sheet[:, LABEL:, :3], np.arange(1, 5) * (len(sheet) + BETWEEN) // 5)
+    strips = np.split(sheet[:, -WIDTH:, :3], np.arange(1, 5) * (len(sheet) + BETWEEN) // 5)
     height = len(strips[-1])
     source, truth, floor, *_ = (strip[:height] for strip in strips)
     # the round trip is near the truth, from which the source's ring has another colour
     assert np.square(floor - truth).mean() < 0.2 * np.square(source - truth).mean()
-    assert sheet[:, :LABEL, 3].any()  # names, on a transparent background
+    assert sheet[:, :-WIDTH, 3].any()  # names, on a transparent background
 
 
 def test_rows_without_pictures_are_told(run: Path, tmp_path: Path) -> None:
