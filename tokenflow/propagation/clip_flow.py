@@ -18,14 +18,14 @@ from tokenflow.video import Clip
 
 Flow = Float[Tensor, "3 h w"]
 LOST, FAR = 1.0, 0.04
-"""Flow is lost where it misses on the way there and back by so many latent pixels, or leads to what
-differs by this mean square, of values from 0 to 1 ..."""
-NEAR, ALIKE = 1e-3, 0.25
-"""... but not by less than this; and found again is what differs by this share of it ..."""
+"""Flow is lost where it misses by so many latent pixels on the way there and back, or where what it
+leads to differs by this mean square, of values from 0 to 1 ..."""
+ALIKE = 0.25
+"""... and found again is what differs by less than this share of what it leads to ..."""
 ALONE = 0.5
-"""... and of what the most alike elsewhere differs by: not one stripe among others."""
-ROWS = 1024
-"""Patches that are compared with all others at once."""
+"""... and of what differs least more than two latent pixels away: not one stripe among others."""
+AT_ONCE = 2**22
+"""Differences in memory at once."""
 
 
 class ClipFlow:
@@ -114,8 +114,8 @@ class LatentFlow(ClipFlow):
     composed with that frame's, and refined on the pictures (variational refinement, OpenCV's, of
     Brox et al. 2004, "High Accuracy Optical Flow Estimation Based on a Theory for Warping"), so
     that errors do not add up. The pictures have 4 pixels, and 2 for refinement, in a latent pixel.
-    Where flow is lost, behind what passes or by fast motion, it leads to the patch of 3x3 latent
-    pixels that looks most alike, if each of the two is the other's nearest and no other is as near.
+    Where flow over several frames is lost, as behind what passes, it leads to the patch of 3x3
+    latent pixels that looks most alike, if each of the two is the other's nearest, and by far.
 
     Args:
         clip: Whose frames they are.
@@ -125,7 +125,8 @@ class LatentFlow(ClipFlow):
     def __init__(self, clip: Clip, scale: int) -> None:
         factor = next(n for n in range(max(1, scale // 4), 0, -1) if scale % n == 0)
         super().__init__(clip.reduced(factor), DIS(full=True), scale // factor)
-        self.small = self.clip.reduced(max(1, self.scale // 2))
+        self.step = next(n for n in (2, 3, self.scale) if self.scale % n == 0)
+        self.small = self.clip.reduced(self.scale // self.step)
 
     def pair(self, start: int, end: int) -> tuple[Flow, Flow]:
         if end - start <= 1:
@@ -157,26 +158,40 @@ class LatentFlow(ClipFlow):
     def found_again(self, start: int, end: int, flow: Flow) -> Float[Tensor, "2 h w"]:
         """A flow that, where it is lost, leads to the patch most alike."""
         one, other = (self.small.frame(frame) for frame in (start, end))
-        height, width = flow.shape[-2:]
-        step = one.shape[-1] // width
+        (height, width), step = flow.shape[-2:], self.step
         larger = interpolate(flow[None, :2], one.shape[-2:], mode="bilinear")[0] * step
         differing = (one - warp(other, larger)).square().mean(dim=0, keepdim=True)
         missed = avg_pool2d(framed(differing, step), 3 * step, step).flatten()
-        lost = ((flow[2].flatten() > LOST) & (missed > NEAR)) | (missed > FAR)
+        lost = (flow[2].flatten() > LOST) | (missed > FAR)
         if not lost.any():
             return flow[:2]
-        found, places = flow[:2].flatten(1).clone(), targets(torch.zeros_like(flow[:2])).flatten(1)
         here, there = around(one, step), around(other, step)
-        for pixels in lost.nonzero()[:, 0].split(ROWS):
-            differing = torch.cdist(here[pixels], there).square() / here.shape[1]
-            least, match = differing.min(dim=1)
-            elsewhere = differing.scatter(1, beside(match, height, width), torch.inf).amin(dim=1)
-            sure = (least < ALIKE * missed[pixels]) & (least < ALONE * elsewhere)
-            pixels, match = pixels[sure], match[sure]
-            again = torch.cdist(there[match], here).argmin(dim=1)
+        places = targets(torch.zeros_like(flow[:2])).flatten(1)
+        found = flow[:2].flatten(1).clone()
+        for pixels in lost.nonzero()[:, 0].split(max(1, AT_ONCE // len(there))):
+            match, least = alone(here[pixels], there, width)
+            alike = least < ALIKE * missed[pixels]
+            pixels, match = pixels[alike], match[alike]
+            again, least = alone(there[match], here, width)
             mutual = (places[:, again] - places[:, pixels]).norm(dim=0) <= 1
-            found[:, pixels[mutual]] = (places[:, match] - places[:, pixels])[:, mutual]
+            sure = mutual & least.isfinite()
+            found[:, pixels[sure]] = (places[:, match] - places[:, pixels])[:, sure]
         return found.unflatten(1, (height, width))
+
+
+def alone(
+    patches: Float[Tensor, "n values"], others: Float[Tensor, "pixels values"], width: int
+) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
+    """Of a picture's others that most alike, and by what mean square it differs.
+
+    By infinity, if what is elsewhere in the picture, of so many pixels in a row, differs little
+    more (`ALONE`).
+    """
+    differing = torch.cdist(patches, others).square() / others.shape[1]
+    least, match = differing.min(dim=1)
+    near = beside(match, len(others) // width, width)
+    elsewhere = differing.scatter_(1, near, torch.inf).amin(dim=1)
+    return match, least.where(least < ALONE * elsewhere, torch.inf)
 
 
 def framed(picture: Float[Tensor, "c height width"], step: int) -> Float[Tensor, "1 c h w"]:
