@@ -19,11 +19,10 @@ from tokenflow.video import Clip
 Flow = Float[Tensor, "3 h w"]
 LOST, FAR = 1.0, 0.04
 """Flow is lost where it misses by so many latent pixels on the way there and back, or where what it
-leads to differs by this mean square, of values from 0 to 1 ..."""
-ALIKE = 0.25
-"""... and found again is what differs by less than this share of what it leads to ..."""
+leads to differs by this mean square, of values from 0 to 1."""
 ALONE = 0.5
-"""... and of what differs least more than two latent pixels away: not one stripe among others."""
+"""A patch is found if it differs by less than this share of what differs least of those more than
+two latent pixels away: not one stripe among others."""
 AT_ONCE = 2**22
 """Differences in memory at once."""
 
@@ -170,8 +169,8 @@ class LatentFlow(ClipFlow):
         found = flow[:2].flatten(1).clone()
         for pixels in lost.nonzero()[:, 0].split(max(1, AT_ONCE // len(there))):
             match, least = alone(here[pixels], there, width)
-            alike = least < ALIKE * missed[pixels]
-            pixels, match = pixels[alike], match[alike]
+            better = least < missed[pixels]
+            pixels, match = pixels[better], match[better]
             again, least = alone(there[match], here, width)
             mutual = (places[:, again] - places[:, pixels]).norm(dim=0) <= 1
             sure = mutual & least.isfinite()
