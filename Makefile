@@ -1,4 +1,4 @@
-# `make demo` edits a video, `make test` runs everything that CI runs, `make app` opens a page.
+# `make demo` edits a video, `make test` and `make test-full` are what CI runs, `make app` opens a page.
 PYTHON ?= python3
 BIN := .venv/bin
 EXAMPLE := examples/tokenflow-local

@@ -74,6 +74,8 @@ def main(
         raise InputError(f"expected rows from {', '.join(known)}, got {', '.join(unknown)}")
     if page is not None and not page.exists():
         raise InputError(f"the page {page} does not exist; the tables are also in {folder}")
+    if page is not None:
+        page_of(page.read_text(), part, "")  # raises now rather than when all is measured
     if quick:
         plan, rows, clips = QUICK, QUICK_ROWS, (0, 22)
     elif part != "measured":
@@ -143,8 +145,8 @@ def write_up(records: list[Record], rows: tuple[str, ...], plan: Plan, console: 
     about = (
         f"{len(seeds)} clips of {plan.frames} frames, {plan.steps} "
         f"steps ({plan.reference_inversion} of inversion in “{REFERENCE}”), guidance "
-        f"{plan.guidance:g}, windows of {plan.keyframe_every}. Commit {commits}; seeds "
-        f"{', '.join(map(str, seeds))}."
+        f"{plan.guidance:g}, windows of {plan.keyframe_every}, unless a row has its own. "
+        f"Commit {commits}; seeds {', '.join(map(str, seeds))}."
     )
     found = tables(records, rows)
     console.print(about, *(table.rich() for table in found))

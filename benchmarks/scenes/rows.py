@@ -112,10 +112,11 @@ BESIDE = {
     "transformer, FlowEdit, shared noise": Way(SHARED_FLOWEDIT, model=TRANSFORMER),
 }
 """Editors without inversion, few-step models and a transformer: with TokenFlow."""
-EDITORS: dict[str, Way] = {}
-for row, way in BESIDE.items():
-    EDITORS[f"{row}, per frame"] = replace(way, settings=way.settings | PER_FRAME)
-    EDITORS[row] = way
+EDITORS = {
+    name: replace(way, settings=way.settings | more)
+    for row, way in BESIDE.items()
+    for name, more in ((f"{row}, per frame", PER_FRAME), (row, {}))
+}
 EDITORS[ALL_FRAMES] = replace(BESIDE["transformer, FlowEdit"], settings={"consistency": "joint"})
 KNOWN = WAYS | CHOICES | EDITORS
 ROWS = (TRUTH, FLOOR, SOURCE, *WAYS)

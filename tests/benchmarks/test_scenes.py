@@ -23,6 +23,7 @@ from benchmarks.scenes.rows import (
     TRUTH,
     Plan,
     Workbench,
+    counted,
 )
 from benchmarks.scenes.sheet import BETWEEN, WIDTH
 from benchmarks.scenes.suite import EDITS, MOTIONS, cases
@@ -110,6 +111,19 @@ def test_evaluations_are_counted(run: Path) -> None:
     assert found[FLOOR] == 0
     assert found["per-frame PnP"] == 2 * 4 + 2 * 3 * 4
     assert found["TokenFlow"] == 2 * 4 + 2 * 3 * 4
+
+
+def test_evaluations_are_the_batch_of_whatever_a_network_is_given() -> None:
+    class Network(torch.nn.Module):
+        def forward(self, hidden_states: torch.Tensor, **_: torch.Tensor) -> torch.Tensor:
+            return hidden_states
+
+    network, x = Network(), torch.zeros(3, 4)
+    with counted(network) as cost:
+        network(x)
+        network(hidden_states=x[:2], timestep=x)
+    network(x)
+    assert cost.evaluations == 5
 
 
 def test_nothing_is_measured_twice(
