@@ -105,9 +105,7 @@ BESIDE = {
     "DDCM, 8 steps": Way(DDCM, settings=FEW | {"steps": 8}, model=LCM),
     "DDCM, 8 steps, shared noise": Way(SHARED_DDCM, settings=FEW | {"steps": 8}, model=LCM),
     "DDCM, 4 steps, shared noise": Way(SHARED_DDCM, settings=FEW | {"steps": 4}, model=LCM),
-    "transformer, nothing injected": Way(lambda: PnP(0.0, 0.0), model=TRANSFORMER),
     "transformer, PnP": Way(lambda: PnP(0.5, 0.0), model=TRANSFORMER),
-    "transformer, PnP with values": Way(lambda: WithValues(0.5, 0.0), model=TRANSFORMER),
     "transformer, FlowEdit": Way(FlowEdit, model=TRANSFORMER),
     "transformer, FlowEdit, shared noise": Way(SHARED_FLOWEDIT, model=TRANSFORMER),
 }
@@ -118,7 +116,12 @@ EDITORS = {
     for name, more in ((f"{row}, per frame", PER_FRAME), (row, {}))
 }
 EDITORS[ALL_FRAMES] = replace(BESIDE["transformer, FlowEdit"], settings={"consistency": "joint"})
-KNOWN = WAYS | CHOICES | EDITORS
+INJECTED = {
+    "transformer, nothing injected": Way(lambda: PnP(0.0, 0.0), model=TRANSFORMER),
+    "transformer, PnP with values": Way(lambda: WithValues(0.5, 0.0), model=TRANSFORMER),
+}
+"""What else PnP may inject into a transformer; `--rows` alone measures it."""
+KNOWN = WAYS | CHOICES | EDITORS | INJECTED
 ROWS = (TRUTH, FLOOR, SOURCE, *WAYS)
 CHOSEN_AMONG = (TRUTH, FLOOR, REFERENCE, "TokenFlow", "flow-weighted", *CHOICES)
 EDITED_BY = (TRUTH, FLOOR, "per-frame PnP", "TokenFlow", *EDITORS)
