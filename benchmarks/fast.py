@@ -37,28 +37,27 @@ ROWS: dict[str, dict[str, Any]] = {
     "15 steps": {"steps": 15},
     "15 steps, guidance to 0.8": {"steps": 15, "guidance_end": 0.8},
     "15 steps, Uni-Inv": {"steps": 15, "inversion_solver": "uni-inv"},
-    "15 steps, Uni-Inv, guidance to 0.8": {
-        "steps": 15, "inversion_solver": "uni-inv", "guidance_end": 0.8,
+    "18 steps, Uni-Inv, guidance to 0.9": {
+        "steps": 18, "inversion_solver": "uni-inv", "guidance_end": 0.9,
     },
     "15 steps, Uni-Inv, guidance to 0.5": {
         "steps": 15, "inversion_solver": "uni-inv", "guidance_end": 0.5,
     },
     "12 steps, Uni-Inv": {"steps": 12, "inversion_solver": "uni-inv"},
+    "12 steps, guidance to 0.8": {"steps": 12, "guidance_end": 0.8},
     "12 steps, Uni-Inv, guidance to 0.8": {
         "steps": 12, "inversion_solver": "uni-inv", "guidance_end": 0.8,
     },
 }  # fmt: skip
 """Where settings are not the default."""
-CLIPS = (0, 12, 25, 31, 6, 24, 18)
-"""One of each kind of motion, in which every kind of edit is."""
 PLAN = Plan(frames=8, steps=50, reference_inversion=50, keyframe_every=4)
 
 
 def main(
     folder: Path = Path("runs/fast"),
     plan: Plan = PLAN,
-    rows: tuple[str, ...] = tuple(ROWS),
-    clips: tuple[int, ...] = CLIPS,
+    rows: tuple[str, ...] = (DEFAULT, FAST),
+    clips: tuple[int, ...] = (),
     fusion: float | None = None,
     sheet: Path | None = None,
 ) -> None:
@@ -68,14 +67,15 @@ def main(
         folder: Where results.jsonl and pictures of all edits go.
         plan: What all rows have in common, and the default's steps.
         rows: Which rows; all are compared with the default.
-        clips: Which clips, numbers from 0 in the benchmark's suite.
+        clips: Only some clips, numbers from 0 in the benchmark's suite.
         fusion: Of all rows; take a folder for each value.
-        sheet: Only write a picture to this WebP: the second and the fourth clip by the default and
-            by the fast mode, from the folder's pictures.
+        sheet: Only write a picture to this WebP: of these clips by these rows, from the folder's
+            pictures.
     """
-    results, chosen = Results(folder / "results.jsonl", commit()), [cases()[i] for i in clips]
+    results, suite = Results(folder / "results.jsonl", commit()), cases()
+    chosen = [suite[i] for i in clips] if clips else suite
     if sheet is not None:
-        write_rows(sheet, chosen[1:4:2], (DEFAULT, FAST), folder, plan.frames)
+        write_rows(sheet, chosen, rows, folder, plan.frames)
         return
     backbone, judge, console = Backbone.load("miniature", "cpu"), Judge.load(), Console(width=120)
     for case in chosen:

@@ -71,7 +71,7 @@ def write_rows(
         middle = number * down + strip.height // 2
         draw.text((2, middle), label, "gray", font=font, anchor="lm")
     with atomic(path) as temporary:
-        sheet.save(temporary, format="WEBP", lossless=True)
+        sheet.save(temporary, format="WEBP", quality=80, method=6)
 
 
 def strips_of(

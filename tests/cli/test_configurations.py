@@ -70,17 +70,17 @@ def test_an_installed_configuration_by_name(two: Path, capsys: pytest.CaptureFix
     assert printed(["--config=sdedit"], capsys)["guidance"] == 3.25
 
 
-def test_the_fast_mode_goes_with_every_editor(
+def test_the_fast_mode_goes_with_editors_that_invert(
     two: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = printed(["--config=sdedit", "--config=fast", "--model.steps=15"], capsys)
+    model = printed(["--config=sdedit", "--config=fast", "--model.steps=17"], capsys)
     assert model["editor"]["class_path"].endswith(".SDEdit")
-    fast = {"inversion_solver": "ddim", "guidance_begin": 0.0, "guidance_end": 0.8}
+    fast = {"inversion_solver": "uni-inv", "guidance_begin": 0.0, "guidance_end": 0.8}
     assert {name: model[name] for name in fast} == fast
-    assert (model["steps"], model["inversion_steps"]) == (15, None)
+    assert (model["steps"], model["inversion_steps"]) == (17, None)
     alone = printed(["--config=fast"], capsys)
     assert alone["editor"]["class_path"].endswith(".PnP")
-    assert alone["steps"] == 12
+    assert alone["steps"] == 15
 
 
 def test_the_paper_goes_with_every_editor(two: Path, capsys: pytest.CaptureFixture[str]) -> None:
