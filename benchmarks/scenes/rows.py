@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.scenes.measure import Truth
 from tokenflow.diffusion import Backbone
-from tokenflow.editors import DDCM, ControlNet, Editor, FlowEdit, Injection, PnP, SDEdit
+from tokenflow.editors import DDCM, ControlNet, Editor, FlowEdit, PnP, SDEdit
 from tokenflow.engine import Settings, edit_clip
 from tokenflow.engine.settings import FUSION
 from tokenflow.miniature.edits import EDITOR
@@ -87,16 +87,6 @@ CHOICES = {
 """TokenFlow with one choice made otherwise, and last with those that do it good; `EDITOR` has
 attention 0.5 and features 0.3 in 5."""
 
-
-class WithValues(PnP):
-    """PnP that injects values as well as queries and keys."""
-
-    def injections(self, model: Backbone) -> Sequence[Injection]:
-        attention, _ = self.shares(model)
-        values = (Injection(layer, end=attention) for layer in model.layers("values"))
-        return [*super().injections(model), *values]
-
-
 FEW = {"guidance": 3.0}
 SHARED_DDCM, SHARED_FLOWEDIT = partial(DDCM, noise="shared"), partial(FlowEdit, noise="shared")
 BESIDE = {
@@ -118,7 +108,9 @@ EDITORS = {
 EDITORS[ALL_FRAMES] = replace(BESIDE["transformer, FlowEdit"], settings={"consistency": "joint"})
 INJECTED = {
     "transformer, nothing injected": Way(lambda: PnP(0.0, 0.0), model=TRANSFORMER),
-    "transformer, PnP with values": Way(lambda: WithValues(0.5, 0.0), model=TRANSFORMER),
+    "transformer, PnP of queries and keys": Way(
+        lambda: PnP(0.5, 0.0, values=False), model=TRANSFORMER
+    ),
 }
 """What else PnP may inject into a transformer; `--rows` alone measures it."""
 KNOWN = WAYS | CHOICES | EDITORS | INJECTED

@@ -180,7 +180,7 @@ def test_a_second_edit_runs_without_the_source(model: Backbone, editor: Editor) 
 
 def test_pnp_of_attention_alone(model: Backbone) -> None:
     layers = {one.layer for one in PnP().injections(model)}
-    assert layers == {*model.layers("queries"), *model.layers("keys")}
+    assert layers == {*model.layers("queries"), *model.layers("keys"), *model.layers("values")}
     with_source, free = (edited(model, random_latents(), editor) for editor in (PnP(), Editor()))
     assert float((with_source - free).abs().max()) > 100 * ROUNDING
     with pytest.raises(InputError, match=r"a \w+ has none: set features to 0, so that attention"):

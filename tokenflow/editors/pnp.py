@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tokenflow.diffusion import Backbone, Schedule, Source, Traits
+from tokenflow.diffusion.backbone import Role
 from tokenflow.diffusion.flow_transformer import FlowTransformer
 from tokenflow.editors.base import Editor, Injection, Start
 from tokenflow.errors import InputError
@@ -14,7 +15,8 @@ from tokenflow.video import Clip
 class PnP(Editor):
     """Injects the source's features, queries and keys into the edited branches.
 
-    Transformers such as SD 3 and Flux have no layers of features: there it is attention alone.
+    Transformers such as SD 3 and Flux have no layers of features: there it is attention alone, with
+    its values.
 
     Args:
         attention: Injection threshold: the share of the steps in which decoder self-attentions
@@ -26,6 +28,8 @@ class PnP(Editor):
             model's own if not given: 1 for Stable Diffusion; a small model needs more.
         start_from: "inverted" starts at the inverted latent; "renoised" adds the noise that the
             noisiest inverted latent implies to the clean latent, as the published code does.
+        values: Whether these self-attentions take the source's values as well. Only where the model
+            has no layers of features, if not given.
     """
 
     def __init__(
@@ -34,6 +38,7 @@ class PnP(Editor):
         features: float | None = None,
         feature_layers: int | None = None,
         start_from: str = "inverted",
+        values: bool | None = None,
     ) -> None:
         for name, share in (("attention", attention), ("features", features)):
             if share is not None and not 0 <= share <= 1:
@@ -43,7 +48,7 @@ class PnP(Editor):
         if start_from not in ("inverted", "renoised"):
             raise InputError(f"start_from must be 'inverted' or 'renoised', got {start_from!r}")
         self.attention, self.features = attention, features
-        self.feature_layers, self.start_from = feature_layers, start_from
+        self.feature_layers, self.start_from, self.values = feature_layers, start_from, values
 
     def check_model(self, model: Traits) -> None:
         """Raises `InputError` for features of a transformer."""
@@ -68,10 +73,12 @@ class PnP(Editor):
     def injections(self, model: Backbone) -> Sequence[Injection]:
         given, (attention, features) = self.feature_layers, self.shares(model)
         count = model.defaults.feature_layers if given is None else given
-        projections = [*model.layers("queries"), *model.layers("keys")]
+        structure = model.layers("structure")
+        values = not structure if self.values is None else self.values
+        roles: tuple[Role, ...] = ("queries", "keys", "values") if values else ("queries", "keys")
         return [
-            *(Injection(layer, end=features) for layer in model.layers("structure")[:count]),
-            *(Injection(layer, end=attention) for layer in projections),
+            *(Injection(layer, end=features) for layer in structure[:count]),
+            *(Injection(layer, end=attention) for role in roles for layer in model.layers(role)),
         ]
 
 
