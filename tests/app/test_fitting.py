@@ -15,6 +15,7 @@ from markupsafe import escape
 from tests.app.conftest import given
 from tokenflow.app import fitting
 from tokenflow.app.fitting import examined, plugins
+from tokenflow.app.options import Option
 from tokenflow.app.page import Page, switch
 from tokenflow.app.request import Requests
 from tokenflow.app.serving import Serving
@@ -243,3 +244,9 @@ def test_a_models_own_defaults_are_not_said_again(requests: Requests) -> None:
     changed = options | {"editor.PnP.features": 0.5}
     model = requests.configuration(given(requests, **changed))["model"]
     assert model["editor"]["init_args"] == {"features": 0.5}
+
+
+def test_a_switch_may_be_left_to_the_model(page: Page) -> None:
+    field, option = page.fields["editor.PnP.values"], Option("values", "flag", None, "", (), True)
+    assert field.value == ""
+    assert [option.checked(value) for _, value in field.choices] == [None, True, False]

@@ -263,10 +263,11 @@ class Page:
         label = PLAIN.get(option.name, option.name.replace("_", " "))
         info = None if option.name in PLAIN else option.about
         about = {"label": label, "info": info, "min_width": 140, "elem_id": name}
-        if option.kind == "flag":
+        if option.kind == "flag" and not option.optional:
             field: Any = gr.Checkbox(value=option.default, **about)
-        elif option.kind in ("choice", "class"):
-            words = pairs(option.choices)
+        elif option.kind in ("choice", "class", "flag"):
+            words: list[tuple[str, Any]] = [*pairs(option.choices)]
+            words = words or [("yes", True), ("no", False)]
             words = [("the default", ""), *words] if option.optional else words
             field = gr.Dropdown(words, value=option.default or "", **about)
         elif name == "steps":
