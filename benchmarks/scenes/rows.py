@@ -109,7 +109,7 @@ EDITORS[ALL_FRAMES] = replace(BESIDE["transformer, FlowEdit"], settings={"consis
 INJECTED = {
     "transformer, nothing injected": Way(lambda: PnP(0.0, 0.0), model=TRANSFORMER),
     "transformer, PnP of queries and keys": Way(
-        lambda: PnP(0.5, 0.0, values=False), model=TRANSFORMER
+        lambda: PnP(0.5, 0.0, inject_values=False), model=TRANSFORMER
     ),
 }
 """What else PnP may inject into a transformer; `--rows` alone measures it."""

@@ -87,7 +87,7 @@ def test_settings_and_editors_are_offered_whole() -> None:
     names = {one.name for one in options_of(Settings)}
     assert {"steps", "seed", "blend", "keyframes", "inversion_solver", "guidance"} <= names
     assert [one.name for one in options_of(PnP)] == [
-        "attention", "features", "feature_layers", "start_from", "values",
+        "attention", "features", "feature_layers", "start_from", "inject_values",
     ]  # fmt: skip
     assert all(one.about for one in options_of(Settings))
     assert next(one for one in options_of(SDEdit) if one.name == "strength").share

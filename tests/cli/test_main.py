@@ -181,6 +181,7 @@ def test_the_reference_configuration_is_the_published_code(
             "features": 0.8,
             "feature_layers": 1,
             "start_from": "renoised",
+            "inject_values": None,
         },
     }
     assert model["propagation"]["class_path"] == "tokenflow.NNField"

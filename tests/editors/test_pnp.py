@@ -112,8 +112,10 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(("values", "roles"), [(None, 3), (True, 3), (False, 2)])
 def test_a_transformer_takes_values_as_well(values: bool | None, roles: int) -> None:
     model = Backbone.load("miniature-transformer", "cpu", "float32")
-    injections = PnP(attention=0.3, values=values).injections(model)
+    injections = PnP(attention=0.3, inject_values=values).injections(model)
     layers = {role: model.layers(role) for role in ("queries", "keys", "values")}
     expected = [layer for role in list(layers)[:roles] for layer in layers[role]]
     assert [(one.layer, one.end) for one in injections] == [(layer, 0.3) for layer in expected]
-    assert not set(layers["values"]) & {one.layer for one in PnP(values=False).injections(model)}
+    assert not set(layers["values"]) & {
+        one.layer for one in PnP(inject_values=False).injections(model)
+    }

@@ -28,8 +28,8 @@ class PnP(Editor):
             model's own if not given: 1 for Stable Diffusion; a small model needs more.
         start_from: "inverted" starts at the inverted latent; "renoised" adds the noise that the
             noisiest inverted latent implies to the clean latent, as the published code does.
-        values: Whether these self-attentions take the source's values as well. Only where the model
-            has no layers of features, if not given.
+        inject_values: Whether these self-attentions take the source's values as well. Only where
+            the model has no layers of features, if not given.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class PnP(Editor):
         features: float | None = None,
         feature_layers: int | None = None,
         start_from: str = "inverted",
-        values: bool | None = None,
+        inject_values: bool | None = None,
     ) -> None:
         for name, share in (("attention", attention), ("features", features)):
             if share is not None and not 0 <= share <= 1:
@@ -48,7 +48,8 @@ class PnP(Editor):
         if start_from not in ("inverted", "renoised"):
             raise InputError(f"start_from must be 'inverted' or 'renoised', got {start_from!r}")
         self.attention, self.features = attention, features
-        self.feature_layers, self.start_from, self.values = feature_layers, start_from, values
+        self.feature_layers, self.start_from = feature_layers, start_from
+        self.inject_values = inject_values
 
     def check_model(self, model: Traits) -> None:
         """Raises `InputError` for features of a transformer."""
@@ -74,7 +75,7 @@ class PnP(Editor):
         given, (attention, features) = self.feature_layers, self.shares(model)
         count = model.defaults.feature_layers if given is None else given
         structure = model.layers("structure")
-        values = not structure if self.values is None else self.values
+        values = not structure if self.inject_values is None else self.inject_values
         roles: tuple[Role, ...] = ("queries", "keys", "values") if values else ("queries", "keys")
         return [
             *(Injection(layer, end=features) for layer in structure[:count]),
