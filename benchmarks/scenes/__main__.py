@@ -63,10 +63,10 @@ def main(
             inversion, few-step models and a transformer, both on one clip of each motion.
         rows: Only some rows.
         clips: Only some clips, numbers from 0 in the suite.
-        suite: Clips to edit: `suite.csv`, or `more.csv`, by which nothing was chosen.
+        suite: Clips to edit: `suite.csv`, or `more.csv` with other seeds.
         quick: Two clips of 4 frames, 4 rows and 2 steps instead, to see that it works.
         page: A Markdown page that gets the tables, between its two marks for them.
-        sheet: Only write a picture to this PNG: of the suite's clips and their true edits, or, if
+        sheet: Only write a picture to this WebP: of the suite's clips and their true edits, or, if
             clips are given, of what the rows made of these, from the folder's pictures.
     """
     known = (TRUTH, FLOOR, SOURCE, *KNOWN)
