@@ -247,9 +247,7 @@ def test_a_models_own_defaults_are_not_said_again(requests: Requests) -> None:
 
 
 def test_a_switch_may_be_left_to_the_model(page: Page) -> None:
-    field, option = (
-        page.fields["editor.PnP.inject_values"],
-        Option("values", "flag", None, "", (), True),
-    )
+    field = page.fields["editor.PnP.inject_values"]
+    option = Option("inject_values", "flag", None, "", optional=True)
     assert field.value == ""
     assert [option.checked(value) for _, value in field.choices] == [None, True, False]
