@@ -106,7 +106,7 @@ def edit_clip(
         prompts: What the edit shows; with what it does not show, and what the source shows.
         editor: The image editing method for keyframes.
         propagation: The kernel that finds correspondences.
-        settings: Everything else; the paper's when not given.
+        settings: Everything else; the defaults of `Settings` when not given.
         mask: White where the edit may be, black where the source stays: of one frame, or of as many
             as the clip, in its size; "auto" is where the model's predictions for the source's
             prompt and the edit's differ. Everywhere when not given. Models for inpainting need it.
