@@ -62,7 +62,8 @@ class ClipFlow:
     def pair(self, start: int, end: int) -> tuple[Flow, Flow]:
         """What `between` gives, anew."""
         there, back = self.measured(start, end), self.measured(end, start)
-        return self.reduced(there, back), self.reduced(back, there)
+        there, back = with_inconsistency(there, back), with_inconsistency(back, there)
+        return self.reduced(there), self.reduced(back)
 
     def measured(self, start: int, end: int) -> Float[Tensor, "2 height width"]:
         """The provider's flow, checked."""
@@ -72,13 +73,10 @@ class ClipFlow:
         require_flow(flow, self.clip, f"{type(self.flow).__name__} from frame {start} to {end}")
         return flow
 
-    def reduced(
-        self, there: Float[Tensor, "2 height width"], back: Float[Tensor, "2 height width"]
-    ) -> Flow:
-        """Means over the pixels in one that is kept, of flow and inconsistency."""
-        size = [side // self.scale for side in there.shape[-2:]]
-        both = with_inconsistency(there, back)[None]
-        return interpolate(both, size, mode="area")[0] / self.scale
+    def reduced(self, flow: Float[Tensor, "c height width"]) -> Float[Tensor, "c h w"]:
+        """Means over the pixels in one that is kept, in such pixels."""
+        size = [side // self.scale for side in flow.shape[-2:]]
+        return interpolate(flow[None], size, mode="area")[0] / self.scale
 
     def moved(self, window: Window) -> Window:
         """A window of whole latents with the motion between its frames and their neighbours."""

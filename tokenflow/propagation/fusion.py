@@ -10,10 +10,9 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
 
 from tokenflow.propagation.base import Window
-from tokenflow.propagation.flow.base import inside, warp
+from tokenflow.propagation.flow.base import inside, smooth, warp
 
 DIFFERENCE = 0.5
 """Mean squared difference of the source's latents at which a keyframe's weight has fallen to 1/e;
@@ -95,8 +94,3 @@ def mixed(
 def details(values: Float[Tensor, "frames c h w"]) -> Float[Tensor, "frames c h w"]:
     """What a mean over 3×3 pixels takes away."""
     return values - smooth(values)
-
-
-def smooth(values: Float[Tensor, "frames c h w"]) -> Float[Tensor, "frames c h w"]:
-    """Means over 3×3 pixels."""
-    return avg_pool2d(values, 3, stride=1, padding=1, count_include_pad=False)

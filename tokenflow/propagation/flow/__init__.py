@@ -1,1 +1,1 @@
-"""Optical flow: what finds it (DIS, RAFT, files), and one cache of it for kernels and metrics."""
+"""Optical flow: what finds it (DIS, RAFT, files), and what mends it."""

@@ -6,9 +6,9 @@ from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import grid_sample
+from torch.nn.functional import avg_pool2d, grid_sample
 
 from tokenflow.errors import InputError
 from tokenflow.video import Clip
@@ -73,6 +73,22 @@ def targets(
     height, width = flow.shape[-2:]
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return torch.stack((x, y)).to(flow) + flow
+
+
+def beside(
+    pixels: Int[Tensor, " n"], height: int, width: int, reach: int
+) -> Int[Tensor, "n neighbours"]:
+    """Each pixel, counted row by row, and those at most `reach` away; at a border some repeat."""
+    away = torch.arange(-reach, reach + 1)
+    near = torch.cartesian_prod(away, away)
+    rows, columns = near[near.square().sum(dim=1) <= reach**2].T
+    row = (pixels[:, None] // width + rows).clamp(0, height - 1)
+    return row * width + (pixels[:, None] % width + columns).clamp(0, width - 1)
+
+
+def smooth(values: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+    """Means over 3×3 pixels."""
+    return avg_pool2d(values, 3, stride=1, padding=1, count_include_pad=False)
 
 
 def require_flow(flow: object, clip: Clip, what: str) -> None:
