@@ -14,8 +14,9 @@ from tokenflow.diffusion import Backbone, Trajectory, invert
 from tokenflow.editors import Batch, Editor, Injection, PnP, Prompts, SDEdit
 from tokenflow.engine import Settings, SourceCache, edit_clip, edit_latents
 from tokenflow.engine.resume import ResumeStore
+from tokenflow.engine.source_cache import described
 from tokenflow.errors import InputError, Preempted
-from tokenflow.propagation import NNField, Propagation
+from tokenflow.propagation import FlowFiles, FlowWeighted, NNField, Propagation
 from tokenflow.storage.cache import Cache
 from tokenflow.storage.scratch import Spill
 from tokenflow.video import Clip
@@ -316,3 +317,19 @@ def test_a_step_that_is_too_large_for_memory_is_not_kept(
             settings, source_cache=cache,
         )  # fmt: skip
     assert not cache.entries
+
+
+def test_a_kernel_is_described_by_its_options() -> None:
+    class Forgetful(NNField):
+        def __init__(self, option: int) -> None:
+            super().__init__()
+
+    kernels = [
+        NNField(), NNField(4), FlowWeighted(), FlowWeighted(inconsistency=2.0),
+        FlowWeighted(FlowFiles("flow")), FlowWeighted(FlowFiles("other")),
+    ]  # fmt: skip
+    texts = [str(described(kernel)) for kernel in kernels]
+    assert len(set(texts)) == len(texts)
+    assert texts == [str(described(kernel)) for kernel in kernels]
+    assert "None" not in texts
+    assert described(Forgetful(1)) is None

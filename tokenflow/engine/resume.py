@@ -149,7 +149,7 @@ class SamplingCheckpoint:
         self.positions, self.counts, self.ranks = clip.positions, counts, ranks
         own = list(frames[: counts[ranks.rank]])
         every = [frame for part in ranks.all_gather_object(own) for frame in part]
-        self.key = digests.of_values("sampling", 6, clip.name, *sampling, every)
+        self.key = digests.of_values("sampling", 7, clip.name, *sampling, every)
 
     def load(
         self, begin: Float[Tensor, "frames c h w"], steps: int

@@ -9,6 +9,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -243,19 +245,18 @@ def text(values: Tensor) -> str:
 
 
 def described(plugin: object) -> Any:
-    """A plugin's class and options for a cache key; None where they are not all plain values."""
-    values = {name: described_value(value) for name, value in vars(plugin).items()}
-    if UNKNOWN in values.values():
-        return None
+    """A plugin's class and options for a cache key.
+
+    None where an option is not an attribute of its name, or no plain value, path or plugin.
+    """
+    values = {}
+    for name in signature(type(plugin)).parameters:
+        value = getattr(plugin, name, ...)
+        if isinstance(value, Path):
+            value = str(value)
+        elif not (value is None or isinstance(value, bool | int | float | str)):
+            value = described(value) if hasattr(value, "__dict__") else None
+            if value is None:
+                return None
+        values[name] = value
     return [f"{type(plugin).__module__}.{type(plugin).__qualname__}", values]
-
-
-def described_value(value: object) -> Any:
-    """A plain value, or a plugin's description."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    inner = described(value) if hasattr(value, "__dict__") else None
-    return UNKNOWN if inner is None else inner
-
-
-UNKNOWN = "?"

@@ -82,7 +82,7 @@ class Correspondence:
     ) -> Float[Tensor, "branches frames tokens channels"]:
         """Each token's weighted mean of the keyframes' values, in every branch.
 
-        One pass over memory: nothing but the result is made.
+        What is gathered is summed at once, and not copied.
         """
         if not self.indices.shape[-1]:
             raise ValueError("a correspondence needs at least one tap, got none")

@@ -9,7 +9,7 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from tokenflow.errors import InputError
 from tokenflow.propagation.base import Correspondence, Propagation, Window
-from tokenflow.propagation.flow.base import OpticalFlow
+from tokenflow.propagation.flow.base import OpticalFlow, inside, targets
 from tokenflow.propagation.flow.dis import DIS
 from tokenflow.propagation.nn_field import nearest
 
@@ -95,13 +95,9 @@ def bilinear(
     displacement: Float[Tensor, "n tokens 2"], height: int, width: int
 ) -> tuple[Int[Tensor, "n tokens 4"], Float[Tensor, "n tokens 4"], Float[Tensor, "n tokens"]]:
     """The four tokens around each displaced one, their shares, and 1 where that is in the frame."""
-    device = displacement.device
-    y, x = torch.meshgrid(
-        torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"
-    )
-    there = torch.stack((x, y), dim=-1).flatten(0, 1) + displacement
-    limit = torch.tensor([width, height], device=device) - 1
-    inside = ((there >= -0.5) & (there <= limit + 0.5)).all(dim=-1)
+    flow = displacement.unflatten(1, (height, width)).movedim(-1, 1)
+    there = targets(flow).flatten(2).mT
+    limit = torch.tensor([width, height], device=there.device) - 1
     there = there.clamp(min=torch.zeros_like(limit), max=limit)
     near = there.floor()
     share = there - near
@@ -111,7 +107,7 @@ def bilinear(
     fx, fy = share.unbind(-1)
     places = [row * width + column for row in (top, bottom) for column in (left, right)]
     shares = [b * a for b in (1 - fy, fy) for a in (1 - fx, fx)]
-    return torch.stack(places, dim=-1), torch.stack(shares, dim=-1), inside.float()
+    return torch.stack(places, dim=-1), torch.stack(shares, dim=-1), inside(flow).flatten(1)
 
 
 def disagreement(

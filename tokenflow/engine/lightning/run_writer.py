@@ -49,6 +49,7 @@ from tokenflow.video import (
     contact_sheet,
     resized,
     side_by_side,
+    write_clip,
     write_image,
     write_video,
 )
@@ -227,10 +228,7 @@ class RunWriter(BasePredictionWriter, EditCallback):
         try:
             # a request does not interrupt the end of `staged`, where files take their places
             with staged(folder) as place, module.preemption.interruptible():
-                write_video(
-                    place / EDITED, edited.frames, edited.times, edited.rate,  end=edited.end,
-                    size=edited.display_size, audio=edited.audio, crf=self.crf,
-                )  # fmt: skip
+                write_clip(place / EDITED, edited, crf=self.crf)
                 both = starmap(side_by_side, zip(shown(source), shown(edited), strict=True))
                 write_video(
                     place / COMPARE, both, source.times, source.rate, end=source.end, crf=self.crf
