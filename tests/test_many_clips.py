@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import gc
 import shutil
+import subprocess
+import sys
 import weakref
 from errno import ENOSPC
 from os import strerror
 from pathlib import Path
+from signal import SIGPIPE
+from subprocess import PIPE
 from typing import Any
 
 import pytest
@@ -17,7 +21,7 @@ from torch import OutOfMemoryError
 
 from tests.on_ranks import command, ended, launched
 from tokenflow.cli.main import main
-from tokenflow.editors import PnP
+from tokenflow.editors import Editor, PnP
 from tokenflow.engine.lightning.job import Job
 from tokenflow.engine.lightning.module import Prediction, TokenFlowModule
 from tokenflow.errors import PluginError
@@ -164,6 +168,28 @@ def test_a_clip_that_fails_does_not_stop_the_rest(
     assert out.splitlines()[-1] == "4 clips: 1 done, 3 skipped, 0 failed"
     assert [line for line in err.splitlines() if line.startswith("clip")] == ["clip 2/4, broken"]
 
+    # one that failed where an older result lies is tried again
+    (tmp_path / "broken.mp4").rename(tmp_path / "gone.mp4")
+    with pytest.raises(SystemExit):
+        main([*words, "--output.overwrite=true"])
+    assert files(runs)["broken"] == sorted([*FILES, "failed.yaml"])
+    (tmp_path / "gone.mp4").rename(tmp_path / "broken.mp4")
+    main(words)
+    assert files(runs)["broken"] == FILES
+    assert capsys.readouterr().out.splitlines()[-1] == "4 clips: 1 done, 3 skipped, 0 failed"
+
+
+def test_a_closed_pipe_does_not_stop_the_rest(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "broken.mp4").write_bytes((tmp_path / "one.mp4").read_bytes())
+    line = [sys.executable, "-m", "tokenflow.cli.main", *words]
+    process = subprocess.Popen(line, stdout=PIPE, stderr=PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.close()
+    _, err = process.communicate()
+    assert files(tmp_path / "runs") == dict.fromkeys(("one", "two", "third", "broken"), FILES)
+    assert "Traceback" not in err
+    assert process.returncode == 128 + SIGPIPE
+
 
 def test_a_clip_that_cannot_be_written_does_not_stop_the_rest(
     words: list[str], manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -194,13 +220,13 @@ def test_a_clip_that_cannot_be_written_does_not_stop_the_rest(
     # mended, the one is only written, and the other edited
     (runs / "third").unlink()
     monkeypatch.undo()
-    advance = PnP.advance
+    advance = Editor.advance
 
-    def counting(self: PnP, x: torch.Tensor, *args: Any) -> torch.Tensor:
+    def counting(self: Editor, x: torch.Tensor, *args: Any) -> torch.Tensor:
         stages.append(len(x))
         return advance(self, x, *args)
 
-    monkeypatch.setattr(PnP, "advance", counting)
+    monkeypatch.setattr(Editor, "advance", counting)
     main([*words, f"--model.cache={tmp_path / 'cache'}"])
     written = [name for name in FILES if name != "features.json"]  # nothing was sampled
     assert files(runs) == {"one": written, "two": FILES, "third": FILES}
@@ -274,6 +300,7 @@ def test_a_failure_on_one_of_the_ranks_that_share_a_clip_does_not_stop_the_rest(
     rows[1:1] = [{"video": "error.mp4"}, {"video": "nan.mp4"}]
     manifest.write_text(yaml.safe_dump(rows))
     words = [*words, "--allow_imports=tests", "--model.editor=tests.killing.Fragile"]
+    words += ["--model.fusion=0.8"]  # as the default of PnP, whose step is not its own
     runs, told = tmp_path / "runs", tmp_path / "told"
     assert ended(launched(2, words, told)) == [1, 0], told.read_text()
     why = {"error": "ValueError: not this clip", "nan": "NaN", "broken": "broken.mp4"}

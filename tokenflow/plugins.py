@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
 from tokenflow.errors import InputError, Interrupted
+from tokenflow.storage import digests
 
 OPTION = "--allow_imports"
 """Of the command line: it lets a configuration name classes of another package."""
@@ -192,6 +195,14 @@ def origin(kind: type[Any]) -> str:
     if kind in offered:
         return offered[kind]
     return f"{kind.__module__} (not installed as a plugin)"
+
+
+def code_of(kind: type[Any]) -> str:
+    """A digest of the file that holds a third party's class; none of ours, whose version counts."""
+    if kind.__module__.split(".")[0] == __name__.split(".")[0]:
+        return ""
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    return digests.of_path(Path(file)) if file and Path(file).is_file() else ""
 
 
 def require_usable(path: str, group: str) -> None:

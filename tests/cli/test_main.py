@@ -487,7 +487,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_before_the_work_says_try_again(
-    sent: signal.Signals, monkeypatch: pytest.MonkeyPatch
+    sent: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = signal.getsignal(sent)
     monkeypatch.setitem(COMMANDS, "predict", lambda words: os.kill(os.getpid(), sent))
@@ -495,3 +495,4 @@ def test_a_signal_before_the_work_says_try_again(
         main(["predict"])
     assert exit.value.code == 75
     assert signal.getsignal(sent) is before
+    assert "stopped on request" in capsys.readouterr().err

@@ -211,5 +211,14 @@ def test_a_sweep_is_edited_and_recorded(
     found = json.loads((clips / done[1].folder / "metrics.json").read_text())
     assert found["options"]["mask"] == str(clips / "mask.mp4")
     record = yaml.safe_load((clips / "runs" / "other" / "run.yaml").read_text())
-    assert record["data"]["manifest"] == str(clips / "clips.yaml")
     assert record["run"]["typed"]["data.manifest"] == "clips.yaml"
+    # of a row, the record is a configuration that edits it alone
+    assert record["data"]["manifest"] is None
+    for row in ("other", "in_editor.attention=1.0"):
+        again = clips / f"again {row}"
+        words = [f"--config={clips / 'runs' / row / 'run.yaml'}", f"--output.folder={again}"]
+        main(["predict", *words, f"--model.cache={clips / 'empty'}"])
+        assert [folder.name for folder in again.iterdir()] == ["in"]
+        first, second = (read_run(str(f)) for f in (clips / "runs" / row, again / "in"))
+        assert torch.equal(first.edited().frames[:], second.edited().frames[:])
+        assert first.settings["editor"] == second.settings["editor"]

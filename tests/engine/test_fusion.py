@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from tests.gaussian_noise import GaussianNoise
 from tests.plugins_by_others.no_inversion import NoInversion
-from tokenflow.diffusion import Backbone
-from tokenflow.editors import DDCM, Editor, FlowEdit, PnP, Prompts, SDEdit
+from tokenflow.diffusion import Backbone, Source
+from tokenflow.editors import DDCM, Editor, FlowEdit, PnP, Prompts, SDEdit, Step
 from tokenflow.engine import Settings, SourceCache, edit_clip, edit_latents
 from tokenflow.engine.fusion import RESTORED
 from tokenflow.engine.resume import ResumeStore
@@ -63,6 +64,25 @@ def test_it_is_on_by_default_where_keyframes_are_propagated(backbone: Backbone, 
         assert edited.settings.fusion == 0
     without_inversion = edit_clip(backbone, clip, PROMPTS, FlowEdit(1), NNField(), default)
     assert without_inversion.settings.fusion == 0
+
+
+def test_it_is_off_by_default_where_an_editor_has_a_step_of_its_own(
+    backbone: Backbone, clip: Clip
+) -> None:
+    class Keeping(PnP):
+        """Keeps the left half of the source."""
+
+        def advance(
+            self, x: Tensor, outputs: Mapping[str, Tensor], step: Step, source: Source
+        ) -> Tensor:
+            edited = super().advance(x, outputs, step, source)
+            left = torch.arange(x.shape[-1]) < x.shape[-1] // 2
+            return source.at(step.index + 1).where(left, edited)
+
+    for share, expected in ((None, 0.0), (0.8, 0.8)):
+        settings = replace(FUSED, fusion=share, inversion_steps=4)
+        result = edit_clip(backbone, clip, "0.5", Keeping(), NNField(), settings)
+        assert result.settings.fusion == expected
 
 
 def test_it_is_off_by_default_where_there_is_no_flow(backbone: Backbone) -> None:

@@ -14,9 +14,10 @@ from torch import Tensor
 from tests.gaussian_flow import GaussianFlow
 from tokenflow.diffusion import Backbone, Conditioning, ModelError, Source, Traits
 from tokenflow.diffusion.backbone import Defaults
-from tokenflow.editors import Batch, Editor, Injection, SDEdit, Step
+from tokenflow.editors import Batch, Editor, Injection, Prompts, SDEdit, Step
 from tokenflow.engine import PerFrame, Settings, edit_clip, edit_latents
-from tokenflow.engine.checked import CheckedEditor
+from tokenflow.engine.automatic_mask import require_comparable
+from tokenflow.engine.checked import CheckedEditor, require_kinds
 from tokenflow.engine.resume import ResumeStore
 from tokenflow.errors import InputError, PluginError
 from tokenflow.propagation import NNField
@@ -47,6 +48,27 @@ def test_an_earlier_interface_is_refused_in_python_too() -> None:
         edited(Old())
     with pytest.raises(PluginError, match="interface 1 of Propagation"):
         edit_clip(GaussianFlow(), clip(), "0.5", SDEdit(), OldField(), SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"editor": SDEdit}, r"expected Editor, as PnP\(\), got <class"),
+        ({"propagation": "NNField"}, r"expected Propagation, as NNField\(\), got 'NNField'"),
+        ({"settings": {"steps": 2}}, r"expected Settings, as Settings\(steps=25\), got \{"),
+    ],
+)
+def test_arguments_of_another_kind(change: dict[str, Any], message: str) -> None:
+    given = {"editor": SDEdit(), "propagation": NNField(), "settings": SETTINGS}
+    require_kinds(**given)
+    with pytest.raises(InputError, match=message):
+        require_kinds(**given | change)
+
+
+@pytest.mark.parametrize("mask", [Path("mask.png"), torch.ones(4, 1, 4, 6), False])
+def test_a_mask_of_another_kind(mask: object) -> None:
+    with pytest.raises(InputError, match=r"expected a mask as a clip \(by read_clip\), or 'auto'"):
+        require_comparable(mask, Prompts("0.5"))
 
 
 class Wide(SDEdit):

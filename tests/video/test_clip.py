@@ -32,6 +32,11 @@ def test_a_clip_that_does_not_fit_together_is_refused(count, times, rate, messag
         Clip(torch.rand(count, 3, 4, 4), times, Fraction(rate), "clip", (4, 4))
 
 
+def test_from_frames_refuses_8_bit_levels():
+    with pytest.raises(VideoError, match=r"expected colours from 0 to 1, got 255 .* divide"):
+        Clip.from_frames(torch.full((2, 3, 4, 4), 255.0))
+
+
 def test_from_frames_refuses_a_rate_of_zero():
     with pytest.raises(VideoError, match="rate greater than 0"):
         Clip.from_frames(torch.rand(1, 3, 4, 4), rate=Fraction(0))

@@ -11,21 +11,19 @@ from threading import Condition, Event, Thread
 from typing import Any, Literal
 
 import torch
-import yaml
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from tokenflow.app.request import Requests
 from tokenflow.diffusion import Backbone
 from tokenflow.engine.lightning.callback import EditCallback
-from tokenflow.engine.lightning.job import Job
+from tokenflow.engine.lightning.job import Job, plugin_key
 from tokenflow.engine.lightning.module import TRAINER, TokenFlowModule
 from tokenflow.engine.lightning.progress import edit_to_inversion
 from tokenflow.engine.progress import Reporter
 from tokenflow.engine.region import AUTO
 from tokenflow.errors import InputError, Preempted, explained
 from tokenflow.memory import explained_shortage
-from tokenflow.plugins import origin
 from tokenflow.report.pictures import picture
 from tokenflow.runs.files import finished
 from tokenflow.video import contact_sheet, resized
@@ -90,6 +88,8 @@ class Edit(EditCallback):
     def on_edit_step(
         self, trainer: Trainer, module: LightningModule, stage: str, step: int, steps: int
     ) -> Literal["stop"] | None:
+        if stage == "cached":  # these frames are edited, and not inverted
+            self.share *= steps / max(steps - step, 1)
         more = self.share * steps if stage == "invert" else 0.0
         self.say(
             stage, step=step, steps=steps,
@@ -219,11 +219,10 @@ class Device:
         with explained_shortage("for the edit", REMEDY):
             device = str(trainer.strategy.root_device)
             module.backbone = self.model(module, device)
-            editor, kernel = (
-                f"{origin(type(getattr(module, name)))}\n{yaml.safe_dump(whole['model'][name])}"
-                for name in ("editor", "propagation")
+            module.plugin_keys = (
+                plugin_key(module.editor, whole["model"]["editor"]),
+                plugin_key(module.propagation, whole["model"]["propagation"]),
             )
-            module.plugin_keys = editor, f"{kernel}{module.propagation.cache_key()}"
             (job,) = data.jobs
             self.complete(job, whole["model"])
             edit.folder = free(writer.folder / job.name)

@@ -60,6 +60,8 @@ class Serving:
         for name in ("upload_megabytes", "max_frames", "max_resolution", "max_steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if self.port is not None and not 0 < self.port < 2**16:
+            raise InputError(f"--port must be from 1 to 65535, got {self.port}")
         if self.max_waiting < 0:
             raise InputError(f"--max_waiting must be at least 0, got {self.max_waiting}")
         if not self.password and (self.share or self.host not in LOCAL):

@@ -130,7 +130,12 @@ def run(checks: list[Check], needs_model: bool = False) -> int:
 def parsed(kind: Any, options: list[str]) -> tuple[ArgumentParser, Namespace]:
     """The options of a command line for a plugin's class, and the parser that understood them."""
     parser = ArgumentParser(prog=f"tokenflow plugins check {kind.__name__}")
-    parser.add_class_arguments(kind)
+    try:
+        parser.add_class_arguments(kind)
+    except ValueError as error:  # --help is taken
+        raise InputError(
+            f"{kind.__name__} cannot be checked, rename the option: {error}"
+        ) from error
     disable_progress_bar()  # of models' loading
     if takes_backbone(kind):
         about = (
@@ -144,7 +149,7 @@ def parsed(kind: Any, options: list[str]) -> tuple[ArgumentParser, Namespace]:
 def checks_of(kind: Any, options: tuple[ArgumentParser, Namespace]) -> list[Check]:
     """The kit's checks of a plugin's class, made with options."""
     parser, given = options
-    chosen = vars(parser.instantiate(given))
+    chosen = parser.instantiate(given).as_dict()
     model = chosen.pop("backbone") if takes_backbone(kind) else "tiny"
     plugin = kind(**chosen)
     if not isinstance(plugin, Editor):

@@ -14,11 +14,10 @@ from tokenflow.cli.corrections import corrected
 from tokenflow.cli.inputs import NAMED, paths_of
 from tokenflow.cli.options import PLUGINS
 from tokenflow.editors import Editor
-from tokenflow.engine.checked import blamed
-from tokenflow.engine.lightning.job import Choice, Job
+from tokenflow.engine.lightning.job import Choice, Job, plugin_key
 from tokenflow.engine.lightning.manifest import inside
 from tokenflow.errors import InputError
-from tokenflow.plugins import origin, require_usable
+from tokenflow.plugins import require_usable
 from tokenflow.propagation import Propagation
 
 
@@ -73,11 +72,7 @@ class Choices:
                 raise
             except (ArgumentError, TypeError, ValueError, ImportError) as error:
                 raise InputError(f"the {name} cannot be made: {error}") from error
-            described = f"{origin(type(plugin))}\n{yaml.safe_dump(spec)}"
-            if isinstance(plugin, Propagation):
-                with blamed(plugin, "cache_key"):
-                    described += plugin.cache_key()
-            self.known[text] = spec, described, given
+            self.known[text] = spec, plugin_key(plugin, spec), given
         spec, choice.described, given = self.known[text]
         choice.spec = spec
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import warnings
@@ -42,9 +43,16 @@ def main(args: Sequence[str] | None = None) -> None:
     warnings.formatwarning, formatted = warning_line, warnings.formatwarning
     try:
         dispatch(list(sys.argv[1:] if args is None else args))
+        sys.stdout.flush()
     except Interrupted:
         print("tokenflow: interrupted", file=sys.stderr)
         raise
+    except Preempted:
+        print("tokenflow: stopped on request; the same command goes on", file=sys.stderr)
+        raise
+    except BrokenPipeError:  # of `tokenflow … | head`; what is left must not be flushed into it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
     finally:
         warnings.formatwarning = formatted
         for number, handler in before.items():

@@ -13,7 +13,6 @@ from dataclasses import astuple
 from typing import Any, NoReturn, get_args, get_type_hints
 
 import torch.distributed as dist
-import yaml
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import utils as hub_utils
 from jsonargparse import Namespace
@@ -31,9 +30,8 @@ from tokenflow.cli.inputs import NAMED, make_absolute, paths_of, require_readabl
 from tokenflow.cli.options import CLASSES, DEFAULTS, PLUGINS, meant
 from tokenflow.cli.stop import stop
 from tokenflow.diffusion.backbone import EMBEDDED
-from tokenflow.engine.checked import blamed
 from tokenflow.engine.lightning.data import Video
-from tokenflow.engine.lightning.job import Job
+from tokenflow.engine.lightning.job import Job, plugin_key
 from tokenflow.engine.lightning.loggers import Logged
 from tokenflow.engine.lightning.metrics import Measuring
 from tokenflow.engine.lightning.module import TRAINER, TokenFlowModule
@@ -45,7 +43,7 @@ from tokenflow.engine.settings import Settings
 from tokenflow.errors import InputError, Interrupted, Preempted
 from tokenflow.memory import explained_shortage
 from tokenflow.miniature.scenes import VOCABULARY
-from tokenflow.plugins import OPTION, origin, require_usable
+from tokenflow.plugins import OPTION, require_usable
 from tokenflow.private_names import dump_config, forks
 from tokenflow.runs.files import finished
 from tokenflow.storage.paths import local
@@ -225,13 +223,11 @@ class PredictCLI(LightningCLI):
         self.writer = writer_of(self.trainer)
         self.writer.configuration, self.writer.allowed = self.config_dump, self.allowed
         self.writer.typed = typed
-        options, kernel = self.config_dump["model"], self.model.propagation
-        editor, propagation = (
-            f"{origin(type(plugin))}\n{yaml.safe_dump(options[option])}"
-            for option, plugin in (("editor", self.model.editor), ("propagation", kernel))
+        options = self.config_dump["model"]
+        self.model.plugin_keys = (
+            plugin_key(self.model.editor, options["editor"]),
+            plugin_key(self.model.propagation, options["propagation"]),
         )
-        with blamed(kernel, "cache_key"):
-            self.model.plugin_keys = editor, f"{propagation}{kernel.cache_key()}"
 
 
 def warn_of_unknown_words(prompts: Iterable[str]) -> None:
@@ -275,6 +271,7 @@ def quiet() -> None:
         ".*does not have many workers.*",
         ".*LightningCLI.s args parameter.*",
         ".*local_dir_use_symlinks.*",  # an option that diffusers gives the hub's client
+        ".*predict returned None.*",  # a clip that other ranks edit
         ".*Total length of .DataLoader. across ranks is zero.*",  # Video.setup prints its own line
     ):
         warnings.filterwarnings("ignore", message=harmless)

@@ -39,7 +39,7 @@ ALIKE = 1e-3
 """Share of the largest difference by which all must differ from the smallest."""
 
 
-def require_comparable(mask: str, prompts: Prompts) -> None:
+def require_comparable(mask: object, prompts: Prompts) -> None:
     """Raises `InputError` unless a mask is to be automatic and the prompts say where it may be."""
     if mask != AUTO:
         raise InputError(f"expected a mask as a clip (by read_clip), or {AUTO!r}, got {mask!r}")

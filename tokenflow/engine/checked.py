@@ -22,6 +22,7 @@ from tokenflow.editors import (
     Step,
     editor_contract,
 )
+from tokenflow.engine.settings import Settings
 from tokenflow.errors import InputError, Interrupted, PluginError, Preempted
 from tokenflow.plugins import changes, origin, stated_interface
 from tokenflow.propagation import OpticalFlow, Propagation
@@ -45,6 +46,17 @@ def require_interface(plugin: Editor | Propagation) -> None:
             f"{named(plugin)} was written for interface {stated} of {base.__name__}, this is "
             f"interface {base.interface}{changes(base.__name__, stated)}"
         )
+
+
+def require_kinds(editor: object, propagation: object, settings: object) -> None:
+    """Raises `InputError` for what is no editor, kernel or settings, such as a class or a name."""
+    for value, kind, example in (
+        (editor, Editor, "PnP()"),
+        (propagation, Propagation, "NNField()"),
+        (settings, Settings, "Settings(steps=25)"),
+    ):
+        if not isinstance(value, kind):
+            raise InputError(f"expected {kind.__name__}, as {example}, got {value!r:.200}")
 
 
 @contextmanager

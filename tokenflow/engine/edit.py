@@ -19,7 +19,7 @@ from tokenflow.editors import Editor, Prompts
 from tokenflow.engine.algorithm import WAYS, Consistency, Joint, PerFrame, sample
 from tokenflow.engine.attention import Look, Matcher
 from tokenflow.engine.automatic_mask import automatic_mask, require_comparable
-from tokenflow.engine.checked import blamed
+from tokenflow.engine.checked import blamed, require_kinds
 from tokenflow.engine.further_channels import further_channels, require_given
 from tokenflow.engine.invert import (
     OnStep,
@@ -130,14 +130,16 @@ def edit_clip(
     Example:
         >>> result = edit_clip(model, clip, "a blue ball on sand", PnP(), NNField())
     """
-    settings, ranks = (settings or Settings()).for_model(model), ranks or FrameGroup()
+    settings, ranks = settings or Settings(), ranks or FrameGroup()
+    require_kinds(editor, propagation, settings)
+    settings = settings.for_model(model)
     prompts = Prompts(prompts) if isinstance(prompts, str) else prompts
     way = consistency or WAYS[settings.consistency]
     settings.require_used(inverts=editor.inverts, fuses=fuses(way), mask=mask)
     with blamed(editor, "check_steps"):
         editor.check_steps(settings.steps)
     require_given(model.further_channels, mask, depth)
-    if automatic := isinstance(mask, str):
+    if automatic := not (mask is None or isinstance(mask, Clip)):
         require_comparable(mask, prompts)
     seconds: dict[str, float] = {}
     quality: dict[str, float] = {}
@@ -238,7 +240,9 @@ def edit_latents(
     With `x`, the latents at level `first`, sampling begins there instead of at the editor's start;
     it ends at level `last`. So `first=i, last=i + 1` is one step.
     """
-    settings, ranks = (settings or Settings()).for_model(model), ranks or FrameGroup()
+    settings, ranks = settings or Settings(), ranks or FrameGroup()
+    require_kinds(editor, propagation, settings)
+    settings = settings.for_model(model)
     prompts = Prompts(prompts) if isinstance(prompts, str) else prompts
     with blamed(editor, "check_steps"):
         editor.check_steps(settings.steps)

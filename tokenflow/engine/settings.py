@@ -10,6 +10,7 @@ from typing import Literal, get_args
 from tokenflow.diffusion import Backbone
 from tokenflow.diffusion.inversion import InversionSolver
 from tokenflow.editors import Editor
+from tokenflow.editors.base import overrides
 from tokenflow.engine.keyframes import Blend, Keyframes, Neighbours, draw_keyframes
 from tokenflow.errors import InputError
 
@@ -41,7 +42,8 @@ class Settings:
         blend: Their weights over time: "sigmoid" (paper) or "linear".
         fusion: Share of its keyframes' predicted clean latents, moved by optical flow (the
             kernel's, or `LatentFlow`), in a frame's own, 0 (paper) to 1. If not given, 0.8 for
-            editors that invert the source, wherever keyframes are propagated along a flow.
+            editors that invert the source and have no `advance` of their own, wherever keyframes
+            are propagated along a flow.
         consistency: "tokenflow"; "joint" lets all frames attend to each other and propagates
             nothing; "none" edits every frame on its own.
         keyframe_attention: Which keyframes attend to each other: "full" (paper) lets all of a
@@ -142,16 +144,17 @@ class Settings:
                 f"mask=)"
             )
         given = {
-            "inversion_steps": self.inversion_steps not in (None, self.steps),
-            "inversion_solver": self.inversion_solver != "ddim",
-            "report_reconstruction": self.report_reconstruction,
+            "inversion_steps null": self.inversion_steps not in (None, self.steps),
+            "inversion_solver ddim": self.inversion_solver != "ddim",
+            "report_reconstruction false": self.report_reconstruction,
         }
-        wrong = [f"{name} {getattr(self, name)}" for name, found in given.items() if found]
+        right = [text for text, found in given.items() if found]
+        wrong = [f"{name} {getattr(self, name)}" for name in (text.split()[0] for text in right)]
         if wrong and not inverts:
             raise InputError(
-                f"the editor does not invert the source: expected none of {', '.join(given)}, got "
-                f"{' and '.join(wrong)}; leave that out (null in a configuration), or choose an "
-                f"editor that inverts, as PnP"
+                f"the editor does not invert the source: expected {' and '.join(right)}, the "
+                f"defaults, got {' and '.join(wrong)}; leave that out (the fast mode's "
+                f"configuration sets it, too), or choose an editor that inverts, as PnP"
             )
 
     def for_model(self, model: Backbone) -> Settings:
@@ -162,7 +165,10 @@ class Settings:
 
     def fuses(self, editor: Editor) -> bool:
         """Whether predictions are fused, if there are keyframes and a flow to move them by."""
-        return editor.inverts if self.fusion is None else self.fusion > 0
+        if self.fusion is not None:
+            return self.fusion > 0
+        # what an editor's own step keeps, such as a background, would be mixed again
+        return editor.inverts and not overrides(editor, "advance")
 
     def for_flow(self, found: bool) -> Settings:
         """With the share of fusion where it is not given: none without a flow to move it by."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tokenflow.engine.ranks.group import FrameGroup
 from tokenflow.errors import InputError
+from tokenflow.plugins import code_of
 from tokenflow.propagation import Correspondence
 from tokenflow.storage import digests
 from tokenflow.storage.cache import Cache
@@ -259,4 +260,5 @@ def described(plugin: object) -> Any:
             if value is None:
                 return None
         values[name] = value
-    return [f"{type(plugin).__module__}.{type(plugin).__qualname__}", values]
+    kind = type(plugin)
+    return [f"{kind.__module__}.{kind.__qualname__}", code_of(kind), values]

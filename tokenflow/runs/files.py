@@ -30,8 +30,8 @@ UNFINISHED = ".unfinished-"
 
 
 def finished(folder: Path) -> bool:
-    """Whether a run is whole: its last file is there."""
-    return (folder / RECORD).exists()
+    """Whether a run is whole: its last file is there, and no later run of it has failed."""
+    return (folder / RECORD).exists() and not (folder / FAILED).exists()
 
 
 def require_free(folder: Path) -> None:

@@ -147,7 +147,7 @@ def configuration_round_trip(plugin: Any) -> None:
         again == first, f"the arguments {first}", again,
         "use argument types that YAML can hold: numbers, text, lists, and classes of such",
     )  # fmt: skip
-    kind(**vars(parser.instantiate(again)))
+    kind(**parser.instantiate(again).as_dict())
 
 
 @contextmanager

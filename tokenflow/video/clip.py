@@ -142,7 +142,21 @@ class Clip:
         rate: Fraction = Fraction(8),
         name: str = "clip",
     ) -> "Clip":
-        """A silent clip of evenly spaced frames, to be shown at their own size."""
+        """A silent clip of evenly spaced frames, to be shown at their own size.
+
+        Raises VideoError for frames that are no colours, such as 8-bit levels.
+        """
+        kind, shape = frames.dtype, tuple(frames.shape)
+        if not (frames.is_floating_point() and frames.ndim == 4 and shape[1] == 3):
+            raise VideoError(
+                f"clip {name!r}: expected a tensor of floats of shape (frames, 3, height, width), "
+                f"got {kind} of {shape}; divide 8-bit levels by 255."
+            )
+        if len(frames) and frames.max() > 2:  # resampling overshoots a little
+            raise VideoError(
+                f"clip {name!r}: expected colours from 0 to 1, got {frames.max():.4g} at most; "
+                f"divide 8-bit levels by 255."
+            )
         check_rate(rate, f"clip {name!r}")
         times = tuple(index / rate for index in range(len(frames)))
         height, width = frames.shape[-2:]

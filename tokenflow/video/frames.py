@@ -76,8 +76,8 @@ def pick(numbers: range, which: Sequence[int] | Int64[Tensor, " some"]) -> list[
     return [numbers[place] for place in torch.as_tensor(which).tolist()]
 
 
-BLOCK = 64 << 20
-"""Bytes that frames' places are made of at once: memory of its own from the system.
+BLOCK, MOST = 64 << 20, 1024
+"""Bytes, and number, that frames' places are made of at once: memory of its own from the system.
 
 Small tensors that stay, among large ones that come and go, would keep all of that memory.
 """
@@ -136,7 +136,7 @@ class DecodeCache:
             self.places.append(gone)
             self.size -= gone.nbytes
         if not self.places:
-            count = max(1, min(BLOCK, self.budget) // image.nbytes)
+            count = min(max(1, min(BLOCK, self.budget) // image.nbytes), MOST)
             self.places.extend(image.new_empty(count, *image.shape))
         self.kept[number] = self.places.pop().copy_(image)
         self.size += image.nbytes

@@ -7,8 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from tokenflow.editors import Editor
+from tokenflow.engine.checked import blamed
 from tokenflow.engine.region import AUTO, Automatic
 from tokenflow.errors import InputError
+from tokenflow.plugins import code_of, origin
+from tokenflow.propagation import Propagation
 from tokenflow.storage.digests import of_path
 from tokenflow.video import Clip, clip_name, read_clip
 
@@ -56,6 +62,22 @@ class ClipSource:
         The sides are multiples of `multiple` pixels.
         """
         return read_clip(self.path, multiple=multiple, in_memory=False, deep=deep, **self.choice)
+
+
+def plugin_key(plugin: Editor | Propagation, spec: Mapping[str, Any]) -> str:
+    """Of an editor or kernel its package, version, code and options, and a kernel's digest of
+    files: the key of what runs keep.
+
+    `spec` is as a configuration has it. An editor's digest is asked for when its clip is known.
+    """
+    kind = type(plugin)
+    options = {k: v for k, v in spec.items() if k != "class_path" and v}  # which has many spellings
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    key = f"{origin(kind)}\n{name}\n{code_of(kind)}\n{yaml.safe_dump(options)}"
+    if isinstance(plugin, Propagation):
+        with blamed(plugin, "cache_key"):
+            key += plugin.cache_key()
+    return key
 
 
 class Choice:
@@ -126,6 +148,20 @@ class Job:
         self.plugins: dict[str, Choice] = dict(plugins or {})
         self.inputs: dict[str, Path] = {"data.video": source.path}
         """The files and folders that the edit reads, by the option that names them."""
+
+    def configured(self, run: Mapping[str, Any]) -> dict[str, Any]:
+        """The run's configuration with what is the job's own: it edits this clip alone."""
+        if self.where is None:
+            return dict(run)
+        paths = {"mask": self.edit_mask, "depth": self.depth}
+        own = {name: str(path) for name, path in paths.items() if path is not None}
+        plugins = {name: choice.spec for name, choice in self.plugins.items()}
+        alone = {"video": str(self.source.path.absolute()), "manifest": None, "root": None}
+        return {
+            **run,
+            "data": {**run["data"], **self.source.choice, **alone, "part": "1/1"},
+            "model": {**run["model"], **self.prompts, **self.settings, **plugins, **own},
+        }
 
     def record(self) -> dict[str, Any]:
         """What a run's record holds of the job: its inputs' digests, and what it chose itself.

@@ -175,7 +175,8 @@ class RunWriter(BasePredictionWriter, EditCallback):
             self.outcomes.append(outcome)
         if trainer.is_global_zero and outcome.status == "done":
             page = folder / REPORT
-            print(printable(f"{folder}: see {page}" if page.exists() else folder))
+            with suppress(BrokenPipeError):  # other clips wait
+                print(printable(f"{folder}: see {page}" if page.exists() else folder), flush=True)
 
     def written(
         self, trainer: Trainer, module: TokenFlowModule, job: Job, prediction: Prediction
@@ -187,7 +188,7 @@ class RunWriter(BasePredictionWriter, EditCallback):
         """
         try:
             if module.group.rank == 0:
-                self.write(trainer, module, prediction, self.folder / job.name)
+                self.write(trainer, module, job, prediction)
         except Exception as error:  # whatever is wrong with one clip, the others are edited
             if job.where is None:
                 raise
@@ -215,7 +216,7 @@ class RunWriter(BasePredictionWriter, EditCallback):
             print_outcomes(every)
 
     def write(
-        self, trainer: Trainer, module: TokenFlowModule, prediction: Prediction, folder: Path
+        self, trainer: Trainer, module: TokenFlowModule, job: Job, prediction: Prediction
     ) -> None:
         """Writes a run's files, which stand in its folder when all are there.
 
@@ -223,7 +224,7 @@ class RunWriter(BasePredictionWriter, EditCallback):
             InputError: The disk refuses.
             Preempted: The run was asked to stop; the folder holds what it held.
         """
-        result = prediction.result
+        result, folder = prediction.result, self.folder / job.name
         source, edited = result.source, result.clip
         try:
             # a request does not interrupt the end of `staged`, where files take their places
@@ -240,7 +241,7 @@ class RunWriter(BasePredictionWriter, EditCallback):
                     )  # fmt: skip
                 rows = source.frames, edited.frames
                 write_image(place / SHEET, contact_sheet(rows, size=source.display_size))
-                run = Run(folder, self.summary(prediction), place)
+                run = Run(folder, self.summary(job, prediction), place)
                 for callback in edit_callbacks(trainer):
                     callback.on_run_staged(trainer, module, run)
                 self.show(run, prediction)
@@ -270,8 +271,8 @@ class RunWriter(BasePredictionWriter, EditCallback):
                 stacklevel=2,
             )
 
-    def summary(self, prediction: Prediction) -> dict[str, Any]:
-        """What `run.yaml` holds: the configuration, and under `run` what came of it."""
+    def summary(self, job: Job, prediction: Prediction) -> dict[str, Any]:
+        """What `run.yaml` holds: the job's configuration, and under `run` what came of it."""
         result = prediction.result
         quality = {
             name: round(value, 2)
@@ -290,7 +291,7 @@ class RunWriter(BasePredictionWriter, EditCallback):
             record["typed"] = self.typed
         if self.allowed:  # for the line that repeats the run; it allows nothing itself
             record["allow_imports"] = self.allowed
-        return {**self.configuration, "run": record}
+        return {**job.configured(self.configuration), "run": record}
 
 
 def writer_of(trainer: Trainer) -> RunWriter:

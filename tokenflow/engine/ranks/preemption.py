@@ -80,15 +80,19 @@ class Preemption:
         self.restore()
 
     def leave(self, store: Store) -> None:
-        """Counts this rank as stopped; after a request, waits until all are."""
+        """Counts this rank as stopped; after a request, waits until all are.
+
+        Rank 0, which holds the store, always waits: PyTorch would print of ranks that come late.
+        """
         store.add("left", 1)
-        if not self.requested:
+        if self.requested:
+            store.set("stop", "")
+        elif dist.get_rank() != 0:
             return
-        store.set("stop", "")
-        end = monotonic() + GRACE
+        end = monotonic() + (GRACE if self.requested else 2 * PERIOD)
         while store.add("left", 0) < dist.get_world_size() and monotonic() < end:
             sleep(POLL)
-        if dist.get_rank() == 0:
+        if self.requested and dist.get_rank() == 0:
             sleep(2 * PERIOD)  # with the store, and with the exit code that counts, it ends last
 
     def handle(self, number: int, frame: FrameType | None) -> None:
