@@ -8,13 +8,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
+from hashlib import sha256
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
 from tokenflow.errors import InputError, Interrupted
-from tokenflow.storage import digests
 
 OPTION = "--allow_imports"
 """Of the command line: it lets a configuration name classes of another package."""
@@ -202,7 +202,7 @@ def code_of(kind: type[Any]) -> str:
     if kind.__module__.split(".")[0] == __name__.split(".")[0]:
         return ""
     file = getattr(sys.modules.get(kind.__module__), "__file__", None)
-    return digests.of_path(Path(file)) if file and Path(file).is_file() else ""
+    return sha256(Path(file).read_bytes()).hexdigest() if file and Path(file).is_file() else ""
 
 
 def require_usable(path: str, group: str) -> None:

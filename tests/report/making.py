@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 
 from tokenflow.editors import SDEdit
 from tokenflow.engine import Result, Settings
+from tokenflow.engine.lightning.job import ClipSource, Job
 from tokenflow.engine.lightning.module import Prediction, TokenFlowModule
 from tokenflow.engine.lightning.run_writer import RunWriter
 from tokenflow.propagation import NNField
@@ -46,11 +47,11 @@ def make_run(
     result = Result(
         source, edited, torch.zeros(frames, 4, 6, 8), Settings(), {"invert": 1.5, "edit": 2.5}
     )
-    writer = RunWriter()
+    writer = RunWriter(str(folder.parent))
     writer.configuration = configuration or {"data": {"video": "bar.mp4"}}
     writer.probe = SimpleNamespace(seen=seen)  # type: ignore[assignment]
     trainer = Trainer(accelerator="cpu", logger=False, callbacks=[writer])
-    writer.write(
-        trainer, TokenFlowModule(SDEdit(), NNField()), Prediction(result, resolved), folder
-    )
+    job = Job(ClipSource(Path("bar.mp4")), folder.name)
+    module = TokenFlowModule(SDEdit(), NNField())
+    writer.write(trainer, module, job, Prediction(result, resolved))
     return folder
