@@ -32,7 +32,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
         "--model.keyframe_every=3", "--model.batch=2", f"--model.cache={where / 'cache'}",
         f"--output.folder={where / 'runs'}", "--trainer.accelerator=cpu",
     ])  # fmt: skip
-    change(where / "runs" / "mine", "data", part="1/1")
     return where / "runs"
 
 
@@ -93,7 +92,8 @@ def test_a_run_whose_features_cannot_be_had(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gone = Path(shutil.copytree(runs / "mine", tmp_path / "gone"))
-    refused([str(gone), "--features"], "lists no clip 'gone' any more", capsys)
+    change(gone, "data", manifest="clips.yaml")
+    refused([str(gone), "--features"], "is of an earlier version", capsys)
     assert not (gone / "failed.yaml").exists()
     joint = Path(shutil.copytree(runs / "mine", tmp_path / "mine"))
     change(joint, "model", consistency="joint")

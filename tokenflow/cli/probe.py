@@ -46,11 +46,6 @@ class Probing(EditCallback):
         self.probe: Probe | None = None
 
     def admit(self, trainer: Trainer, module: TokenFlowModule, job: Job) -> str | None:  # type: ignore[override]
-        if job.where is not None and (
-            job.name != self.run.name or job.source.record != self.run.came.get("source")
-        ):
-            return "not probed"
-        job.where = None  # an error ends the command, and is no note in the run's folder
         settings = module.options(job)[1]
         if settings.consistency != "tokenflow":
             raise InputError(
@@ -101,13 +96,15 @@ def observe(
     Raises:
         InputError: The run cannot be repeated, or has no such site or step.
     """
+    if (run.record.get("data") or {}).get("manifest"):
+        raise InputError(
+            f"{run.folder / RECORD} is of an earlier version, and names a manifest in place of the "
+            f"clip; edit the clip again"
+        )
     probing = Probing(run, (site, step, frame))
     options = ["--config", str(run.folder / RECORD), *ALONE, *(words or [])]
     with suppress(Enough), TemporaryDirectory() as elsewhere:  # the run's folder is finished
         predict([*options, f"--output.folder={elsewhere}"], [probing])
-    if probing.probe is None or probing.probe.seen is None:
-        raise InputError(
-            f"{run.folder / RECORD} lists no clip {run.name!r} any more, or other frames; expected "
-            f"the folder to have its clip's name, and the manifest to be as it was"
-        )
+    assert probing.probe is not None, "an edit has begun"
+    assert probing.probe.seen is not None, "it has ended by `Enough`"
     return probing.probe.seen
