@@ -37,8 +37,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "15 steps": {"steps": 15},
     "15 steps, guidance to 0.8": {"steps": 15, "guidance_end": 0.8},
     "15 steps, Uni-Inv": {"steps": 15, "inversion_solver": "uni-inv"},
-    "18 steps, Uni-Inv, guidance to 0.9": {
-        "steps": 18, "inversion_solver": "uni-inv", "guidance_end": 0.9,
+    "18 steps, Uni-Inv, guidance to 0.8": {
+        "steps": 18, "inversion_solver": "uni-inv", "guidance_end": 0.8,
     },
     "15 steps, Uni-Inv, guidance to 0.5": {
         "steps": 15, "inversion_solver": "uni-inv", "guidance_end": 0.5,
