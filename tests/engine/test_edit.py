@@ -472,11 +472,13 @@ class TwoPrompts(PnP):
 def test_an_editor_may_have_two_prompts(backbone: Backbone, consistency: str) -> None:
     clip, other = random_clip(5), "a red cube"
     first, second, both = (
-        edit(backbone, clip, TwoPrompts(other, weight), consistency=consistency)
+        edit(backbone, clip, TwoPrompts(other, weight), consistency=consistency, fusion=0.0)
         for weight in (0.0, 1.0, 0.5)
     )
-    alone = edit(backbone, clip, consistency=consistency)
-    others = edit(backbone, clip, prompts=Prompts(other, "", SOURCE), consistency=consistency)
+    alone = edit(backbone, clip, consistency=consistency, fusion=0.0)
+    others = edit(
+        backbone, clip, prompts=Prompts(other, "", SOURCE), consistency=consistency, fusion=0.0
+    )
     assert difference(first, alone) < ROUNDING
     assert difference(second, others) < ROUNDING
     assert difference(both, alone) > 10 * ROUNDING

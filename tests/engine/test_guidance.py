@@ -23,6 +23,7 @@ from tokenflow.testing.tiny_edit import PROMPTS, TinyEdit
 from tokenflow.video import Clip
 
 PART = Settings(steps=4, keyframe_every=4, guidance=3.0, guidance_begin=0.25, guidance_end=0.75)
+FUSED = replace(PART, fusion=0.8)  # also for an editor with an `advance` of its own
 # float32 through four steps of a network, with sums in another order; measured 2e-6
 ROUNDING = 2e-5
 
@@ -47,12 +48,12 @@ class Asked(PnP):
 
 def test_the_scale_is_1_outside_of_its_part(backbone: Backbone, clip: Clip) -> None:
     editor = Asked()
-    own = latents(backbone, clip, editor, PART)
+    own = latents(backbone, clip, editor, FUSED)
     every = ("source", "negative", "prompt")  # an editor that may use them has them all
     assert editor.given == {i: (g, every) for i, g in enumerate((1.0, 3.0, 3.0, 1.0))}
     # where the negative branch is left out, the result is the same
-    assert torch.allclose(latents(backbone, clip, PnP(), PART), own, rtol=0, atol=ROUNDING)
-    whole = latents(backbone, clip, PnP(), replace(PART, guidance_begin=0.0, guidance_end=1.0))
+    assert torch.allclose(latents(backbone, clip, PnP(), FUSED), own, rtol=0, atol=ROUNDING)
+    whole = latents(backbone, clip, PnP(), replace(FUSED, guidance_begin=0.0, guidance_end=1.0))
     assert (whole - own).abs().max() > 100 * ROUNDING
 
 
@@ -82,10 +83,10 @@ def test_with_a_cached_source_one_branch_is_left(backbone: StableDiffusion, clip
 
 
 def test_a_scale_of_1_needs_no_negative_prompt(backbone: Backbone, clip: Clip) -> None:
-    alone = replace(PART, guidance=1.0, guidance_begin=0.0, guidance_end=1.0)
+    alone = replace(FUSED, guidance=1.0, guidance_begin=0.0, guidance_end=1.0)
     expected = latents(backbone, clip, Asked(), alone)
     assert torch.allclose(latents(backbone, clip, PnP(), alone), expected, rtol=0, atol=ROUNDING)
-    nowhere = replace(PART, guidance_begin=0.5, guidance_end=0.5)
+    nowhere = replace(FUSED, guidance_begin=0.5, guidance_end=0.5)
     assert torch.equal(
         latents(backbone, clip, PnP(), nowhere), latents(backbone, clip, PnP(), alone)
     )

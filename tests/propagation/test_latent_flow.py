@@ -74,7 +74,8 @@ def crossing(noise: float = 0.0, twin: bool = False) -> tuple[Clip, Tensor]:
         frames.append(frame)
     if twin:
         frames[-1][:, 20:44, 104:] = square
-    frames[-1] += noise * torch.randn(3, 64, 128, generator=torch.Generator().manual_seed(3))
+    drawn = torch.randn(3, 64, 128, generator=torch.Generator().manual_seed(3))
+    frames[-1] = (frames[-1] + noise * drawn).clamp(-1, 2)
     whole = torch.zeros(16, 32, dtype=torch.bool)
     whole[6:10, 5:8] = True  # 3 to 9 in frame 1, and 19 to 25 in frame 17, of which 20 on are seen
     return Clip.from_frames(torch.stack(frames)), whole
