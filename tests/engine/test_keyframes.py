@@ -11,7 +11,7 @@ from tokenflow.engine.keyframes import (
     Keyframes,
     Neighbours,
     draw_keyframes,
-    leaders,
+    leading,
     neighbourhood,
     seams,
     spans,
@@ -247,18 +247,39 @@ def test_a_window_knows_its_step_and_site() -> None:
     assert here.frames == window.frames
 
 
+FIVE = [1, 4, 9, 12, 17]
+
+
 @pytest.mark.parametrize(
-    ("windows", "span", "step", "expected"),
+    ("step", "leaders"),
     [
-        (1, 8, 0, [None]),
-        (5, 8, 0, [None, 0, 1, 2, 3]),
-        (5, 8, 1, [1, 2, 3, 4, None]),
-        (5, 8, 2, [None, 0, 1, 2, 3]),
-        (7, 4, 0, [None, 0, 1, 2, None, 4, 5]),
-        (7, 4, 1, [1, None, 3, 4, 5, None, None]),  # seams at 2 and 6
+        (0, {1: 0, 3: 2}),
+        (1, {0: 1, 2: 1, 4: 3}),  # the first has none before it
+        (2, {1: 2, 3: 4}),
+        (3, {0: 1, 2: 3, 4: 3}),
+        (4, {1: 0, 3: 2}),
     ],
 )
-def test_keyframes_follow_the_first_of_a_span_or_the_last(
-    windows: int, span: int, step: int, expected: list[int | None]
-) -> None:
-    assert leaders(windows, span, step) == expected
+def test_every_other_keyframe_leads_one_beside_it(step: int, leaders: dict[int, int]) -> None:
+    window = leading(FIVE, range(5), range(5), step)
+    assert window.frames == window.keyframes == tuple(FIVE)
+    found = dict(enumerate(window.neighbours[:, 0].tolist()))
+    assert found == {number: number for number in range(5)} | leaders
+    assert window.blend.tolist() == [[float(number in leaders), 0.0] for number in range(5)]
+
+
+@pytest.mark.parametrize("step", range(4))
+def test_leaders_do_not_depend_on_ranks(step: int) -> None:
+    def led(own: range, held: range) -> dict[int, tuple[int, float]]:
+        window = leading(FIVE, own, held, step)
+        pairs = zip(window.neighbours[:, 0].tolist(), window.blend[:, 0].tolist(), strict=True)
+        at = dict(zip(window.frames, pairs, strict=True))
+        return {frame: (window.keyframes[k], share) for frame, (k, share) in at.items()}
+
+    parts = led(range(2), range(3)) | led(range(2, 5), range(1, 5))
+    assert parts == led(range(5), range(5))
+
+
+def test_a_clips_only_keyframe_has_no_leader() -> None:
+    for step in range(4):
+        assert leading([3], range(1), range(1), step).blend.tolist() == [[0.0, 0.0]]

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from tokenflow.diffusion.trajectory import rows
 from tokenflow.editors import Step
-from tokenflow.engine.keyframes import forward, leaders, neighbourhood
+from tokenflow.engine.keyframes import leading, neighbourhood
 from tokenflow.engine.sampling import Latents, Outputs, Sampling
-from tokenflow.propagation import Window
 from tokenflow.propagation.fusion import fuse
 
 RESTORED = 0.7
@@ -54,8 +53,12 @@ def fused_latents(
         keys = schedule.clean(before, keys, step.index)
     held = slice(s.shard.halo.start, s.shard.halo.stop)
     windows, positions = s.shard.windows[held], keyframes[held]
-    source_keys = exchanged(s, s.trajectory.source(own).clean)
-    keys = agreed(s, keys, source_keys, keyframes, step.index)
+    source = s.trajectory.source(own).clean
+    source_keys = exchanged(s, source)
+    # first every other keyframe takes what one beside it predicts, so that all come to agree
+    pairs = s.flow.moved(leading(keyframes, s.shard.own, s.shard.halo, step.index))
+    all_keys = exchanged(s, keys)
+    keys = exchanged(s, fuse(keys, all_keys, source, source_keys, pairs, 1.0, RESTORED))
     result = torch.empty_like(x)
     for part in s.parts(here):
         window, used = neighbourhood(
@@ -71,50 +74,6 @@ def fused_latents(
         )  # fmt: skip
         result[some] = clean if already else schedule.towards(clean, x[some], step.index)
     return result
-
-
-def agreed(
-    sampling: Sampling,
-    own: Float[Tensor, "own c h w"],
-    source: Float[Tensor, "held d h w"],
-    keyframes: Sequence[int],
-    step: int,
-) -> Float[Tensor, "held c h w"]:
-    """Keyframes' predictions, of which each takes what its leader has, one after the other.
-
-    So what the first of them shows comes to all; a mean of some that disagree would be a blur. A
-    rank waits for the one that has its first keyframe's leader.
-
-    Args:
-        sampling: Of this rank's frames.
-        own: What this rank's keyframes predict.
-        source: The source's clean latents, of these and of one more keyframe at each side.
-        keyframes: Of all windows, by position in the clip.
-        step: Of sampling, from 0.
-    """
-    s, held = sampling, sampling.shard.halo
-    assert s.flow is not None, "edit_clip and edit_latents ask for it"
-    led, way = leaders(len(keyframes), s.settings.span, step), 1 if forward(step) else -1
-    first = s.shard.own.start - held.start
-    keys = exchanged(s, own.clone())
-    for rank in range(s.ranks.size)[::way]:
-        for number in s.shard.own[::way] if rank == s.ranks.rank else ():
-            if (leader := led[number]) is None:
-                continue
-            here, there = held.index(number), held.index(leader)
-            pair = Window(
-                frames=(keyframes[number],),
-                keyframes=(keyframes[leader],),
-                neighbours=torch.zeros(1, 2, dtype=torch.int64),
-                blend=torch.tensor([[1.0, 0.0]]),
-                step=step,
-            )
-            keys[here] = fuse(
-                keys[[here]], keys[[there]], source[[here]], source[[there]], s.flow.moved(pair),
-                1.0, RESTORED,
-            )[0]  # fmt: skip
-        keys = exchanged(s, keys[first : first + len(own)])
-    return keys
 
 
 def exchanged(sampling: Sampling, own: Float[Tensor, "own c h w"]) -> Float[Tensor, "held c h w"]:

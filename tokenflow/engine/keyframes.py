@@ -91,6 +91,36 @@ def neighbourhood(
     return window, used
 
 
+def leading(keyframes: Sequence[int], own: range, held: range, step: int) -> Window:
+    """For some of all keyframes the one beside it that leads it, with weight 1.
+
+    Every other keyframe leads and has none: odd numbers and even ones in turn, by step. The rest
+    follow the one before them, and in every other pair of steps the one after, so that each
+    comes to agree with all; a mean of some that disagree would be a blur.
+
+    Args:
+        keyframes: All of the clip's, by position.
+        own: Numbers of those that are asked for.
+        held: And of these and one more at each side, where the clip has them.
+        step: Of sampling.
+    """
+    pairs, blends = [], []
+    for number in own:
+        beside = (number - 1, number + 1)
+        first, second = beside if step // 2 % 2 == 0 else beside[::-1]
+        leader = first if first in held else second
+        follows = (number + step) % 2 == 1 and leader in held
+        pairs.append((held.index(leader if follows else number),) * 2)
+        blends.append((float(follows), 0.0))
+    return Window(
+        frames=tuple(keyframes[number] for number in own),
+        keyframes=tuple(keyframes[number] for number in held),
+        neighbours=torch.tensor(pairs),
+        blend=torch.tensor(blends),
+        step=step,
+    )
+
+
 def center(window: range) -> int:
     """Frame `n // 2` of a window of n frames."""
     return window[len(window) // 2]
@@ -143,21 +173,3 @@ def seams(windows: int, span: int, step: int) -> list[int]:
 def shift(span: int, step: int) -> int:
     """How far on a step's seams lie: half a span in every other one."""
     return step % 2 * (span // 2)
-
-
-def leaders(windows: int, span: int, step: int) -> list[int | None]:
-    """For each keyframe, by number, the one beside it that it follows, if any.
-
-    Between two `seams` each follows the one before it, and in every other step the one after it, so
-    that all follow the first, or the last.
-    """
-    found: list[int | None] = []
-    for start, stop in itertools.pairwise(seams(windows, span, step)):
-        numbers = range(start, stop)
-        found += [None, *numbers[:-1]] if forward(step) else [*numbers[1:], None]
-    return found
-
-
-def forward(step: int) -> bool:
-    """Whether keyframes follow those before them in a step of sampling."""
-    return step % 2 == 0
