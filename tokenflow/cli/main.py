@@ -48,7 +48,7 @@ def main(args: Sequence[str] | None = None) -> None:
         print("tokenflow: interrupted", file=sys.stderr)
         raise
     except Preempted:
-        print("tokenflow: stopped on request; the same command goes on", file=sys.stderr)
+        print("tokenflow: stopped on request; start the same command again", file=sys.stderr)
         raise
     except BrokenPipeError:  # of `tokenflow … | head`; what is left must not be flushed into it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
