@@ -9,6 +9,8 @@ edit: started again, it goes on where it stopped.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from benchmarks.kept_matches import KeptMatches
 from benchmarks.scenes.measure import Truth
 from benchmarks.scenes.results import Record, Results, commit
 from benchmarks.scenes.rows import FLOOR, Plan, counted
@@ -29,27 +32,46 @@ from tokenflow.miniature.judge import Judge
 from tokenflow.propagation import NNField
 from tokenflow.video import contact_sheet, write_image
 
-PRESET = Path(__file__).parents[1] / "configs" / "fast.yaml"
 DEFAULT, FAST = "default", "fast"
+PRESET = yaml.safe_load((Path(__file__).parents[1] / "configs" / "fast.yaml").read_text())["model"]
+UNRECORDED = {"steps": 15, "inversion_solver": "uni-inv", "guidance_end": 0.8}
+RECORDED = UNRECORDED | {"record_source": True}
 ROWS: dict[str, dict[str, Any]] = {
     DEFAULT: {},
-    FAST: yaml.safe_load(PRESET.read_text())["model"],
+    FAST: PRESET,
+    "recorded in inversion": {"record_source": True},
     "15 steps": {"steps": 15},
+    "15 steps, recorded": {"steps": 15, "record_source": True},
     "15 steps, guidance to 0.8": {"steps": 15, "guidance_end": 0.8},
+    "15 steps, guidance to 0.8, recorded": {
+        "steps": 15, "guidance_end": 0.8, "record_source": True,
+    },
     "15 steps, Uni-Inv": {"steps": 15, "inversion_solver": "uni-inv"},
-    "18 steps, Uni-Inv, guidance to 0.8": {
-        "steps": 18, "inversion_solver": "uni-inv", "guidance_end": 0.8,
-    },
-    "15 steps, Uni-Inv, guidance to 0.5": {
-        "steps": 15, "inversion_solver": "uni-inv", "guidance_end": 0.5,
-    },
+    "15 steps, Uni-Inv, guidance to 0.8": UNRECORDED,
+    "15 steps, Uni-Inv, guidance to 0.8, recorded": RECORDED,
+    "18 steps, Uni-Inv, guidance to 0.8": UNRECORDED | {"steps": 18},
+    "18 steps, Uni-Inv, guidance to 0.8, recorded": RECORDED | {"steps": 18},
+    "15 steps, Uni-Inv, guidance to 0.5": UNRECORDED | {"guidance_end": 0.5},
     "12 steps, Uni-Inv": {"steps": 12, "inversion_solver": "uni-inv"},
     "12 steps, guidance to 0.8": {"steps": 12, "guidance_end": 0.8},
-    "12 steps, Uni-Inv, guidance to 0.8": {
-        "steps": 12, "inversion_solver": "uni-inv", "guidance_end": 0.8,
-    },
+    "12 steps, Uni-Inv, guidance to 0.8": UNRECORDED | {"steps": 12},
+    "matches shared by sites": {},
+    "fixed keyframes": {"keyframes": "center"},
+    "fixed keyframes, matches of every third step": {"keyframes": "center"},
+    "fast, matches shared by sites": PRESET,
+    "fast, fixed keyframes": PRESET | {"keyframes": "center"},
+    "fast, fixed keyframes, matches of every third step": PRESET | {"keyframes": "center"},
+    "fast, fixed keyframes, both": PRESET | {"keyframes": "center"},
 }  # fmt: skip
 """Where settings are not the default."""
+KERNELS: dict[str, Callable[[], NNField]] = {
+    "matches shared by sites": partial(KeptMatches, shared=True),
+    "fixed keyframes, matches of every third step": partial(KeptMatches, every=3),
+    "fast, matches shared by sites": partial(KeptMatches, shared=True),
+    "fast, fixed keyframes, matches of every third step": partial(KeptMatches, every=3),
+    "fast, fixed keyframes, both": partial(KeptMatches, every=3, shared=True),
+}
+"""Where the kernel is not the default."""
 PLAN = Plan(frames=8, steps=50, reference_inversion=50, keyframe_every=4)
 
 
@@ -95,8 +117,9 @@ def main(
                 prompts = truth.edit.prompts
                 with counted(backbone.network) as cost:
                     frames = edit_clip(
-                        backbone, truth.source, prompts, EDITOR, NNField(), settings
-                    ).clip.frames[:]
+                        backbone, truth.source, prompts, EDITOR, KERNELS.get(row, NNField)(),
+                        settings,
+                    ).clip.frames[:]  # fmt: skip
             measured = {**vars(cost), **truth.measure(frames, judge)}
             results.add(case, row, plan, measured)
             write_image(folder / f"{case.seed} {row}.png", contact_sheet([frames]))

@@ -304,8 +304,8 @@ def test_an_edit_that_is_stopped_goes_on_bit_for_bit(
     again = edit(backbone, clip, options={"on_step": second, "store": store}, **FIVE)
     assert torch.equal(again.latents, whole.latents)
     assert torch.equal(again.clip.frames, whole.clip.frames)
-    # of three batches, those are inverted again that were not finished
-    unfinished = {"encode": 1 if last else 3, "invert": 0 if last else 3}.get(stage, 0)
+    # of three batches, those are encoded again that were not inverted
+    unfinished = {"encode": 3, "invert": 0 if last else 3}.get(stage, 0)
     assert len(second.of("encode")) == unfinished
     done = {"edit": stop[1], "decode": 2}.get(stage, 0)
     assert second.of("edit") == [step for step in (1, 2) if step > done]
@@ -580,6 +580,10 @@ def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
         ({"fusion": 0.5, "consistency": "joint"}, PnP(), "expected fusion 0, got 0.5; leave it"),
         ({"mask_edge": 2.0}, PnP(), r"expected mask_edge 0, got 2.0; .* or give --model\.mask"),
         ({"inversion_steps": 9}, FlowEdit(), "does not invert .* got inversion_steps 9; leave"),
+        (
+            {"record_source": True}, DDCM(),
+            "expected record_source false, the defaults, got record_source True; leave that out",
+        ),
         (
             {"inversion_solver": "uni-inv", "report_reconstruction": True}, DDCM(),
             "got inversion_solver uni-inv and report_reconstruction True; .* choose an editor that",

@@ -333,3 +333,6 @@ def test_a_kernel_is_described_by_its_options() -> None:
     assert texts == [str(described(kernel)) for kernel in kernels]
     assert "None" not in texts
     assert described(Forgetful(1)) is None
+    learned = NNField()
+    learned.block = torch.ones(1)  # type: ignore[assignment]
+    assert described(learned) is None

@@ -99,14 +99,20 @@ class JointAttention:
     keyframes' text tokens take part as well: frames that are equal then attend as one alone, to
     which no text would be lost in the image tokens of the others.
 
+    Where the source is the only branch, as it is recorded in inversion, its attention stays as it
+    is, and the bank has source tokens only.
+
     Args:
-        branches: Of the edit, the source's among them.
+        branches: Of the pass, the source's among them.
         bank: Where to leave source tokens and outputs, if anywhere.
         all_gather: Of this rank's keyframes' keys and values: those of all keyframes, in order.
         exchange_halo: Of this rank's keyframes' tokens and outputs: those that the bank keeps.
         features: The source's, of the step.
         frames: The batch's, by position in the clip, for `features`.
         joint_source: As `Editor.joint_source`.
+
+    Attributes:
+        injected: Whether an injection into the running site's projections was met.
     """
 
     def __init__(
@@ -122,10 +128,19 @@ class JointAttention:
         self.edited, self.bank, self.joint_source = branches - 1, bank, joint_source
         self.all_gather, self.exchange_halo = all_gather, exchange_halo
         self.features, self.positions = features or SourceFeatures(), frames
+        self.injected = False
 
-    def __call__(self, site: Site, hidden_states: Tensor, *_: Any, **given: Any) -> Any:
+    def __call__(self, site: Site, hidden_states: Tensor, *args: Any, **given: Any) -> Any:
         features, tokens = self.features, f"tokens/{site.name}"
         image = site.image(hidden_states, **given)
+        if not self.edited:
+            if self.bank is not None and site.matched:
+                self.bank.source[site.name] = self.exchange_halo(image)
+            self.injected = False
+            output = plain(site, hidden_states, *args, **given)
+            if self.injected:
+                features.keep(tokens, self.positions, hidden_states)
+            return output
         alone = features.cached  # the edited branches, without the source's
         frames = len(hidden_states) // (self.edited + (not alone))
         seen, attended = hidden_states, list[Tensor]()
@@ -219,10 +234,11 @@ class PropagatedAttention:
     """No attention: every token takes the keyframes' outputs at its correspondence (equation 6).
 
     Text tokens in a site's sequence have no such correspondence: they attend to their own frame's
-    tokens, as they do without tokenflow. So do all tokens of a site that is not `matched`.
+    tokens, as they do without tokenflow. So do all tokens of a site that is not `matched`, and of
+    the source where it is the only branch, as it is recorded in inversion.
 
     Args:
-        branches: Of the edit, the source's among them.
+        branches: Of the pass, the source's among them.
         bank: Of the step's joint pass.
         matcher: What finds correspondences.
         window: The frames of the pass and their neighbouring keyframes.
@@ -250,10 +266,9 @@ class PropagatedAttention:
             return plain(site, hidden_states, *args, **given)
         features, frames, used = self.features, self.window.frames, self.used
         image = site.image(hidden_states, **given)
-        outputs = self.bank.outputs[site.name][:, used]
-        first = (self.first + used.start) * outputs.shape[2]
+        first = (self.first + used.start) * image.shape[1]
         if features.cached:
-            found = features.correspondence(site.name, frames, first, outputs)
+            found = features.correspondence(site.name, frames, first, image)
         else:
             source = image[: len(frames)]
             keys = self.bank.source[site.name][used]
@@ -262,6 +277,9 @@ class PropagatedAttention:
                 found = self.matcher.kernel.correspond(source, keys, window)
             self.matcher.inspect(found, source, keys, window)
             features.keep_correspondence(site.name, frames, found, first)
+        if not self.edited:
+            return plain(site, hidden_states, *args, **given)
+        outputs = self.bank.outputs[site.name][:, used]
         with blamed(self.matcher.kernel, "gather"):
             output = found.gather(outputs).flatten(0, 1)
         if not site.has_text:

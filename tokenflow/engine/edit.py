@@ -25,7 +25,9 @@ from tokenflow.engine.invert import (
     OnStep,
     cached_inversion,
     check_size,
-    invert_clip,
+    encode_clip,
+    ignore,
+    invert_parts,
     reported,
     source_output,
     timed,
@@ -34,6 +36,7 @@ from tokenflow.engine.keyframes import split_windows
 from tokenflow.engine.network import EditedNetwork
 from tokenflow.engine.ranks.group import FrameGroup
 from tokenflow.engine.ranks.shard import WindowShard
+from tokenflow.engine.recording import invert_recording, uses_features, with_features
 from tokenflow.engine.region import AUTO, Automatic, Region
 from tokenflow.engine.resume import ResumeStore, SamplingCheckpoint, sampling_key
 from tokenflow.engine.sampling import Sampling
@@ -69,10 +72,6 @@ class Result:
     round_trip_psnr: float | None = None
     checkpoint: SamplingCheckpoint | None = None
     mask: Clip | None = None
-
-
-def ignore(stage: str, step: int, steps: int) -> None:
-    """The `OnStep` that does nothing."""
 
 
 @torch.no_grad()
@@ -165,8 +164,8 @@ def edit_clip(
         wanted, required = automatic or fused, automatic or settings.fusion is not None
         flow = flow_of(near, model, propagation, propagates(way), wanted, required)
         settings = settings.for_flow(fused and flow is not None)
-        trajectory = invert_clip(
-            network, clip, schedule, inversion, settings, cached, seconds, on_step
+        trajectory, missing = encode_clip(
+            model, clip, schedule, inversion, settings.batch, cached, seconds, on_step
         )
     own_flow = None if propagation.flow is None else flow
     matcher = Matcher(propagation, trajectory.size, own_flow, look)
@@ -180,19 +179,40 @@ def edit_clip(
         if automatic:  # its border is found again, and rounding may change that
             frames = [digests.of_values(frame, AUTO) for frame in frames]
         checkpoint = SamplingCheckpoint(store, clip, frames, counts, ranks, key)
-    if store is not None and store.source:
-        source_cache = SourceCache(store.cache)
     sampling = Sampling(
         network, trajectory, schedule, matcher, settings, clip.name, shard, ranks, near, flow,
         region=region,
     )  # fmt: skip
+    kernel = described(propagation) if store is None else store.propagation
+    if store is not None and store.source:
+        source_cache = SourceCache(store.cache)
+    keeps = uses_features(sampling, way)
+    if inversion is not None:
+        solver = settings.inversion_solver
+        if settings.record_source and keeps:
+            if source_cache is None or kernel is None:
+                source_cache = SourceCache()
+            how = "recorded", solver, inversion.timesteps
+            sampling = with_features(sampling, way, source_cache, kernel, recorded=how)
+            if any(ranks.any(bool(missing), not sampling.features.complete())):
+                with timed(seconds, "invert"):
+                    invert_recording(sampling, way, inversion, solver, on_step)
+                cached.keep(trajectory, torch.arange(len(clip)))
+            matcher = Matcher(propagation, trajectory.size, own_flow)  # all is shown
+            sampling = dataclasses.replace(sampling, matcher=matcher)
+        else:
+            with ranks.together(), ranks.preemption.interruptible():
+                invert_parts(
+                    network, trajectory, missing, schedule, inversion, solver, cached, seconds,
+                    on_step,
+                )  # fmt: skip
     if automatic:
         with timed(seconds, "mask"):
             found = automatic_mask(sampling, prompts, on_step)
             region = region_of(found, clip, model, settings, ranks)
             sampling = dataclasses.replace(sampling, region=region)
-    if source_cache is not None:
-        kernel = described(propagation) if store is None else store.propagation
+    recorded = sampling.features.recorded
+    if source_cache is not None and kernel is not None and keeps and not recorded:
         writer = "" if checkpoint is None else checkpoint.key
         sampling = with_features(sampling, way, source_cache, kernel, writer)
     if settings.report_reconstruction:
@@ -267,58 +287,12 @@ def edit_latents(
     sampling = Sampling(
         network, trajectory, schedule, matcher, settings, name, shard, ranks, flow=flow
     )
-    if source_cache is not None:
-        sampling = with_features(sampling, way, source_cache, described(propagation))
+    kernel = described(propagation)
+    if source_cache is not None and kernel is not None and uses_features(sampling, way):
+        sampling = with_features(sampling, way, source_cache, kernel)
     if x is None:
         x, first = first_latents(sampling)
     return sample(sampling, way, x, first, last=last)
-
-
-def with_features(
-    sampling: Sampling,
-    way: type[Consistency],
-    cache: SourceCache,
-    kernel: object | None,
-    writer: str = "",
-) -> Sampling:
-    """With the source's features cached, where they depend on the source alone.
-
-    Args:
-        sampling: Of this edit.
-        way: Of consistency.
-        cache: Where they are kept.
-        kernel: Its class and options; None where they are not known.
-        writer: The edit's own name.
-    """
-    network, trajectory, settings = sampling.network, sampling.trajectory, sampling.settings
-    if not way.uses_features or network.editor.needs_source or kernel is None:
-        return sampling
-    shard, steps = sampling.shard, len(sampling.schedule)
-    with sampling.ranks.together():
-        tensors = {"clean": trajectory.clean, "noisiest": trajectory.noisiest}
-        if network.channels is not None:
-            tensors["channels"] = network.channels
-        own = digests.of_tensors(tensors)
-        injected = [network.injected(step, steps) for step in range(steps)]
-    chosen = {name: getattr(settings, name) for name in SOURCE_SETTINGS}
-    key = (
-        network.model.fingerprint, network.matched, network.source_prompt,
-        sampling.schedule.timesteps, chosen,
-        sampling.name, kernel, sampling.matcher.kernel.cache_key(), sampling.keyframes_once,
-        list(shard.own), shard.counts,
-        way.__module__, way.__qualname__, way.cache_key(), sampling.ranks.all_gather_object(own),
-    )  # fmt: skip
-    features = SourceFeatures(
-        cache, key, writer, sampling.name, injected, sampling.matcher.wanted, sampling.ranks
-    )
-    return dataclasses.replace(sampling, features=features)
-
-
-SOURCE_SETTINGS = (
-    "keyframe_every", "keyframes", "neighbours", "blend", "keyframe_attention", "span", "anchors",
-    "seed",
-)  # fmt: skip
-"""Settings that the source's features depend on."""
 
 
 def first_latents(

@@ -16,13 +16,16 @@ from tokenflow.diffusion.inversion import InversionSolver, inversion_steps
 from tokenflow.diffusion.schedule import Timestep, require_finite
 from tokenflow.engine.network import EditedNetwork
 from tokenflow.engine.resume import CachedInversion, ResumeStore
-from tokenflow.engine.settings import Settings
 from tokenflow.errors import InputError, Preempted
 from tokenflow.video import Clip
 
 OnStep = Callable[[str, int, int], Literal["stop"] | None]
 """Called after every step as (stage, steps done, steps), with the stages encode, cached, invert,
 mask, reconstruct, edit and decode; "stop" ends the edit where it can be resumed: `Preempted`."""
+
+
+def ignore(stage: str, step: int, steps: int) -> None:
+    """The `OnStep` that does nothing."""
 
 
 def reported(on_step: OnStep, stage: str, step: int, steps: int) -> None:
@@ -46,47 +49,62 @@ def check_size(model: Backbone, clip: Clip) -> None:
         )
 
 
-def invert_clip(
-    network: EditedNetwork,
+Parts = list[Tensor]
+"""Numbers of the frames of each forward pass, from this rank's first."""
+
+
+def encode_clip(
+    model: Backbone,
     clip: Clip,
     schedule: Schedule,
     inversion: Schedule | None,
-    settings: Settings,
+    batch: int,
     cached: CachedInversion,
     seconds: dict[str, float],
     on_step: OnStep,
-) -> Trajectory:
-    """Encodes and inverts this rank's frames, apart from those in the cache.
+) -> tuple[Trajectory, Parts]:
+    """This rank's trajectory as far as it is cached, and the frames to invert, encoded.
 
-    Without an `inversion` schedule they are only encoded.
+    Without an `inversion` schedule nothing is looked up.
     """
-    model, scale = network.model, network.model.latent_scale
-    height, width = clip.frames.shape[-2:]
-    clean = torch.empty(len(clip), model.latent_channels, height // scale, width // scale)
+    height, width = (side // model.latent_scale for side in clip.frames.shape[-2:])
+    clean = torch.empty(len(clip), model.latent_channels, height, width)
     trajectory = Trajectory.empty(clean, schedule, inversion, clip.first, clip.total)
-    parts = list(torch.arange(len(clip)).split(settings.batch))
+    parts = list(torch.arange(len(clip)).split(batch))
     missing = [part for part in parts if inversion is None or not cached.fill(trajectory, part)]
     if found := len(parts) - len(missing):
         reported(on_step, "cached", found, len(parts))
-    for number, part in enumerate(missing):
+    for number, part in enumerate(missing, start=1):
         with timed(seconds, "encode"):
             clean[part] = model.encode(clip.frames[part]).cpu()
             require_finite(clean[part], "the encoded frames")
-        reported(on_step, "encode", number + 1, len(missing))
-        if inversion is None:
-            continue
-        frames, here = (part + clip.first).tolist(), clean[part].to(model.device)
-        done, steps = number * len(inversion), len(missing) * len(inversion)
-        with timed(seconds, "invert"):
-            predict = partial(source_output, network, schedule)
-            solver = settings.inversion_solver
-            for level, x in inversion_steps(predict, here, frames, inversion, solver):
+        reported(on_step, "encode", number, len(missing))
+    return trajectory, missing
+
+
+def invert_parts(
+    network: EditedNetwork,
+    trajectory: Trajectory,
+    parts: Parts,
+    schedule: Schedule,
+    inversion: Schedule,
+    solver: InversionSolver,
+    cached: CachedInversion,
+    seconds: dict[str, float],
+    on_step: OnStep,
+) -> None:
+    """Inverts some of this rank's frames, batch by batch."""
+    predict, done = partial(source_output, network, schedule), 0
+    with timed(seconds, "invert"):
+        for part in parts:
+            frames = (part + trajectory.first).tolist()
+            clean = trajectory.clean[part].to(network.model.device)
+            for level, x in inversion_steps(predict, clean, frames, inversion, solver):
                 trajectory.keep(inversion.timesteps[level], part, x)
                 if level == 0:
                     cached.keep(trajectory, part)
                 done += 1
-                reported(on_step, "invert", done, steps)
-    return trajectory
+                reported(on_step, "invert", done, len(parts) * len(inversion))
 
 
 def source_output(

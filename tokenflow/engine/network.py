@@ -151,8 +151,12 @@ class EditedNetwork:
                 f"{type(output).__name__}; fix the editor: choose a layer inside it"
             )
         branches, frames = batch.latents.shape[:2]
+        recorded = batch.branches == self.branches[:1]
         if narrowed and isinstance(self.switch.attention, JointAttention):
+            self.switch.attention.injected = True
             return output
+        if recorded and injection.layer in self.projections and not batch.keyframes:
+            return output  # which an edit's propagated pass does without
         name = f"{'keyframes' if batch.keyframes else 'windows'}/{injection.layer}"
         if self.features.cached:
             source = self.features.take(name, batch.frames, output)
@@ -161,6 +165,8 @@ class EditedNetwork:
             self.features.keep(name, batch.frames, output[:frames])
             kept = source = output[:frames]
             edited = output[frames:]
+        if recorded:
+            return output
         if injection.function is None:
             return source.repeat(branches, *[1] * (output.ndim - 1))
         edited = edited.unflatten(0, (-1, frames))

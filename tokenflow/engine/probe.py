@@ -13,7 +13,7 @@ from tokenflow.diffusion import Backbone, Site
 from tokenflow.editors import Editor, Prompts
 from tokenflow.engine.attention import Matcher, plain
 from tokenflow.engine.checked import blamed
-from tokenflow.engine.invert import check_size, invert_clip
+from tokenflow.engine.invert import check_size, encode_clip, ignore, invert_parts
 from tokenflow.engine.keyframes import draw_keyframes, neighbourhood, split_windows
 from tokenflow.engine.network import EditedNetwork
 from tokenflow.engine.resume import CachedInversion
@@ -143,8 +143,9 @@ def find_correspondences(
     grid = model.schedule(s.inversion_steps or s.steps, (height, width))
     inversion = schedule.refined(grid)
     cached = CachedInversion(None, clip)
-    trajectory = invert_clip(
-        network, clip, schedule, inversion, s, cached, {}, lambda stage, step, steps: None
+    trajectory, parts = encode_clip(model, clip, schedule, inversion, s.batch, cached, {}, ignore)
+    invert_parts(
+        network, trajectory, parts, schedule, inversion, s.inversion_solver, cached, {}, ignore
     )
     recorder, t = Recorder(probe.site), schedule.timesteps[probe.step]
     with network.switch.installed():

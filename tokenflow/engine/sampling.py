@@ -88,9 +88,12 @@ class Sampling:
     def inputs(self, x: Latents, frames: Sequence[int], step: Step) -> Outputs:
         """The network's inputs for some of this rank's frames, by position in the clip.
 
-        Without the source's branch where its features are cached.
+        Without the source's branch where its features are cached; where it is the only one, x are
+        its latents.
         """
         here = x[rows(self.trajectory.positions, frames)]
+        if step.branches == self.network.branches[:1]:
+            return here[None]
         inputs = self.network.editor.inputs(here, step, self.trajectory.source(frames))
         return inputs[1:] if self.features.cached else inputs
 

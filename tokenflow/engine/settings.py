@@ -30,6 +30,9 @@ class Settings:
         inversion_steps: Inversion steps, at least as many; as many as sampling when not given.
         inversion_solver: "ddim" (paper) or "uni-inv", whose round trip through few steps is nearer
             to the source.
+        record_source: Record correspondences and injected features while the source is inverted,
+            where they may be cached, so that sampling runs without the source's branch. Nearly the
+            same result; inversion is then step by step, and begins anew where it is interrupted.
         guidance: Scale of classifier-free guidance. The model's own if not given: 7.5 for Stable
             Diffusion.
         guidance_begin: Share of the schedule before which guidance is off, 0 to 1.
@@ -64,6 +67,7 @@ class Settings:
     steps: int = 50
     inversion_steps: int | None = None
     inversion_solver: InversionSolver = "ddim"
+    record_source: bool = False
     guidance: float | None = None
     guidance_begin: float = 0.0
     guidance_end: float = 1.0
@@ -146,6 +150,7 @@ class Settings:
         given = {
             "inversion_steps null": self.inversion_steps not in (None, self.steps),
             "inversion_solver ddim": self.inversion_solver != "ddim",
+            "record_source false": self.record_source,
             "report_reconstruction false": self.report_reconstruction,
         }
         right = [text for text, found in given.items() if found]

@@ -1,7 +1,8 @@
 """What an edit takes from the source's branch in each step, kept for later edits of the clip.
 
 Correspondences, injected features, and the tokens of injected queries and keys depend on the source
-alone: an edit that finds them runs without the source's branch.
+alone: an edit that finds them runs without the source's branch. They are kept by the first edit's
+sampling, or recorded before, in inversion.
 """
 
 from __future__ import annotations
@@ -56,6 +57,11 @@ class SourceCache:
         if key in self.pending:
             return self.pending.pop(key).result()
         return self.cache.load(key)
+
+    def has(self, key: str) -> bool:
+        """Whether an entry is there; on disk it may be damaged."""
+        known = key in self.entries or key in self.pending
+        return known or (self.cache is not None and self.cache.path(key).exists())
 
     def ahead(self, key: str) -> None:
         """Begins to read the entry that is asked for next."""
@@ -113,6 +119,7 @@ class SourceFeatures:
         injected: The layers that are injected, of each step; None where nothing is to be kept.
         wanted: Whether the source's own tokens are wanted at a step.
         ranks: That share the clip, and agree.
+        recorded: Whether they are recorded in inversion, and sampling takes but adds none.
 
     Attributes:
         took: Whether others had kept the last step that was looked up, or none was yet.
@@ -129,7 +136,9 @@ class SourceFeatures:
         injected: Sequence[Sequence[str] | None] = (),
         wanted: Callable[[int], bool] = lambda step: False,
         ranks: FrameGroup | None = None,
+        recorded: bool = False,
     ) -> None:
+        self.recorded = recorded
         self.cache, self.key, self.writer, self.clip = cache, digests.of_values(*key), writer, clip
         self.injected, self.wanted, self.ranks = injected, wanted, ranks or FrameGroup()
         self.tables: Tables = {}
@@ -139,8 +148,8 @@ class SourceFeatures:
         self.took, self.alone = cache is not None, False
         self.entry, self.size = "", 0
 
-    def begin(self, step: int) -> None:
-        """Looks up a step's features."""
+    def begin(self, step: int, inversion: bool = False) -> None:
+        """Looks up a step's features, to take them; in inversion, to record those that lack."""
         if self.cache is None:
             return
         if self.injected[step] is None:
@@ -148,10 +157,12 @@ class SourceFeatures:
             return
         self.entry = self._entry(step)
         found = self.cache.load(self.entry)
-        self.known = found is not None
+        self.known = found is not None or (self.recorded and not inversion)
+        if inversion:
+            return
         mine = self.writer and found is not None and text(found[WRITER]) == self.writer
-        own = found is None or mine or self.alone
-        own, wanted = self.ranks.any(bool(own), self.wanted(step))
+        own = found is None or (not self.recorded and (mine or self.alone))
+        own, wanted = self.ranks.any(bool(own), self.wanted(step) and not self.recorded)
         self.took = not own
         self.cached = not (own or wanted)
         self.tables = found if found and self.cached else {}
@@ -162,6 +173,17 @@ class SourceFeatures:
         }
         if self.cached and step + 1 < len(self.injected):
             self.cache.ahead(self._entry(step + 1))
+
+    def complete(self) -> bool:
+        """Whether inversion need not record: there is every step, and none is to be shown."""
+        lacking = [
+            step
+            for step, layers in enumerate(self.injected)
+            if self.wanted(step)
+            or not (layers is None or self.cache is None or self.cache.has(self._entry(step)))
+        ]
+        (some,) = self.ranks.any(bool(lacking))
+        return not some
 
     def _entry(self, step: int) -> str:
         return digests.of_values("source features", 1, self.key, step, self.injected[step])
@@ -250,8 +272,12 @@ def described(plugin: object) -> Any:
 
     None where an option is not an attribute of its name, or no plain value, path or plugin.
     """
+    try:
+        names = signature(type(plugin)).parameters
+    except ValueError:  # of a type that is not Python's, such as a tensor
+        return None
     values = {}
-    for name in signature(type(plugin)).parameters:
+    for name in names:
         value = getattr(plugin, name, ...)
         if isinstance(value, Path):
             value = str(value)
