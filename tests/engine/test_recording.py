@@ -155,7 +155,7 @@ class Steps:
         return "stop" if (stage, step) == self.stop else None
 
 
-@pytest.mark.parametrize("stop", [("invert", 2), ("edit", 1), ("edit", 3)])
+@pytest.mark.parametrize("stop", [("invert", 2), ("invert", STEPS), ("edit", 1), ("edit", 3)])
 def test_an_interrupted_edit_is_resumed_bit_for_bit(
     backbone: Backbone, clip: Clip, tmp_path: Path, stop: tuple[str, int]
 ) -> None:
@@ -166,8 +166,9 @@ def test_an_interrupted_edit_is_resumed_bit_for_bit(
     again = Steps()
     found = edited(backbone, clip, PnP(), NNField(), SETTINGS, store=store, on_step=again)
     assert torch.equal(found, whole)
-    first = ("edit", stop[1] + 1) if stop[0] == "edit" else ("invert", 1)
-    assert again.taken[0] == first
+    first = {("edit", step): ("edit", step + 1) for step in range(STEPS)}
+    first |= {("invert", 2): ("invert", 1), ("invert", STEPS): ("edit", 1)}
+    assert again.taken[0] == first[stop]
 
 
 def test_another_edit_of_the_clip_neither_inverts_nor_records(
@@ -228,15 +229,29 @@ def test_a_step_that_is_lost_is_recorded_anew(
     assert torch.equal(edited(backbone, clip, PnP(), NNField(), SETTINGS, store=store), whole)
 
 
+@pytest.mark.filterwarnings("ignore:.* not all cached")
 def test_where_the_cache_is_too_small_the_source_runs(
     backbone: Backbone, clip: Clip, tmp_path: Path
 ) -> None:
-    store = ResumeStore(Cache(tmp_path, gigabytes=1.5e-4), "PnP", "NNField")
+    """In the same steps each time, so that a result is the same when it is repeated or resumed."""
+
+    def edit(folder: str, stop: tuple[str, int] | None = None) -> Tensor:
+        store = ResumeStore(Cache(tmp_path / folder, gigabytes=1.5e-4), "PnP", "NNField", 1)
+        result = edit_clip(
+            backbone, clip, PROMPTS, PnP(), NNField(), SETTINGS, store=store, on_step=Steps(stop)
+        )
+        assert result.checkpoint is not None
+        result.checkpoint.remove()
+        kept = [e for e in store.cache.entries() if e.kind == "features"]
+        assert 0 < len(kept) < STEPS
+        return result.latents
+
     with pytest.warns(UserWarning, match="more than half of its 0.00015 GB"):
-        found = edited(backbone, clip, PnP(), NNField(), SETTINGS, store=store)
-    assert found.isfinite().all()
-    kept = [e for e in store.cache.entries() if e.kind == "features"]
-    assert 0 < len(kept) < STEPS
+        whole = edit("whole")
+    assert torch.equal(edit("whole"), whole)
+    with pytest.raises(Preempted):
+        edit("stopped", ("edit", 1))
+    assert torch.equal(edit("stopped"), whole)
 
 
 @pytest.mark.parametrize("editor", [PromptToPrompt("a red ball")])
@@ -250,18 +265,23 @@ def test_an_editor_that_needs_the_source_has_it(
     assert torch.equal(found, expected)
 
 
-def test_matches_are_shown_where_they_are_recorded(
+def test_a_look_changes_nothing_and_costs_a_pass_of_the_source(
     backbone: Backbone, clip: Clip, tmp_path: Path
 ) -> None:
     store = ResumeStore(Cache(tmp_path), "PnP", "NNField", None)
-    whole = edited(backbone, clip, PnP(), NNField(), SETTINGS, store=store)
-    for _ in range(2):  # though nothing lacks
-        probe = Probe(backbone.sites(), range(len(clip)), STEPS)
-        found = edited(backbone, clip, PnP(), NNField(), SETTINGS, store=store, look=probe)
-        assert torch.allclose(found, whole, rtol=0, atol=ROUNDING)
+    whole = edited(backbone, clip, PnP(), NNField(), SETTINGS)
+    for inversion in (STEPS, 0):
+        probe, steps = Probe(backbone.sites(), range(len(clip)), STEPS), Steps()
+        with counted(backbone) as rows:
+            found = edited(
+                backbone, clip, PnP(), NNField(), SETTINGS, store=store, look=probe, on_step=steps
+            )
+        assert torch.equal(found, whole)
+        assert len([step for stage, step in steps.taken if stage == "invert"]) == inversion
+        # keyframes, which are not propagated, are shown, too
+        assert sum(rows) == len(clip) * (inversion + 2 * STEPS) + len(clip) + 3
         assert probe.seen is not None
-        shown = [frame for window, _ in probe.seen.parts for frame in window.frames]
-        assert set(probe.seen.frames) <= set(shown)
+        assert (probe.seen.step, probe.seen.frames) == (STEPS // 2, list(range(len(clip))))
 
 
 @pytest.mark.parametrize("case", ["plain", "spans"])

@@ -117,6 +117,41 @@ def test_features_that_another_editor_lacks_are_added(backbone: Backbone, clip: 
     assert again == [True] * STEPS
 
 
+class QueriesAndValues(Editor):
+    """As PnP, and later a function of the values, for which all branches' tokens must come by."""
+
+    interface = 2
+
+    def __init__(self, values: bool) -> None:
+        self.values = values
+
+    def injections(self, model: Backbone) -> Sequence[Injection]:
+        queries = [Injection(layer, end=0.5) for layer in model.layers("queries")]
+        if not self.values:
+            return queries
+        return queries + [
+            Injection(layer, lambda edited, source, batch: edited, begin=0.5)
+            for layer in model.layers("values")
+        ]
+
+
+@pytest.mark.parametrize("order", [(False, True), (True, False)])
+def test_editors_that_need_other_features_keep_entries_of_their_own(
+    backbone: Backbone, clip: Clip, order: tuple[bool, bool]
+) -> None:
+    trajectory, schedule, cache = inverted(backbone, clip), backbone.schedule(STEPS), SourceCache()
+    settings = Settings(steps=STEPS, keyframe_every=4)
+    for values in order:
+        with_cache, without = (
+            edit_latents(
+                backbone, trajectory, schedule, "x", QueriesAndValues(values), NNField(), settings,
+                source_cache=chosen,
+            )
+            for chosen in (cache, None)
+        )  # fmt: skip
+        assert torch.allclose(with_cache, without, rtol=0, atol=1e-4)
+
+
 DIFFERENT: dict[str, dict[str, Any]] = {
     "seed": {"seed": 1},
     "window": {"keyframe_every": 5},

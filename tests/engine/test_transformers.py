@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.diffusion.making_transformers import write_tiny_flux, write_tiny_sd3
+from tests.engine.test_recording import ByPlace
 from tests.on_ranks import on_ranks
 from tokenflow.diffusion import (
     Backbone,
@@ -152,6 +153,20 @@ def test_injected_projections_of_all_frames_are_not_kept(model: Backbone) -> Non
     names = {name.split("/")[0] for tables in cache.entries.values() for name in tables}
     assert names == {"#indices", "indices", "#weights", "weights", "writer"}
     assert len(cache.entries) == STEPS - int(0.7 * STEPS)  # those that inject nothing
+
+
+@pytest.mark.parametrize("editor", [SDEdit(1.0), PnP(0.7)], ids=["sdedit", "pnp"])
+def test_the_source_is_recorded_where_that_is_not_too_much(model: Backbone, editor: Editor) -> None:
+    """Steps that inject run the source's branch, of the same latents; matches are alike in both."""
+    settings = Settings(steps=STEPS, keyframe_every=2, guidance=2.0, batch=2, fusion=0.0)
+    recorded, sampled = (
+        edit_clip(
+            model, tiny_clip(3, 12, 16), PROMPTS, editor, ByPlace(),
+            dataclasses.replace(settings, record_source=record),
+        ).latents
+        for record in (True, False)
+    )  # fmt: skip
+    assert float((recorded - sampled).abs().max()) < ROUNDING
 
 
 @pytest.mark.parametrize("editor", [Editor(), PnP(0.0)], ids=["plain", "PnP"])

@@ -110,9 +110,6 @@ class JointAttention:
         features: The source's, of the step.
         frames: The batch's, by position in the clip, for `features`.
         joint_source: As `Editor.joint_source`.
-
-    Attributes:
-        injected: Whether an injection into the running site's projections was met.
     """
 
     def __init__(
@@ -128,7 +125,6 @@ class JointAttention:
         self.edited, self.bank, self.joint_source = branches - 1, bank, joint_source
         self.all_gather, self.exchange_halo = all_gather, exchange_halo
         self.features, self.positions = features or SourceFeatures(), frames
-        self.injected = False
 
     def __call__(self, site: Site, hidden_states: Tensor, *args: Any, **given: Any) -> Any:
         features, tokens = self.features, f"tokens/{site.name}"
@@ -136,11 +132,7 @@ class JointAttention:
         if not self.edited:
             if self.bank is not None and site.matched:
                 self.bank.source[site.name] = self.exchange_halo(image)
-            self.injected = False
-            output = plain(site, hidden_states, *args, **given)
-            if self.injected:
-                features.keep(tokens, self.positions, hidden_states)
-            return output
+            return plain(site, hidden_states, *args, **given)
         alone = features.cached  # the edited branches, without the source's
         frames = len(hidden_states) // (self.edited + (not alone))
         seen, attended = hidden_states, list[Tensor]()
@@ -152,8 +144,6 @@ class JointAttention:
         if not alone and not self.joint_source:
             own = scaled_dot_product_attention(q[0], k[0], v[0], scale=site.scale)
             attended.append(own)
-            if min(len(q), len(k), len(v)) == 1:
-                features.keep(tokens, self.positions, hidden_states[:frames])
         q, k, v = (x[-joint:] for x in (q, k, v))
         v, maps = v.expand(joint, *v.shape[1:]), max(len(q), len(k))
         q, k = (x.expand(maps, *x.shape[1:]) for x in (q, k))

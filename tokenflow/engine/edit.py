@@ -36,7 +36,7 @@ from tokenflow.engine.keyframes import split_windows
 from tokenflow.engine.network import EditedNetwork
 from tokenflow.engine.ranks.group import FrameGroup
 from tokenflow.engine.ranks.shard import WindowShard
-from tokenflow.engine.recording import invert_recording, uses_features, with_features
+from tokenflow.engine.recording import recorded, uses_features, with_features
 from tokenflow.engine.region import AUTO, Automatic, Region
 from tokenflow.engine.resume import ResumeStore, SamplingCheckpoint, sampling_key
 from tokenflow.engine.sampling import Sampling
@@ -187,32 +187,22 @@ def edit_clip(
     if store is not None and store.source:
         source_cache = SourceCache(store.cache)
     keeps = uses_features(sampling, way)
-    if inversion is not None:
-        solver = settings.inversion_solver
-        if settings.record_source and keeps:
-            if source_cache is None or kernel is None:
-                source_cache = SourceCache()
-            how = "recorded", solver, inversion.timesteps
-            sampling = with_features(sampling, way, source_cache, kernel, recorded=how)
-            if any(ranks.any(bool(missing), not sampling.features.complete())):
-                with timed(seconds, "invert"):
-                    invert_recording(sampling, way, inversion, solver, on_step)
-                cached.keep(trajectory, torch.arange(len(clip)))
-            matcher = Matcher(propagation, trajectory.size, own_flow)  # all is shown
-            sampling = dataclasses.replace(sampling, matcher=matcher)
-        else:
-            with ranks.together(), ranks.preemption.interruptible():
-                invert_parts(
-                    network, trajectory, missing, schedule, inversion, solver, cached, seconds,
-                    on_step,
-                )  # fmt: skip
+    if inversion is not None and settings.record_source and keeps:
+        sampling = recorded(
+            sampling, way, source_cache, kernel, inversion, missing, cached, seconds, on_step
+        )
+    elif inversion is not None:
+        with ranks.together(), ranks.preemption.interruptible():
+            invert_parts(
+                network, trajectory, missing, schedule, inversion, settings.inversion_solver,
+                cached, seconds, on_step,
+            )  # fmt: skip
     if automatic:
         with timed(seconds, "mask"):
             found = automatic_mask(sampling, prompts, on_step)
             region = region_of(found, clip, model, settings, ranks)
             sampling = dataclasses.replace(sampling, region=region)
-    recorded = sampling.features.recorded
-    if source_cache is not None and kernel is not None and keeps and not recorded:
+    if source_cache and kernel and keeps and not sampling.features.recorded:
         writer = "" if checkpoint is None else checkpoint.key
         sampling = with_features(sampling, way, source_cache, kernel, writer)
     if settings.report_reconstruction:
@@ -288,7 +278,7 @@ def edit_latents(
         network, trajectory, schedule, matcher, settings, name, shard, ranks, flow=flow
     )
     kernel = described(propagation)
-    if source_cache is not None and kernel is not None and uses_features(sampling, way):
+    if source_cache and kernel and uses_features(sampling, way):
         sampling = with_features(sampling, way, source_cache, kernel)
     if x is None:
         x, first = first_latents(sampling)

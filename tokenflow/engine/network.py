@@ -92,10 +92,12 @@ class EditedNetwork:
         Where sequences hold text, or a site is not matched, the projections of all frames are
         needed in every pass.
         """
-        on = [one for one in self.editor.injections(self.model) if one.active(step, steps)]
+        every = self.editor.injections(self.model)
+        on = [one for one in every if one.active(step, steps)]
         if not self.propagates_all and any(one.layer in self.projections for one in on):
             return None
-        return [f"{one.layer} {'replaced' if one.function is None else 'changed'}" for one in on]
+        kinds = {(False, False): "changed", (True, False): "replaced", (True, True): "narrowed"}
+        return [f"{one.layer} {kinds[one.function is None, alone(one, every)]}" for one in on]
 
     def branches_for(self, guidance: float) -> tuple[str, ...]:
         """The branches that a step runs: without `Editor.guided` where guidance is 1.
@@ -138,7 +140,7 @@ class EditedNetwork:
         return (inputs[0][:rows], *inputs[1:])
 
     def inject(
-        self, injection: Injection, narrowed: bool, layer: nn.Module, _: Any, output: Any
+        self, injection: Injection, narrowed: bool, layer: nn.Module, inputs: Any, output: Any
     ) -> Any:
         """The forward hook of an injection, into a projection of the source's rows if narrowed."""
         batch = self.running
@@ -151,11 +153,11 @@ class EditedNetwork:
                 f"{type(output).__name__}; fix the editor: choose a layer inside it"
             )
         branches, frames = batch.latents.shape[:2]
-        recorded = batch.branches == self.branches[:1]
         if narrowed and isinstance(self.switch.attention, JointAttention):
-            self.switch.attention.injected = True
+            tokens = f"tokens/{injection.layer.rpartition('.')[0]}"
+            self.features.keep(tokens, batch.frames, inputs[0])
             return output
-        if recorded and injection.layer in self.projections and not batch.keyframes:
+        if batch.inversion and injection.layer in self.projections and not batch.keyframes:
             return output  # which an edit's propagated pass does without
         name = f"{'keyframes' if batch.keyframes else 'windows'}/{injection.layer}"
         if self.features.cached:
@@ -165,7 +167,7 @@ class EditedNetwork:
             self.features.keep(name, batch.frames, output[:frames])
             kept = source = output[:frames]
             edited = output[frames:]
-        if recorded:
+        if batch.inversion:
             return output
         if injection.function is None:
             return source.repeat(branches, *[1] * (output.ndim - 1))
@@ -183,7 +185,7 @@ class EditedNetwork:
         """A pass of all branches.
 
         Args:
-            inputs: Of every branch, or of all but the source's.
+            inputs: Of every branch, of all but the source's, or of the source alone, in inversion.
             frames: Their positions in the clip; of a grid of several frames, the first one's.
             step: Of sampling.
             keyframes: Whether these are keyframes, denoised jointly.
@@ -197,7 +199,10 @@ class EditedNetwork:
         if "guidance" in given:  # of the source it is 1
             source = len(frames) if names[0] == self.branches[0] else 0
             given["guidance"][source:] = step.guidance
-        return Batch(names, tuple(frames), x, given, step.t, step.index, steps, keyframes)
+        return Batch(
+            names, tuple(frames), x, given, step.t, step.index, steps, keyframes,
+            inversion=names == self.branches[:1],
+        )  # fmt: skip
 
     def source_batch(
         self,
@@ -271,7 +276,8 @@ class CrossAttention:
 
     def attention(self, site: Site, hidden_states: Tensor, *args: Any, **given: Any) -> Tensor:
         """What the layer calls."""
-        if (batch := self.network.running) is None:
+        batch = self.network.running
+        if batch is None or batch.inversion:
             return site.plain(hidden_states, *args, **given)
         return self.network.editor.attend(
             self.processor, batch, site, hidden_states, *args, **given

@@ -92,7 +92,7 @@ class Sampling:
         its latents.
         """
         here = x[rows(self.trajectory.positions, frames)]
-        if step.branches == self.network.branches[:1]:
+        if len(step.branches) == 1:
             return here[None]
         inputs = self.network.editor.inputs(here, step, self.trajectory.source(frames))
         return inputs[1:] if self.features.cached else inputs

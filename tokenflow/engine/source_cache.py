@@ -72,7 +72,7 @@ class SourceCache:
         """Keeps an entry; one clip's may take half of a cache's limit."""
         if self.full:
             return
-        self.written += sum(table.nbytes for table in tables.values())
+        self.written += size_of(tables)
         if self.cache is None or self.worker is None:
             try:
                 self.entries[key] = {name: self.kept.keep(t) for name, t in tables.items()}
@@ -90,8 +90,8 @@ class SourceCache:
         """Says why no further step is kept; the edit goes on."""
         self.full = True
         warnings.warn(
-            f"the source features of {clip} are not all cached, and later edits of the clip "
-            f"compute the rest anew: {reason}",
+            f"the source features of {clip} are not all cached, and edits of the clip compute the "
+            f"rest anew: {reason}",
             stacklevel=3,
         )
 
@@ -108,7 +108,8 @@ class SourceCache:
 class SourceFeatures:
     """The features of one step after the other, of the frames that a rank denoises.
 
-    They are of another edit, where `cached` is true, or this edit's own, to be kept.
+    Where `cached` is true they are of another edit, or recorded in inversion; else this edit's own,
+    to be kept.
 
     Args:
         cache: Where they are kept; None for no cache.
@@ -159,10 +160,12 @@ class SourceFeatures:
         found = self.cache.load(self.entry)
         self.known = found is not None or (self.recorded and not inversion)
         if inversion:
+            if found is not None:  # counts as if it had been written now: the limit is the same
+                self.cache.written += size_of(found)
             return
         mine = self.writer and found is not None and text(found[WRITER]) == self.writer
         own = found is None or (not self.recorded and (mine or self.alone))
-        own, wanted = self.ranks.any(bool(own), self.wanted(step) and not self.recorded)
+        own, wanted = self.ranks.any(bool(own), self.wanted(step))
         self.took = not own
         self.cached = not (own or wanted)
         self.tables = found if found and self.cached else {}
@@ -175,12 +178,11 @@ class SourceFeatures:
             self.cache.ahead(self._entry(step + 1))
 
     def complete(self) -> bool:
-        """Whether inversion need not record: there is every step, and none is to be shown."""
+        """Whether all that may be kept is there, on every rank."""
         lacking = [
             step
             for step, layers in enumerate(self.injected)
-            if self.wanted(step)
-            or not (layers is None or self.cache is None or self.cache.has(self._entry(step)))
+            if not (layers is None or self.cache is None or self.cache.has(self._entry(step)))
         ]
         (some,) = self.ranks.any(bool(lacking))
         return not some
@@ -226,7 +228,7 @@ class SourceFeatures:
             self.off, self.rows = True, {}
             warnings.warn(
                 f"the source features of {self.clip} take more than {BUDGET >> 30} GiB a step, and "
-                f"are not kept: other edits of the clip compute them anew",
+                f"are not kept: edits of the clip compute them anew; leave record_source out",
                 stacklevel=2,
             )
 
@@ -260,6 +262,11 @@ class SourceFeatures:
         indices = self.take(f"indices/{site}", frames, like) - first
         weights = self.take(f"weights/{site}", frames, like)
         return Correspondence(indices, weights.expand(indices.shape))
+
+
+def size_of(tables: Tables) -> int:
+    """Bytes."""
+    return sum(table.nbytes for table in tables.values())
 
 
 def text(values: Tensor) -> str:
