@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -10,9 +12,11 @@ from torch import Tensor
 
 from tokenflow.diffusion.trajectory import rows
 from tokenflow.editors import Step
-from tokenflow.engine.keyframes import leading, neighbourhood
+from tokenflow.engine.joint_passes import overlap
+from tokenflow.engine.keyframes import beside, leading, neighbourhood, seams
 from tokenflow.engine.sampling import Latents, Outputs, Sampling
-from tokenflow.propagation.fusion import fuse
+from tokenflow.propagation.flow.base import warp
+from tokenflow.propagation.fusion import elected, fuse
 
 RESTORED = 0.7
 """Share of their lost strength that details are given back (docs/benchmark.md)."""
@@ -55,7 +59,8 @@ def fused_latents(
     windows, positions = s.shard.windows[held], keyframes[held]
     source = s.trajectory.source(own).clean
     source_keys = exchanged(s, source)
-    # first every other keyframe takes what one beside it predicts, so that all come to agree
+    keys = voted(s, keys, source, keyframes, step.index)
+    # then every other keyframe takes what one beside it predicts, so that all come to agree
     pairs = s.flow.moved(leading(keyframes, s.shard.own, s.shard.halo, step.index))
     all_keys = exchanged(s, keys)
     keys = exchanged(s, fuse(keys, all_keys, source, source_keys, pairs, 1.0, RESTORED))
@@ -74,6 +79,56 @@ def fused_latents(
         )  # fmt: skip
         result[some] = clean if already else schedule.towards(clean, x[some], step.index)
     return result
+
+
+def voted(
+    sampling: Sampling,
+    own: Float[Tensor, "own c h w"],
+    source: Float[Tensor, "own d h w"],
+    keyframes: Sequence[int],
+    step: int,
+) -> Float[Tensor, "own c h w"]:
+    """What this rank's keyframes predict, after a vote of a span's; two would have no majority.
+
+    Args:
+        sampling: Of this rank's frames.
+        own: What its keyframes predict.
+        source: The source's clean latents of these.
+        keyframes: Of all windows, by position in the clip.
+        step: Of sampling, from 0.
+    """
+    s, total = sampling, len(keyframes)
+    assert s.flow is not None, "edit_clip and edit_latents ask for it"
+    if total < 3:
+        return own
+    all_gather = partial(s.ranks.all_gather, counts=s.shard.counts, host=True)
+    hops = s.flow.moved(beside(keyframes, s.shard.own, s.shard.halo)).motion
+    assert hops is not None, "moved finds it"
+    size = own.shape[-2:]
+    there = all_gather(hops.displacement.movedim(-1, 2).unflatten(-1, size).contiguous())
+    every, seen, result = all_gather(own), all_gather(source), own.clone()
+    for start, stop in pairwise(seams(total, s.settings.span, step)):
+        voters = range(max(start - 1, 0), min(stop + 1, total))
+        if len(voters) < 3:
+            continue
+        among = slice(voters.start, voters.stop)
+        for number in overlap(range(start, stop), s.shard.own):
+            flows = chained(there, number, voters)
+            result[s.shard.own.index(number)] = elected(
+                every[among], seen[among], flows, voters.index(number), RESTORED
+            )
+    return result
+
+
+def chained(
+    hops: Float[Tensor, "keyframes 2 2 h w"], number: int, voters: range
+) -> Float[Tensor, "voters 2 h w"]:
+    """Flow from one keyframe to each of consecutive ones, by hops to the one before and after."""
+    flows = {number: torch.zeros_like(hops[number, 0])}
+    for side, way in enumerate((range(number, voters.start, -1), range(number, voters.stop - 1))):
+        for at in way:
+            flows[at + (1 if side else -1)] = flows[at] + warp(hops[at, side], flows[at])
+    return torch.stack([flows[voter] for voter in voters])
 
 
 def exchanged(sampling: Sampling, own: Float[Tensor, "own c h w"]) -> Float[Tensor, "held c h w"]:

@@ -121,6 +121,23 @@ def leading(keyframes: Sequence[int], own: range, held: range, step: int) -> Win
     )
 
 
+def beside(keyframes: Sequence[int], own: range, held: range) -> Window:
+    """Some of all keyframes with those before and after them; at a clip's ends with themselves.
+
+    Args:
+        keyframes: All of the clip's, by position.
+        own: Numbers of those that are asked for.
+        held: And of these and one more at each side, where the clip has them.
+    """
+    pairs = [[held.index(near if near in held else k) for near in (k - 1, k + 1)] for k in own]
+    return Window(
+        frames=tuple(keyframes[number] for number in own),
+        keyframes=tuple(keyframes[number] for number in held),
+        neighbours=torch.tensor(pairs),
+        blend=torch.full((len(own), 2), 0.5),
+    )
+
+
 def center(window: range) -> int:
     """Frame `n // 2` of a window of n frames."""
     return window[len(window) // 2]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from tokenflow.propagation.base import Window
 from tokenflow.propagation.flow.base import inside, smooth, warp
@@ -17,6 +18,8 @@ from tokenflow.propagation.flow.base import inside, smooth, warp
 DIFFERENCE = 0.5
 """Mean squared difference of the source's latents at which a keyframe's weight has fallen to 1/e;
 two places that have nothing in common differ by about 2."""
+TRUSTED = 0.5
+"""Trust from which on a keyframe may be elected."""
 STRONGEST = 1.5
 """Gain of details at most: of frames that have nothing in common little more than noise is left."""
 
@@ -51,13 +54,58 @@ def fuse(
     both = torch.cat([keys, details(keys).square()], dim=1)
     share, moved = arrived(both, source, source_keys, window, strength)
     values, powers = moved.tensor_split(2, dim=2)
-    fused = mixed(clean, values, share)
-    own = details(fused)
-    power = own.square().mean(dim=(2, 3), keepdim=True).clamp(min=1e-12)
+    return strengthened(clean, values, powers, share, restored)
+
+
+def elected(
+    keys: Float[Tensor, "voters c h w"],
+    source: Float[Tensor, "voters d h w"],
+    flows: Float[Tensor, "voters 2 h w"],
+    own: int,
+    restored: float = 0.0,
+) -> Float[Tensor, "c h w"]:
+    """A keyframe's predicted clean latents, of which several have voted on each pixel.
+
+    A pixel takes from that keyframe whose prediction differs least from the others': the medoid of
+    those that it may trust. What one alone has wrongly, beside an object or on it, goes, and
+    details that do not fit are not averaged.
+
+    Args:
+        keys: Of three keyframes or more, its own among them.
+        source: The source's clean latents of all.
+        flows: From it to each.
+        own: Its number among them.
+        restored: As in `fuse`.
+    """
+    each = torch.cat([keys, details(keys).square(), source], dim=1)
+    moved = torch.stack([warp(x, flow, "bicubic") for x, flow in zip(each, flows, strict=True)])
+    values, powers, seen = moved.split([keys.shape[1], keys.shape[1], source.shape[1]], dim=1)
+    trust = trusted(seen, source[own], flows)
+    differing = (values[:, None] - values[None]).square().mean(dim=2)
+    others = trust * (1 - torch.eye(len(keys)))[..., None, None]
+    score = (others * smooth(differing)).sum(dim=1) / others.sum(dim=1).clamp(min=1e-3)
+    best = score.masked_fill(trust < TRUSTED, torch.inf).argmin(dim=0)
+    share = trust * one_hot(best, len(keys)).movedim(-1, 0)
+    return strengthened(
+        keys[own, None], values[None], powers[None], share[None, :, None], restored
+    )[0]
+
+
+def strengthened(
+    own: Float[Tensor, "frames c h w"],
+    moved: Float[Tensor, "frames some c h w"],
+    powers: Float[Tensor, "frames some c h w"],
+    share: Float[Tensor, "frames some 1 h w"],
+    restored: float,
+) -> Float[Tensor, "frames c h w"]:
+    """What is `mixed`, with a share of its details' lost strength; `powers` are their squares."""
+    fused = mixed(own, moved, share)
+    fine = details(fused)
+    power = fine.square().mean(dim=(2, 3), keepdim=True).clamp(min=1e-12)
     powers = powers.clamp(min=0)  # bicubic weights are signed
-    wanted = mixed(details(clean).square(), powers, share).mean(dim=(2, 3), keepdim=True)
+    wanted = mixed(details(own).square(), powers, share).mean(dim=(2, 3), keepdim=True)
     gain = ((wanted / power) ** (restored / 2)).clamp(1, STRONGEST)
-    return fused + (gain - 1) * own
+    return fused + (gain - 1) * fine
 
 
 def arrived(
@@ -76,16 +124,25 @@ def arrived(
     # bilinear sampling, step after step, would blur
     found = torch.stack([warp(both[k], there, "bicubic") for k, there in pairs])
     moved, source_moved = found.unflatten(0, (-1, 2)).tensor_split([keys.shape[1]], dim=2)
-    difference = (source_moved - source[:, None]).square().mean(dim=2)
-    # a pixel's neighbours are likely to have moved alike
-    trust = torch.exp(-((smooth(difference) / DIFFERENCE) ** 2)) * inside(flow)
+    trust = trusted(source_moved, source[:, None], flow)
     return (strength * window.blend[..., None, None] * trust)[:, :, None], moved
+
+
+def trusted(
+    moved: Float[Tensor, "*batch d h w"],
+    source: Float[Tensor, "*#batch d h w"],
+    flow: Float[Tensor, "*batch 2 h w"],
+) -> Float[Tensor, "*batch h w"]:
+    """How far flow is right, from 0 to 1: where what it brings of the source is the source."""
+    difference = (moved - source).square().mean(dim=-3)
+    # a pixel's neighbours are likely to have moved alike
+    return torch.exp(-((smooth(difference) / DIFFERENCE) ** 2)) * inside(flow)
 
 
 def mixed(
     own: Float[Tensor, "frames c h w"],
-    moved: Float[Tensor, "frames 2 c h w"],
-    share: Float[Tensor, "frames 2 1 h w"],
+    moved: Float[Tensor, "frames some c h w"],
+    share: Float[Tensor, "frames some 1 h w"],
 ) -> Float[Tensor, "frames c h w"]:
     """What arrives, each by its share, and for the rest the frames' own."""
     return (1 - share.sum(dim=1)) * own + (share * moved).sum(dim=1)

@@ -86,7 +86,7 @@ def beside(
     return row * width + (pixels[:, None] % width + columns).clamp(0, width - 1)
 
 
-def smooth(values: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+def smooth(values: Float[Tensor, "*n h w"]) -> Float[Tensor, "*n h w"]:
     """Means over 3×3 pixels."""
     return avg_pool2d(values, 3, stride=1, padding=1, count_include_pad=False)
 
