@@ -16,7 +16,7 @@ from tests.plugins_by_others.no_inversion import NoInversion
 from tokenflow.diffusion import Backbone, Source
 from tokenflow.editors import DDCM, Editor, FlowEdit, PnP, Prompts, SDEdit, Step
 from tokenflow.engine import Settings, SourceCache, edit_clip, edit_latents
-from tokenflow.engine.fusion import RESTORED
+from tokenflow.engine.fusion import RESTORED, chained
 from tokenflow.engine.resume import ResumeStore
 from tokenflow.errors import InputError, Preempted
 from tokenflow.propagation import (
@@ -165,9 +165,9 @@ def test_an_interrupted_edit_is_resumed_bit_for_bit(
     assert taken == [1, 2, 3, 4, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("attention", ["full", "windowed"])
-def test_two_ranks_agree_with_one(backbone: Backbone, attention: Any) -> None:
-    settings = replace(FUSED, steps=2, keyframe_every=2, keyframe_attention=attention, span=1)
+@pytest.mark.parametrize(("attention", "span"), [("full", 1), ("windowed", 2), ("windowed", 8)])
+def test_two_ranks_agree_with_one(backbone: Backbone, attention: Any, span: int) -> None:
+    settings = replace(FUSED, steps=2, keyframe_every=1, keyframe_attention=attention, span=span)
     whole = TinyEdit.of(PnP(), backbone)
     total = whole.trajectory.total
     halves = range(total // 2), range(total // 2, total)
@@ -245,3 +245,16 @@ def test_clean_latents_are_fused_as_they_are(editor: Editor) -> None:
     expected = fuse(alone, alone[:1], same, same[:1], window, 0.5, RESTORED)
     assert torch.allclose(edited(settings), expected, rtol=0, atol=1e-5)
     assert (expected - alone).abs().max() > 0.01
+
+
+def test_flow_is_chained_over_keyframes() -> None:
+    """To each by hops to the one beside it, of which each begins where the last one ends."""
+    hops = torch.zeros(4, 2, 2, 3, 12)
+    for number in range(4):
+        hops[number, 0, 0], hops[number, 1, 0] = -1 - number, 2 + number
+    hops[2, 1, 0, :, :6] = 40  # where nothing comes by
+    found = chained(hops, 1, [0, 1, 2, 3])
+    assert found.shape == (4, 2, 3, 12)
+    assert found[:, 0, 1, 3].tolist() == [-2, 0, 3, 3 + 4]
+    assert not found[:, 1].any()
+    assert chained(hops, 2, [1, 2, 3])[:, 0, 1, 7].tolist() == [-3, 0, 4]

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from tokenflow.propagation import Motion, Window
-from tokenflow.propagation.fusion import STRONGEST, details, fuse, smooth
+from tokenflow.propagation.flow.base import smooth
+from tokenflow.propagation.fusion import STRONGEST, details, elected, fuse
 
 HEIGHT, WIDTH = 6, 8
 
@@ -123,3 +124,56 @@ def test_where_keyframes_agree_with_the_frame_nothing_changes() -> None:
 def test_where_there_are_no_details_none_are_made() -> None:
     flat = torch.full((2, 4, HEIGHT, WIDTH), 0.3)
     torch.testing.assert_close(fused(flat[:1], flat, window(), 0.5, 1.0), flat[:1])
+
+
+STILL = torch.zeros(4, 2, HEIGHT, WIDTH)
+
+
+def vote(keys: Tensor, own: int, source: Tensor | None = None, flows: Tensor = STILL) -> Tensor:
+    return elected(keys, torch.zeros_like(keys) if source is None else source, flows, own)
+
+
+@pytest.mark.parametrize("own", range(4))
+def test_what_one_keyframe_alone_shows_is_voted_out(own: int) -> None:
+    """And nothing else changes, where the three others agree."""
+    keys = latents(1).expand(4, -1, -1, -1).clone()
+    keys[2, :, 2:5, 3:6] += 3
+    torch.testing.assert_close(vote(keys, own), keys[0])
+
+
+def test_a_pixel_takes_what_differs_least_from_the_others() -> None:
+    """And no mean; far from the border between two of them, as neighbours vote alike."""
+    keys = torch.zeros(3, 1, HEIGHT, WIDTH)
+    keys[:, 0, :, : WIDTH // 2] = torch.tensor([1.0, 1.2, 5.0])[:, None, None]
+    keys[:, 0, :, WIDTH // 2 :] = torch.tensor([9.0, 3.3, 3.1])[:, None, None]
+    for own in range(3):
+        found = vote(keys, own, flows=STILL[:3])[0]
+        assert (found[:, : WIDTH // 2 - 1] - 1.2).abs().max() < 1e-5
+        assert (found[:, WIDTH // 2 + 1 :] - 3.3).abs().max() < 1e-5
+
+
+def test_two_have_no_majority() -> None:
+    keys, source = latents(3), torch.zeros(3, 4, HEIGHT, WIDTH)
+    source[2] = 2
+    for own in range(3):
+        torch.testing.assert_close(vote(keys, own, source, STILL[:3]), keys[own])
+
+
+def test_keyframes_are_moved_to_the_one_that_votes() -> None:
+    key = latents(1)[0]
+    keys = torch.stack([key.roll(k, dims=2) for k in range(4)])
+    keys[1] += 3
+    flows = torch.stack(
+        [torch.tensor([k - 1.0, 0.0])[:, None, None].expand(-1, 6, 8) for k in range(4)]
+    )
+    found = vote(keys, 1, flows=flows)
+    # but for pixels that are in too few of the keyframes
+    torch.testing.assert_close(found[:, :, 1:-2], key.roll(1, dims=2)[:, :, 1:-2])
+
+
+def test_who_shows_something_else_of_the_source_has_no_vote() -> None:
+    keys, source = latents(4), torch.zeros(4, 4, HEIGHT, WIDTH)
+    keys[1:] = keys[1]
+    source[1:] = 2  # three that agree, of another place
+    torch.testing.assert_close(vote(keys, 0, source), keys[0], rtol=0, atol=1e-5)
+    assert (vote(keys, 0) - keys[1]).abs().max() < 1e-5

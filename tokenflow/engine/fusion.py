@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -13,7 +12,7 @@ from torch import Tensor
 from tokenflow.diffusion.trajectory import rows
 from tokenflow.editors import Step
 from tokenflow.engine.joint_passes import overlap
-from tokenflow.engine.keyframes import beside, leading, neighbourhood, seams
+from tokenflow.engine.keyframes import beside, leading, neighbourhood, spans
 from tokenflow.engine.sampling import Latents, Outputs, Sampling
 from tokenflow.propagation.flow.base import warp
 from tokenflow.propagation.fusion import elected, fuse
@@ -107,27 +106,25 @@ def voted(
     size = own.shape[-2:]
     there = all_gather(hops.displacement.movedim(-1, 2).unflatten(-1, size).contiguous())
     every, seen, result = all_gather(own), all_gather(source), own.clone()
-    for start, stop in pairwise(seams(total, s.settings.span, step)):
-        voters = range(max(start - 1, 0), min(stop + 1, total))
-        if len(voters) < 3:
-            continue
-        among = slice(voters.start, voters.stop)
-        for number in overlap(range(start, stop), s.shard.own):
+    for windows, among in spans(total, s.settings.span, 0, step):
+        voters = list(among)
+        for number in overlap(windows, s.shard.own) if len(voters) > 2 else ():
             flows = chained(there, number, voters)
             result[s.shard.own.index(number)] = elected(
-                every[among], seen[among], flows, voters.index(number), RESTORED
+                every[voters], seen[voters], flows, voters.index(number), RESTORED
             )
     return result
 
 
 def chained(
-    hops: Float[Tensor, "keyframes 2 2 h w"], number: int, voters: range
+    hops: Float[Tensor, "keyframes 2 2 h w"], number: int, voters: Sequence[int]
 ) -> Float[Tensor, "voters 2 h w"]:
     """Flow from one keyframe to each of consecutive ones, by hops to the one before and after."""
     flows = {number: torch.zeros_like(hops[number, 0])}
-    for side, way in enumerate((range(number, voters.start, -1), range(number, voters.stop - 1))):
-        for at in way:
-            flows[at + (1 if side else -1)] = flows[at] + warp(hops[at, side], flows[at])
+    for at in range(number, voters[0], -1):
+        flows[at - 1] = flows[at] + warp(hops[at, 0], flows[at])
+    for at in range(number, voters[-1]):
+        flows[at + 1] = flows[at] + warp(hops[at, 1], flows[at])
     return torch.stack([flows[voter] for voter in voters])
 
 

@@ -19,7 +19,7 @@ DIFFERENCE = 0.5
 """Mean squared difference of the source's latents at which a keyframe's weight has fallen to 1/e;
 two places that have nothing in common differ by about 2."""
 TRUSTED = 0.5
-"""Trust from which on a keyframe may be elected."""
+"""Trust in flow from which on a keyframe votes."""
 STRONGEST = 1.5
 """Gain of details at most: of frames that have nothing in common little more than noise is left."""
 
@@ -66,9 +66,9 @@ def elected(
 ) -> Float[Tensor, "c h w"]:
     """A keyframe's predicted clean latents, of which several have voted on each pixel.
 
-    A pixel takes from that keyframe whose prediction differs least from the others': the medoid of
-    those that it may trust. What one alone has wrongly, beside an object or on it, goes, and
-    details that do not fit are not averaged.
+    A pixel takes from that keyframe whose prediction differs least from all others': the medoid of
+    those that flow may be trusted from, if they are three or more. What one alone has wrongly,
+    beside an object or on it, goes, and details that do not fit are not averaged.
 
     Args:
         keys: Of three keyframes or more, its own among them.
@@ -81,10 +81,10 @@ def elected(
     moved = torch.stack([warp(x, flow, "bicubic") for x, flow in zip(each, flows, strict=True)])
     values, powers, seen = moved.split([keys.shape[1], keys.shape[1], source.shape[1]], dim=1)
     trust = trusted(seen, source[own], flows)
-    differing = (values[:, None] - values[None]).square().mean(dim=2)
-    others = trust * (1 - torch.eye(len(keys)))[..., None, None]
-    score = (others * smooth(differing)).sum(dim=1) / others.sum(dim=1).clamp(min=1e-3)
-    best = score.masked_fill(trust < TRUSTED, torch.inf).argmin(dim=0)
+    votes = trust >= TRUSTED
+    differing = smooth((values[:, None] - values[None]).square().mean(dim=2)).sqrt()
+    score = (votes * differing).sum(dim=1).masked_fill(~votes, torch.inf)
+    best = torch.where(votes.sum(dim=0) > 2, score.argmin(dim=0), own)  # two have no majority
     share = trust * one_hot(best, len(keys)).movedim(-1, 0)
     return strengthened(
         keys[own, None], values[None], powers[None], share[None, :, None], restored
