@@ -162,7 +162,8 @@ def invert_recording(
         for done, (level, x) in enumerate(levels, start=1):
             trajectory.keep(inversion.timesteps[level], here, x[here])
             if level == 0:
-                cached.keep(trajectory, here)
+                with s.ranks.together():
+                    cached.keep(trajectory, here)
             (stop,) = s.ranks.any(on_step("invert", done, len(inversion)) == "stop")
             if stop:
                 raise Preempted
@@ -187,9 +188,8 @@ def source_alone(
 
     Each frame has its own attention, as in inversion.
     """
-    s = dataclasses.replace(
-        sampling, settings=dataclasses.replace(sampling.settings, fusion=0.0)
-    )  # fmt: skip
+    # nothing is predicted that could be fused
+    s = dataclasses.replace(sampling, settings=dataclasses.replace(sampling.settings, fusion=0.0))
     step = dataclasses.replace(s.step(index), branches=s.network.branches[:1], guidance=1.0)
     output = torch.empty_like(latents)
     arriving = [

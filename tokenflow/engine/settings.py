@@ -31,8 +31,9 @@ class Settings:
         inversion_solver: "ddim" (paper) or "uni-inv", whose round trip through few steps is nearer
             to the source.
         record_source: Record correspondences and injected features while the source is inverted,
-            where they may be cached, so that sampling runs without the source's branch. Nearly the
-            same result; inversion is then step by step, and begins anew where it is interrupted.
+            so that sampling runs without the source's branch. The result differs a little. All
+            frames are inverted side by side, which begins anew where it is interrupted. Editors
+            that need the source's branch have it.
         guidance: Scale of classifier-free guidance. The model's own if not given: 7.5 for Stable
             Diffusion.
         guidance_begin: Share of the schedule before which guidance is off, 0 to 1.
