@@ -16,8 +16,11 @@ from tests.plugins_by_others.no_inversion import NoInversion
 from tokenflow.diffusion import Backbone, Source
 from tokenflow.editors import DDCM, Editor, FlowEdit, PnP, Prompts, SDEdit, Step
 from tokenflow.engine import Settings, SourceCache, edit_clip, edit_latents
-from tokenflow.engine.fusion import RESTORED, chained
+from tokenflow.engine.fusion import RESTORED, chained, voted
+from tokenflow.engine.keyframes import split_windows
+from tokenflow.engine.ranks.group import FrameGroup
 from tokenflow.engine.resume import ResumeStore
+from tokenflow.engine.sampling import Sampling
 from tokenflow.errors import InputError, Preempted
 from tokenflow.propagation import (
     FlowWeighted,
@@ -31,7 +34,7 @@ from tokenflow.propagation import (
 from tokenflow.propagation.fusion import fuse
 from tokenflow.storage.cache import Cache
 from tokenflow.testing.threads import on_ranks
-from tokenflow.testing.tiny_edit import PROMPTS, TinyEdit
+from tokenflow.testing.tiny_edit import PROMPTS, StillFlow, TinyEdit
 from tokenflow.video import Clip
 
 FUSED = Settings(steps=4, keyframe_every=4, fusion=0.5)
@@ -258,3 +261,31 @@ def test_flow_is_chained_over_keyframes() -> None:
     assert found[:, 0, 1, 3].tolist() == [-2, 0, 3, 3 + 4]
     assert not found[:, 1].any()
     assert chained(hops, 2, [1, 2, 3])[:, 0, 1, 7].tolist() == [-3, 0, 4]
+
+
+class Shifted(StillFlow):
+    """Everything moves by two latent pixels a frame."""
+
+    def between(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        there, back = (x.clone() for x in super().between(start, end))
+        there[0], back[0] = 2.0 * (end - start), 2.0 * (start - end)
+        return there, back
+
+
+def test_what_one_keyframe_alone_predicts_is_voted_out() -> None:
+    clip = Clip.from_frames(torch.zeros(5, 3, 32, 96))
+    sampling = object.__new__(Sampling)
+    shard = FrameGroup().shard(split_windows(5, 1))
+    for name, value in {
+        "settings": FUSED, "ranks": FrameGroup(), "shard": shard, "flow": Shifted(clip, 4),
+    }.items():  # fmt: skip
+        object.__setattr__(sampling, name, value)
+    picture = torch.rand(4, 8, 24, generator=torch.Generator().manual_seed(2))
+    keys = torch.stack([picture.roll(2 * number, dims=2) for number in range(5)])
+    source = keys.flip(1)
+    wrong = keys.clone()
+    wrong[2] += 3
+    found = voted(sampling, wrong, source, range(5), 0)
+    # what is given back to details is of whole pictures, with their borders
+    torch.testing.assert_close(found[..., 8:16], keys[..., 8:16], rtol=0, atol=0.02)
+    assert (voted(sampling, wrong[:2], source[:2], range(2), 0) == wrong[:2]).all()

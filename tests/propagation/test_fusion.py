@@ -152,6 +152,14 @@ def test_a_pixel_takes_what_differs_least_from_the_others() -> None:
         assert (found[:, WIDTH // 2 + 1 :] - 3.3).abs().max() < 1e-5
 
 
+def test_of_two_groups_all_prefer_the_same() -> None:
+    one, other = latents(2)
+    noise = 1e-3 * latents(4)
+    keys = torch.stack([other, one, other, one]) + noise
+    for own in range(4):
+        assert (vote(keys, own) - other).abs().max() < 2e-3
+
+
 def test_two_have_no_majority() -> None:
     keys, source = latents(3), torch.zeros(3, 4, HEIGHT, WIDTH)
     source[2] = 2

@@ -1,9 +1,8 @@
-"""Fusion of predictions at one step: frames take a share of what their keyframes predict."""
+"""Fusion of predictions at one step: keyframes vote, and frames take a share of their result."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -12,7 +11,7 @@ from torch import Tensor
 from tokenflow.diffusion.trajectory import rows
 from tokenflow.editors import Step
 from tokenflow.engine.joint_passes import overlap
-from tokenflow.engine.keyframes import beside, leading, neighbourhood, spans
+from tokenflow.engine.keyframes import both_sides, leading, neighbourhood, spans
 from tokenflow.engine.sampling import Latents, Outputs, Sampling
 from tokenflow.propagation.flow.base import warp
 from tokenflow.propagation.fusion import elected, fuse
@@ -87,7 +86,9 @@ def voted(
     keyframes: Sequence[int],
     step: int,
 ) -> Float[Tensor, "own c h w"]:
-    """What this rank's keyframes predict, after a vote of a span's; two would have no majority.
+    """What this rank's keyframes predict, after those of a span have voted on it.
+
+    Of fewer than three there is no majority, and nothing changes.
 
     Args:
         sampling: Of this rank's frames.
@@ -100,18 +101,19 @@ def voted(
     assert s.flow is not None, "edit_clip and edit_latents ask for it"
     if total < 3:
         return own
-    all_gather = partial(s.ranks.all_gather, counts=s.shard.counts, host=True)
-    hops = s.flow.moved(beside(keyframes, s.shard.own, s.shard.halo)).motion
+    with s.ranks.together():
+        hops = s.flow.moved(both_sides(keyframes, s.shard.own, s.shard.halo)).motion
     assert hops is not None, "moved finds it"
-    size = own.shape[-2:]
-    there = all_gather(hops.displacement.movedim(-1, 2).unflatten(-1, size).contiguous())
-    every, seen, result = all_gather(own), all_gather(source), own.clone()
+    there = hops.displacement.movedim(-1, 2).flatten(1, 2).unflatten(-1, own.shape[-2:])
+    every = s.ranks.all_gather(torch.cat([own, source, there], dim=1), s.shard.counts, host=True)
+    keys, seen, there = every.split([own.shape[1], source.shape[1], 4], dim=1)
+    there, result = there.unflatten(1, (2, 2)), own.clone()
     for windows, among in spans(total, s.settings.span, 0, step):
         voters = list(among)
         for number in overlap(windows, s.shard.own) if len(voters) > 2 else ():
             flows = chained(there, number, voters)
             result[s.shard.own.index(number)] = elected(
-                every[voters], seen[voters], flows, voters.index(number), RESTORED
+                keys[voters], seen[voters], flows, voters.index(number), RESTORED
             )
     return result
 

@@ -95,10 +95,10 @@ def invert_parts(
 ) -> None:
     """Inverts some of this rank's frames, batch by batch."""
     predict, done = partial(source_output, network, schedule), 0
-    with timed(seconds, "invert"):
-        for part in parts:
-            frames = (part + trajectory.first).tolist()
-            clean = trajectory.clean[part].to(network.model.device)
+    for part in parts:
+        frames = (part + trajectory.first).tolist()
+        clean = trajectory.clean[part].to(network.model.device)
+        with timed(seconds, "invert"):
             for level, x in inversion_steps(predict, clean, frames, inversion, solver):
                 trajectory.keep(inversion.timesteps[level], part, x)
                 if level == 0:

@@ -121,7 +121,7 @@ def leading(keyframes: Sequence[int], own: range, held: range, step: int) -> Win
     )
 
 
-def beside(keyframes: Sequence[int], own: range, held: range) -> Window:
+def both_sides(keyframes: Sequence[int], own: range, held: range) -> Window:
     """Some of all keyframes with those before and after them; at a clip's ends with themselves.
 
     Args:

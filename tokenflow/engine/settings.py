@@ -54,7 +54,8 @@ class Settings:
             clip's; "windowed" those of `span` consecutive windows, of the ones beside them, and the
             anchors, so that time grows as the number of frames and memory on the device not at
             all.
-        span: How many windows; where the clip has no more, both are the same.
+        span: How many windows; where the clip has no more, both are the same. In fusion the
+            keyframes of so many vote together, whatever the attention.
         anchors: How many keyframes, spread over the whole clip, attend in every span.
         seed: Of everything random.
         batch: Frames in one forward pass; changes memory and speed, not the result. The keyframes

@@ -1,7 +1,8 @@
-"""Fusion of predictions: each frame takes a share of what its keyframes predict, moved by flow.
+"""Fusion of predictions: keyframes vote, and each frame takes a share of what they predict.
 
 Propagation ties the outputs of self-attention to the source's motion; what convolutions and
-cross-attention add differs from frame to frame. Fusion ties the predicted clean latents themselves.
+cross-attention add differs from frame to frame. Fusion ties the predicted clean latents themselves,
+along optical flow.
 The source tells where flow can be trusted: where its own latents, moved alike, are the frame's.
 """
 
@@ -20,6 +21,8 @@ DIFFERENCE = 0.5
 two places that have nothing in common differ by about 2."""
 TRUSTED = 0.5
 """Trust in flow from which on a keyframe votes."""
+PREFERENCE = 0.01
+"""Of an earlier keyframe to the next, as a share of what it differs by from the others."""
 STRONGEST = 1.5
 """Gain of details at most: of frames that have nothing in common little more than noise is left."""
 
@@ -67,8 +70,10 @@ def elected(
     """A keyframe's predicted clean latents, of which several have voted on each pixel.
 
     A pixel takes from that keyframe whose prediction differs least from all others': the medoid of
-    those that flow may be trusted from, if they are three or more. What one alone has wrongly,
-    beside an object or on it, goes, and details that do not fit are not averaged.
+    those that flow may be trusted from, if they are three or more. It takes as much of it as flow
+    is trusted, and keeps the rest of its own. So what one keyframe alone has wrongly, beside an
+    object or on it, goes, and details that do not fit are not averaged. Time grows as the square of
+    the number of voters.
 
     Args:
         keys: Of three keyframes or more, its own among them.
@@ -82,8 +87,10 @@ def elected(
     values, powers, seen = moved.split([keys.shape[1], keys.shape[1], source.shape[1]], dim=1)
     trust = trusted(seen, source[own], flows)
     votes = trust >= TRUSTED
-    differing = smooth((values[:, None] - values[None]).square().mean(dim=2)).sqrt()
-    score = (votes * differing).sum(dim=1).masked_fill(~votes, torch.inf)
+    differing = torch.stack([smooth((v - values).square().mean(dim=1)).sqrt() for v in values])
+    # of groups as large as each other, all voters prefer the same, and no noise decides
+    order = 1 + PREFERENCE * torch.arange(len(keys))[:, None, None]
+    score = (order * (votes * differing).sum(dim=1)).masked_fill(~votes, torch.inf)
     best = torch.where(votes.sum(dim=0) > 2, score.argmin(dim=0), own)  # two have no majority
     share = trust * one_hot(best, len(keys)).movedim(-1, 0)
     return strengthened(

@@ -91,6 +91,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone) -> dict[
         "flowedit": Case(13, FlowEdit(n_max=2, noise="independent")),
         "windowed, ddcm": Case(18, DDCM(noise="independent"), settings=BOUNDED),
         "fused": Case(13, PnP(), settings=(("fusion", 0.8),)),
+        "fewer, fused": Case(6, PnP(), settings=(("fusion", 0.8),)),
         "windowed, fused, previous": Case(
             18, PnP(), settings=(*BOUNDED, ("neighbours", "previous"), ("fusion", 0.5))
         ),
