@@ -142,6 +142,7 @@ def test_a_network_without_what_it_takes(depth_model: Backbone) -> None:
         depth_model.predict(torch.zeros(1, 4, 8, 8), 1.0, depth_model.embed([""]))
 
 
+@pytest.mark.full
 def test_the_kit_passes_them(painting_model: Backbone, depth_model: Backbone) -> None:
     for model in (painting_model, depth_model):
         check_backbone(model)

@@ -147,6 +147,7 @@ def test_edits_a_clip(backbone: Backbone, clip: Clip, noise: str) -> None:
     assert [stage for stage in stages if stage[0] == "edit"] == [("edit", 3, 4), ("edit", 4, 4)]
 
 
+@pytest.mark.full
 def test_the_source_itself_comes_back_from_its_own_prompt_unguided(
     backbone: Backbone, clip: Clip
 ) -> None:

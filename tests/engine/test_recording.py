@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+STOPS = [("invert", 2), ("invert", STEPS), ("edit", 3), ("edit", 1)]
+
+
+def with_the_rest_in_full(cases: Iterable[Any], *chosen: Any) -> list[Any]:
+    """Cases, of which all but those that are chosen are for `make test-full`."""
+    return [
+        case if case in chosen else pytest.param(case, marks=pytest.mark.full) for case in cases
+    ]
+
+
 @pytest.fixture
 def clip() -> Clip:
     """Five random frames of 16×32 pixels."""
@@ -70,7 +80,7 @@ def edited(
     return edit_clip(model, clip, PROMPTS, editor, kernel, settings, **more).latents
 
 
-@pytest.mark.parametrize("case", OPTIONS)
+@pytest.mark.parametrize("case", with_the_rest_in_full(OPTIONS, "spans", "joint", "uni-inv"))
 def test_what_does_not_depend_on_the_features_is_the_same(
     backbone: Backbone, clip: Clip, case: str
 ) -> None:
@@ -114,7 +124,7 @@ def inverted(backbone: Backbone, clip: Clip) -> Trajectory:
     return invert(backbone, backbone.encode(clip.frames[:]), "a ball", schedule, STEPS)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "pnp, full"])
+@pytest.mark.parametrize("case", with_the_rest_in_full(CASES, "pnp", "mixing", "joint"))
 def test_sampling_runs_without_the_source(backbone: Backbone, clip: Clip, case: str) -> None:
     editor, kernel, options = CASES[case]
     settings = dataclasses.replace(SETTINGS, **options)
@@ -155,7 +165,7 @@ class Steps:
         return "stop" if (stage, step) == self.stop else None
 
 
-@pytest.mark.parametrize("stop", [("invert", 2), ("invert", STEPS), ("edit", 1), ("edit", 3)])
+@pytest.mark.parametrize("stop", with_the_rest_in_full(STOPS, *STOPS[:3]))
 def test_an_interrupted_edit_is_resumed_bit_for_bit(
     backbone: Backbone, clip: Clip, tmp_path: Path, stop: tuple[str, int]
 ) -> None:
@@ -284,7 +294,7 @@ def test_a_look_changes_nothing_and_costs_a_pass_of_the_source(
         assert (probe.seen.step, probe.seen.frames) == (STEPS // 2, list(range(len(clip))))
 
 
-@pytest.mark.parametrize("case", ["plain", "spans"])
+@pytest.mark.parametrize("case", with_the_rest_in_full(["plain", "spans"], "spans"))
 def test_two_ranks_agree_with_one(backbone: Backbone, clip: Clip, case: str) -> None:
     settings = dataclasses.replace(SETTINGS, **OPTIONS[case])
     whole = edited(backbone, clip, PnP(), NNField(), settings)

@@ -50,6 +50,7 @@ def test_flowedit_shows_what_was_asked_for_and_keeps_the_rest() -> None:
     assert min(verdict.edited, verdict.kept) >= 0.9, verdict
 
 
+@pytest.mark.full
 def test_the_edit_moves_as_the_source_does() -> None:
     """In the demo's clip, of which every third frame is taken; where all blocks are propagated,
     the ball stands still, as the first blocks match tokens to their own place."""

@@ -140,7 +140,7 @@ def alone(
     return on_ranks(1, tmp_path_factory.mktemp("alone"), edited, cases, model_folder)[0]
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.full)])
 def shared(
     request: pytest.FixtureRequest,
     cases: dict[str, Case],
