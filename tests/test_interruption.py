@@ -122,6 +122,7 @@ def test_ranks_that_wait_for_another_that_reads_have_a_signal(
     assert not job.runs.exists()
 
 
+@pytest.mark.full
 def test_groups_of_ranks_stop_while_some_wait_at_the_end(
     clips: Path, model_folder: Path, tmp_path: Path
 ) -> None:
@@ -135,6 +136,7 @@ def test_groups_of_ranks_stop_while_some_wait_at_the_end(
     assert job.done == ["one", "two"]
 
 
+@pytest.mark.full
 def test_groups_of_ranks_stop_when_the_first_is_gone(
     clips: Path, model_folder: Path, tmp_path: Path
 ) -> None:
@@ -145,6 +147,7 @@ def test_groups_of_ranks_stop_when_the_first_is_gone(
     assert job.done == ["one"]
 
 
+@pytest.mark.full
 def test_slurm_ends_no_rank_that_stops(clips: Path, model_folder: Path, tmp_path: Path) -> None:
     job = Job(tmp_path, clips, model_folder)
     assert job.start(("edit", 1, USR1), slurm=True) == [75, 0]  # any other ends all, at once

@@ -179,6 +179,7 @@ def test_a_clip_that_fails_does_not_stop_the_rest(
     assert capsys.readouterr().out.splitlines()[-1] == "4 clips: 1 done, 3 skipped, 0 failed"
 
 
+@pytest.mark.full
 def test_a_closed_pipe_does_not_stop_the_rest(words: list[str], tmp_path: Path) -> None:
     (tmp_path / "broken.mp4").write_bytes((tmp_path / "one.mp4").read_bytes())
     line = [sys.executable, "-m", "tokenflow.cli.main", *words]

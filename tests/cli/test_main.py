@@ -213,7 +213,10 @@ def test_the_output_never_lands_in_its_source(
 
 
 # SIGUSR1 is sent to launchers' ranks in test_cluster.py
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("sent", "code"),
+    [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.full)],
+)
 def test_a_signal_ends_a_run_and_leaves_nothing_half_written(
     sent: signal.Signals, code: int, words: list[str], tmp_path: Path
 ) -> None:

@@ -169,6 +169,7 @@ def clips(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.full
 def test_a_sweep_is_edited_and_recorded(
     clips: Path,
     model_folder: Path,
