@@ -41,7 +41,6 @@ ROWS: dict[str, dict[str, Any]] = {
     FAST: PRESET,
     "recorded in inversion": {"record_source": True},
     "15 steps": {"steps": 15},
-    "15 steps, recorded": {"steps": 15, "record_source": True},
     "15 steps, guidance to 0.8": {"steps": 15, "guidance_end": 0.8},
     "15 steps, guidance to 0.8, recorded": {
         "steps": 15, "guidance_end": 0.8, "record_source": True,
@@ -50,7 +49,6 @@ ROWS: dict[str, dict[str, Any]] = {
     "15 steps, Uni-Inv, guidance to 0.8": UNRECORDED,
     "15 steps, Uni-Inv, guidance to 0.8, recorded": RECORDED,
     "18 steps, Uni-Inv, guidance to 0.8": UNRECORDED | {"steps": 18},
-    "18 steps, Uni-Inv, guidance to 0.8, recorded": RECORDED | {"steps": 18},
     "15 steps, Uni-Inv, guidance to 0.5": UNRECORDED | {"guidance_end": 0.5},
     "12 steps, Uni-Inv": {"steps": 12, "inversion_solver": "uni-inv"},
     "12 steps, guidance to 0.8": {"steps": 12, "guidance_end": 0.8},
