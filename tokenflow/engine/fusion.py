@@ -13,11 +13,15 @@ from tokenflow.editors import Step
 from tokenflow.engine.joint_passes import overlap
 from tokenflow.engine.keyframes import both_sides, leading, neighbourhood, spans
 from tokenflow.engine.sampling import Latents, Outputs, Sampling
+from tokenflow.propagation.clip_flow import with_inconsistency
 from tokenflow.propagation.flow.base import warp
+from tokenflow.propagation.flow.rematch import rematched
 from tokenflow.propagation.fusion import elected, fuse
 
 RESTORED = 0.7
 """Share of their lost strength that details are given back (docs/benchmark.md)."""
+DIFFERENT = 1.0
+"""Mean squared difference of the source's latents from which on flow between keyframes is lost."""
 
 
 def fused_latents(
@@ -109,11 +113,18 @@ def voted(
     keys, seen, there = every.split([own.shape[1], source.shape[1], 4], dim=1)
     there, result = there.unflatten(1, (2, 2)), own.clone()
     for windows, among in spans(total, s.settings.span, 0, step):
-        voters = list(among)
-        for number in overlap(windows, s.shard.own) if len(voters) > 2 else ():
-            flows = chained(there, number, voters)
+        voters, own_here = list(among), overlap(windows, s.shard.own)
+        if len(voters) < 3 or not own_here:
+            continue
+        to = {voter: chained(there, voter, voters) for voter in voters}
+        for number in own_here:
+            place = voters.index(number)
+            flows = torch.stack([
+                found(seen[number], seen[voter], way, to[voter][place])
+                for voter, way in zip(voters, to[number], strict=True)
+            ])  # fmt: skip
             result[s.shard.own.index(number)] = elected(
-                keys[voters], seen[voters], flows, voters.index(number), RESTORED
+                keys[voters], seen[voters], flows, place, RESTORED
             )
     return result
 
@@ -128,6 +139,16 @@ def chained(
     for at in range(number, voters[-1]):
         flows[at + 1] = flows[at] + warp(hops[at, 1], flows[at])
     return torch.stack([flows[voter] for voter in voters])
+
+
+def found(
+    one: Float[Tensor, "d h w"],
+    other: Float[Tensor, "d h w"],
+    there: Float[Tensor, "2 h w"],
+    back: Float[Tensor, "2 h w"],
+) -> Float[Tensor, "2 h w"]:
+    """Chained flow between two keyframes; where a hop has lost it, to the source's patch alike."""
+    return rematched(one, other, with_inconsistency(there, back), DIFFERENT)
 
 
 def exchanged(sampling: Sampling, own: Float[Tensor, "own c h w"]) -> Float[Tensor, "held c h w"]:

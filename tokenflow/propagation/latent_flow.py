@@ -16,6 +16,10 @@ from tokenflow.propagation.flow.dis import DIS, grey
 from tokenflow.propagation.flow.rematch import rematched
 from tokenflow.video import Clip
 
+SMOOTHNESS, COLOUR = 15.0, 20.0
+"""Weights of refinement, that of gradients being 10. OpenCV's own, 20 and 5, hold back what turns
+and grows, as each frame's refinement is the next one's start (docs/benchmark.md)."""
+
 
 class LatentFlow(ClipFlow):
     """Flow that moves latents where a kernel has none, for pairs of frames that are near.
@@ -78,8 +82,9 @@ def refined(
 
     side = one.shape[-1] // flow.shape[-1]
     larger = interpolate(flow[None], one.shape[-2:], mode="bilinear")[0] * side
-    found: Any = cv2.VariationalRefinement.create().calc(
-        grey(one), grey(other), larger.movedim(0, -1).contiguous().numpy()
-    )
+    search: Any = cv2.VariationalRefinement.create()
+    search.setAlpha(SMOOTHNESS)
+    search.setDelta(COLOUR)
+    found = search.calc(grey(one), grey(other), larger.movedim(0, -1).contiguous().numpy())
     better = torch.from_numpy(found).movedim(-1, 0)
     return interpolate(better[None], flow.shape[-2:], mode="area")[0] / side
