@@ -18,6 +18,7 @@ from torch.nn.functional import interpolate
 from benchmarks.scenes.suite import cases
 from tokenflow.miniature.edits import SceneFlow
 from tokenflow.propagation import DIS, ClipFlow, LatentFlow
+from tokenflow.propagation.flow.base import inside
 from tokenflow.video import Clip
 
 SCALE = 4  # pixels of the scenes' frames in a latent pixel
@@ -81,7 +82,8 @@ def errors(flow: ClipFlow, true: ClipFlow, frames: int, apart: int) -> tuple[flo
         for one, exact in zip(
             flow.between(start, start + apart), true.between(start, start + apart), strict=True
         ):
-            distances.append((one - exact)[:2].norm(dim=0)[exact[2] < SEEN])
+            seen = (exact[2] < SEEN) & (inside(exact[:2]) > 0)
+            distances.append((one - exact)[:2].norm(dim=0)[seen])
     distance = torch.cat(distances)
     return float(distance.mean()), float((distance > OFF).float().mean())
 

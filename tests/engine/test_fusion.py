@@ -272,12 +272,23 @@ class Shifted(StillFlow):
         return there, back
 
 
-def test_what_one_keyframe_alone_predicts_is_voted_out() -> None:
+class Covered(Shifted):
+    """Frame 2's middle is hidden in the frames beside it, where flow leads elsewhere."""
+
+    def between(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        both = super().between(start, end)
+        if 2 in (start, end) and start != end:
+            both[0 if start == 2 else 1][1, 2:6, 10:14] = 3.0
+        return both
+
+
+@pytest.mark.parametrize("flow", [Shifted, Covered])
+def test_what_one_keyframe_alone_predicts_is_voted_out(flow: type[StillFlow]) -> None:
     clip = Clip.from_frames(torch.zeros(5, 3, 32, 96))
     sampling = object.__new__(Sampling)
     shard = FrameGroup().shard(split_windows(5, 1))
     for name, value in {
-        "settings": FUSED, "ranks": FrameGroup(), "shard": shard, "flow": Shifted(clip, 4),
+        "settings": FUSED, "ranks": FrameGroup(), "shard": shard, "flow": flow(clip, 4),
     }.items():  # fmt: skip
         object.__setattr__(sampling, name, value)
     picture = torch.rand(4, 8, 24, generator=torch.Generator().manual_seed(2))

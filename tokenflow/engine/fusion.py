@@ -15,12 +15,12 @@ from tokenflow.engine.keyframes import both_sides, leading, neighbourhood, spans
 from tokenflow.engine.sampling import Latents, Outputs, Sampling
 from tokenflow.propagation.clip_flow import with_inconsistency
 from tokenflow.propagation.flow.base import warp
-from tokenflow.propagation.flow.rematch import rematched
+from tokenflow.propagation.flow.surroundings import continued
 from tokenflow.propagation.fusion import elected, fuse
 
 RESTORED = 0.7
 """Share of their lost strength that details are given back (docs/benchmark.md)."""
-DIFFERENT = 1.0
+DIFFERENT = 0.25
 """Mean squared difference of the source's latents from which on flow between keyframes is lost."""
 
 
@@ -147,8 +147,8 @@ def found(
     there: Float[Tensor, "2 h w"],
     back: Float[Tensor, "2 h w"],
 ) -> Float[Tensor, "2 h w"]:
-    """Chained flow between two keyframes; where a hop has lost it, to the source's patch alike."""
-    return rematched(one, other, with_inconsistency(there, back), DIFFERENT)
+    """Chained flow between two keyframes, where it is lost continued from around."""
+    return continued(one, other, with_inconsistency(there, back), DIFFERENT)
 
 
 def exchanged(sampling: Sampling, own: Float[Tensor, "own c h w"]) -> Float[Tensor, "held c h w"]:
