@@ -106,22 +106,22 @@ def voted(
     if total < 3:
         return own
     with s.ranks.together():
-        hops = s.flow.moved(both_sides(keyframes, s.shard.own, s.shard.halo)).motion
-    assert hops is not None, "moved finds it"
-    there = hops.displacement.movedim(-1, 2).flatten(1, 2).unflatten(-1, own.shape[-2:])
-    every = s.ranks.all_gather(torch.cat([own, source, there], dim=1), s.shard.counts, host=True)
-    keys, seen, there = every.split([own.shape[1], source.shape[1], 4], dim=1)
-    there, result = there.unflatten(1, (2, 2)), own.clone()
+        motion = s.flow.moved(both_sides(keyframes, s.shard.own, s.shard.halo)).motion
+    assert motion is not None, "moved finds it"
+    hops = motion.displacement.movedim(-1, 2).flatten(1, 2).unflatten(-1, own.shape[-2:])
+    every = s.ranks.all_gather(torch.cat([own, source, hops], dim=1), s.shard.counts, host=True)
+    keys, seen, hops = every.split([own.shape[1], source.shape[1], 4], dim=1)
+    hops, result = hops.unflatten(1, (2, 2)), own.clone()
     for windows, among in spans(total, s.settings.span, 0, step):
-        voters, own_here = list(among), overlap(windows, s.shard.own)
-        if len(voters) < 3 or not own_here:
+        voters, asked = list(among), overlap(windows, s.shard.own)
+        if len(voters) < 3 or not asked:
             continue
-        to = {voter: chained(there, voter, voters) for voter in voters}
-        for number in own_here:
+        to = {k: chained(hops, k, voters) for k in voters}
+        for number in asked:
             place = voters.index(number)
             flows = torch.stack([
-                found(seen[number], seen[voter], way, to[voter][place])
-                for voter, way in zip(voters, to[number], strict=True)
+                continued(seen[number], seen[k], with_inconsistency(there, to[k][place]), DIFFERENT)
+                for k, there in zip(voters, to[number], strict=True)
             ])  # fmt: skip
             result[s.shard.own.index(number)] = elected(
                 keys[voters], seen[voters], flows, place, RESTORED
@@ -139,16 +139,6 @@ def chained(
     for at in range(number, voters[-1]):
         flows[at + 1] = flows[at] + warp(hops[at, 1], flows[at])
     return torch.stack([flows[voter] for voter in voters])
-
-
-def found(
-    one: Float[Tensor, "d h w"],
-    other: Float[Tensor, "d h w"],
-    there: Float[Tensor, "2 h w"],
-    back: Float[Tensor, "2 h w"],
-) -> Float[Tensor, "2 h w"]:
-    """Chained flow between two keyframes, where it is lost continued from around."""
-    return continued(one, other, with_inconsistency(there, back), DIFFERENT)
 
 
 def exchanged(sampling: Sampling, own: Float[Tensor, "own c h w"]) -> Float[Tensor, "held c h w"]:

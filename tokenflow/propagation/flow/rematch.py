@@ -12,7 +12,7 @@ from tokenflow.propagation.flow.base import beside, targets, warp
 LOST = 1.0
 """Flow is lost where it misses by so many of its pixels on the way there and back ..."""
 FAR = 0.04
-"""... or where what it leads to differs by this mean square, of pictures' values from 0 to 1."""
+"""... or where what it leads to differs by this mean square, of values from 0 to 1."""
 ALONE = 0.5
 """A patch is found if it differs by less than this share of what differs least of those more than
 two pixels away: not one stripe among others."""
@@ -21,28 +21,26 @@ AT_ONCE = 2**22
 
 
 def rematched(
-    one: Float[Tensor, "c height width"],
-    other: Float[Tensor, "c height width"],
+    one: Float[Tensor, "3 height width"],
+    other: Float[Tensor, "3 height width"],
     flow: Float[Tensor, "3 h w"],
-    far: float = FAR,
 ) -> Float[Tensor, "2 h w"]:
     """A flow that, where it is lost, leads to the patch of 3×3 of its pixels that is most alike.
 
     If each of the two is the other's nearest, and by far.
 
     Args:
-        one: A picture, or latents.
+        one: A picture, values from 0 to 1.
         other: Where its points have moved.
         flow: From one to the other, in its own pixels, each of as many of the pictures' on a side,
             and how far from each point the way there and back again ends.
-        far: From what mean squared difference on what it leads to is not the same.
     """
     (height, width), side = flow.shape[-2:], one.shape[-1] // flow.shape[-1]
     flow, inconsistency = flow[:2], flow[2]
     larger = interpolate(flow[None], one.shape[-2:], mode="bilinear")[0] * side
     differing = (one - warp(other, larger)).square().mean(dim=0, keepdim=True)
     missed = avg_pool2d(framed(differing, side), 3 * side, side).flatten()
-    lost = (inconsistency.flatten() > LOST) | (missed > far)
+    lost = (inconsistency.flatten() > LOST) | (missed > FAR)
     if not lost.any():
         return flow
     here, there = patches(one, side), patches(other, side)
