@@ -38,7 +38,7 @@ from tokenflow.testing.tiny_edit import PROMPTS, StillFlow, TinyEdit
 from tokenflow.video import Clip
 
 FUSED = Settings(steps=4, keyframe_every=4, fusion=0.5)
-# float32 through some steps of a network, with sums in another order
+# float32 through some steps of a network, with sums in another order; measured 2.1e-5
 ROUNDING = 4e-5
 
 

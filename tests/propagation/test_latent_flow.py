@@ -88,7 +88,7 @@ def test_what_flow_has_lost_behind_something_is_found_again() -> None:
         off = (found[:2] - torch.tensor([expected, 0.0])[:, None, None]).norm(dim=0)
         assert (off[where] < 0.5).float().mean() > 0.9
     still = torch.ones_like(whole)
-    still[:, 1:26] = False  # what neither the square nor the bar is near
+    still[:, 1:26] = False  # what the square and the bar are more than two from
     assert (there[:2, still].norm(dim=0) < 0.1).all()
 
 

@@ -16,7 +16,7 @@ from tokenflow.propagation.flow.dis import DIS, grey
 from tokenflow.propagation.flow.rematch import rematched
 from tokenflow.video import Clip
 
-SMOOTHNESS, COLOUR = 15.0, 20.0
+SMOOTHNESS, BRIGHTNESS = 15.0, 20.0
 """Weights of refinement, that of gradients being 10. OpenCV's own, 20 and 5, hold back what turns
 and grows, as each frame's refinement is the next one's start (docs/benchmark.md)."""
 
@@ -84,7 +84,7 @@ def refined(
     larger = interpolate(flow[None], one.shape[-2:], mode="bilinear")[0] * side
     search: Any = cv2.VariationalRefinement.create()
     search.setAlpha(SMOOTHNESS)
-    search.setDelta(COLOUR)
+    search.setDelta(BRIGHTNESS)
     found = search.calc(grey(one), grey(other), larger.movedim(0, -1).contiguous().numpy())
     better = torch.from_numpy(found).movedim(-1, 0)
     return interpolate(better[None], flow.shape[-2:], mode="area")[0] / side

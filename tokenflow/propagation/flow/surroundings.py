@@ -41,7 +41,7 @@ def continued(
 def filled(values: Float[Tensor, "c h w"], known: Bool[Tensor, "h w"]) -> Float[Tensor, "c h w"]:
     """Values, with those that are not known interpolated from coarser means of those that are.
 
-    If any are. By the pull and push of Gortler et al. 1996, "The Lumigraph".
+    At least one must be known. By the pull and push of Gortler et al. 1996, "The Lumigraph".
     """
     if known.all():
         return values
