@@ -23,7 +23,7 @@ def test_it_goes_on_where_that_fits_better(inconsistent: bool) -> None:
     one, other, flow = moved()
     if not inconsistent:  # the wrong way leads to something else
         flow[2] = 0
-    found = continued(one, other, flow, 0.25)
+    found = continued(one, other, flow)
     torch.testing.assert_close(found, SHIFT.expand(-1, 24, 32))
 
 
@@ -32,7 +32,7 @@ def test_it_stays_where_that_fits_worse() -> None:
     other = other.clone()
     other[:, 7:13, 13:19] = other[:, 7:13, 19:25]
     other[:, 12:18, 8:14] = one[:, 8:14, 10:16]  # moves by itself, to where flow says
-    found = continued(one, other, flow, 0.25)
+    found = continued(one, other, flow)
     # all but the block's border, whose neighbours belong to something else
     assert torch.equal(found[:, 9:13, 11:15], flow[:2, 9:13, 11:15])
 
@@ -40,7 +40,7 @@ def test_it_stays_where_that_fits_worse() -> None:
 def test_nothing_is_known() -> None:
     one, other, flow = moved()
     flow[2] = 9
-    assert torch.equal(continued(one, other, flow, 0.25), flow[:2])
+    assert torch.equal(continued(one, other, flow), flow[:2])
 
 
 @pytest.mark.parametrize("size", [(5, 7), (1, 9), (16, 16), (33, 1)])

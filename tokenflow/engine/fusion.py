@@ -20,8 +20,6 @@ from tokenflow.propagation.fusion import elected, fuse
 
 RESTORED = 0.7
 """Share of their lost strength that details are given back (docs/benchmark.md)."""
-DIFFERENT = 0.25
-"""Mean squared difference of the source's latents from which on flow between keyframes is lost."""
 
 
 def fused_latents(
@@ -120,7 +118,7 @@ def voted(
         for number in asked:
             place = voters.index(number)
             flows = torch.stack([
-                continued(seen[number], seen[k], with_inconsistency(there, to[k][place]), DIFFERENT)
+                continued(seen[number], seen[k], with_inconsistency(there, to[k][place]))
                 for k, there in zip(voters, to[number], strict=True)
             ])  # fmt: skip
             result[s.shard.own.index(number)] = elected(

@@ -9,20 +9,21 @@ from torch.nn.functional import avg_pool2d, interpolate
 from tokenflow.propagation.flow.base import inside, smooth, warp
 from tokenflow.propagation.flow.rematch import LOST
 
+FAR = 0.25
+"""Mean squared difference of latents from which on flow is lost, however consistent it is."""
+
 
 def continued(
     one: Float[Tensor, "c h w"],
     other: Float[Tensor, "c h w"],
     flow: Float[Tensor, "3 h w"],
-    far: float,
 ) -> Float[Tensor, "2 h w"]:
     """A flow that, where it is lost, continues the flow around, if that fits better.
 
     Args:
-        one: A picture, or latents, of the flow's size.
-        other: Where its points have moved.
+        one: Clean latents of one frame.
+        other: Of another.
         flow: From one to the other, and how far from each point the way there and back again ends.
-        far: From what mean squared difference on what it leads to is not the same.
     """
 
     def missed(by: Float[Tensor, "2 h w"]) -> Float[Tensor, "h w"]:
@@ -30,8 +31,8 @@ def continued(
 
     flow, inconsistency = flow[:2], flow[2]
     before = missed(flow)
-    lost = (inconsistency > LOST) | (before > far) | (inside(flow) == 0)
-    if lost.all():
+    lost = (inconsistency > LOST) | (before > FAR) | (inside(flow) == 0)
+    if lost.all() or not lost.any():
         return flow
     around = filled(flow, ~lost)
     better = lost & (missed(around) < before) & (inside(around) > 0)
