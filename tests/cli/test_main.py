@@ -265,6 +265,10 @@ BAD = {
         ["--model.fusion=0.5", "--model.consistency=joint"],
         "expected fusion 0, got 0.5; leave it out",
     ),
+    "an end of no fusion": (
+        ["--model.fusion=0", "--model.fusion_end=0.7"],
+        "expected fusion_end 1, got 0.7; leave it out",
+    ),
     "no window": (["--model.keyframe_every=0"], "keyframe_every must be at least 1"),
     "Lightning's precision": (["--trainer.precision=bf16-true"], "--model.dtype"),
     "a package that is missing": (["--trainer.profiler=xla"], "cannot be used"),

@@ -210,10 +210,29 @@ def test_latents_alone_need_the_clips_flow(backbone: Backbone) -> None:
         )
 
 
+@pytest.mark.parametrize(("end", "on"), [(0.0, 0), (0.5, 1), (0.9, 1)])
+def test_after_its_part_of_the_schedule_nothing_is_fused(
+    backbone: Backbone, end: float, on: int
+) -> None:
+    def edit(fusion: float, fusion_end: float, **options: Any) -> Tensor:
+        tiny = TinyEdit.of(PnP(), backbone)  # of two steps
+        return edit_latents(
+            tiny.model, tiny.trajectory, tiny.schedule, PROMPTS, tiny.editor, NNField(),
+            replace(FUSED, fusion=fusion, fusion_end=fusion_end),
+            flow=StillFlow(tiny.clip, backbone.latent_scale), **options,
+        )  # fmt: skip
+
+    begun = {} if on == 0 else {"x": edit(0.5, 1.0, last=on), "first": on}
+    assert torch.equal(edit(0.5, end), edit(0.0, 1.0, **begun))
+    assert not torch.equal(edit(0.5, end), edit(0.5, 1.0))
+
+
 @pytest.mark.parametrize("wrong", [-0.1, 1.5])
 def test_shares_that_are_none(wrong: float) -> None:
     with pytest.raises(InputError, match="fusion must be a share from 0 to 1"):
         Settings(fusion=wrong)
+    with pytest.raises(InputError, match="fusion_end must be a share of the schedule from 0 to 1"):
+        Settings(fusion_end=wrong)
 
 
 class Still(OpticalFlow):

@@ -354,6 +354,7 @@ SAMPLING_CHANGES: dict[str, dict[str, Any]] = {
     "seed": {"settings": dataclasses.replace(SETTINGS, seed=1)},
     "guidance": {"settings": dataclasses.replace(SETTINGS, guidance=2.0)},
     "guidance's part": {"settings": dataclasses.replace(SETTINGS, guidance_end=0.5)},
+    "fusion's part": {"settings": dataclasses.replace(SETTINGS, fusion_end=0.5)},
     "editor": {"editor": PnP(attention=0.2)},
     "kernel": {"kernel": "other"},
     "name, by which keyframes are drawn": {"clip": dataclasses.replace(CLIP, name="other")},

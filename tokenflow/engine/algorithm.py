@@ -108,7 +108,8 @@ class TokenFlow(Consistency):
         keyframes = draw_keyframes(
             s.shard.windows, s.settings.keyframes, s.settings.seed, s.name, step.index
         )
-        fuses, predicted = bool(s.settings.fusion), list[Outputs]()
+        fuses = s.settings.fusion_at(step.index, len(step.schedule)) > 0
+        predicted = list[Outputs]()
         for joint in joint_passes(s, x, keyframes, step):
             # T_base: the keyframes' outputs at every site, each attending to all of them
             bank = Bank()

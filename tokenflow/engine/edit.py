@@ -134,7 +134,7 @@ def edit_clip(
     settings = settings.for_model(model)
     prompts = Prompts(prompts) if isinstance(prompts, str) else prompts
     way = consistency or WAYS[settings.consistency]
-    settings.require_used(inverts=editor.inverts, fuses=fuses(way), mask=mask)
+    settings.require_used(editor, fuses=fuses(way), mask=mask)
     with blamed(editor, "check_steps"):
         editor.check_steps(settings.steps)
     require_given(model.further_channels, mask, depth)
@@ -257,7 +257,7 @@ def edit_latents(
     with blamed(editor, "check_steps"):
         editor.check_steps(settings.steps)
     way = WAYS[settings.consistency]
-    settings.require_used(inverts=editor.inverts, fuses=fuses(way), mask=None)
+    settings.require_used(editor, fuses=fuses(way), mask=None)
     if propagates(way) and propagation.flow is not None and flow is None:
         kernel, provider = type(propagation).__name__, type(propagation.flow).__name__
         raise InputError(

@@ -41,9 +41,8 @@ def fused_latents(
         step: Of sampling.
     """
     s, schedule, here = sampling, step.schedule, sampling.trajectory.positions
-    share = s.settings.fusion
+    share = s.settings.fusion_at(step.index, len(schedule))
     assert s.flow is not None, "edit_clip and edit_latents ask for it"
-    assert share is not None, "Settings.for_flow comes before"
     own = [keyframes[number] for number in s.shard.own]
     before = x[rows(here, own)]
     # a step leads from x towards a clean latent, unless x themselves are clean ones

@@ -48,6 +48,8 @@ class Settings:
             kernel's, or `LatentFlow`), in a frame's own, 0 (paper) to 1. If not given, 0.8 for
             editors that invert the source and have no `advance` of their own, wherever keyframes
             are propagated along a flow.
+        fusion_end: Share of the schedule after which fusion is off, 0 to 1: where things are is
+            settled early, and details come late.
         consistency: "tokenflow"; "joint" lets all frames attend to each other and propagates
             nothing; "none" edits every frame on its own.
         keyframe_attention: Which keyframes attend to each other: "full" (paper) lets all of a
@@ -78,6 +80,7 @@ class Settings:
     neighbours: Neighbours = "bracketing"
     blend: Blend = "sigmoid"
     fusion: float | None = None
+    fusion_end: float = 1.0
     consistency: ConsistencyName = "tokenflow"
     keyframe_attention: KeyframeAttention = "windowed"
     span: int = 8
@@ -118,6 +121,10 @@ class Settings:
             )
         if self.fusion is not None and not 0 <= self.fusion <= 1:
             raise InputError(f"fusion must be a share from 0 to 1, got {self.fusion}")
+        if not 0 <= self.fusion_end <= 1:
+            raise InputError(
+                f"fusion_end must be a share of the schedule from 0 to 1, got {self.fusion_end}"
+            )
         if self.inversion_steps is not None and self.inversion_steps < self.steps:
             raise InputError(
                 f"inversion needs at least as many steps as sampling: got inversion_steps "
@@ -130,11 +137,16 @@ class Settings:
         on = int(steps * self.guidance_begin) <= step < int(steps * self.guidance_end)
         return self.guidance if on else 1.0
 
-    def require_used(self, *, inverts: bool, fuses: bool, mask: object) -> None:
+    def fusion_at(self, step: int, steps: int) -> float:
+        """The share at step i of N: from i = int(N · end) on it is 0."""
+        assert self.fusion is not None, "Settings.for_flow comes before"
+        return self.fusion if step < int(steps * self.fusion_end) else 0.0
+
+    def require_used(self, editor: Editor | None, *, fuses: bool, mask: object) -> None:
         """Raises `InputError` for an option that would change nothing.
 
         Args:
-            inverts: Whether the editor inverts the source.
+            editor: Of the edit; if it is not known yet, what depends on it is not asked.
             fuses: Whether the way of consistency fuses what keyframes predict.
             mask: That of a local edit, if it is one.
         """
@@ -142,6 +154,12 @@ class Settings:
             raise InputError(
                 f"fusion takes what keyframes predict, and this way of consistency does not: "
                 f"expected fusion 0, got {self.fusion}; leave it out, or take consistency tokenflow"
+            )
+        if self.fusion_end < 1 and not (fuses and (editor is None or self.fuses(editor))):
+            raise InputError(
+                f"fusion_end ends fusion, and this edit has none: expected fusion_end 1, got "
+                f"{self.fusion_end}; leave it out, or give --model.fusion (in Python fusion=), as "
+                f"{FUSION}"
             )
         if self.mask_edge and mask is None:
             raise InputError(
@@ -157,7 +175,7 @@ class Settings:
         }
         right = [text for text, found in given.items() if found]
         wrong = [f"{name} {getattr(self, name)}" for name in (text.split()[0] for text in right)]
-        if wrong and not inverts:
+        if wrong and editor is not None and not editor.inverts:
             raise InputError(
                 f"the editor does not invert the source: expected {' and '.join(right)}, the "
                 f"defaults, got {' and '.join(wrong)}; leave that out (the fast mode's "

@@ -41,8 +41,8 @@ ABSOLUTE = "mean of |difference|, of 255 levels"
 MAIN = (
     "editor", "propagation", "consistency", "backbone", "steps", "inversion_steps",
     "inversion_solver", "guidance", "guidance_begin", "guidance_end", "keyframe_every",
-    "keyframes", "neighbours", "blend", "fusion", "seed", "negative_prompt", "dtype",
-    "device",
+    "keyframes", "neighbours", "blend", "fusion", "fusion_end", "seed",
+    "negative_prompt", "dtype", "device",
 )  # fmt: skip
 """The settings that a run's page shows before all others."""
 

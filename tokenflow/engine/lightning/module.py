@@ -216,7 +216,7 @@ class TokenFlowModule(LightningModule):
             settings = dataclasses.replace(self.settings, **job.settings)
             settings.require_used(
                 # of an editor that is not made yet, `edit_clip` asks
-                inverts="editor" in job.plugins or self.editor.inverts,
+                None if "editor" in job.plugins else self.editor,
                 fuses=fuses(WAYS[settings.consistency]),
                 mask=mask,
             )
