@@ -266,7 +266,7 @@ BAD = {
         "expected fusion 0, got 0.5; leave it out",
     ),
     "an end of no fusion": (
-        ["--model.fusion=0", "--model.fusion_end=0.7"],
+        ["--model.editor=FlowEdit", "--model.fusion_end=0.7"],
         "expected fusion_end 1, got 0.7; leave it out",
     ),
     "no window": (["--model.keyframe_every=0"], "keyframe_every must be at least 1"),

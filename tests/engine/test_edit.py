@@ -579,7 +579,6 @@ def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
         ({"fusion": 0.5, "consistency": "none"}, PnP(), "expected fusion 0, got 0.5; leave it"),
         ({"fusion": 0.5, "consistency": "joint"}, PnP(), "expected fusion 0, got 0.5; leave it"),
         ({"fusion_end": 0.5, "consistency": "none"}, PnP(), "expected fusion_end 1, got 0.5"),
-        ({"fusion_end": 0.5, "fusion": 0.0}, PnP(), "this edit has none: expected fusion_end 1"),
         ({"fusion_end": 0.5}, FlowEdit(), r"leave it out, or give --model\.fusion .* as 0.8"),
         ({"mask_edge": 2.0}, PnP(), r"expected mask_edge 0, got 2.0; .* or give --model\.mask"),
         ({"inversion_steps": 9}, FlowEdit(), "does not invert .* got inversion_steps 9; leave"),

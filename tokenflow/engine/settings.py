@@ -48,8 +48,8 @@ class Settings:
             kernel's, or `LatentFlow`), in a frame's own, 0 (paper) to 1. If not given, 0.8 for
             editors that invert the source and have no `advance` of their own, wherever keyframes
             are propagated along a flow.
-        fusion_end: Share of the schedule after which fusion is off, 0 to 1: where things are is
-            settled early, and details come late.
+        fusion_end: Share of the schedule after which fusion is off, 0 to 1: less than 1 has
+            stronger details and more flicker.
         consistency: "tokenflow"; "joint" lets all frames attend to each other and propagates
             nothing; "none" edits every frame on its own.
         keyframe_attention: Which keyframes attend to each other: "full" (paper) lets all of a
@@ -155,7 +155,8 @@ class Settings:
                 f"fusion takes what keyframes predict, and this way of consistency does not: "
                 f"expected fusion 0, got {self.fusion}; leave it out, or take consistency tokenflow"
             )
-        if self.fusion_end < 1 and not (fuses and (editor is None or self.fuses(editor))):
+        off = self.fusion is None and not (fuses and (editor is None or self.fuses(editor)))
+        if self.fusion_end < 1 and off:
             raise InputError(
                 f"fusion_end ends fusion, and this edit has none: expected fusion_end 1, got "
                 f"{self.fusion_end}; leave it out, or give --model.fusion (in Python fusion=), as "

@@ -15,6 +15,7 @@ from torch.nn.functional import one_hot
 
 from tokenflow.propagation.base import Window
 from tokenflow.propagation.flow.base import inside, smooth, warp
+from tokenflow.propagation.flow.rematch import LOST
 
 DIFFERENCE = 0.5
 """Mean squared difference of the source's latents at which a keyframe's weight has fallen to 1/e;
@@ -39,8 +40,9 @@ def fuse(
     """Frames' predicted clean latents, with a share of their neighbouring keyframes'.
 
     A frame's pixel takes strength · b · trust of either neighbour, b the neighbour's blend weight,
-    and keeps the rest of its own. The trust is exp(-(d / `DIFFERENCE`)²) with d the difference of
-    the source's latents, and 0 where flow leads out of the frame. Means of what does not quite fit
+    and keeps the rest of its own. What is hidden in one neighbour, where flow is lost (`LOST`), has
+    both weights in the other. The trust is exp(-(d / `DIFFERENCE`)²) with d the difference of the
+    source's latents, and 0 where flow leads out of the frame. Means of what does not quite fit
     have weaker details than what is mixed, in each frame and channel; a share of that is restored.
     All of it, step after step, makes edges too strong.
 
@@ -132,7 +134,10 @@ def arrived(
     found = torch.stack([warp(both[k], there, "bicubic") for k, there in pairs])
     moved, source_moved = found.unflatten(0, (-1, 2)).tensor_split([keys.shape[1]], dim=2)
     trust = trusted(source_moved, source[:, None], flow)
-    return (strength * window.blend[..., None, None] * trust)[:, :, None], moved
+    seen = window.motion.inconsistency.unflatten(2, source.shape[-2:]) <= LOST
+    blend = window.blend[..., None, None] * seen
+    blend = blend / blend.sum(dim=1, keepdim=True).clamp(min=1e-6)
+    return (strength * blend * trust)[:, :, None], moved
 
 
 def trusted(
