@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tokenflow.propagation import Motion, Window
 from tokenflow.propagation.flow.base import smooth
+from tokenflow.propagation.flow.rematch import LOST
 from tokenflow.propagation.fusion import STRONGEST, details, elected, fuse
 
 HEIGHT, WIDTH = 6, 8
@@ -84,6 +85,19 @@ def test_where_the_source_differs_the_frame_keeps_its_own() -> None:
     )
     alone = 0.75 * keys[0, ..., -1] + 0.25 * clean[0, ..., -1]
     torch.testing.assert_close(found[0, ..., -1], alone)
+
+
+def test_what_is_hidden_in_one_keyframe_comes_from_the_other() -> None:
+    clean, keys, by = latents(1), latents(2), window()
+    assert by.motion is not None
+    lost = by.motion.inconsistency.unflatten(2, (HEIGHT, WIDTH))
+    lost[0, 0, :, 2:4] = lost[0, 1, :, 4:6] = LOST + 0.1
+    lost[0, :, :, 6:] = LOST + 0.1
+    found = fused(clean, keys, by, 0.8)
+    takes = (0.75 * keys[0] + 0.25 * keys[1]).clone()
+    takes[..., 2:4], takes[..., 4:6] = keys[1, ..., 2:4], keys[0, ..., 4:6]
+    torch.testing.assert_close(found[0, ..., :6], (0.2 * clean[0] + 0.8 * takes)[..., :6])
+    torch.testing.assert_close(found[0, ..., 6:], clean[0, ..., 6:])  # in both
 
 
 def test_a_window_without_motion() -> None:
