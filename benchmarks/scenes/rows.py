@@ -113,7 +113,12 @@ INJECTED = {
     ),
 }
 """What else PnP may inject into a transformer; `--rows` alone measures it."""
-KNOWN = WAYS | CHOICES | EDITORS | INJECTED
+ENDED = {
+    f"TokenFlow, fused until {end}": Way(settings={"fusion": FUSION, "fusion_end": end})
+    for end in (0.9, 0.7)
+}
+"""Fusion in a part of the schedule; likewise."""
+KNOWN = WAYS | CHOICES | EDITORS | INJECTED | ENDED
 ROWS = (TRUTH, FLOOR, SOURCE, *WAYS)
 CHOSEN_AMONG = (TRUTH, FLOOR, REFERENCE, "TokenFlow", "flow-weighted", *CHOICES)
 EDITED_BY = (TRUTH, FLOOR, "per-frame PnP", "TokenFlow", *EDITORS)
