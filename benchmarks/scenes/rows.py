@@ -117,7 +117,7 @@ ENDED = {
     f"TokenFlow, fused until {end}": Way(settings={"fusion": FUSION, "fusion_end": end})
     for end in (0.9, 0.7)
 }
-"""Fusion in a part of the schedule; likewise."""
+"""Fusion in a part of the schedule; `--rows` alone measures it."""
 KNOWN = WAYS | CHOICES | EDITORS | INJECTED | ENDED
 ROWS = (TRUTH, FLOOR, SOURCE, *WAYS)
 CHOSEN_AMONG = (TRUTH, FLOOR, REFERENCE, "TokenFlow", "flow-weighted", *CHOICES)

@@ -578,8 +578,11 @@ def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
     [
         ({"fusion": 0.5, "consistency": "none"}, PnP(), "expected fusion 0, got 0.5; leave it"),
         ({"fusion": 0.5, "consistency": "joint"}, PnP(), "expected fusion 0, got 0.5; leave it"),
-        ({"fusion_end": 0.5, "consistency": "none"}, PnP(), "expected fusion_end 1, got 0.5"),
-        ({"fusion_end": 0.5}, FlowEdit(), r"leave it out, or give --model\.fusion .* as 0.8"),
+        (
+            {"fusion_end": 0.5, "consistency": "none"}, PnP(),
+            "expected fusion_end 1, got 0.5; leave it out, or choose consistency tokenflow",
+        ),
+        ({"fusion_end": 0.5}, FlowEdit(), "leave it out, or choose fusion 0.8"),
         ({"mask_edge": 2.0}, PnP(), r"expected mask_edge 0, got 2.0; .* or give --model\.mask"),
         ({"inversion_steps": 9}, FlowEdit(), "does not invert .* got inversion_steps 9; leave"),
         (
@@ -599,6 +602,11 @@ def test_an_option_that_would_change_nothing(
     with pytest.raises(InputError, match=message):
         edit(backbone, random_clip(2), editor, options={"on_step": steps}, **settings)
     assert not steps.calls
+
+
+def test_fusion_may_be_switched_off_where_its_end_is_given() -> None:
+    Settings(fusion=0.0, fusion_end=0.5).require_used(PnP(), fuses=True, mask=None)
+    Settings(fusion_end=0.5).require_used(None, fuses=True, mask=None)  # the editor may fuse
 
 
 def test_as_many_inversion_steps_as_sampling_steps_are_the_default() -> None:

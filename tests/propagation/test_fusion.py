@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -98,6 +100,21 @@ def test_what_is_hidden_in_one_keyframe_comes_from_the_other() -> None:
     takes[..., 2:4], takes[..., 4:6] = keys[1, ..., 2:4], keys[0, ..., 4:6]
     torch.testing.assert_close(found[0, ..., :6], (0.2 * clean[0] + 0.8 * takes)[..., :6])
     torch.testing.assert_close(found[0, ..., 6:], clean[0, ..., 6:])  # in both
+
+
+def test_what_lies_outside_of_one_keyframe_comes_from_the_other() -> None:
+    clean, keys, by = latents(1), latents(2), window()
+    assert by.motion is not None
+    displacement = by.motion.displacement.clone()
+    displacement[:, 0, :, 0] = 2.0
+    by = replace(by, motion=Motion(displacement, by.motion.inconsistency))
+    found = fused(clean, keys, by, 0.8)[0, ..., -2:]
+    torch.testing.assert_close(found, (0.2 * clean[0] + 0.8 * keys[1])[..., -2:])
+
+
+def test_a_keyframe_without_a_leader_keeps_its_own() -> None:
+    clean, keys, by = latents(1), latents(2), replace(window(), blend=torch.zeros(1, 2))
+    assert torch.equal(fused(clean, keys, by, 1.0), clean)
 
 
 def test_a_window_without_motion() -> None:

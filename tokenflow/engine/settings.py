@@ -48,7 +48,7 @@ class Settings:
             kernel's, or `LatentFlow`), in a frame's own, 0 (paper) to 1. If not given, 0.8 for
             editors that invert the source and have no `advance` of their own, wherever keyframes
             are propagated along a flow.
-        fusion_end: Share of the schedule after which fusion is off, 0 to 1: less than 1 has
+        fusion_end: Share of the schedule after which fusion is off, 0 to 1: less than 1 gives
             stronger details and more flicker.
         consistency: "tokenflow"; "joint" lets all frames attend to each other and propagates
             nothing; "none" edits every frame on its own.
@@ -155,12 +155,13 @@ class Settings:
                 f"fusion takes what keyframes predict, and this way of consistency does not: "
                 f"expected fusion 0, got {self.fusion}; leave it out, or take consistency tokenflow"
             )
-        off = self.fusion is None and not (fuses and (editor is None or self.fuses(editor)))
-        if self.fusion_end < 1 and off:
+        by_default = fuses and (editor is None or self.fuses(editor))
+        # with fusion 0 it may stay, as to compare, or where run.yaml is run again
+        if self.fusion_end < 1 and self.fusion is None and not by_default:
+            on = f"fusion {FUSION}" if fuses else "consistency tokenflow"
             raise InputError(
                 f"fusion_end ends fusion, and this edit has none: expected fusion_end 1, got "
-                f"{self.fusion_end}; leave it out, or give --model.fusion (in Python fusion=), as "
-                f"{FUSION}"
+                f"{self.fusion_end}; leave it out, or choose {on}"
             )
         if self.mask_edge and mask is None:
             raise InputError(

@@ -3,7 +3,8 @@
 Propagation ties the outputs of self-attention to the source's motion; what convolutions and
 cross-attention add differs from frame to frame. Fusion ties the predicted clean latents themselves,
 along optical flow.
-The source tells where flow can be trusted: where its own latents, moved alike, are the frame's.
+The source tells where flow can be trusted: where its own latents, moved alike, are the frame's, and
+where the way there and back returns.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ def fuse(
     """Frames' predicted clean latents, with a share of their neighbouring keyframes'.
 
     A frame's pixel takes strength · b · trust of either neighbour, b the neighbour's blend weight,
-    and keeps the rest of its own. What is hidden in one neighbour, where flow is lost (`LOST`), has
-    both weights in the other. The trust is exp(-(d / `DIFFERENCE`)²) with d the difference of the
-    source's latents, and 0 where flow leads out of the frame. Means of what does not quite fit
+    and keeps the rest of its own. What one neighbour does not show, where flow is lost (`LOST`) or
+    leads out of the frame, has both weights in the other. The trust is exp(-(d / `DIFFERENCE`)²)
+    with d the difference of the source's latents. Means of what does not quite fit
     have weaker details than what is mixed, in each frame and channel; a share of that is restored.
     All of it, step after step, makes edges too strong.
 
@@ -134,10 +135,13 @@ def arrived(
     found = torch.stack([warp(both[k], there, "bicubic") for k, there in pairs])
     moved, source_moved = found.unflatten(0, (-1, 2)).tensor_split([keys.shape[1]], dim=2)
     trust = trusted(source_moved, source[:, None], flow)
-    seen = window.motion.inconsistency.unflatten(2, source.shape[-2:]) <= LOST
-    blend = window.blend[..., None, None] * seen
-    blend = blend / blend.sum(dim=1, keepdim=True).clamp(min=1e-6)
-    return (strength * blend * trust)[:, :, None], moved
+    inconsistency = window.motion.inconsistency.unflatten(2, source.shape[-2:])
+    visible = (inconsistency <= LOST) & (inside(flow) > 0)
+    blend = window.blend[..., None, None]
+    left = blend * visible
+    # a keyframe that leads others has weights of 0, and keeps them
+    left = left * blend.sum(dim=1, keepdim=True) / left.sum(dim=1, keepdim=True).clamp(min=1e-6)
+    return (strength * left * trust)[:, :, None], moved
 
 
 def trusted(
