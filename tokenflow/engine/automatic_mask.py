@@ -32,7 +32,8 @@ from tokenflow.video import Clip, Frames
 DRAWS = 4
 """Of noise, over which differences are averaged."""
 ROUNDS = 4
-"""In each, the differences of every frame become the mean of its own and its two neighbours'."""
+"""In each, the differences of every frame become the mean of its own and its two neighbours', along
+flow that can be trusted."""
 NEARLY_ALL = 0.95
 """Share of the clip from which on an edit is hardly local."""
 ALIKE = 1e-3
